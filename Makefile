@@ -1,0 +1,53 @@
+# `make demo` and `make test` work from a bare clone: they create $(VENV), install, and run.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: help install demo test test-all checks format clean
+
+help:
+	@echo "make demo      shear, train, evaluate and export a real model on this machine"
+	@echo "make test      fast tests"
+	@echo "make test-all  every test, slow ones too"
+	@echo "make checks    format check, lint, types"
+	@echo "make format    rewrite files to the house format"
+	@echo "make clean     remove $(VENV) and tool caches (never runs/)"
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and pinned, so that no extra can pull another version in.
+$(INSTALLED): pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install -e ".[demo,dev]" "$(TORCH)"
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m launch.demo $(DEMO_FLAGS)
+
+# One thread per worker: the workers already fill the cores.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(TEST_FLAGS)
+
+test-all: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(TEST_FLAGS)
+
+checks: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

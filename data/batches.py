@@ -1,0 +1,124 @@
+"""Global batches split over ranks."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.cli import rank as process_rank
+from data.errors import InputError
+from data.reader import TokenReader
+from data.sampler import DomainSampler
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's rows of a global batch."""
+
+    ids: np.ndarray
+    """Token ids: int64 [n, seq_len]."""
+    domains: np.ndarray
+    """Index of each row's domain in `BatchStream.domains`: int64 [n]."""
+    step: int
+    """Number of the global batch, from 0."""
+    valid: np.ndarray | None = None
+    """Which tokens count: bool [n, seq_len]; None means all."""
+
+
+class BatchStream:
+    """This rank's share of an endless, resumable sequence of global batches.
+
+    Rank r of W gets rows [r*G/W, (r+1)*G/W) of each global batch of G rows; the global batches
+    themselves do not depend on W. When a domain is used up its next epoch, in a new order, starts
+    and is announced once (on rank 0).
+
+    Args:
+        reader: the samples; the sampler must have been built from `reader.sizes`.
+        sampler: the order; the stream advances it.
+        global_batch: rows per step over all ranks, G.
+        rank: this rank, r.
+        world: number of ranks, W.
+
+    Raises:
+        InputError: `world` does not divide `global_batch`.
+    """
+
+    def __init__(
+        self,
+        reader: TokenReader,
+        sampler: DomainSampler,
+        global_batch: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        assert sampler.domains == reader.domains and 0 <= rank < world
+        check_divides(global_batch, world)
+        self.reader = reader
+        self.sampler = sampler
+        self.global_batch = global_batch
+        self.rank = rank
+        self.world = world
+        self.domains = list(sampler.domains)
+        self._announced = self.epochs
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """Epoch, from 0, of the last sample drawn from each domain."""
+        sizes = zip(self.sampler.used.items(), self.sampler.sizes, strict=True)
+        return {domain: max(0, used - 1) // size for (domain, used), size in sizes}
+
+    def next(self) -> Batch:
+        """The rows of the next global batch that belong to this rank.
+
+        Raises:
+            InputError: a shard is damaged.
+        """
+        step = self.sampler.step
+        plan = self.sampler.next_batch(self.global_batch)
+        share = self.global_batch // self.world
+        rows = plan[self.rank * share : (self.rank + 1) * share]
+        ids = np.empty((share, self.reader.seq_len), np.int64)
+        for domain in np.unique(rows[:, 0]):
+            chosen = np.flatnonzero(rows[:, 0] == domain)
+            ids[chosen] = self.reader.read(self.domains[domain], rows[chosen, 2])
+        self._announce_epochs()
+        return Batch(ids=ids, domains=rows[:, 0].copy(), step=step)
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Changes the domain weights from the next batch on."""
+        self.sampler.set_weights(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state, the same on every rank and for every number of ranks."""
+        return {"sampler": self.sampler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state`. Raises InputError if it belongs to other data."""
+        self.sampler.load_state_dict(state["sampler"])
+        self._announced = self.epochs
+
+    def _announce_epochs(self) -> None:
+        epochs = self.epochs
+        for domain, epoch in epochs.items():
+            if epoch > self._announced[domain] and self.rank == 0 and process_rank() == 0:
+                size = self.reader.sizes[domain]
+                print(
+                    f"domain {domain} starts epoch {epoch + 1} ({size:,} samples per epoch)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        self._announced = epochs
+
+
+def check_divides(global_batch: int, world: int) -> None:
+    """Raises InputError unless `world` ranks can share `global_batch` rows equally."""
+    if global_batch < 1 or global_batch % world:
+        fitting = [str(size) for size in range(1, global_batch + 1) if global_batch % size == 0]
+        below = global_batch // world * world
+        near = f"{below} or {below + world}" if below else f"{world}"
+        raise InputError(
+            f"a global batch of {global_batch} sequences cannot be divided over {world} ranks; "
+            f"use {', '.join(fitting) or 'fewer'} ranks, or a global batch of {near}"
+        )

@@ -1,0 +1,40 @@
+"""`python -m data.tokenize`: text files to checksummed token shards per domain, with a manifest."""
+
+import os
+
+from data.cli import parse, run
+from data.job import Job, TokenizeConfig
+from data.sources import Fields, domain_name, find_files
+from data.tasks import Settings
+from data.token_report import print_report
+from data.tokenizers import load_tokenizer
+
+EXAMPLES = """
+python -m data.tokenize --input 'SlimPajama-627B/train/**/*.jsonl.zst' \\
+    --tokenizer meta-llama/Llama-2-7b-hf --output runs/tokens --workers 32
+python -m data.tokenize --input 'notes/**/*.md' 'src/**/*.py' --domain-field folder \\
+    --tokenizer tokenizer.model
+python -m data.tokenize --input pile.jsonl.zst --domain-field meta.pile_set_name \\
+    --tokenizer models/small --max-bytes-per-domain 10000000
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command with `argv` (default: the process's arguments)."""
+    config = parse(TokenizeConfig, section="tokenize", argv=argv, examples=EXAMPLES)
+    files = find_files(config.input)
+    tokenizer = load_tokenizer(config.tokenizer)
+    settings = Settings(
+        fields=Fields(text=config.text_field, domain=config.domain_field),
+        domains=tuple(domain_name(domain) for domain in config.domains),
+        held_out=config.held_out,
+        max_bytes_per_domain=config.max_bytes_per_domain,
+        bytes_per_task=config.task_mib << 20,
+    )
+    job = Job(files, settings, tokenizer, config.output, config.overwrite)
+    manifest, worked = job.run(config.workers or len(os.sched_getaffinity(0)))
+    print_report(manifest, config.output, config.seq_len, worked)
+
+
+if __name__ == "__main__":
+    run(main)

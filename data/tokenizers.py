@@ -1,0 +1,250 @@
+"""Tokenizers behind one interface: sentencepiece models and Hugging Face folders.
+
+Documents are encoded as plain text: "</s>" or "<|endoftext|>" inside a document gives the ids of
+its characters, never the special token.
+"""
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import InputError
+from data.manifest import TokenizerRecord
+
+# Runs of spaces, markup that looks like special tokens, several scripts, digits, a long word:
+# where tokenizers that claim to be the same differ first.
+PROBE_TEXT = (
+    "The quick  brown   fox\njumps\tover 12,345.67 lazy dogs.\r\n\n  </s> <s> <unk> <|endoftext|> "
+    "<|im_start|>user d\u00e9j\u00e0-vu stra\u00dfe \u03a9\u03bc\u03ad\u03b3\u03b1 "
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u65e5\u672c\u8a9e \u0939\u093f\u0928\u094d\u0926\u0940 "
+    "\U0001f642 \U0001f469\u200d\U0001f467 def f(x): return x**2 != 3\n"
+    + "antidisestablishmentarianism" * 4
+    + " "
+)
+HUB_FILES = ("tokenizer*", "special_tokens_map.json", "config.json", "*.tiktoken")
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back."""
+
+    kind: str
+    """"sentencepiece" or "huggingface"."""
+    vocab_size: int
+    """Number of ids, special ones included."""
+    bos_id: int | None
+    eos_id: int
+    adds_bos: bool
+    """Whether a document starts with BOS: what the tokenizer does by itself (as Llama's does)."""
+    fingerprint: str
+    """sha256 of the file that holds the vocabulary."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int64, without special tokens."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+
+    def probe(self) -> list[int]:
+        """Ids of `PROBE_TEXT`; tokenizers that agree on it are taken to be the same."""
+        return [int(token) for token in self.encode([PROBE_TEXT])[0]]
+
+    def record(self) -> TokenizerRecord:
+        """What a manifest keeps about this tokenizer."""
+        return TokenizerRecord(
+            kind=self.kind,
+            fingerprint=self.fingerprint,
+            vocab_size=self.vocab_size,
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+            adds_bos=self.adds_bos,
+            probe=self.probe(),
+        )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model; picklable.
+
+    A converted tokenizer may differ from the model it came from (transformers 5 orders the merges
+    of a lone tokenizer.model by id instead of score), so such files are read by sentencepiece
+    itself.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path, adds_bos: bool = True) -> None:
+        import sentencepiece
+
+        try:
+            content = path.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{path} is not a sentencepiece model ({error}); give a .model file or a folder "
+                "with tokenizer.json"
+            ) from None
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.vocab_size = int(self._processor.vocab_size())
+        bos, eos = int(self._processor.bos_id()), int(self._processor.eos_id())
+        self.bos_id = bos if bos >= 0 else None
+        self.eos_id = _required_eos(eos if eos >= 0 else None, path)
+        self.adds_bos = adds_bos and self.bos_id is not None
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._processor.encode(list(texts), out_type=int, num_threads=1)
+        return [np.asarray(ids, np.int64) for ids in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._processor.decode([int(token) for token in ids]))
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json; picklable, and needs only the `tokenizers` library once unpickled.
+
+    Args:
+        folder: holds tokenizer.json, read by transformers' AutoTokenizer.
+
+    Raises:
+        InputError: it cannot be read, has no end-of-sequence token, or gives other ids than the
+            sentencepiece model in the same folder.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._json = tokenizer.backend_tokenizer.to_str()
+        except Exception as error:  # transformers raises many types for a bad folder
+            raise InputError(
+                f"no tokenizer can be read from {folder}: {error}; repair or download it again"
+            ) from None
+        self._load()
+        self.fingerprint = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+        self.vocab_size = len(tokenizer)
+        self.bos_id = tokenizer.bos_token_id
+        self.eos_id = _required_eos(tokenizer.eos_token_id, folder)
+        with_special = tokenizer("a").input_ids
+        self.adds_bos = self.bos_id is not None and with_special[:1] == [self.bos_id]
+        self._compare_with_sentencepiece(folder / "tokenizer.model")
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(entry.ids, np.int64) for entry in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode([int(token) for token in ids]))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in vars(self).items() if key != "_tokenizer"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._load()
+
+    def _load(self) -> None:
+        import tokenizers
+
+        self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def _compare_with_sentencepiece(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        try:
+            original = SentencePieceTokenizer(path)
+        except InputError:
+            return  # some families give their own format the same file name
+        if original.probe() != self.probe():
+            raise InputError(
+                f"{path.parent}: tokenizer.json and tokenizer.model give different ids for the "
+                f"same text; choose one: --tokenizer {path}, or a folder with tokenizer.json alone"
+            )
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+        path: a sentencepiece .model file; a Hugging Face folder with tokenizer.json, or with
+            tokenizer.model alone; or a name on the Hugging Face hub (from the local cache, else
+            downloaded).
+
+    Raises:
+        InputError: there is no tokenizer, or it has no end-of-sequence token.
+    """
+    place = Path(path)
+    if not place.exists():
+        place = _from_hub(str(path))
+    if place.name == "tokenizer.json":
+        place = place.parent
+    if place.is_file():
+        return SentencePieceTokenizer(place)
+    if (place / "tokenizer.json").is_file():
+        return HuggingFaceTokenizer(place)
+    if (place / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(place / "tokenizer.model", _configured_bos(place))
+    raise InputError(
+        f"{path} holds neither tokenizer.json nor tokenizer.model; give a folder with one of them "
+        "or a sentencepiece .model file"
+    )
+
+
+def _configured_bos(folder: Path) -> bool:
+    """Whether tokenizer_config.json lets BOS be added, the default where it does not say."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return bool(config.get("add_bos_token", True))
+
+
+def _required_eos(eos_id: int | None, path: Path) -> int:
+    if eos_id is None:
+        raise InputError(
+            f"the tokenizer {path} has no end-of-sequence token, which separates documents; set "
+            "eos_token in its tokenizer_config.json"
+        )
+    return int(eos_id)
+
+
+def _from_hub(name: str) -> Path:
+    advice = (
+        f"download it first: hf download {name} --include 'tokenizer*' --include config.json "
+        "--local-dir tokenizer, then use --tokenizer tokenizer"
+    )
+    is_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not is_name or name.endswith((".model", ".json")):
+        raise InputError(
+            f"no tokenizer at {name}: no such file or folder; give a sentencepiece .model file, a "
+            "folder with tokenizer.json, or a name on the Hugging Face hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    for local_only in (True, False):
+        if not local_only and os.environ.get("HF_HUB_OFFLINE"):
+            break
+        try:
+            folder = Path(
+                snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=local_only)
+            )
+        except Exception as error:  # the hub client raises many types
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+            return folder
+        reason = "no tokenizer files in it"
+    raise InputError(
+        f"no tokenizer {name}: not a local path, and the Hugging Face hub could not provide it "
+        f"({reason}); {advice}. A gated model needs `hf auth login` once"
+    )

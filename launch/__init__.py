@@ -1,0 +1,1 @@
+"""Entry programs. Nothing imports this package."""

@@ -1,0 +1,64 @@
+"""Continued pre-training: `torchrun --nproc_per_node 8 launch/cpt.py`, or under plain python."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.cli import parse, run
+from data.mixture import MixtureConfig
+from trainer.config import TrainConfig
+
+EXAMPLES = """
+torchrun --nproc_per_node 8 launch/cpt.py
+    the sheared model of runs/shear on the data of runs/tokens, at the defaults above
+torchrun --nproc_per_node 8 launch/cpt.py --model meta-llama/Llama-2-7b-hf --lr 3e-5 --replicas 2
+python launch/cpt.py --model runs/shear --seq-len 256 --global-batch 8 --micro-batch 8 --steps 32
+torchrun --nproc_per_node 8 launch/cpt.py --init random --output runs/from-scratch
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CptConfig:
+    """Train a sheared (or any Llama-family) model further; running it again resumes --output."""
+
+    model: str = "runs/shear"
+    """Folder of a shearing run, a Hugging Face folder, a .gguf file or a hub id."""
+    data: str = "runs/tokens"
+    """Folder made by data.tokenize."""
+    output: str = "runs/cpt"
+    """Folder of this run: model/, cpt.json, metrics.jsonl, checkpoints/."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """random: fresh weights of the same shape, as a baseline."""
+    domain_weights: str | None = None
+    """Initial weights, "c4=0.6,github=0.4". None: the shearing run's last ones, else proportional
+    to tokens."""
+    reference_losses: str | None = None
+    """Losses to steer towards, "c4=2.1,github=0.9". None: the shearing run's reference."""
+    json: str | None = None
+    """Copy the final report to this file."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def main() -> None:
+    config = parse(CptConfig, section="cpt", examples=EXAMPLES)
+    from trainer.cpt import continue_pretraining
+
+    continue_pretraining(
+        config.train,
+        model=config.model,
+        data=config.data,
+        output=Path(config.output),
+        init=config.init,
+        mixture=config.mixture,
+        domain_weights=config.domain_weights,
+        reference_losses=config.reference_losses,
+        json_copy=Path(config.json) if config.json else None,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,182 @@
+"""What `python -m launch.evaluate` does: checks, measurement, table and JSON."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data.errors import InputError
+from data.progress import Progress
+from data.reader import TokenReader
+from data.tokenizers import load_tokenizer
+from launch.document import DocumentPerplexity, document_perplexity, resolve_bos
+from trainer import parallel
+from trainer.evaluate import DomainLoss, evaluate, overall, report
+from trainer.models.config import ModelConfig
+from trainer.models.hf import load_config, load_model, resolve_model
+from trainer.models.llama import CausalLM
+from trainer.run import check_tokenizer
+
+if TYPE_CHECKING:
+    from launch.evaluate import EvaluateConfig
+
+
+def run(config: "EvaluateConfig") -> dict[str, Any]:
+    """Measure, print on rank 0, and return what --json writes.
+
+    Everything that can be refused without the weights is refused before they are read.
+    """
+    text = _read_text(Path(config.text)) if config.text is not None else None
+    reader = _open_tokens(config) if config.data is not None else None
+    context = parallel.init(threads=config.threads)
+    with context.rank_zero_first():
+        path = resolve_model(config.model)
+    shape = load_config(path)
+    _check_shape(config, shape, reader)
+    if reader is not None:
+        check_tokenizer(reader, shape, path, str(config.data))
+    dtype = parallel.compute_dtype(config.precision, context.device)
+    model = load_model(path, context.device, dtype)
+    result: dict[str, Any] = {
+        "model": str(path),
+        "parameters": shape.num_parameters(),
+        "non_embedding_parameters": shape.num_parameters(embeddings=False),
+        "precision": str(dtype).removeprefix("torch."),
+    }
+    if reader is not None:
+        result |= _held_out(config, model, reader, context)
+    if text is not None and context.is_main:
+        score = _document(config, model, path, text, context)
+        result["text"] = {"file": config.text, "bytes": len(text.encode()), **score.to_dict()}
+    context.barrier()
+    if context.is_main:
+        _print(result)
+        if config.json is not None:
+            _write_json(Path(config.json), result)
+    return result
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--text {path}: {error}; give a readable UTF-8 file") from error
+    if not text:
+        raise InputError(f"--text {path}: the file is empty; there is nothing to score")
+    return text
+
+
+def _open_tokens(config: "EvaluateConfig") -> TokenReader:
+    assert config.data is not None
+    reader = TokenReader(Path(config.data), config.seq_len, split=config.split)
+    if not reader.domains:
+        raise InputError(
+            f"--data {config.data}: the {config.split} split holds no {config.seq_len}-token "
+            "sequence; use a smaller --seq-len, or tokenize with a larger --held-out"
+        )
+    return reader
+
+
+def _check_shape(config: "EvaluateConfig", shape: ModelConfig, reader: TokenReader | None) -> None:
+    limit = shape.max_position_embeddings
+    lengths = {"--seq-len": config.seq_len if reader else 0, "--window": config.window}
+    if config.text is None:
+        del lengths["--window"]
+    for flag, length in lengths.items():
+        if length > limit:
+            raise InputError(
+                f"{flag} {length}: the model was made for at most {limit} positions; "
+                f"use {flag} {limit} or less"
+            )
+
+
+def _held_out(
+    config: "EvaluateConfig",
+    model: CausalLM,
+    reader: TokenReader,
+    context: parallel.DistributedContext,
+) -> dict[str, Any]:
+    losses: dict[str, DomainLoss] = {}
+    with Progress("evaluate", total=len(reader.domains), unit="domain") as bar:
+        for domain in reader.domains:
+            losses |= evaluate(model, reader, [domain], config.sequences, config.batch, context)
+            bar.update(1, domain=domain, loss=losses[domain].loss)
+    return {
+        "data": config.data,
+        "split": config.split,
+        "seq_len": config.seq_len,
+        "sequences": {d: min(config.sequences, reader.sizes[d]) for d in reader.domains},
+        "domains": report(losses),
+        "overall": report({"overall": overall(losses)})["overall"],
+    }
+
+
+def _document(
+    config: "EvaluateConfig",
+    model: CausalLM,
+    path: Path,
+    text: str,
+    context: parallel.DistributedContext,
+) -> DocumentPerplexity:
+    tokenizer = load_tokenizer(path)
+    ids = [int(token) for token in tokenizer.encode([text])[0]]
+    with Progress("document", total=len(ids), unit="token") as bar:
+        return document_perplexity(
+            model,
+            ids,
+            text_bytes=len(text.encode()),
+            bos=resolve_bos(config.bos, tokenizer.bos_id, tokenizer.adds_bos),
+            bos_id=tokenizer.bos_id,
+            window=config.window,
+            stride=config.stride,
+            batch=config.batch,
+            device=context.device,
+            progress=bar.update,
+        )
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console()
+    console.print(
+        f"{result['model']}: {result['parameters']:,} parameters, "
+        f"{result['non_embedding_parameters']:,} without embeddings, {result['precision']}",
+        highlight=False,
+    )
+    if "domains" in result:
+        table = Table(title=f"{result['split']} tokens, {result['seq_len']} per sequence")
+        table.add_column("domain")
+        for name in ("loss", "perplexity", "target tokens"):
+            table.add_column(name, justify="right")
+        for name, row in (*result["domains"].items(), ("overall", result["overall"])):
+            values = (f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", f"{row['tokens']:,}")
+            table.add_row(name, *values)
+        console.print(table)
+    if "text" in result:
+        score = result["text"]
+        stride = score["stride"] or f"none (windows of {score['window']} side by side)"
+        table = Table(title=f"document {score['file']}", show_header=False)
+        for name, value in (
+            ("perplexity", f"{score['perplexity']:.4f}"),
+            ("bits per byte", f"{score['bits_per_byte']:.4f}"),
+            ("window", str(score["window"])),
+            ("stride", str(stride)),
+            ("BOS", BOS_WORDS[score["bos"]]),
+            ("tokens", f"{score['tokens']:,}"),
+            ("targets", f"{score['targets']:,}"),
+        ):
+            table.add_row(name, value)
+        console.print(table)
+
+
+BOS_WORDS = {
+    "no": "none",
+    "yes": "one in front of the document",
+    "every": "one in front of every window",
+}
+
+
+def _write_json(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,143 @@
+"""Resumable stages: each runs once for its settings, is skipped when finished, prints its time."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Stages:
+    """Runs named stages in order and remembers in OUTPUT/.stages which are finished.
+
+    A stage's identity is the hash of its settings and of the stages it builds on. A finished stage
+    with the same identity is skipped; an interrupted one is called again and finds what it left;
+    one with another identity starts from an empty folder.
+    """
+
+    def __init__(self, output: Path, number: int) -> None:
+        self.markers = output / ".stages"
+        self.number = number
+        self.started = 0
+        self.identities: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+
+    def run(
+        self,
+        name: str,
+        *,
+        settings: Mapping[str, object],
+        after: Sequence[str] = (),
+        folder: Path,
+        action: Callable[[], None],
+    ) -> None:
+        """Call `action`, which fills `folder`, unless it finished before with these settings."""
+        self.started += 1
+        upstream = {stage: self.identities[stage] for stage in after}
+        content = json.dumps([name, dict(settings), upstream], sort_keys=True)
+        identity = self.identities[name] = hashlib.sha256(content.encode()).hexdigest()
+        marker = self.markers / f"{name}.json"
+        known = _read_marker(marker)
+        title = f"[{self.started}/{self.number}] {name}"
+        if known.get("identity") == identity and known.get("finished") and folder.exists():
+            self.seconds[name] = known["seconds"]
+            say(f"{title}: finished before in {known['seconds']:.0f} s, reused")
+            return
+        if known and known.get("identity") != identity:
+            shutil.rmtree(folder, ignore_errors=True)
+        say(title)
+        folder.mkdir(parents=True, exist_ok=True)
+        spent = known.get("seconds", 0.0) if known.get("identity") == identity else 0.0
+        _write_marker(marker, identity, finished=False, seconds=spent)
+        start = time.monotonic()
+        try:
+            action()
+        finally:
+            self.seconds[name] = spent + time.monotonic() - start
+            _write_marker(marker, identity, finished=False, seconds=self.seconds[name])
+        _write_marker(marker, identity, finished=True, seconds=self.seconds[name])
+        say(f"{title}: done in {self.seconds[name]:.0f} s")
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_marker(path: Path, identity: str, *, finished: bool, seconds: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(
+        json.dumps({"identity": identity, "finished": finished, "seconds": seconds}) + "\n"
+    )
+    temporary.replace(path)
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def typed(path: Path) -> str:
+    """A path as a user would type it: relative when it lies below the working folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def python() -> str:
+    """This interpreter as a word of a command."""
+    return typed(Path(sys.executable))
+
+
+def torchrun(ranks: int) -> list[str]:
+    """The launcher beside this interpreter, or the module it runs when there is no such script."""
+    script = Path(python()).with_name("torchrun")
+    launcher = [str(script)] if script.exists() else [python(), "-m", "torch.distributed.run"]
+    return [*launcher, "--standalone", "--nproc_per_node", str(ranks)]
+
+
+def command(words: Sequence[object], *, makes: Path, settings_file: Path | None = None) -> None:
+    """Print a command so that it can be copied, run it with its output streaming through.
+
+    Args:
+        words: program and arguments.
+        makes: file the command has made when it is finished.
+        settings_file: a shorn.toml to use instead of the user's own; SHORN_* variables are dropped
+            with it, so that the command does exactly what it prints.
+
+    Raises InputError when the command fails or stops before `makes` exists.
+    """
+    line = [str(word) for word in words]
+    print(f"$ {shlex.join(line)}", flush=True)
+    environment = dict(os.environ)
+    if settings_file is not None:
+        environment = {k: v for k, v in environment.items() if not k.startswith("SHORN_")}
+        settings_file.parent.mkdir(parents=True, exist_ok=True)
+        settings_file.touch()
+        environment["SHORN_CONFIG"] = str(settings_file)
+    search = [str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    environment["PYTHONPATH"] = os.pathsep.join(part for part in search if part)
+    with subprocess.Popen(line, env=environment) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            # The command got the same Ctrl-C and may be saving a checkpoint.
+            process.wait()
+            raise
+    if status == 130:
+        raise KeyboardInterrupt
+    if status != 0 or not makes.exists():
+        reason = f"exited with status {status}" if status else f"stopped before it made {makes}"
+        raise InputError(f"the command above {reason}; finished stages are kept: run this again")

@@ -1,0 +1,1 @@
+"""Learned pruning of decoder language models to a fixed target shape."""

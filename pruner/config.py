@@ -1,0 +1,121 @@
+"""Options of a shearing run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data.errors import InputError
+from trainer.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskConfig:
+    """How the masks are learned."""
+
+    rule: Literal["projection", "paper"] = "projection"
+    """projection meets the target count at every step; paper is Sheared LLaMA's penalty, which need
+    not polarise."""
+    init: Literal["importance", "flat"] | None = None
+    """Initial scores: from one calibration pass, or flat. Default: importance for projection, flat
+    (as published) for paper."""
+    calibration_sequences: int = 32
+    """Training sequences of the calibration pass."""
+    mask_lr: float | None = None
+    """Adam's learning rate for the scores. Default: 0.05 for projection, 1.0 for paper."""
+    mask_clip: float = 1.0
+    """Largest norm of the score gradient of each mask family."""
+    target_warmup: float | None = None
+    """Fraction of the steps over which the count falls linearly from the source's to the target's.
+    Default: 0.6 for projection, 0.2 for paper."""
+    harden: float = 0.8
+    """Fraction of the steps after which masks are exactly 0 or 1 and only weights train
+    (projection)."""
+    temperature: float = 0.5
+    """Initial width of the masks' transition, in units of the scores (projection)."""
+    final_temperature: float = 0.02
+    """Width reached when masks harden (projection)."""
+    mask_noise: float = 0.5
+    """Initial scale of the logistic noise; it falls to 0 with the temperature (projection)."""
+    implicit_gradient: bool = True
+    """Differentiate through the threshold, so that the gradient cannot change the count
+    (projection)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.harden <= 1:
+            raise InputError(f"harden={self.harden} is outside (0, 1]: use for example 0.8")
+        if self.target_warmup is not None and not 0 < self.target_warmup <= 1:
+            raise InputError(
+                f"target-warmup={self.target_warmup} is outside (0, 1]: use for example 0.6"
+            )
+        if self.rule == "projection" and self.warmup > self.harden:
+            raise InputError(
+                f"target-warmup={self.warmup} is later than harden={self.harden}: the count must "
+                "reach the target before masks harden, lower target-warmup or raise harden"
+            )
+        if not 0 < self.final_temperature <= self.temperature:
+            raise InputError(
+                f"final-temperature={self.final_temperature} must lie in (0, temperature="
+                f"{self.temperature}]: use for example 0.02"
+            )
+        positive = {"mask-lr": self.learning_rate, "mask-clip": self.mask_clip}
+        for name, value in positive.items():
+            if value <= 0:
+                raise InputError(f"{name}={value} is not positive: use for example 1.0")
+        if self.mask_noise < 0:
+            raise InputError(f"mask-noise={self.mask_noise} is negative: use 0 for no noise")
+        if self.calibration_sequences < 1:
+            raise InputError(
+                f"calibration-sequences={self.calibration_sequences} must be at least 1: use for "
+                "example 32, or --init flat for no calibration pass"
+            )
+
+    @property
+    def initial(self) -> str:
+        """The initialisation in force: "importance" or "flat"."""
+        return self.init or ("importance" if self.rule == "projection" else "flat")
+
+    @property
+    def learning_rate(self) -> float:
+        """The scores' learning rate in force."""
+        default = 0.05 if self.rule == "projection" else 1.0
+        return default if self.mask_lr is None else self.mask_lr
+
+    @property
+    def warmup(self) -> float:
+        """The fraction of the steps in force over which the count falls."""
+        default = 0.6 if self.rule == "projection" else 0.2
+        return default if self.target_warmup is None else self.target_warmup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShearConfig:
+    """Prune a model to a target shape with learned masks; running it again resumes --output."""
+
+    source: str = "meta-llama/Llama-2-7b-hf"
+    """Model to prune: a Hugging Face folder, a .gguf file, a run's output folder or a hub id."""
+    target: str = "1.3b"
+    """Preset of LLaMA-2-7B (1.3b, 2.7b, 370m) or sizes such as
+    layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152; sizes left out stay as in the source."""
+    data: str = "runs/tokens"
+    """Folder made by data.tokenize."""
+    output: str = "runs/shear"
+    """Folder of this run: model/, masks.safetensors, shear.json, metrics.jsonl, checkpoints/."""
+    mixture: Literal["dynamic", "fixed"] = "dynamic"
+    """dynamic: raise the weight of domains whose loss is above its reference."""
+    domain_weights: str | None = None
+    """Initial weights, "c4=0.6,github=0.4". None: proportional to tokens."""
+    reference_losses: str | None = None
+    """Losses to steer towards, "c4=2.1,github=0.9". None: the source's on held-out text."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights in OUTPUT/model; float32 loses nothing before continued pre-training."""
+    json: str | None = None
+    """Copy the final report to this file."""
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=3200,
+            global_batch=32,
+            micro_batch=4,
+            warmup_ratio=0.1,
+            activation_checkpointing=True,
+        )
+    )

@@ -1,0 +1,196 @@
+"""From masks and the source's tensors to the tensors of an ordinary, smaller model.
+
+A unit is kept if its mask is above 0; a kept unit's mask value is multiplied into the weights, in
+the places where the masked forward pass multiplies it (trainer.models.llama). Tensors are handled
+one at a time.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trainer.models.config import ModelConfig
+from trainer.models.masks import Masks
+
+_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Kept indices and mask values of one kept block."""
+
+    number: int
+    queries: Tensor
+    keys: Tensor
+    channels: Tensor
+    query_scale: Tensor
+    channel_scale: Tensor
+    residual_scale: Tensor
+
+
+class Extraction:
+    """What to keep of each tensor, worked out from the masks once.
+
+    Rows of one family must keep equally many units in all kept blocks, and every kept KV head
+    equally many query heads; otherwise the result is no uniform model (AssertionError).
+    """
+
+    def __init__(self, config: ModelConfig, masks: Masks) -> None:
+        masks = masks.to("cpu")
+        self.source = config
+        self.hidden_scale = _values(masks.hidden, config.hidden_size)
+        self.hidden = _live(self.hidden_scale)
+        layer = _values(masks.layer, config.num_layers)
+        self.blocks: dict[int, _Block] = {}
+        for number, index in enumerate(_live(layer).tolist()):
+            self.blocks[index] = self._block(number, index, float(layer[index]), masks)
+        assert self.blocks, "no block is kept"
+        self.config = self._config()
+
+    def _block(self, number: int, index: int, layer: float, masks: Masks) -> _Block:
+        config = self.source
+        head = _values(None if masks.head is None else masks.head[index], config.num_heads)
+        ffn = masks.intermediate
+        channel = _values(None if ffn is None else ffn[index], config.intermediate_size)
+        groups = (head > 0).view(config.num_kv_heads, -1).any(-1)
+        queries = _live(head)
+        channels = _live(channel)
+        return _Block(
+            number=number,
+            queries=_expand(queries, config.head_dim),
+            keys=_expand(torch.nonzero(groups).flatten(), config.head_dim),
+            channels=channels,
+            query_scale=head[queries].repeat_interleave(config.head_dim),
+            channel_scale=channel[channels],
+            residual_scale=self.hidden_scale[self.hidden] * layer,
+        )
+
+    def _config(self) -> ModelConfig:
+        sizes = {
+            (block.queries.numel(), block.keys.numel(), block.channels.numel())
+            for block in self.blocks.values()
+        }
+        assert len(sizes) == 1, f"blocks keep different numbers of units: {sorted(sizes)}"
+        queries, keys, channels = sizes.pop()
+        head_dim = self.source.head_dim
+        for block in self.blocks.values():
+            owner = block.queries // (head_dim * self.source.num_heads // self.source.num_kv_heads)
+            counts = owner.bincount()
+            live = counts[counts > 0]
+            assert bool((live == live[0]).all()), f"KV heads keep different query heads: {counts}"
+        return replace(
+            self.source,
+            num_layers=len(self.blocks),
+            hidden_size=self.hidden.numel(),
+            intermediate_size=channels,
+            num_heads=queries // head_dim,
+            num_kv_heads=keys // head_dim,
+        )
+
+    def tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The smaller model's (name, tensor), for each of the source's that remains.
+
+        Slices are new contiguous tensors of the input's dtype and device.
+        """
+        for name, tensor in tensors:
+            match = _BLOCK.fullmatch(name)
+            if match is None:
+                if name == "lm_head.weight" and self.source.tie_embeddings:
+                    continue
+                yield name, self._outer(name, tensor)
+            elif (block := self.blocks.get(int(match[1]))) is not None:
+                part = match[2]
+                yield f"model.layers.{block.number}.{part}", self._inner(part, tensor, block)
+
+    def _outer(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor outside the blocks.
+
+        With tied embeddings the head carries the mask of the embedding, so the final norm does not;
+        otherwise the final norm carries it and the head stays as it is.
+        """
+        scale = self.hidden_scale[self.hidden]
+        if name == "model.embed_tokens.weight":
+            return _take(tensor, columns=self.hidden, column_scale=scale)
+        if name == "model.norm.weight":
+            tied = self.source.tie_embeddings
+            return _take(tensor, rows=self.hidden, row_scale=None if tied else scale)
+        assert name == "lm_head.weight", f"unknown tensor {name}"
+        return _take(tensor, columns=self.hidden)
+
+    def _inner(self, part: str, tensor: Tensor, block: _Block) -> Tensor:
+        """A tensor of a kept block; `part` is its name inside the block."""
+        if part.endswith("layernorm.weight"):
+            scale = self.hidden_scale[self.hidden]
+            return _take(tensor, rows=self.hidden, row_scale=scale)
+        if part in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+            return tensor.clone()
+        module, _, kind = part.rpartition(".")
+        is_weight = kind == "weight"
+        if module in ("self_attn.o_proj", "mlp.down_proj"):
+            attention = module == "self_attn.o_proj"
+            columns = block.queries if attention else block.channels
+            scale = block.query_scale if attention else block.channel_scale
+            return _take(
+                tensor,
+                rows=self.hidden,
+                row_scale=block.residual_scale,
+                columns=columns if is_weight else None,
+                column_scale=scale if is_weight else None,
+            )
+        rows = {
+            "self_attn.q_proj": block.queries,
+            "self_attn.k_proj": block.keys,
+            "self_attn.v_proj": block.keys,
+            "mlp.gate_proj": block.channels,
+            "mlp.up_proj": block.channels,
+        }[module]
+        return _take(tensor, rows=rows, columns=self.hidden if is_weight else None)
+
+
+def extract(
+    config: ModelConfig, masks: Masks, tensors: Iterable[tuple[str, Tensor]]
+) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+    """The config and the (lazily computed) tensors of the model that `masks` describe."""
+    extraction = Extraction(config, masks)
+    return extraction.config, extraction.tensors(tensors)
+
+
+def _values(mask: Tensor | None, size: int) -> Tensor:
+    if mask is None:
+        return torch.ones(size)
+    assert mask.shape == (size,), f"mask of shape {tuple(mask.shape)} for {size} units"
+    return mask.detach()
+
+
+def _live(mask: Tensor) -> Tensor:
+    return torch.nonzero(mask > 0).flatten()
+
+
+def _expand(heads: Tensor, head_dim: int) -> Tensor:
+    """Indices of all channels of `heads`."""
+    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+def _take(
+    tensor: Tensor,
+    *,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> Tensor:
+    """tensor[rows][:, columns], times the scales in fp32."""
+    result = tensor.float()
+    if rows is not None:
+        result = result.index_select(0, rows.to(tensor.device))
+    if columns is not None:
+        result = result.index_select(1, columns.to(tensor.device))
+    if row_scale is not None:
+        scale = row_scale.to(tensor.device)
+        result = result * (scale if result.ndim == 1 else scale[:, None])
+    if column_scale is not None:
+        result = result * column_scale.to(tensor.device)
+    return result.to(tensor.dtype).contiguous()

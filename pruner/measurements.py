@@ -1,0 +1,143 @@
+"""What is measured on the source before it is trained: held-out losses and importance.
+
+Both are kept in the output folder, because after the first step the source is gone and a resumed
+run must start from the same numbers.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.errors import InputError
+from data.reader import TokenReader
+from pruner.config import ShearConfig
+from pruner.importance import measure
+from trainer.evaluate import evaluate, report
+from trainer.models.llama import CausalLM
+from trainer.parallel import DistributedContext, reshard
+
+FILE = "source.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """The source model, measured."""
+
+    held_out: dict[str, dict[str, float]]
+    """{domain: {loss, perplexity, tokens}} on held-out text; empty when there is none."""
+    importance: dict[str, Tensor] | None
+    """[rows, units] of each family (pruner.importance.measure); None for flat initial scores."""
+
+
+def measurements_key(config: ShearConfig, source: str, data: str) -> str:
+    """Hash of everything the measurements depend on.
+
+    `source` and `data` are fingerprints of weights and tokens.
+    """
+    train, masks = config.train, config.masks
+    parts = [source, data, train.seq_len, train.eval_sequences, train.precision]
+    parts += [masks.initial, masks.calibration_sequences, config.domain_weights]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def load_or_measure(
+    output: Path,
+    key: str,
+    context: DistributedContext,
+    compute: Callable[[], Measurements] | None,
+) -> Measurements:
+    """The measurements kept in `output` under `key`, or else new ones, which are then kept.
+
+    `compute` is None once training has begun. Raises InputError when they are needed but lost.
+    """
+    path = output / FILE
+    kept: Measurements | None = context.broadcast(_read(path, key) if context.is_main else None)
+    if kept is not None:
+        return kept
+    if compute is None:
+        raise InputError(
+            f"{path} (the measurements of the untrained source) is missing or damaged, and "
+            f"training has begun: restore the file, or delete {output} to start over"
+        )
+    measurements = compute()
+    problem = _write(path, key, measurements) if context.is_main else None
+    context.check(problem)
+    return measurements
+
+
+def measure_source(
+    model: CausalLM,
+    config: ShearConfig,
+    context: DistributedContext,
+    reader: TokenReader,
+    held_out: TokenReader | None,
+    weights: dict[str, float],
+) -> Measurements:
+    """Measure a loaded source; collective. `weights` are the initial domain weights."""
+    losses = {}
+    if held_out is not None:
+        losses = report(
+            evaluate(
+                model,
+                held_out,
+                held_out.domains,
+                config.train.eval_sequences,
+                config.train.micro_batch,
+                context,
+            )
+        )
+    importance = None
+    if config.masks.initial == "importance":
+        sequences = calibration_set(reader, weights, config.masks.calibration_sequences)
+        importance = measure(model, sequences, context, config.train.micro_batch)
+        reshard(model)
+    return Measurements(losses, importance)
+
+
+def calibration_set(reader: TokenReader, weights: dict[str, float], count: int) -> Tensor:
+    """About `count` training sequences [n, S], spread evenly over each domain; at least one of
+    each."""
+    parts = []
+    for domain in reader.domains:
+        share = min(reader.sizes[domain], max(1, round(count * weights[domain])))
+        indices = np.linspace(0, reader.sizes[domain] - 1, share).round().astype(np.int64)
+        parts.append(reader.read(domain, indices))
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _read(path: Path, key: str) -> Measurements | None:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    measured = json.loads(metadata["importance"])
+    return Measurements(json.loads(metadata["held_out"]), tensors if measured else None)
+
+
+def _write(path: Path, key: str, measurements: Measurements) -> str | None:
+    metadata = {
+        "key": key,
+        "held_out": json.dumps(measurements.held_out),
+        "importance": json.dumps(measurements.importance is not None),
+    }
+    tensors = measurements.importance or {"none": torch.zeros(0)}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        return f"--output {path.parent} cannot be written ({error}); choose another folder"
+    return None

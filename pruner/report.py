@@ -1,0 +1,237 @@
+"""The end of a shearing run: extraction, the saved model, its check, and the report."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.errors import InputError
+from pruner.config import ShearConfig
+from pruner.constraint import Rule
+from pruner.extract import Extraction
+from pruner.masks import alive_counts, kept_indices, polarised, to_masks
+from pruner.shapes import Shape, shape_of
+from trainer.callbacks.evaluate import EvaluateCallback
+from trainer.callbacks.mixture import MixtureCallback
+from trainer.evaluate import report as held_out_report
+from trainer.loop import Trainer
+from trainer.models.config import ModelConfig
+from trainer.models.masks import Masks
+from trainer.parallel import compute_dtype, reshard
+from trainer.run import full_tensors, say, write_report
+
+CHECK_TOKENS = 128
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
+"""Largest norm of the difference of logits, relative to their norm, between the masked model in its
+compute dtype and the saved folder in fp32. bf16 rounding alone makes 0.04 at 46M parameters, and
+single logits differ by far more; a wrong extraction makes about 1."""
+HALF_PRECISION_TOLERANCE = 0.1
+"""The same for a folder that is saved in 16 bits."""
+
+
+def finish(
+    trainer: Trainer,
+    rule: Rule,
+    config: ShearConfig,
+    source: Path,
+    target: Shape,
+    measured: dict[str, dict[str, float]],
+    reference: dict[str, float],
+) -> dict[str, Any]:
+    """Writes model, masks and then the report, whose presence marks the run as finished.
+
+    `measured` are the source's held-out losses, `reference` the losses that the mixture steered
+    towards. Collective. Raises InputError when a folder cannot be written, RuntimeError when the
+    saved model is not the masked one.
+    """
+    output, context = Path(config.output), trainer.context
+    z = {name: values.cpu() for name, values in rule.final().items()}
+    masks = to_masks(z, shape_of(trainer.model.config))
+    extraction = Extraction(trainer.model.config, masks)
+    assert shape_of(extraction.config) == target, extraction.config
+    save_extracted(trainer, extraction, output / "model", source, config.save_dtype)
+    difference = reload_difference(trainer, masks.to(context.device), output / "model")
+    _require_same_function(trainer, difference, config)
+    report = {
+        "source": str(source),
+        "rule": config.masks.rule,
+        **_units(rule, z),
+        **_sizes(trainer.model.config, extraction.config),
+        **_training(trainer),
+        "reference": reference,
+        "source_held_out": measured,
+        "reload_difference": difference,
+    }
+    if context.is_main:
+        _save_masks(z, output / "masks.safetensors")
+        write_report(output / "shear.json", report)
+        if config.json is not None:
+            write_report(Path(config.json), report)
+        print_tables(report)
+    context.barrier()
+    if not report["polarised"]:
+        _warn_unpolarised(trainer, report)
+    say(context, f"model: {output / 'model'}  report: {output / 'shear.json'}")
+    return report
+
+
+def save_extracted(
+    trainer: Trainer, extraction: Extraction, path: Path, source: Path, dtype: str
+) -> None:
+    """Writes the extracted model as a Hugging Face folder from rank 0; all ranks take part."""
+    from trainer.models.hf import save_model
+
+    pairs = extraction.tensors(full_tensors(trainer.model))
+    problem = None
+    if trainer.context.is_main:
+        try:
+            save_model(extraction.config, pairs, path, source, getattr(torch, dtype))
+        except InputError as error:
+            problem = str(error)
+    # Gathering is collective: every rank goes through all tensors, also after a failure.
+    for _ in pairs:
+        pass
+    trainer.context.check(problem)
+
+
+@torch.no_grad()
+def reload_difference(trainer: Trainer, masks: Masks, path: Path) -> float:
+    """Norm of the difference between the masked model's logits and those of the saved folder in
+    plain transformers, relative to their norm, on the first tokens of the data; collective."""
+    reader = trainer.stream.reader
+    length = min(CHECK_TOKENS, trainer.config.seq_len)
+    ids = torch.from_numpy(reader.read(reader.domains[0], np.array([0])))[:, :length]
+    trainer.model.eval()
+    expected = trainer.model(ids.to(trainer.context.device), masks=masks)
+    trainer.model.train()
+    reshard(trainer.model)
+    difference = None
+    if trainer.context.is_main:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        expected = expected.float().cpu()
+        difference = ((plain(ids).logits - expected).norm() / expected.norm()).item()
+    return float(trainer.context.broadcast(difference))
+
+
+def _require_same_function(trainer: Trainer, difference: float, config: ShearConfig) -> None:
+    dtype = compute_dtype(config.train.precision, trainer.context.device)
+    limit = TOLERANCE[dtype]
+    if config.save_dtype != "float32":
+        limit = max(limit, HALF_PRECISION_TOLERANCE)
+    if not difference <= limit:
+        raise RuntimeError(
+            f"the saved model's logits differ from the masked model's by {difference:.2e} of "
+            f"their norm (limit {limit:.0e}): do not use {config.output}/model"
+        )
+
+
+def _units(rule: Rule, z: dict[str, Tensor]) -> dict[str, Any]:
+    """What each row of each family keeps, and whether the kept units are fully on."""
+    kept = {name: (values > 0).sum(-1) for name, values in z.items()}
+    alive = {name: alive_counts(values) for name, values in z.items()}
+    return {
+        "families": {name: asdict(family) for name, family in rule.members.items()},
+        "kept": {name: counts.tolist() for name, counts in kept.items()},
+        "alive": {name: counts.tolist() for name, counts in alive.items()},
+        "kept_not_alive": {name: int((kept[name] - alive[name]).sum()) for name in z},
+        "polarised": polarised(z, rule.members),
+    }
+
+
+def _sizes(source: ModelConfig, target: ModelConfig) -> dict[str, Any]:
+    return {
+        "source_shape": asdict(shape_of(source)),
+        "target": asdict(shape_of(target)),
+        "parameters": {
+            "source": source.num_parameters(),
+            "target": target.num_parameters(),
+            "source_non_embedding": source.num_parameters(embeddings=False),
+            "target_non_embedding": target.num_parameters(embeddings=False),
+        },
+    }
+
+
+def _training(trainer: Trainer) -> dict[str, Any]:
+    training: dict[str, Any] = {
+        "final_loss": trainer.loss,
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "held_out": {},
+        **trainer.throughput.summary(),
+    }
+    for callback in trainer.callbacks:
+        if isinstance(callback, EvaluateCallback):
+            training["held_out"] = held_out_report(callback.results)
+        if isinstance(callback, MixtureCallback):
+            training["weights"] = dict(callback.mixture.weights)
+    return training
+
+
+def _save_masks(z: dict[str, Tensor], path: Path) -> None:
+    tensors = {f"z.{name}": values.contiguous() for name, values in z.items()}
+    tensors |= {f"kept.{name}": kept_indices(values).contiguous() for name, values in z.items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def _warn_unpolarised(trainer: Trainer, report: dict[str, Any]) -> None:
+    units = ", ".join(f"{name} {count}" for name, count in report["kept_not_alive"].items())
+    say(
+        trainer.context,
+        f"warning: the masks did not polarise. Kept units that are not alive (z < 0.99): {units}; "
+        "their soft values are folded into the weights. More steps help, and --rule projection "
+        "always polarises",
+    )
+
+
+def print_tables(report: dict[str, Any]) -> None:
+    """Prints what was kept and how the loss changed."""
+    console = Console()
+    shapes = Table(title="kept units per row")
+    for heading in ("family", "rows", "source", "target", "kept", "alive"):
+        shapes.add_column(heading, justify="left" if heading == "family" else "right")
+    for name, family in report["families"].items():
+        shapes.add_row(
+            name,
+            str(family["rows"]),
+            str(family["units"]),
+            str(family["target"]),
+            _span(report["kept"][name]),
+            _span(report["alive"][name]),
+        )
+    console.print(shapes)
+    parameters = report["parameters"]
+    console.print(
+        f"parameters {parameters['source']:,} to {parameters['target']:,} (without embeddings "
+        f"{parameters['source_non_embedding']:,} to {parameters['target_non_embedding']:,})"
+    )
+    if not report["held_out"]:
+        return
+    losses = Table(title="held-out loss (nats per token)")
+    for heading in ("domain", "source", "sheared", "domain weight"):
+        losses.add_column(heading, justify="left" if heading == "domain" else "right")
+    for domain, values in report["held_out"].items():
+        before = report["source_held_out"].get(domain)
+        losses.add_row(
+            domain,
+            f"{before['loss']:.4f}" if before else "",
+            f"{values['loss']:.4f}",
+            f"{report['weights'].get(domain, 0.0):.3f}",
+        )
+    console.print(losses)
+
+
+def _span(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}..{high}"

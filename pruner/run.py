@@ -1,0 +1,174 @@
+"""A shearing run, from validated options to the dense model and its report."""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from data.mixture import MixtureConfig
+from data.reader import TokenReader
+from pruner.callback import ShearCallback
+from pruner.config import ShearConfig
+from pruner.constraint import Rule, make_rule
+from pruner.importance import initial_scores
+from pruner.masks import families
+from pruner.measurements import Measurements, load_or_measure, measure_source, measurements_key
+from pruner.report import finish
+from pruner.shapes import Shape, parse_sizes, parse_target, shape_of
+from trainer import parallel
+from trainer.checkpoint import Checkpointer
+from trainer.config import check_layout
+from trainer.domains import Domains, starting_domains
+from trainer.identity import claim_output, run_identity, weights_fingerprint
+from trainer.loop import Trainer
+from trainer.models.config import ModelConfig
+from trainer.models.hf import load_config, resolve_model
+from trainer.models.llama import CausalLM
+from trainer.parallel import DistributedContext
+from trainer.run import build_model, build_trainer, open_data, pretrained, say
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything the options name, opened and checked; no weights yet."""
+
+    folder: Path
+    """The source's Hugging Face folder."""
+    model: ModelConfig
+    source: Shape
+    target: Shape
+    reader: TokenReader
+    held_out: TokenReader | None
+    domains: Domains
+    mixture: Literal["dynamic", "fixed"]
+
+
+def shear(config: ShearConfig) -> Trainer | None:
+    """Prunes as `config` says and writes OUTPUT/model, masks.safetensors and shear.json.
+
+    Resumes what OUTPUT holds; returns None when that run is finished. Raises InputError before any
+    weight is read for what cannot work.
+    """
+    check_layout(config.train, parallel.world_size())
+    inputs = open_inputs(config)
+    output = Path(config.output)
+    context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
+    finished = context.broadcast((output / "shear.json").exists())
+    resuming = Checkpointer(output / "checkpoints", context).latest() is not None
+    fingerprint = weights_fingerprint(inputs.folder)
+    identity = _identity(config, inputs, fingerprint, context)
+    claim_output(output, identity, context, started=finished or resuming)
+    if finished:
+        say(context, f"{output}: this run is finished; its report is {output / 'shear.json'}")
+        return None
+    for note in inputs.domains.notes:
+        say(context, f"note: {note}")
+    say(context, f"source {inputs.source.describe()}  target {inputs.target.describe()}")
+    model = build_model(
+        inputs.model, config.train, context, load=None if resuming else pretrained(inputs.folder)
+    )
+    measured = _measurements(config, inputs, context, fingerprint, None if resuming else model)
+    reference = inputs.domains.reference or {
+        domain: values["loss"]
+        for domain, values in measured.held_out.items()
+        if domain in inputs.reader.sizes
+    }
+    trainer, rule = _assemble(config, inputs, model, context, measured, reference)
+    trainer.fit()
+    if not trainer.stopping:
+        finish(trainer, rule, config, inputs.folder, inputs.target, measured.held_out, reference)
+    return trainer
+
+
+def open_inputs(config: ShearConfig) -> Inputs:
+    """Opens source and data and checks that they fit each other and the target."""
+    parse_sizes(config.target)
+    folder = resolve_model(config.source)
+    model = load_config(folder)
+    source = shape_of(model)
+    target = parse_target(config.target, source)
+    reader, held_out = open_data(config.data, config.train, model, folder)
+    domains = starting_domains(
+        reader.sizes,
+        weights=config.domain_weights,
+        reference=config.reference_losses,
+        sheared=None,
+        dynamic=False,
+    )
+    mixture = config.mixture
+    missing = set(reader.sizes) - set(held_out.sizes if held_out else ())
+    if mixture == "dynamic" and not domains.reference and missing:
+        mixture = "fixed"
+        domains.notes.append(
+            f"no held-out sequences of {', '.join(sorted(missing))} to measure the source on, so "
+            "the domain weights stay fixed; --reference-losses 'c4=2.1,...' makes them dynamic"
+        )
+    return Inputs(folder, model, source, target, reader, held_out, domains, mixture)
+
+
+def _identity(
+    config: ShearConfig, inputs: Inputs, fingerprint: str, context: DistributedContext
+) -> dict[str, Any]:
+    precision = parallel.compute_dtype(config.train.precision, context.device)
+    return run_identity(
+        config.train,
+        inputs.model,
+        precision=str(precision),
+        data=inputs.reader.fingerprint,
+        command="shear",
+        source=fingerprint,
+        target=inputs.target.describe(),
+        mixture=inputs.mixture,
+        domain_weights=inputs.domains.weights,
+        reference_losses=inputs.domains.reference,
+        **{f"masks.{name}": value for name, value in asdict(config.masks).items()},
+    )
+
+
+def _measurements(
+    config: ShearConfig,
+    inputs: Inputs,
+    context: DistributedContext,
+    fingerprint: str,
+    model: CausalLM | None,
+) -> Measurements:
+    """Kept measurements of the source, or those of `model` while it still is the source."""
+    compute = None
+    if model is not None:
+        say(context, "measuring the source: held-out loss and importance of its units")
+        data = (inputs.reader, inputs.held_out, inputs.domains.weights)
+        compute = partial(measure_source, model, config, context, *data)
+    key = measurements_key(config, fingerprint, inputs.reader.fingerprint)
+    measured = load_or_measure(Path(config.output), key, context, compute)
+    for domain, values in measured.held_out.items():
+        say(context, f"source, held-out {domain}: loss {values['loss']:.4f}")
+    return measured
+
+
+def _assemble(
+    config: ShearConfig,
+    inputs: Inputs,
+    model: CausalLM,
+    context: DistributedContext,
+    measured: Measurements,
+    reference: dict[str, float],
+) -> tuple[Trainer, Rule]:
+    """The trainer with its newest checkpoint restored, and the rule that trains its masks."""
+    members = families(inputs.target, inputs.source)
+    seed = config.train.seed
+    scores = initial_scores(members, config.masks, measured.importance, seed, context.device)
+    rule = make_rule(members, scores, config.masks, config.train.steps, seed)
+    trainer = build_trainer(
+        model,
+        config.train,
+        context,
+        output=Path(config.output),
+        reader=inputs.reader,
+        held_out=inputs.held_out,
+        weights=inputs.domains.weights,
+        reference=reference,
+        mixture=MixtureConfig(kind=inputs.mixture),
+        callbacks=[ShearCallback(rule, inputs.source)],
+        description="shear",
+    )
+    return trainer, rule

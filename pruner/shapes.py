@@ -1,0 +1,192 @@
+"""Target shapes: presets, parsing and the rules a shape must meet before any weight is read.
+
+A shape is uniform: every layer of the target has the same sizes. Head dim, vocabulary and the
+number of matrices are never pruned. Presets are the sizes of Sheared LLaMA (arXiv 2310.06694,
+appendix D) for a LLaMA-2-7B source.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from data.errors import InputError
+from trainer.models.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes that pruning can change, plus the head dim that it cannot."""
+
+    layers: int
+    """Decoder blocks."""
+    hidden: int
+    """Width of the residual stream."""
+    heads: int
+    """Query heads per block."""
+    kv_heads: int
+    """Key/value heads per block; each serves heads / kv_heads query heads."""
+    head_dim: int
+    """Channels per head; the same in source and target."""
+    ffn: int
+    """Channels of the feed-forward block."""
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.kv_heads
+
+    def describe(self) -> str:
+        """The shape in the notation of --target."""
+        return ",".join(f"{key}={getattr(self, _FIELDS[key])}" for key in _FIELDS)
+
+
+_FIELDS = {
+    "layers": "layers",
+    "hidden": "hidden",
+    "heads": "heads",
+    "kv-heads": "kv_heads",
+    "ffn": "ffn",
+}
+
+PRESET_SOURCE = "LLaMA-2-7B (layers=32,hidden=4096,heads=32,kv-heads=32,ffn=11008, head dim 128)"
+PRESET_HEAD_DIM = 128
+PRESETS: dict[str, dict[str, int]] = {
+    "1.3b": {"layers": 24, "hidden": 2048, "heads": 16, "ffn": 5504},
+    "2.7b": {"layers": 32, "hidden": 2560, "heads": 20, "ffn": 6912},
+    "370m": {"layers": 24, "hidden": 1024, "heads": 8, "ffn": 2816},
+}
+
+
+def shape_of(config: ModelConfig) -> Shape:
+    """The prunable sizes of a model."""
+    return Shape(
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        ffn=config.intermediate_size,
+    )
+
+
+def parse_target(text: str, source: Shape) -> Shape:
+    """Read `1.3b` or `layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152` and validate it.
+
+    A key that is left out keeps the source's size; without kv-heads, a source that has one KV head
+    per query head keeps it so. Raises InputError naming value, limit and fix.
+    """
+    sizes = parse_sizes(text)
+    if text.strip().lower() not in PRESETS:
+        target = _complete(sizes, source)
+        validate(target, source)
+        return target
+    if source.head_dim != PRESET_HEAD_DIM:
+        raise _preset_error(text, source, f"its head dim {PRESET_HEAD_DIM} is not the source's")
+    target = _complete(sizes, source)
+    try:
+        validate(target, source)
+    except InputError as error:
+        raise _preset_error(text, source, str(error)) from None
+    return target
+
+
+def validate(target: Shape, source: Shape) -> None:
+    """Refuse a target that no choice of units of the source can meet. Raises InputError."""
+    for key, field in _FIELDS.items():
+        size, limit = getattr(target, field), getattr(source, field)
+        if not 1 <= size <= limit:
+            nearest = min(max(size, 1), limit)
+            raise InputError(
+                f"target {key}={size} is outside 1..{limit} (the source has {limit}): "
+                f"pruning only removes units, use for example {key}={nearest}"
+            )
+    if target.head_dim != source.head_dim:
+        raise InputError(
+            f"target head dim {target.head_dim} differs from the source's {source.head_dim}: "
+            "head dim is never pruned, leave it as it is"
+        )
+    _validate_heads(target, source)
+    if target == source:
+        raise InputError(
+            f"target {target.describe()} is the source's own shape, so there is nothing to prune: "
+            "make at least one of its sizes smaller"
+        )
+
+
+def _validate_heads(target: Shape, source: Shape) -> None:
+    heads, kv_heads = target.heads, target.kv_heads
+    if heads % kv_heads or target.group > source.group:
+        allowed = range(kv_heads, kv_heads * source.group + 1, kv_heads)
+        reason = (
+            f"is not a multiple of its {kv_heads} KV heads (kv-heads)"
+            if heads % kv_heads
+            else f"needs {target.group} query heads for each of its {kv_heads} KV heads (kv-heads)"
+        )
+        raise InputError(
+            f"target heads={heads} {reason}; every KV head must keep the same number of query "
+            f"heads, 1..{source.group} as in the source: use heads={_nearest(heads, allowed)}, "
+            "or change kv-heads"
+        )
+    if target.hidden % heads:
+        widths = range(heads, source.hidden + 1, heads)
+        raise InputError(
+            f"target hidden={target.hidden} is not a multiple of heads={heads}, which "
+            f"transformers' configurations require: use hidden={_nearest(target.hidden, widths)}"
+        )
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """The sizes that `text` names; needs no source. Raises InputError for malformed text."""
+    preset = PRESETS.get(text.strip().lower())
+    if preset is not None:
+        return dict(preset)
+    sizes: dict[str, int] = {}
+    for pair in text.split(","):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        key = key.lower().replace("_", "-")
+        if not equals or key not in _FIELDS:
+            raise InputError(
+                f"target {text!r}: {pair.strip()!r} is neither a preset ({', '.join(PRESETS)}) nor "
+                f"key=size with a key of {', '.join(_FIELDS)}: "
+                "write for example layers=24,hidden=2048,heads=16,ffn=5504"
+            )
+        if key in sizes:
+            raise InputError(f"target {text!r} gives {key} twice: give each size once")
+        try:
+            sizes[key] = int(value)
+        except ValueError:
+            raise InputError(
+                f"target {key}={value!r} is not a whole number: write for example {key}=8"
+            ) from None
+    return sizes
+
+
+def _complete(sizes: dict[str, int], source: Shape) -> Shape:
+    complete = {field.name: getattr(source, field.name) for field in fields(Shape)}
+    complete |= {_FIELDS[key]: size for key, size in sizes.items()}
+    if "kv-heads" not in sizes and source.kv_heads == source.heads:
+        complete["kv_heads"] = complete["heads"]
+    return Shape(**complete)
+
+
+def _preset_error(name: str, source: Shape, reason: str) -> InputError:
+    return InputError(
+        f"target preset {name} is made for {PRESET_SOURCE} and does not fit this source "
+        f"({source.describe()}, head dim {source.head_dim}): {reason}. Give the sizes instead, "
+        f"for example --target {_example(source)}"
+    )
+
+
+def _example(source: Shape) -> str:
+    """A valid shape of about half the parameters of the source."""
+    heads = max(source.kv_heads, source.heads // 2 // source.kv_heads * source.kv_heads)
+    hidden = _nearest(source.hidden * 3 // 4, range(heads, source.hidden + 1, heads))
+    layers = max(1, source.layers * 3 // 4)
+    example = _complete(
+        {"layers": layers, "hidden": hidden, "heads": heads, "ffn": max(1, source.ffn * 3 // 4)},
+        source,
+    )
+    return example.describe()
+
+
+def _nearest(value: int, allowed: Iterable[int]) -> int:
+    return min(allowed, key=lambda size: (abs(size - value), -size))

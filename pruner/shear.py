@@ -1,0 +1,35 @@
+"""`python -m pruner.shear`: learned masks, then a dense Hugging Face model of the target shape.
+
+Runs alone or under torchrun (`torchrun --nproc_per_node 8 -m pruner.shear ...`).
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.cli import parse, run
+from pruner.config import ShearConfig
+
+EXAMPLES = """
+torchrun --nproc_per_node 8 -m pruner.shear --target 1.3b
+    LLaMA-2-7B to 1.3B on the data of runs/tokens, at the defaults above
+python -m pruner.shear --source models/SmolLM2-135M --data runs/tokens --output runs/small \\
+    --target layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152 \\
+    --steps 20 --seq-len 256 --global-batch 8 --micro-batch 8 --lr 3e-4
+python -m pruner.shear --target ffn=8192 --output runs/narrow
+    only the feed-forward channels are pruned
+python -m pruner.shear --target 1.3b --rule paper --output runs/paper
+"""
+
+
+def main() -> None:
+    config = parse(ShearConfig, section="shear", examples=EXAMPLES)
+    from pruner.run import shear
+
+    shear(config)
+
+
+if __name__ == "__main__":
+    run(main)

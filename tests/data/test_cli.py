@@ -1,0 +1,234 @@
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+
+from data import cli
+from data.cli import parse, run
+from data.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inner:
+    """Inner options."""
+
+    steps: int = 3
+    """Number of steps."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    renamed: Annotated[Literal["dynamic", "fixed"], tyro.conf.arg(name="mixture")] = "dynamic"
+    """A renamed option."""
+
+    def __post_init__(self) -> None:
+        if self.lr < 0:
+            raise InputError(f"--lr {self.lr} must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outer:
+    """What the program does."""
+
+    data: Path
+    """Where it reads."""
+    inputs: tuple[str, ...] = ()
+    """Several values."""
+    fast: bool = False
+    """A switch."""
+    limit: int | None = None
+    """An optional number."""
+    train: Inner = field(default_factory=lambda: Inner(steps=77))
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("SHORN_") or name == "RANK"]:
+        monkeypatch.delenv(name)
+
+
+def get(*arguments: str) -> Outer:
+    return parse(Outer, section="prune", argv=list(arguments), examples="python -m x --data y")
+
+
+def test_flags_and_nested_defaults() -> None:
+    config = get("--data", "d", "--lr", "0.5", "--inputs", "a", "b", "--fast", "--mixture", "fixed")
+    assert config == Outer(
+        data=Path("d"),
+        inputs=("a", "b"),
+        fast=True,
+        train=Inner(steps=77, lr=0.5, renamed="fixed"),
+    )
+
+
+def test_file_then_environment_then_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shorn.toml").write_text(
+        '[prune]\ndata = "from-file"\nsteps = 1\nlr = 1\nlimit = 5\nfast = true\n'
+        'inputs = ["-a", "b c"]\nmixture = "fixed"\n[other]\nanything = 1\n'
+    )
+    monkeypatch.setenv("SHORN_STEPS", "2")
+    monkeypatch.setenv("SHORN_LR", "0.5")
+    monkeypatch.setenv("SHORN_UNRELATED", "x")
+    config = get("--lr", "0.25")
+    assert config == Outer(
+        data=Path("from-file"),
+        inputs=("-a", "b c"),
+        fast=True,
+        limit=5,
+        train=Inner(steps=2, lr=0.25, renamed="fixed"),
+    )
+    monkeypatch.setenv("SHORN_LIMIT", "None")
+    monkeypatch.setenv("SHORN_INPUTS", "x 'y z'")
+    monkeypatch.setenv("SHORN_MIXTURE", "dynamic")
+    config = get("--no-fast")
+    assert (config.limit, config.inputs, config.fast) == (None, ("x", "y z"), False)
+    assert config.train.renamed == "dynamic"
+
+
+def test_named_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.toml").write_text('[prune]\ndata = "x"\n')
+    monkeypatch.setenv("SHORN_CONFIG", "mine.toml")
+    assert get().data == Path("x")
+    monkeypatch.setenv("SHORN_CONFIG", "none.toml")
+    with pytest.raises(InputError, match=r"SHORN_CONFIG=none\.toml: no such file"):
+        get()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("[prune]\nstps = 1", "unknown key `stps`.*did you mean `steps`"),
+        ("steps = 1", "outside a section"),
+        ("[prun]\nsteps = 1", r"unknown section \[prun\]; did you mean \[prune\]"),
+        ("[prune]\nsteps = 'many'", "steps = 'many' is not a valid value: expected int"),
+        ("[prune]\nmixture = 'x'", "not a valid value: expected Literal"),
+        ("[prune", "not valid TOML"),
+    ],
+)
+def test_bad_configuration_file_is_refused(tmp_path: Path, content: str, named: str) -> None:
+    (tmp_path / "shorn.toml").write_text(content)
+    with pytest.raises(InputError, match=named):
+        get("--data", "d")
+
+
+def test_bad_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHORN_LR", "fast")
+    with pytest.raises(InputError, match="SHORN_LR = 'fast' is not a valid value: expected float"):
+        get("--data", "d")
+
+
+def test_the_configs_own_refusal_comes_through() -> None:
+    with pytest.raises(InputError, match=r"^--lr -1\.0 must be at least 0$"):
+        get("--data", "d", "--lr", "-1")
+
+
+def test_repeated_list_flag_is_refused() -> None:
+    with pytest.raises(InputError, match="--inputs is given 2 times"):
+        get("--data", "d", "--inputs", "a", "--inputs", "b")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--data", "d", "--bogus"], ["--data", "d", "--lr", "x"]]
+)
+def test_usage_errors_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        get(*arguments)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert any(word in printed.err + printed.out for word in ("--data", "--bogus", "--lr"))
+
+
+def test_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "shorn.toml").write_text("[prune]\nsteps = 123\n")
+    with pytest.raises(SystemExit) as stop:
+        get("--help")
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "What the program does." in printed and "Peak learning rate." in printed
+    assert "python -m x --data y" in printed
+    assert "(default: 123)" in printed and "shorn.toml [prune] steps" in printed
+
+
+def test_two_options_of_one_name_are_a_programming_error() -> None:
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Clash:
+        steps: int = 1
+        train: Inner = field(default_factory=Inner)
+
+    with pytest.raises(AssertionError, match="two options named"):
+        cli._flat_fields(Clash)
+
+
+def raise_error(error: BaseException) -> None:
+    raise error
+
+
+def test_run_prints_input_errors_without_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: raise_error(InputError("steps 0 is below 1; raise it")))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: steps 0 is below 1; raise it\n"
+
+
+def test_run_lets_other_errors_and_results_through() -> None:
+    run(lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: raise_error(ZeroDivisionError()))
+
+
+def test_run_exits_with_130_on_ctrl_c() -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: raise_error(KeyboardInterrupt()))
+    assert stop.value.code == 130
+
+
+def test_other_ranks_let_rank_zero_speak_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(cli, "SECONDS_FOR_RANK_ZERO", 0.2)
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: raise_error(InputError("bad")))
+    assert stop.value.code == 2 and time.monotonic() - start >= 0.2
+    assert capsys.readouterr().err == "error (rank 3): bad\n"
+    cli.warn("not shown")
+    assert capsys.readouterr().err == ""
+
+
+def test_waiting_rank_obeys_sigterm_despite_a_graceful_handler() -> None:
+    code = (
+        "import signal; from data.cli import run; from data.errors import InputError\n"
+        "signal.signal(signal.SIGTERM, lambda *a: None)\n"
+        "def main():\n    print('ready', flush=True)\n    raise InputError('bad')\n"
+        "run(main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"RANK": "1"},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    time.sleep(0.3)
+    process.terminate()
+    assert process.wait(10) < 0
+    process.stdout.close()
+
+
+def test_help_keeps_no_rank_waiting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        get("--help")
+    assert stop.value.code == 0 and time.monotonic() - start < 5
+    assert capsys.readouterr().out == ""

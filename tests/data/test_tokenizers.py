@@ -1,0 +1,144 @@
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from data.errors import InputError
+from data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+
+TRICKY = [
+    "a </s> b <s> c <unk>",
+    "nul \0 byte",
+    "runs     of      spaces\t\tand\n\n\nlines \r\n",
+    "w" * 5000,
+    "日本語 हिन्दी Ωμέγα \U0001f469\u200d\U0001f467 \ufffd",
+    " leading and trailing ",
+    "x",
+    "",
+]
+
+
+def edit_json(path: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_sentencepiece_equals_the_library(sentencepiece_model: Path) -> None:
+    tokenizer = load_tokenizer(sentencepiece_model)
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert [ids.tolist() for ids in tokenizer.encode(TRICKY)] == oracle.encode(TRICKY)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (320, 1, 2)
+    assert tokenizer.adds_bos
+    assert tokenizer.decode(tokenizer.encode(["the mask"])[0].tolist()) == "the mask"
+
+
+def test_llama_tokenizer(shared_data: Path) -> None:
+    path = shared_data / "llama-tokenizer.model"
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.fingerprint.startswith("9e556afd")
+    assert tokenizer.vocab_size == 32_000 and tokenizer.adds_bos
+    ids = tokenizer.encode(["a </s> b"])[0].tolist()
+    assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == "a </s> b"
+
+
+def test_special_tokens_in_text_stay_text(tiny_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    for text, ids in zip(TRICKY, tokenizer.encode(TRICKY), strict=True):
+        assert not {tokenizer.bos_id, tokenizer.eos_id, 0} & set(ids.tolist())
+        assert len(ids) == len(text.encode())  # one token per byte
+        assert tokenizer.decode(ids.tolist()) == text
+
+
+def test_hugging_face_properties(tiny_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (259, 1, 2)
+    assert not tokenizer.adds_bos
+    assert load_tokenizer(tiny_tokenizer / "tokenizer.json").probe() == tokenizer.probe()
+
+
+def test_bos_is_added_only_if_the_tokenizer_does_so_itself(tiny_tokenizer: Path) -> None:
+    def add_bos(content: dict) -> None:
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        }
+
+    edit_json(tiny_tokenizer / "tokenizer.json", add_bos)
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    assert tokenizer.adds_bos
+    assert tokenizer.encode(["a"])[0].tolist() != [1] and len(tokenizer.encode(["a"])[0]) == 1
+
+
+def test_truncation_and_padding_settings_are_ignored(tiny_tokenizer: Path) -> None:
+    def truncate(content: dict) -> None:
+        content["truncation"] = {
+            "max_length": 4,
+            "stride": 0,
+            "strategy": "LongestFirst",
+            "direction": "Right",
+        }
+
+    edit_json(tiny_tokenizer / "tokenizer.json", truncate)
+    assert [len(ids) for ids in load_tokenizer(tiny_tokenizer).encode(["abcdefgh", "a"])] == [8, 1]
+
+
+def test_survive_pickling(tiny_tokenizer: Path, sentencepiece_model: Path) -> None:
+    for path in (tiny_tokenizer, sentencepiece_model):
+        tokenizer = load_tokenizer(path)
+        copy = pickle.loads(pickle.dumps(tokenizer))
+        assert copy.probe() == tokenizer.probe() and copy.record() == tokenizer.record()
+
+
+def test_folder_with_only_a_sentencepiece_model(sentencepiece_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.record() == load_tokenizer(sentencepiece_model).record()
+    (folder / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert not load_tokenizer(folder).adds_bos
+
+
+def test_tokenizer_json_that_contradicts_the_model_beside_it_is_refused(
+    tiny_tokenizer: Path, sentencepiece_model: Path
+) -> None:
+    (tiny_tokenizer / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
+    with pytest.raises(InputError, match="different ids for the same text"):
+        load_tokenizer(tiny_tokenizer)
+
+
+def test_probes_tell_tokenizers_apart(tiny_tokenizer: Path, sentencepiece_model: Path) -> None:
+    assert load_tokenizer(tiny_tokenizer).probe() != load_tokenizer(sentencepiece_model).probe()
+
+
+def test_missing_eos_is_refused(tiny_tokenizer: Path) -> None:
+    edit_json(tiny_tokenizer / "tokenizer_config.json", lambda content: content.pop("eos_token"))
+    with pytest.raises(InputError, match="no end-of-sequence token"):
+        load_tokenizer(tiny_tokenizer)
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        load_tokenizer(tmp_path / "none.model")
+    (tmp_path / "bad.model").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="not a sentencepiece model"):
+        load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="no tokenizer can be read"):
+        load_tokenizer(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"hf download nobody/nothing .*--local-dir"):
+        load_tokenizer("nobody/nothing")

@@ -1,0 +1,111 @@
+"""Tiny deterministic inputs for tests: a tokenizer, documents, token folders, random models."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+BYTES = 256
+WORDS = (
+    "the shape of a model is a contract and the mask keeps what the count allows while loss falls"
+).split()
+
+
+def write_tokenizer(path: Path) -> Path:
+    """Folder with a byte-level BPE tokenizer without merges: 256 bytes, <unk>, <s>, </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {symbol: len(vocabulary) + index for index, symbol in enumerate(alphabet)}
+    assert len(vocabulary) == BYTES + 3
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(str(path))
+    return path
+
+
+def documents(domain: str, number: int, seed: int = 0, words: int = 60) -> list[dict[str, Any]]:
+    """SlimPajama-style records of one domain: {"text", "meta": {"redpajama_set_name"}}."""
+    generator = random.Random(f"{domain}-{seed}")
+    return [
+        {
+            "text": f"{domain} {index} " + " ".join(generator.choices(WORDS, k=words)),
+            "meta": {"redpajama_set_name": domain},
+        }
+        for index in range(number)
+    ]
+
+
+def write_documents(
+    path: Path, domains: tuple[str, ...] = ("alpha", "beta"), number: int = 60, seed: int = 0
+) -> Path:
+    """One .jsonl file with the documents of all domains interleaved."""
+    records = [documents(domain, number, seed) for domain in domains]
+    lines = [json.dumps(record) for group in zip(*records, strict=True) for record in group]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_tokens(
+    path: Path,
+    tokenizer: Path,
+    *,
+    domains: tuple[str, ...] = ("alpha", "beta"),
+    number: int = 60,
+    seq_len: int = 64,
+    held_out: float = 0.1,
+) -> Path:
+    """Token folder made by the real `data.tokenize` command from `write_documents`."""
+    from data.tokenize import main
+
+    source = write_documents(path.parent / f"{path.name}-text" / "documents.jsonl", domains, number)
+    main(
+        [
+            *("--input", str(source)),
+            *("--tokenizer", str(tokenizer)),
+            *("--output", str(path)),
+            *("--seq-len", str(seq_len)),
+            *("--held-out", str(held_out)),
+            *("--workers", "1"),
+        ]
+    )
+    return path
+
+
+def write_model(path: Path, tokenizer: Path | None = None, **overrides: Any) -> Path:
+    """Hugging Face folder of a random fp32 Llama: 2 layers, hidden 32, 4 heads, 2 KV, ffn 48.
+
+    `overrides` are LlamaConfig fields. `tokenizer` is a folder whose tokenizer files are copied; a
+    byte-level one is written when None.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields: dict[str, Any] = {
+        "vocab_size": BYTES + 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**(fields | overrides))).save_pretrained(str(path))
+    if tokenizer is None:
+        write_tokenizer(path)
+    else:
+        for file in tokenizer.iterdir():
+            if file.name.startswith(("tokenizer", "special_tokens")):
+                (path / file.name).write_bytes(file.read_bytes())
+    return path

@@ -1,0 +1,172 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruner.extract import Extraction, extract
+from pruner.masks import families, to_masks
+from pruner.shapes import Shape, shape_of, validate
+from trainer.models.config import ModelConfig
+from trainer.models.hf import load_config, load_model, save_model
+from trainer.models.llama import CausalLM
+from trainer.models.masks import Masks
+
+BASE: dict[str, Any] = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-mha": {"model_type": "llama", "num_key_value_heads": 6},
+    "llama-mqa": {"model_type": "llama", "num_key_value_heads": 1},
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+}
+
+
+def random_model(**options: Any) -> CausalLM:
+    """Every parameter random, gains and biases too, so that nothing can hide behind 0 or 1."""
+    model = CausalLM(ModelConfig.from_hf(BASE | options))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        gain = name.endswith("norm.weight")
+        parameter.data = 1 + 0.3 * values if gain else 0.3 * values
+    return model.eval()
+
+
+def random_masks(target: Shape, source: Shape, *, soft: bool = True, seed: int = 0) -> Masks:
+    """Random units of each row kept, with mid-range values when `soft`."""
+    generator = torch.Generator().manual_seed(seed)
+    z: dict[str, Tensor] = {}
+    for name, family in families(target, source).items():
+        order = torch.rand(family.rows, family.units, generator=generator).argsort(-1)
+        values = 0.2 + 0.75 * torch.rand(family.rows, family.units, generator=generator)
+        z[name] = torch.where(order < family.target, values if soft else 1.0, 0.0)
+    return to_masks(z, source)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def check_all_agree(model: CausalLM, masks: Masks, path: Path) -> ModelConfig:
+    """Masked forward == extracted model == its folder in plain transformers; returns its config."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.randint(0, 53, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        masked = model(ids, masks=masks)
+        config, tensors = extract(model.config, masks, model.named_parameters())
+        save_model(config, ((name, t.detach()) for name, t in tensors), path)
+        extracted = load_model(path)
+        plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        assert difference(extracted.eval()(ids), masked) < 1e-5
+        assert difference(plain(ids).logits, masked) < 1e-5
+    assert load_config(path).num_parameters() == config.num_parameters()
+    assert plain.num_parameters() == config.num_parameters()
+    return config
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("soft", [True, False])
+def test_masked_extracted_and_reloaded_models_agree(name: str, soft: bool, tmp_path: Path) -> None:
+    model = random_model(**MODELS[name])
+    source = shape_of(model.config)
+    kv_heads = max(1, source.kv_heads - 1)
+    group = max(1, source.group - 1)
+    target = Shape(2, 20, kv_heads * group, kv_heads, 8, 11)
+    validate(target, source)
+    config = check_all_agree(model, random_masks(target, source, soft=soft), tmp_path / "model")
+    assert shape_of(config) == target
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        Shape(3, 24, 3, 3, 8, 20),
+        Shape(3, 24, 4, 2, 8, 20),
+        Shape(3, 24, 6, 3, 8, 7),
+        Shape(1, 24, 6, 3, 8, 20),
+        Shape(3, 18, 6, 3, 8, 20),
+        Shape(1, 1, 1, 1, 8, 1),
+    ],
+    ids=["query-head", "kv-group", "ffn", "layer", "hidden", "one-of-each"],
+)
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2"])
+def test_single_families_and_single_units(name: str, target: Shape, tmp_path: Path) -> None:
+    model = random_model(**MODELS[name])
+    source = shape_of(model.config)
+    config = check_all_agree(model, random_masks(target, source, seed=3), tmp_path / "model")
+    assert shape_of(config) == target
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_all_units_kept_with_soft_masks(name: str, tmp_path: Path) -> None:
+    model = random_model(**MODELS[name])
+    generator = torch.Generator().manual_seed(5)
+    masks = Masks(
+        hidden=0.2 + 0.8 * torch.rand(24, generator=generator),
+        layer=0.2 + 0.8 * torch.rand(3, generator=generator),
+        head=0.2 + 0.8 * torch.rand(3, 6, generator=generator),
+        intermediate=0.2 + 0.8 * torch.rand(3, 20, generator=generator),
+    )
+    assert check_all_agree(model, masks, tmp_path / "model").num_parameters() == (
+        model.config.num_parameters()
+    )
+
+
+def test_no_masks_copy_the_model() -> None:
+    model = random_model(model_type="llama")
+    config, tensors = extract(model.config, Masks(), model.named_parameters())
+    assert config == model.config
+    parameters = dict(model.named_parameters())
+    copied = dict(tensors)
+    assert copied.keys() == parameters.keys()
+    assert all(torch.equal(copied[name], parameters[name]) for name in parameters)
+
+
+def test_a_stored_head_of_a_tied_model_is_left_out() -> None:
+    model = random_model(model_type="llama", tie_word_embeddings=True)
+    state = [*model.named_parameters(), ("lm_head.weight", model.head_weight)]
+    names = [name for name, _ in extract(model.config, Masks(), state)[1]]
+    assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
+
+
+def test_dtype_is_kept_and_dropped_blocks_are_renumbered() -> None:
+    model = random_model(model_type="llama").to(torch.bfloat16)
+    masks = Masks(layer=torch.tensor([0.0, 1.0, 1.0]), hidden=torch.linspace(0.1, 1, 24))
+    _, tensors = extract(model.config, masks, model.named_parameters())
+    found = dict(tensors)
+    assert all(t.dtype == torch.bfloat16 for t in found.values())
+    blocks = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
+    assert blocks == {"0", "1"}
+    second = model.model.layers[2].mlp.up_proj.weight
+    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], second)
+
+
+def test_non_uniform_masks_are_refused() -> None:
+    config = random_model(model_type="llama").config
+    ragged = torch.ones(3, 20)
+    ragged[1, 0] = 0
+    with pytest.raises(AssertionError, match="different numbers of units"):
+        Extraction(config, Masks(intermediate=ragged))
+    heads = torch.ones(3, 6)
+    heads[:, 0] = 0
+    with pytest.raises(AssertionError, match="different query heads"):
+        Extraction(config, Masks(head=heads))
+    with pytest.raises(AssertionError, match="no block"):
+        Extraction(config, Masks(layer=torch.zeros(3)))

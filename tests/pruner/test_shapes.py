@@ -1,0 +1,109 @@
+import re
+
+import pytest
+
+from data.errors import InputError
+from pruner.shapes import PRESETS, Shape, parse_target, shape_of, validate
+from trainer.models.config import ModelConfig
+
+LLAMA_7B = Shape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, ffn=11008)
+SMOLLM = Shape(layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536)
+LLAMA3_8B = Shape(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336)
+
+
+def test_presets_of_the_7b_source() -> None:
+    expected = {
+        "1.3b": Shape(24, 2048, 16, 16, 128, 5504),
+        "2.7b": Shape(32, 2560, 20, 20, 128, 6912),
+        "370m": Shape(24, 1024, 8, 8, 128, 2816),
+    }
+    assert set(expected) == set(PRESETS)
+    for name, shape in expected.items():
+        assert parse_target(name, LLAMA_7B) == shape
+
+
+def test_preset_on_a_grouped_query_source_keeps_its_kv_heads() -> None:
+    assert parse_target("1.3B", LLAMA3_8B) == Shape(24, 2048, 16, 8, 128, 5504)
+
+
+def test_custom_target() -> None:
+    text = "layers=24, hidden=432,heads=6,kv-heads=2,ffn=1152"
+    assert parse_target(text, SMOLLM) == Shape(24, 432, 6, 2, 64, 1152)
+
+
+def test_omitted_sizes_stay() -> None:
+    assert parse_target("ffn=1024", SMOLLM) == Shape(30, 576, 9, 3, 64, 1024)
+    assert parse_target("kv_heads=2,heads=6", SMOLLM).group == 3
+    assert parse_target("heads=16", LLAMA_7B).kv_heads == 16
+
+
+def test_described_shape_parses_back() -> None:
+    target = parse_target("hidden=432,heads=6,kv-heads=2", SMOLLM)
+    assert parse_target(target.describe(), SMOLLM) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("heads=5", r"heads=5 is not a multiple of its 3 KV heads.*use heads=6"),
+        ("heads=6,kv-heads=1", r"heads=6 needs 6 query heads.*1\.\.3.*use heads=3"),
+        ("kv-heads=4,heads=8", r"kv-heads=4 is outside 1\.\.3.*kv-heads=3"),
+        ("heads=12", r"heads=12 is outside 1\.\.9"),
+        ("hidden=500,heads=6,kv-heads=2", r"hidden=500 .*heads=6.*use hidden=498"),
+        ("layers=31", r"layers=31 is outside 1\.\.30.*layers=30"),
+        ("layers=0", r"layers=0 is outside 1\.\.30.*layers=1"),
+        ("ffn=-3", r"ffn=-3 is outside 1\.\.1536"),
+        ("width=3", r"'width=3' is neither a preset .*key=size"),
+        ("2b", r"'2b' is neither a preset \(1\.3b"),
+        ("ffn=many", r"ffn='many' is not a whole number"),
+        ("ffn=3,ffn=4", r"gives ffn twice"),
+        ("layers=30", r"the source's own shape.*smaller"),
+        ("1.3b", r"preset 1\.3b is made for LLaMA-2-7B .*head dim 64.*--target layers="),
+    ],
+)
+def test_impossible_targets_name_value_limit_and_fix(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.compile(message, re.DOTALL)):
+        parse_target(text, SMOLLM)
+
+
+def test_preset_larger_than_the_source() -> None:
+    small = Shape(layers=24, hidden=2048, heads=16, kv_heads=16, head_dim=128, ffn=5504)
+    with pytest.raises(InputError, match=r"preset 2\.7b is made for LLaMA-2-7B.*layers=32"):
+        parse_target("2.7b", small)
+
+
+@pytest.mark.parametrize("source", [SMOLLM, Shape(2, 64, 4, 4, 16, 96), Shape(1, 8, 1, 1, 8, 3)])
+def test_the_shape_an_error_proposes_is_valid(source: Shape) -> None:
+    with pytest.raises(InputError) as error:
+        parse_target("370m", source)
+    proposal = str(error.value).rpartition("--target ")[2]
+    assert parse_target(proposal, source) != source
+
+
+def test_every_nearest_value_in_a_message_is_accepted() -> None:
+    for heads in (1, 2, 4, 5, 7, 8):
+        with pytest.raises(InputError) as error:
+            parse_target(f"heads={heads}", SMOLLM)
+        fixed = re.search(r"use heads=(\d+)", str(error.value))
+        assert fixed
+        target = Shape(30, 576, int(fixed[1]), 3, 64, 1535)
+        validate(target, SMOLLM)
+
+
+def test_head_dim_never_changes() -> None:
+    with pytest.raises(InputError, match="head dim 32 differs from the source's 64"):
+        validate(Shape(30, 576, 9, 3, 32, 1024), SMOLLM)
+
+
+def test_shape_of_a_config() -> None:
+    config = ModelConfig(
+        family="llama",
+        vocab_size=10,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+    )
+    assert shape_of(config) == SMOLLM

@@ -1,0 +1,54 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pruner import shear
+from pruner.config import ShearConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SHORN_")}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "pruner.shear", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_lists_the_options_and_examples(tmp_path: Path) -> None:
+    shown = command("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    flags = "source target data output steps seq-len global-batch micro-batch seed rule json"
+    for flag in flags.split():
+        assert f"--{flag} " in shown.stdout, flag
+    assert "torchrun --nproc_per_node 8 -m pruner.shear" in shown.stdout
+
+
+def test_a_missing_model_is_one_error_that_says_how_to_get_it(tmp_path: Path) -> None:
+    failed = command("--target", "1.3b", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert failed.stderr.count("error:") == 1 and "Traceback" not in failed.stderr
+    assert "meta-llama/Llama-2-7b-hf" in failed.stderr and "hf download" in failed.stderr
+
+
+def test_documented_defaults() -> None:
+    config = ShearConfig()
+    assert (config.source, config.target) == ("meta-llama/Llama-2-7b-hf", "1.3b")
+    assert (config.data, config.output) == ("runs/tokens", "runs/shear")
+    assert config.masks.rule == "projection"
+    train = config.train
+    assert (train.steps, train.global_batch, train.micro_batch) == (3200, 32, 4)
+    assert (train.seq_len, train.lr, train.warmup_ratio) == (4096, 1e-4, 0.1)
+
+
+def test_the_entry_file_stays_a_table_of_contents() -> None:
+    assert shear.__file__ is not None
+    assert len(Path(shear.__file__).read_text().splitlines()) < 80

@@ -1,0 +1,118 @@
+"""House rules checked on the source: who may import whom, length of files and functions."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("csrc", "data", "trainer", "pruner", "launch", "tests")
+MAY_IMPORT = {
+    "csrc": set(),
+    "data": set(),
+    "trainer": {"data"},
+    "pruner": {"data", "trainer"},
+    "launch": {"data", "trainer", "pruner"},
+    "tests": {"data", "trainer", "pruner", "launch"},
+}
+FILE_LINES = 500
+FUNCTION_LINES = 60
+LOOP_FUNCTION_LINES = 100
+ENTRY_LINES = 80
+ENTRY_FILES = (
+    "data/tokenize.py",
+    "launch/cpt.py",
+    "launch/demo.py",
+    "launch/evaluate.py",
+    "pruner/shear.py",
+)
+
+
+def sources(*packages: str) -> list[Path]:
+    return [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported_packages(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, top-level name) of every absolute import, those inside functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.lineno, node.module.split(".")[0]
+
+
+def forbidden_imports(package: str, tree: ast.AST) -> list[tuple[int, str]]:
+    allowed = MAY_IMPORT[package] | {package}
+    return [
+        (line, name)
+        for line, name in imported_packages(tree)
+        if name in PACKAGES and name not in allowed
+    ]
+
+
+def long_functions(tree: ast.AST, limit: int) -> list[tuple[str, int]]:
+    return [
+        (node.name, (node.end_lineno or node.lineno) - node.lineno + 1)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or node.lineno) - node.lineno + 1 > limit
+    ]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sources(package)
+        for line, name in forbidden_imports(package, ast.parse(path.read_text("utf-8")))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_relative_imports() -> None:
+    """Imports name their package: `python launch/cpt.py` and `-m launch.cpt` must both work."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources(*PACKAGES)
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level > 0
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_rule_sees_hidden_imports() -> None:
+    tree = ast.parse("def f():\n    import launch.cpt\n    from trainer.loop import Trainer\n")
+    assert forbidden_imports("data", tree) == [(2, "launch"), (3, "trainer")]
+    assert forbidden_imports("pruner", tree) == [(2, "launch")]
+    assert forbidden_imports("launch", tree) == []
+
+
+def test_files_stay_short() -> None:
+    lengths = {path: len(path.read_text("utf-8").splitlines()) for path in sources(*PACKAGES)}
+    wrong = [f"{path.relative_to(ROOT)}: {n}" for path, n in lengths.items() if n > FILE_LINES] + [
+        f"{name}: {lengths[ROOT / name]} lines for an entry file"
+        for name in ENTRY_FILES
+        if (ROOT / name).exists() and lengths[ROOT / name] > ENTRY_LINES
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_functions_stay_short() -> None:
+    wrong = []
+    for path in sources("data", "trainer", "pruner", "launch"):
+        name = str(path.relative_to(ROOT))
+        limit = LOOP_FUNCTION_LINES if name == "trainer/loop.py" else FUNCTION_LINES
+        tree = ast.parse(path.read_text("utf-8"))
+        wrong += [f"{name} {function}: {n}" for function, n in long_functions(tree, limit)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_folder_of_code_is_a_package() -> None:
+    """A folder without __init__.py is left out of a regular (not editable) install."""
+    folders = {path.parent for path in sources(*PACKAGES)}
+    missing = [
+        str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists()
+    ]
+    assert not missing, missing

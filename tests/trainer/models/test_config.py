@@ -1,0 +1,89 @@
+from typing import Any
+
+import pytest
+import torch
+
+from data.errors import InputError
+from tests.trainer.models.cases import CASES
+from trainer.models.config import ModelConfig
+from trainer.models.llama import CausalLM
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_layers": 32,
+    "num_heads": 32,
+    "num_kv_heads": 32,
+    "head_dim": 128,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_config_survives_the_round_trip_through_transformers(name: str) -> None:
+    config = ModelConfig.from_hf(CASES[name])
+    again = ModelConfig.from_hf(config.to_hf().to_dict())
+    for field in ModelConfig.__slots__:
+        if field not in ("hf", "rope_scaling"):
+            assert getattr(again, field) == getattr(config, field), field
+    for key in ("rope_type", "factor"):
+        assert (again.rope_scaling or {}).get(key) == (config.rope_scaling or {}).get(key)
+
+
+def test_reading_leaves_the_given_dictionary_alone() -> None:
+    values = {**CASES["llama-linear-rope"], "rope_scaling": {"type": "linear", "factor": 4.0}}
+    ModelConfig.from_hf(values)
+    assert values["rope_scaling"] == {"type": "linear", "factor": 4.0}
+
+
+def test_special_tokens_and_extras_reach_the_written_config() -> None:
+    config = ModelConfig.from_hf({**CASES["llama"], "bos_token_id": 7, "eos_token_id": [8, 9]})
+    written = config.to_hf()
+    assert (written.bos_token_id, written.eos_token_id) == (7, [8, 9])
+    assert written.architectures == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_num_parameters_counts_the_model(name: str) -> None:
+    config = ModelConfig.from_hf(CASES[name])
+    with torch.device("meta"):
+        parameters = dict(CausalLM(config).named_parameters())
+    assert config.num_parameters() == sum(p.numel() for p in parameters.values())
+    inner = [p.numel() for n, p in parameters.items() if "embed" not in n and "lm_head" not in n]
+    assert config.num_parameters(embeddings=False) == sum(inner)
+
+
+def test_sizes_and_flops_of_llama_2_7b() -> None:
+    config = ModelConfig(family="llama", **_SIZES)
+    assert config.num_parameters() == 6_738_415_616
+    # Measured with torch's FLOP counter at 4096 tokens: 46.08 GF per token, 42.87 causal.
+    assert config.flops_per_token(4096, causal=False) == pytest.approx(46.08e9, rel=1e-3)
+    assert config.flops_per_token(4096, causal=True) == pytest.approx(42.87e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "llama, mistral, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_size": 50}, "50"),
+        ({"num_key_value_heads": 4}, "num_kv_heads 4"),
+    ],
+)
+def test_unsupported_configs_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ModelConfig.from_hf({**CASES["llama"], **change})
+
+
+def test_shapes_that_transformers_cannot_express_are_refused() -> None:
+    config = ModelConfig(family="llama", **{**_SIZES, "hidden_size": 4100})
+    with pytest.raises(InputError, match=r"4100.*4096"):
+        config.to_hf()
+    with pytest.raises(InputError, match="mlp_bias"):
+        ModelConfig(family="mistral", mlp_bias=True, **_SIZES).to_hf()
+    with pytest.raises(InputError, match="head_dim is 3"):
+        ModelConfig(family="llama", **{**_SIZES, "head_dim": 3})

@@ -1,0 +1,204 @@
+"""Stop and resume: bit-identical on the same number of ranks, atomic, verified."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from data.errors import InputError
+from tests.distributed import run_ranks
+from tests.trainer.tiny import losses, make_trainer, options, weights
+from trainer import checkpoint
+from trainer.callbacks.base import Callback
+from trainer.callbacks.mixture import MixtureCallback
+from trainer.checkpoint import MARKER, Checkpointer
+from trainer.loop import Trainer
+
+
+class Wanderer(Callback):
+    """State of tensors and numbers that every step changes."""
+
+    name: ClassVar[str] = "wanderer"
+
+    def __init__(self) -> None:
+        self.scores = torch.zeros(5)
+        self.optimizer_state: dict[str, Any] = {
+            "steps": 0,
+            "moment": [torch.ones(2, dtype=torch.float64)],
+        }
+
+    def on_step_end(self, t: Trainer) -> None:
+        self.scores += torch.rand(5) * t.loss
+        self.optimizer_state["steps"] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores, "optimizer": self.optimizer_state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores, self.optimizer_state = state["scores"], state["optimizer"]
+
+
+class SignalAt(Callback):
+    """Sends a signal to one rank's own process at a step."""
+
+    name: ClassVar[str] = "signal"
+
+    def __init__(self, step: int, number: int, rank: int) -> None:
+        self.step, self.number, self.rank = step, number, rank
+
+    def on_step_end(self, t: Trainer) -> None:
+        if t.step == self.step and t.context.rank == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+class Outcome(NamedTuple):
+    weights: dict[str, np.ndarray]
+    scores: list[float]
+    callback_steps: int
+    mixture: dict[str, float]
+    used: dict[str, int]
+    stopped: bool
+
+
+def train(workspace: Path, output: Path, stop_at: int = 0, number: int = signal.SIGTERM) -> Outcome:
+    """Runs or resumes 20 steps; a signal to the last rank stops the run at step `stop_at`."""
+    torch.manual_seed(0)
+    wanderer = Wanderer()
+    sender = SignalAt(stop_at, number, rank=int(os.environ.get("WORLD_SIZE", "1")) - 1)
+    trainer = make_trainer(workspace, output, callbacks=[wanderer, sender])
+    trainer.fit()
+    (mixture,) = (c for c in trainer.callbacks if isinstance(c, MixtureCallback))
+    return Outcome(
+        weights={name: value.numpy() for name, value in weights(trainer).items()},
+        scores=wanderer.scores.tolist(),
+        callback_steps=wanderer.optimizer_state["steps"],
+        mixture=mixture.mixture.weights,
+        used=trainer.stream.sampler.used,
+        stopped=trainer.stopping,
+    )
+
+
+def assert_same(one: Outcome, other: Outcome) -> None:
+    assert one[1:] == other[1:]
+    for name, value in one.weights.items():
+        np.testing.assert_array_equal(value, other.weights[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("world", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (2, signal.SIGINT)]
+)
+def test_twenty_steps_equal_ten_and_ten(
+    workspace: Path, tmp_path: Path, world: int, number: int
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = run_ranks(train, world, workspace, whole)
+    first = run_ranks(train, world, workspace, parts, 10, number)
+    assert all(outcome.stopped for outcome in first)
+    assert len(losses(parts)) == 10
+    second = run_ranks(train, world, workspace, parts)
+    assert losses(parts) == losses(whole)
+    assert expected[0].callback_steps == 20
+    assert expected[0].mixture != {"alpha": 0.5, "beta": 0.5}
+    for rank in range(world):
+        assert_same(second[rank], expected[rank])
+
+
+def test_resume_on_another_number_of_ranks(workspace: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = run_ranks(train, 1, workspace, whole)[0]
+    run_ranks(train, 4, workspace, parts, 10)
+    resumed = run_ranks(train, 2, workspace, parts)[0]
+    np.testing.assert_allclose(losses(parts), losses(whole), rtol=0, atol=1e-5)
+    assert resumed.used == expected.used
+
+
+def saved_run(workspace: Path, output: Path, **changes: Any) -> Trainer:
+    trainer = make_trainer(workspace, output, options(**({"steps": 6} | changes)))
+    trainer.fit()
+    return trainer
+
+
+def test_keeps_the_newest_and_ignores_partial_ones(workspace: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    leftover = folder / ".step-00000004.partial"
+    leftover.mkdir(parents=True)
+    (leftover / "__0_0.distcp").write_bytes(b"half")
+    unmarked = folder / "step-00000099"
+    unmarked.mkdir()
+    trainer = saved_run(workspace, tmp_path, save_interval=2)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step-00000004", "step-00000006", "step-00000099"]
+    latest = Checkpointer(folder, trainer.context).latest()
+    assert latest == folder / "step-00000006"
+
+
+def test_a_damaged_file_is_named(workspace: Path, tmp_path: Path) -> None:
+    saved_run(workspace, tmp_path)
+    file = tmp_path / "checkpoints" / "step-00000006" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"__0_0\.distcp.*delete the folder .*step-00000006"):
+        make_trainer(workspace, tmp_path, options(steps=6))
+
+
+def test_a_missing_file_is_named(workspace: Path, tmp_path: Path) -> None:
+    saved_run(workspace, tmp_path)
+    (tmp_path / "checkpoints" / "step-00000006" / "state.pt").unlink()
+    with pytest.raises(InputError, match=r"state\.pt.*missing"):
+        make_trainer(workspace, tmp_path, options(steps=6))
+
+
+def test_a_full_disk_costs_no_older_checkpoint(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_run(workspace, tmp_path, steps=4)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    trainer = make_trainer(workspace, tmp_path, options(steps=4))
+    trainer.step = 5
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(InputError, match="no room for a checkpoint"):
+        Checkpointer(folder, trainer.context).save(trainer)
+    assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+
+
+def test_a_write_error_is_reported_by_every_rank(workspace: Path, tmp_path: Path) -> None:
+    def attempt() -> str:
+        trainer = make_trainer(workspace, tmp_path, options(steps=2))
+        if trainer.context.rank == 1:
+
+            def refuse(*_: Any, **__: Any) -> None:
+                raise OSError(28, "No space left on device")
+
+            checkpoint.dcp.FileSystemWriter.write_data = refuse  # type: ignore[assignment,method-assign]
+        try:
+            trainer.fit()
+        except InputError as error:
+            return str(error)
+        return ""
+
+    messages = run_ranks(attempt, 2)
+    assert all("no room for a checkpoint" in message for message in messages)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_other_callbacks_are_refused(workspace: Path, tmp_path: Path) -> None:
+    saved_run(workspace, tmp_path)
+    with pytest.raises(InputError, match="wanderer"):
+        make_trainer(workspace, tmp_path, options(steps=6), callbacks=[Wanderer()])
+
+
+def test_the_marker_lists_every_file(workspace: Path, tmp_path: Path) -> None:
+    saved_run(workspace, tmp_path)
+    folder = tmp_path / "checkpoints" / "step-00000006"
+    marker = json.loads((folder / MARKER).read_text())
+    files = {path.name for path in folder.iterdir()} - {MARKER}
+    assert set(marker["sha256"]) == files and len(files) >= 3
+    assert marker["step"] == 6 and marker["tokens"] == 6 * 8 * 16

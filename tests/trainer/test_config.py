@@ -1,0 +1,48 @@
+import pytest
+
+from data.errors import InputError
+from trainer.config import TrainConfig, check_layout
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    config = TrainConfig()
+    assert (config.global_batch, config.micro_batch, config.seq_len) == (512, 2, 4096)
+    assert (config.lr, config.weight_decay, config.beta1, config.beta2) == (1e-4, 0.1, 0.9, 0.95)
+    check_layout(config, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"seq_len": 1}, "--seq-len 1"),
+        ({"lr": 0.0}, "--lr 0.0: must be above 0"),
+        ({"beta2": 1.0}, "--beta2 1.0"),
+        ({"warmup_ratio": 1.5}, "--warmup-ratio 1.5"),
+        ({"save_interval": -1}, "--save-interval -1"),
+        ({"threads": 0}, "--threads 0"),
+    ],
+)
+def test_bad_values_name_the_flag(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "message"),
+    [
+        ({}, 6, r"--global-batch 512 .* 6 ranks; start one of \[1, 2, 4.*--global-batch 510"),
+        ({"global_batch": 8}, 16, "use --global-batch 16"),
+        (
+            {"global_batch": 12, "micro_batch": 4},
+            2,
+            r"--micro-batch 4 .* 6 sequences.*\[1, 2, 3, 6",
+        ),
+        ({"replicas": 3}, 8, r"--replicas 3 does not divide 8 ranks; use one of \[1, 2, 4, 8\]"),
+    ],
+)
+def test_impossible_layouts_name_the_remedy(
+    changes: dict[str, int], world: int, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        check_layout(TrainConfig(**changes), world)  # type: ignore[arg-type]

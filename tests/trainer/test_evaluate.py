@@ -1,0 +1,68 @@
+"""Held-out losses against a direct computation, on any number of ranks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.errors import InputError
+from data.reader import TokenReader
+from tests.distributed import run_ranks
+from tests.trainer.tiny import SHAPE, options
+from trainer import parallel
+from trainer.evaluate import DomainLoss, evaluate, overall, report
+from trainer.models.hf import init_weights
+from trainer.models.llama import CausalLM
+from trainer.run import build_model, random_init
+
+LENGTH = 32
+
+
+def held_out(workspace: Path) -> TokenReader:
+    return TokenReader(workspace / "tokens", LENGTH, split="held_out")
+
+
+def measure(workspace: Path, batch: int) -> dict[str, DomainLoss]:
+    context = parallel.init(threads=1)
+    model = build_model(SHAPE, options(), context, load=random_init(1))
+    return evaluate(model, held_out(workspace), ["beta", "alpha"], 7, batch, context)
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 3), (2, 2), (3, 4)])
+def test_equals_a_direct_computation(workspace: Path, world: int, batch: int) -> None:
+    model = CausalLM(SHAPE)
+    init_weights(model, seed=1)
+    reader = held_out(workspace)
+    for losses in run_ranks(measure, world, workspace, batch):
+        assert list(losses) == ["beta", "alpha"]
+        for domain, result in losses.items():
+            ids = torch.from_numpy(reader.read(domain, np.arange(7)))
+            logits = model(ids)[:, :-1]
+            expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            assert result.tokens == 7 * (LENGTH - 1)
+            assert result.loss == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_takes_what_a_small_domain_has(workspace: Path) -> None:
+    reader = held_out(workspace)
+    context = parallel.init(threads=1)
+    model = CausalLM(SHAPE)
+    losses = evaluate(model, reader, reader.domains, 10**6, 4, context)
+    for domain, size in reader.sizes.items():
+        assert losses[domain].tokens == size * (LENGTH - 1)
+    assert model.training
+
+
+def test_unknown_domain(workspace: Path) -> None:
+    context = parallel.init(threads=1)
+    with pytest.raises(InputError, match=r"'gamma'.*alpha.*beta"):
+        evaluate(CausalLM(SHAPE), held_out(workspace), ["gamma"], 1, 1, context)
+
+
+def test_overall_weighs_tokens() -> None:
+    losses = {"a": DomainLoss(1.0, 30), "b": DomainLoss(2.0, 10)}
+    assert overall(losses) == DomainLoss(1.25, 40)
+    assert report(losses)["a"] == {"loss": 1.0, "perplexity": pytest.approx(np.e), "tokens": 30}
+    assert DomainLoss(1e9, 1).perplexity < float("inf")

@@ -1,0 +1,68 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.errors import InputError
+from tests.trainer.tiny import SHAPE, options
+from trainer import parallel
+from trainer.config import TrainConfig
+from trainer.identity import claim_output, read_identity, run_identity, weights_fingerprint
+from trainer.models.config import ModelConfig
+
+
+def claim(
+    output: Path,
+    config: TrainConfig,
+    model: ModelConfig = SHAPE,
+    *,
+    data: str = "abc",
+    started: bool = True,
+) -> None:
+    identity = run_identity(config, model, precision="fp32", data=data, target={"layers": (1, 2)})
+    claim_output(output, identity, parallel.init(threads=1), started=started)
+
+
+def test_the_same_run_is_accepted(tmp_path: Path) -> None:
+    claim(tmp_path, options(), started=False)
+    claim(tmp_path, options(micro_batch=4, save_interval=7, threads=2, eval_interval=3))
+    identity = read_identity(tmp_path)
+    assert identity is not None and identity["lr"] == 1e-2 and identity["model.hidden_size"] == 16
+
+
+def test_differences_are_named(tmp_path: Path) -> None:
+    claim(tmp_path, options(), started=False)
+    with pytest.raises(InputError, match=r"lr was 0\.01, now 0\.5, seed was 0, now 1\. Repeat"):
+        claim(tmp_path, options(lr=0.5, seed=1))
+    with pytest.raises(InputError, match="data was 'abc', now 'def'"):
+        claim(tmp_path, options(), data="def")
+    with pytest.raises(InputError, match=r"model\.num_layers was 2, now 3"):
+        claim(tmp_path, options(), replace(SHAPE, num_layers=3))
+
+
+def test_more_steps_are_another_schedule(tmp_path: Path) -> None:
+    claim(tmp_path, options(), started=False)
+    with pytest.raises(InputError, match=r"steps was 20, now 40.*schedule.*--model .*model"):
+        claim(tmp_path, options(steps=40))
+
+
+def test_a_run_without_progress_is_replaced(tmp_path: Path) -> None:
+    claim(tmp_path, options(), started=False)
+    claim(tmp_path, options(lr=0.5), started=False)
+    identity = read_identity(tmp_path)
+    assert identity is not None and identity["lr"] == 0.5
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--output .*file.* cannot be written"):
+        claim(tmp_path / "file", options(), started=False)
+
+
+def test_weights_fingerprint_sees_changes(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(300_000))
+    zeros = weights_fingerprint(tmp_path)
+    assert zeros == weights_fingerprint(tmp_path)
+    file.write_bytes(bytes(100_000) + b"\x01" * 100_000 + bytes(100_000))
+    assert weights_fingerprint(tmp_path) != zeros

@@ -1,0 +1,144 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data.errors import InputError
+from trainer.loss import LOGITS_BYTES, linear_cross_entropy
+
+
+def _inputs(
+    tokens: int, size: int, classes: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, size, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(classes, size, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(0, classes, (tokens,), generator=generator)
+    weights = torch.rand(tokens, generator=generator) * (
+        torch.rand(tokens, generator=generator) > 0.3
+    )
+    targets[weights == 0] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(), targets, weights
+
+
+def _reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, token losses and gradients from the whole logits in fp64."""
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    losses = F.cross_entropy(h @ w.t(), targets, ignore_index=-100, reduction="none")
+    loss = (losses * weights.double()).sum()
+    loss.backward()
+    assert h.grad is not None and w.grad is not None
+    return loss.detach(), losses.detach(), h.grad, w.grad
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 37, 100, None])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)]
+)
+def test_loss_and_gradients_equal_full_logits(
+    chunk: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    hidden, weight, targets, weights = _inputs(37, 24, 101, dtype)
+    expected = _reference(hidden, weight, targets, weights)
+    loss, losses = linear_cross_entropy(hidden, weight, targets, weights, chunk)
+    assert loss.dtype == losses.dtype == (torch.float64 if dtype.itemsize == 8 else torch.float32)
+    assert not losses.requires_grad
+    assert torch.equal(losses[weights == 0], torch.zeros_like(losses[weights == 0]))
+    loss.backward()
+    for ours, theirs in zip(
+        (loss.detach(), losses, hidden.grad, weight.grad), expected, strict=True
+    ):
+        assert ours is not None
+        assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+    assert hidden.grad is not None and hidden.grad.dtype == dtype
+    assert torch.equal(hidden.grad[weights == 0], torch.zeros_like(hidden.grad[weights == 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_free_path_gives_the_same_loss(dtype: torch.dtype) -> None:
+    hidden, weight, targets, weights = _inputs(37, 24, 101, dtype)
+    loss, losses = linear_cross_entropy(hidden, weight, targets, weights, 8)
+    with torch.no_grad():
+        again, again_losses = linear_cross_entropy(hidden, weight, targets, weights, 8)
+    assert not again.requires_grad
+    torch.testing.assert_close(again, loss.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again_losses, losses, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_gradients_asked_for_are_made_and_scaled() -> None:
+    hidden, weight, targets, weights = _inputs(20, 8, 30, torch.float64)
+    _, _, d_hidden, d_weight = _reference(hidden, weight, targets, weights)
+    loss, _ = linear_cross_entropy(hidden.detach(), weight, targets, weights, 6)
+    (3 * loss).backward()
+    torch.testing.assert_close(weight.grad, 3 * d_weight)
+    loss, _ = linear_cross_entropy(hidden, weight.detach(), targets, weights, 6)
+    loss.backward()
+    torch.testing.assert_close(hidden.grad, d_hidden)
+
+
+def test_confident_mistakes_keep_their_exact_loss() -> None:
+    hidden = torch.tensor([[300.0, 0.0]], requires_grad=True)
+    weight = torch.eye(2, requires_grad=True)
+    loss, _ = linear_cross_entropy(hidden, weight, torch.tensor([1]), torch.ones(1))
+    assert loss.item() == 300.0
+
+
+def test_all_tokens_ignored_gives_zero() -> None:
+    hidden, weight, targets, _ = _inputs(5, 4, 9, torch.float32)
+    loss, losses = linear_cross_entropy(hidden, weight, targets, torch.zeros(5))
+    loss.backward()
+    assert loss.item() == 0 and losses.abs().sum() == 0
+    assert weight.grad is not None and weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("target", [-1, 9])
+def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
+    hidden, weight, targets, _ = _inputs(5, 4, 9, torch.float32)
+    targets = targets.clamp(min=0)
+    targets[2] = target
+    with pytest.raises(InputError, match=f"target id {target} is outside .* 9"):
+        linear_cross_entropy(hidden, weight, targets, torch.ones(5))
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the most elements of any tensor that an operator returned, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_logits_of_all_tokens_are_never_held(gradients: bool) -> None:
+    tokens, size, classes, chunk = 512, 16, 2048, 32
+    hidden, weight, targets, weights = _inputs(tokens, size, classes, torch.float32)
+    with _LargestTensor() as largest, torch.set_grad_enabled(gradients):
+        loss, _ = linear_cross_entropy(hidden, weight, targets, weights, chunk)
+        if gradients:
+            loss.backward()
+    assert largest.elements <= max(chunk * classes, classes * size, tokens * size)
+    assert largest.elements < tokens * classes / 10
+
+
+def test_the_default_chunk_is_bounded_in_bytes() -> None:
+    tokens, size, classes = 2 * LOGITS_BYTES // 4 // 65_536, 2, 65_536
+    hidden, weight, targets, weights = _inputs(tokens, size, classes, torch.float32)
+    with _LargestTensor() as largest:
+        linear_cross_entropy(hidden, weight, targets, weights)
+    assert largest.elements * 4 <= LOGITS_BYTES

@@ -1,0 +1,80 @@
+"""Collectives, and the context without a launcher."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from data.errors import InputError
+from tests.distributed import run_ranks
+from trainer import parallel
+
+
+def test_stands_alone_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert parallel.world_size() == 1
+    context = parallel.init(threads=1)
+    assert (context.rank, context.world, context.is_main) == (0, 1, True)
+    assert torch.get_num_threads() == 1
+    assert context.gather("x") == ["x"] and context.broadcast(3) == 3
+    with pytest.raises(InputError, match="too big"):
+        context.check("too big")
+
+
+def exercise(folder: Path) -> dict[str, Any]:
+    context = parallel.init(threads=1)
+    rank = context.rank
+    with context.rank_zero_first():
+        if context.is_main:
+            (folder / "made").write_text("by rank 0")
+        found = (folder / "made").exists()
+    try:
+        context.check("rank 2 failed" if rank == 2 else None)
+        error = ""
+    except InputError as problem:
+        error = str(problem)
+    return {
+        "sum": context.all_reduce_sum(torch.tensor([float(rank), 1.0])).tolist(),
+        "any": (context.any(rank == 1), context.any(False)),
+        "broadcast": context.broadcast({"rank": rank}),
+        "gather": context.gather(rank),
+        "found": found,
+        "error": error,
+        "world": parallel.world_size(),
+        "initialised": dist.is_initialized(),
+    }
+
+
+def test_collectives(tmp_path: Path) -> None:
+    for result in run_ranks(exercise, 3, tmp_path):
+        assert result == {
+            "sum": [3.0, 3.0],
+            "any": (True, False),
+            "broadcast": {"rank": 0},
+            "gather": [0, 1, 2],
+            "found": True,
+            "error": "rank 2 failed",
+            "world": 3,
+            "initialised": True,
+        }
+
+
+def mesh_of(replicas: int) -> tuple[Any, ...]:
+    mesh = parallel.init(replicas=replicas, threads=1).mesh
+    return mesh.mesh_dim_names, mesh.shape
+
+
+def test_meshes() -> None:
+    assert run_ranks(mesh_of, 4, 1)[0] == (("shard",), (4,))
+    assert run_ranks(mesh_of, 4, 2)[0] == (("replicate", "shard"), (2, 2))
+
+
+def test_precisions() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert parallel.compute_dtype("auto", cpu) == torch.float32
+    assert parallel.compute_dtype("auto", cuda) == torch.bfloat16
+    assert parallel.compute_dtype("bf16", cpu) == torch.bfloat16
+    assert parallel.compute_dtype("fp32", cuda) == torch.float32

@@ -1,0 +1,96 @@
+"""What is checked before weights are loaded, and what a run leaves behind."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data.errors import InputError
+from tests.distributed import run_ranks
+from tests.factories import write_model
+from tests.trainer.tiny import options
+from trainer import parallel
+from trainer.models.config import ModelConfig
+from trainer.models.hf import load_config
+from trainer.run import (
+    build_model,
+    full_tensors,
+    open_data,
+    pretrained,
+    random_init,
+    save_pretrained,
+)
+
+
+@pytest.fixture
+def shape(workspace: Path) -> ModelConfig:
+    return load_config(workspace / "model")
+
+
+def test_missing_data_names_the_command(
+    workspace: Path, shape: ModelConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"python -m data\.tokenize --input .*--tokenizer"):
+        open_data(str(tmp_path / "none"), options(), shape, workspace / "model")
+
+
+def test_sequences_longer_than_the_model(workspace: Path, shape: ModelConfig) -> None:
+    with pytest.raises(InputError, match=r"--seq-len 512 .*256 positions"):
+        open_data(str(workspace / "tokens"), options(seq_len=512), shape, workspace / "model")
+
+
+def test_ids_beyond_the_vocabulary(workspace: Path, shape: ModelConfig) -> None:
+    small = replace(shape, vocab_size=100)
+    with pytest.raises(InputError, match=r"259 ids, the model has 100"):
+        open_data(str(workspace / "tokens"), options(), small, workspace / "model")
+
+
+def test_another_tokenizer(workspace: Path, shape: ModelConfig, tmp_path: Path) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(workspace / "model", other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["T"], vocabulary["h"] = vocabulary["h"], vocabulary["T"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="another tokenizer"):
+        open_data(str(workspace / "tokens"), options(), shape, other)
+
+
+def test_evaluation_can_be_turned_off(workspace: Path, shape: ModelConfig) -> None:
+    data, source = str(workspace / "tokens"), workspace / "model"
+    assert open_data(data, options(eval_sequences=0), shape, source)[1] is None
+    held_out = open_data(data, options(), shape, source)[1]
+    assert held_out is not None and held_out.split == "held_out"
+
+
+def copy_model(source: Path, target: Path) -> None:
+    context = parallel.init(threads=1)
+    config = load_config(source)
+    model = build_model(config, options(), context, load=pretrained(source))
+    save_pretrained(model, context, target, tokenizer_from=source)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_folders_load_in_transformers(workspace: Path, tmp_path: Path, tied: bool) -> None:
+    source, target = tmp_path / "source", tmp_path / "model"
+    write_model(source, workspace / "tokenizer", tie_word_embeddings=tied)
+    run_ranks(copy_model, 3, source, target)
+    ids = torch.arange(40).reshape(2, 20)
+    original = AutoModelForCausalLM.from_pretrained(source)
+    reloaded = AutoModelForCausalLM.from_pretrained(target)
+    assert torch.equal(original(ids).logits, reloaded(ids).logits)
+    assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def draw(shape: ModelConfig) -> float:
+    context = parallel.init(threads=1)
+    model = build_model(shape, options(), context, load=random_init(5))
+    return sum(float(value.double().abs().sum()) for _, value in full_tensors(model))
+
+
+def test_random_weights_do_not_depend_on_ranks(shape: ModelConfig) -> None:
+    assert run_ranks(draw, 1, shape)[0] == run_ranks(draw, 3, shape)[2]

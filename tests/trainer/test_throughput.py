@@ -1,0 +1,81 @@
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.tiny import SHAPE
+from trainer.throughput import Throughput, peak_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("", None),
+    ],
+)
+def test_unknown_devices_have_no_peak(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
+
+
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def make() -> Throughput:
+    return Throughput(SHAPE, seq_len=64, device=torch.device("cpu"), world=2)
+
+
+def test_rates_use_real_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = clock(monkeypatch)
+    throughput = make()
+    for seconds in (1.0, 3.0):
+        throughput.start_step()
+        now[0] += seconds
+        assert throughput.end_step(600) == 600 / seconds
+        now[0] += 4.0
+    summary = throughput.summary()
+    assert summary["tokens_per_second"] == 1200 / 4
+    assert summary["wall_tokens_per_second"] == 1200 / 12
+    assert throughput.mfu() == {}
+
+
+def test_a_resumed_run_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = clock(monkeypatch)
+    first = make()
+    first.start_step()
+    now[0] += 2.0
+    first.end_step(100)
+    state: dict[str, Any] = first.state_dict()
+    now[0] += 1000.0
+    second = make()
+    second.load_state_dict(state)
+    second.start_step()
+    now[0] += 2.0
+    second.end_step(100)
+    assert second.summary()["tokens_per_second"] == 200 / 4
+    assert second.wall_seconds == 4.0
+
+
+def test_both_conventions(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = clock(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    throughput = Throughput(SHAPE, seq_len=64, device=torch.device("cuda", 0), world=2)
+    throughput.start_step()
+    now[0] += 1.0
+    throughput.end_step(1000)
+    full, causal = SHAPE.flops_per_token(64, causal=False), SHAPE.flops_per_token(64, causal=True)
+    assert full > causal
+    assert throughput.mfu() == {
+        "mfu_full": pytest.approx(1000 * full / (2 * 989e12)),
+        "mfu_causal": pytest.approx(1000 * causal / (2 * 989e12)),
+    }

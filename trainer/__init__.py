@@ -1,0 +1,1 @@
+"""Training: model families, parallelism, the loop, its callbacks, checkpoints and evaluation."""

@@ -1,0 +1,1 @@
+"""Behaviour added to the training loop, one concern per file, each with its own saved state."""

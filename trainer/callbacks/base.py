@@ -1,0 +1,56 @@
+"""The interface through which behaviour is added to the training loop."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from trainer.loop import Trainer
+
+
+class Callback:
+    """Base class of everything that hooks into `trainer.loop.Trainer`.
+
+    The hooks run in the order of the trainer's list of callbacks, on every rank. A hook that
+    communicates must do so on every rank. A callback reads and writes the trainer it is given:
+
+    * `t.step`: completed optimizer steps; during a step its own zero-based number.
+    * `t.masks`: `trainer.models.masks.Masks` or None; set in `on_step_start`, used by every
+      forward of the step.
+    * `t.record`: metrics of the step, JSON-able, written to metrics.jsonl as one line.
+    * `t.bar_fields`: what the progress bar shows next to the loss, already formatted.
+    * `t.context.all_reduce_sum(tensor)`: sums a tensor over ranks in place and returns it.
+    """
+
+    name: ClassVar[str]
+    """Key of this callback's state in a checkpoint; unique among the callbacks of a trainer."""
+
+    def on_train_start(self, t: "Trainer") -> None:
+        """Before the first step, after a checkpoint (if any) was restored."""
+
+    def on_step_start(self, t: "Trainer") -> None:
+        """Before the batch is drawn."""
+
+    def on_backward(self, t: "Trainer") -> None:
+        """After the last backward pass of the step.
+
+        Gradients of the model are complete (summed over micro-batches and ranks). Gradients of
+        tensors that a callback owns are local to the rank: the loss is already divided by the
+        step's global number of target tokens, so a plain sum over ranks completes them. `t.record`
+        holds the step's losses.
+        """
+
+    def on_gradients(self, t: "Trainer") -> None:
+        """After clipping, before the optimizer changes the model; `t.record` holds `grad_norm`."""
+
+    def on_step_end(self, t: "Trainer") -> None:
+        """After the optimizer step; `t.step` counts it."""
+
+    def on_train_end(self, t: "Trainer") -> None:
+        """After the last step, or after a stop that was asked for (`t.stopping`)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State saved in checkpoints: tensors, numbers, strings, lists and dictionaries, equal on
+        all ranks."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; tensors arrive on the CPU."""

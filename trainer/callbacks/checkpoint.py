@@ -1,0 +1,58 @@
+"""Checkpoints at intervals, at the end, and when the process is asked to stop."""
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.callbacks.base import Callback
+from trainer.checkpoint import Checkpointer
+
+if TYPE_CHECKING:
+    from trainer.loop import Trainer
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class CheckpointCallback(Callback):
+    """Saves every `interval` steps (0: never in between), after the last step, and on SIGTERM,
+    SIGINT or SIGUSR1.
+
+    A signal to any rank stops all of them after the current step. It must be the last callback, so
+    that the others' state is complete when it saves. A second signal of the same kind ends the
+    process at once.
+    """
+
+    name: ClassVar[str] = "checkpoint"
+
+    def __init__(self, checkpointer: Checkpointer, interval: int) -> None:
+        self.checkpointer = checkpointer
+        self.interval = interval
+        self._received = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, t: "Trainer") -> None:
+        if t.step < t.config.steps:
+            self._previous = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
+
+    def on_step_end(self, t: "Trainer") -> None:
+        stop = t.context.any(self._received)
+        finished = t.step == t.config.steps
+        if stop or finished or (self.interval and t.step % self.interval == 0):
+            path = self.checkpointer.save(t)
+            if stop and t.context.is_main:
+                print(f"stopped: saved {path}; run the same command again to resume", flush=True)
+        t.stopping = t.stopping or stop
+        if finished or stop:
+            # What follows needs no saving, so a signal may end it.
+            self._restore_handlers()
+
+    def on_train_end(self, t: "Trainer") -> None:
+        self._restore_handlers()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+        signal.signal(number, self._previous.pop(number, signal.SIG_DFL))
+
+    def _restore_handlers(self) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())

@@ -1,0 +1,139 @@
+"""Options of a training run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from data.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Options shared by every command that trains."""
+
+    steps: int = 24000
+    """Optimizer steps of the whole run; the learning-rate schedule spans exactly these."""
+
+    seq_len: int = 4096
+    """Tokens per sequence."""
+
+    global_batch: int = 512
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+
+    micro_batch: int = 2
+    """Sequences per rank in one forward pass."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+
+    min_lr_ratio: float = 0.1
+    """Learning rate at the last step, as a fraction of the peak."""
+
+    warmup_ratio: float = 0.03
+    """Fraction of the steps over which the learning rate rises linearly."""
+
+    weight_decay: float = 0.1
+    """AdamW weight decay of matrices (never of norms and biases)."""
+
+    beta1: float = 0.9
+    """AdamW decay of the first moment."""
+
+    beta2: float = 0.95
+    """AdamW decay of the second moment."""
+
+    eps: float = 1e-8
+    """AdamW epsilon."""
+
+    clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    seed: int = 0
+    """Seed of the data order and of every random number."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute precision (parameters, gradient sums and Adam stay fp32). auto: bf16 on a GPU, fp32
+    on a CPU."""
+
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a quarter more compute."""
+
+    replicas: int = 1
+    """Copies of the sharded model (HSDP). 1 shards over all ranks; one per node keeps gathers
+    inside a node."""
+
+    reshard_after_forward: bool = False
+    """Drop gathered weights after each forward pass: saves 2 bytes per parameter, gathers them
+    twice."""
+
+    save_interval: int = 500
+    """Steps between checkpoints; 0 saves at the end and on a stop signal only."""
+
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints kept."""
+
+    eval_interval: int = 0
+    """Steps between held-out evaluations; 0 evaluates at the end only."""
+
+    eval_sequences: int = 32
+    """Held-out sequences per domain in an evaluation; 0 turns evaluation off."""
+
+    log_interval: int = 1
+    """Steps between lines in metrics.jsonl."""
+
+    threads: int | None = None
+    """CPU threads per rank. None: cores of the machine divided by its ranks."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "seq_len",
+            "global_batch",
+            "micro_batch",
+            "replicas",
+            "keep_checkpoints",
+            "log_interval",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(
+            self.seq_len >= 2, "seq_len", self.seq_len, "at least 2 (a token and its successor)"
+        )
+        for name in ("save_interval", "eval_interval", "eval_sequences", "weight_decay", "clip"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("min_lr_ratio", "warmup_ratio"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        _require(self.lr > 0, "lr", self.lr, "above 0")
+        _require(self.eps > 0, "eps", self.eps, "above 0")
+        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+
+
+def _require(condition: bool, name: str, value: object, limit: str) -> None:
+    if not condition:
+        raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
+
+
+def check_layout(config: TrainConfig, world: int) -> None:
+    """Raises InputError unless the global batch splits evenly over ranks and micro-batches."""
+    if world % config.replicas:
+        divisors = [n for n in range(1, world + 1) if world % n == 0]
+        raise InputError(
+            f"--replicas {config.replicas} does not divide {world} ranks; use one of {divisors}"
+        )
+    if config.global_batch % world:
+        fits = [n for n in range(1, config.global_batch + 1) if config.global_batch % n == 0]
+        raise InputError(
+            f"--global-batch {config.global_batch} does not divide over {world} ranks; "
+            f"start one of {fits} ranks, or use --global-batch "
+            f"{_nearest_multiple(config.global_batch, world)}"
+        )
+    rows = config.global_batch // world
+    if rows % config.micro_batch:
+        fits = [n for n in range(1, rows + 1) if rows % n == 0]
+        raise InputError(
+            f"--micro-batch {config.micro_batch} does not divide the {rows} sequences of each rank "
+            f"(--global-batch {config.global_batch} over {world} ranks); use one of {fits}"
+        )
+
+
+def _nearest_multiple(value: int, factor: int) -> int:
+    return max(factor, round(value / factor) * factor)

@@ -1,0 +1,98 @@
+"""Token-weighted held-out loss per domain, through the same forward pass as training."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.errors import InputError
+from data.reader import TokenReader
+from trainer.loop import next_token_targets
+from trainer.models.llama import CausalLM
+from trainer.models.masks import Masks
+from trainer.parallel import DistributedContext, reshard
+
+
+@dataclass(frozen=True, slots=True)
+class DomainLoss:
+    """Mean loss in nats over `tokens` target tokens."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.no_grad()
+def evaluate(
+    model: CausalLM,
+    reader: TokenReader,
+    domains: Sequence[str],
+    max_sequences: int,
+    batch: int,
+    context: DistributedContext,
+    masks: Masks | None = None,
+) -> dict[str, DomainLoss]:
+    """Loss of each domain on its first `max_sequences` sequences, `batch` sequences per rank in a
+    forward pass.
+
+    Every target token weighs the same, and the sequences do not depend on the number of ranks. All
+    ranks take part (each makes equally many forward passes) and all get the result. Raises
+    InputError for a domain that `reader` lacks.
+    """
+    unknown = [domain for domain in domains if domain not in reader.sizes]
+    if unknown:
+        raise InputError(f"no sequences of domain {unknown[0]!r}; this split has {reader.domains}")
+    rows = [
+        (index, sample)
+        for index, domain in enumerate(domains)
+        for sample in range(min(max_sequences, reader.sizes[domain]))
+    ]
+    sums = torch.zeros(2, len(domains), dtype=torch.float64, device=context.device)
+    training = model.training
+    model.eval()
+    for start in range(0, len(rows), context.world * batch):
+        first = start + context.rank * batch
+        mine = rows[first : first + batch]
+        padding = batch - len(mine)
+        # Every rank makes the same number of passes, because gathering weights is collective.
+        ids, owners = _read(reader, domains, mine + rows[:1] * padding)
+        ids, owners = ids.to(context.device), owners.to(context.device)
+        targets, valid = next_token_targets(ids)
+        valid[len(mine) :] = False
+        output = model(ids, masks=masks, targets=targets, weights=valid.float())
+        sums[0].index_add_(0, owners, output.token_loss.double().sum(dim=1))
+        sums[1].index_add_(0, owners, valid.double().sum(dim=1))
+    model.train(training)
+    reshard(model)
+    totals = context.all_reduce_sum(sums).cpu().tolist()
+    return {
+        domain: DomainLoss(totals[0][i] / totals[1][i], int(totals[1][i]))
+        for i, domain in enumerate(domains)
+    }
+
+
+def overall(losses: dict[str, DomainLoss]) -> DomainLoss:
+    """Token-weighted mean over domains."""
+    tokens = sum(domain.tokens for domain in losses.values())
+    return DomainLoss(sum(d.loss * d.tokens for d in losses.values()) / tokens, tokens)
+
+
+def report(losses: dict[str, DomainLoss]) -> dict[str, dict[str, float]]:
+    """JSON-able form: {domain: {loss, perplexity, tokens}}."""
+    return {
+        domain: {"loss": d.loss, "perplexity": d.perplexity, "tokens": d.tokens}
+        for domain, d in losses.items()
+    }
+
+
+def _read(
+    reader: TokenReader, domains: Sequence[str], rows: list[tuple[int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = [reader.read(domains[index], np.array([sample])) for index, sample in rows]
+    owners = torch.tensor([index for index, _ in rows])
+    return torch.from_numpy(np.concatenate(ids)), owners

@@ -1,0 +1,161 @@
+"""The training loop. Everything beyond a plain optimizer step lives in callbacks."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from data.batches import Batch, BatchStream
+from trainer.callbacks.base import Callback
+from trainer.config import TrainConfig
+from trainer.models.llama import CausalLM
+from trainer.models.masks import Masks
+from trainer.optimizer import clip_gradients
+from trainer.parallel import DistributedContext
+from trainer.schedule import learning_rate
+from trainer.throughput import Throughput
+
+
+class Trainer:
+    """A model, its optimizer and data stream, and the callbacks around each step; one per rank."""
+
+    def __init__(
+        self,
+        *,
+        model: CausalLM,
+        optimizer: torch.optim.Optimizer,
+        stream: BatchStream,
+        config: TrainConfig,
+        context: DistributedContext,
+        throughput: Throughput,
+        callbacks: list[Callback],
+    ) -> None:
+        names = [callback.name for callback in callbacks]
+        assert len(set(names)) == len(names), f"callback names repeat: {names}"
+        self.model = model
+        self.optimizer = optimizer
+        self.stream = stream
+        self.config = config
+        self.context = context
+        self.throughput = throughput
+        self.callbacks = callbacks
+        self.step = 0
+        """Completed optimizer steps."""
+        self.tokens = 0
+        """Tokens of all batches drawn so far, over all ranks."""
+        self.loss = float("nan")
+        """Training loss of the last step, per target token."""
+        self.masks: Masks | None = None
+        """Masks of the current step, set by a callback in on_step_start."""
+        self.record: dict[str, Any] = {}
+        """Metrics of the current step."""
+        self.bar_fields: dict[str, str] = {}
+        """What the progress bar shows besides loss, learning rate and speed."""
+        self.domain_loss_sum: dict[str, float] = {}
+        """Sum of the step's token losses per domain, over all ranks."""
+        self.domain_tokens: dict[str, int] = {}
+        """Number of the step's target tokens per domain, over all ranks."""
+        self.stopping = False
+        """Set (on every rank) by a callback to leave the loop after the current step."""
+
+    def fit(self) -> None:
+        """Trains from `self.step` to the configured number of steps, or until a callback sets
+        `stopping`."""
+        self._call("on_train_start")
+        while self.step < self.config.steps and not self.stopping:
+            self.train_step()
+        self._call("on_train_end")
+
+    def train_step(self) -> None:
+        """One optimizer step on one global batch."""
+        self.throughput.start_step()
+        self.record = {"step": self.step + 1}
+        self._call("on_step_start")
+        batch = self.stream.next()
+        self._forward_backward(batch)
+        self._call("on_backward")
+        norm = clip_gradients(self.model, self.config.clip, self.context.mesh)
+        self.record["grad_norm"] = norm.item()
+        self._call("on_gradients")
+        self.record["lr"] = self._set_learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        step_tokens = self.config.global_batch * self.config.seq_len
+        self.tokens += step_tokens
+        self.record["tokens"] = self.tokens
+        self.record["tokens_per_second"] = self.throughput.end_step(step_tokens)
+        self._call("on_step_end")
+
+    def _forward_backward(self, batch: Batch) -> None:
+        """Accumulates the gradient of the step's loss: the sum of token losses over the global
+        number of targets."""
+        device = self.context.device
+        ids = torch.from_numpy(batch.ids).to(device, non_blocking=True)
+        domains = torch.from_numpy(batch.domains).to(device, non_blocking=True)
+        targets, valid = next_token_targets(ids, batch.valid)
+        total = self.context.all_reduce_sum(valid.sum())
+        weights = valid.float() / total
+        micro = self.config.micro_batch
+        starts = range(0, len(ids), micro)
+        sums = torch.zeros(2, len(self.stream.domains), dtype=torch.float64, device=device)
+        assert isinstance(self.model, FSDPModule)
+        for start in starts:
+            rows = slice(start, start + micro)
+            last = start == starts[-1]
+            self.model.set_is_last_backward(last)
+            # Weights stay gathered from one micro-batch to the next unless memory is to be saved.
+            self.model.set_reshard_after_backward(last or self.config.reshard_after_forward)
+            output = self.model(
+                ids[rows], masks=self.masks, targets=targets[rows], weights=weights[rows]
+            )
+            output.loss.backward()
+            sums[0].index_add_(0, domains[rows], output.token_loss.double().sum(dim=1))
+            sums[1].index_add_(0, domains[rows], valid[rows].double().sum(dim=1))
+        self._record_losses(self.context.all_reduce_sum(sums).cpu().numpy())
+
+    def _record_losses(self, sums: np.ndarray) -> None:
+        names = self.stream.domains
+        self.domain_loss_sum = {name: float(sums[0, i]) for i, name in enumerate(names)}
+        self.domain_tokens = {name: int(sums[1, i]) for i, name in enumerate(names)}
+        self.loss = float(sums[0].sum() / sums[1].sum())
+        self.record["loss"] = self.loss
+        self.record["domain_loss"] = {
+            name: self.domain_loss_sum[name] / count
+            for name, count in self.domain_tokens.items()
+            if count
+        }
+
+    def _set_learning_rate(self) -> float:
+        config = self.config
+        rate = learning_rate(
+            self.step,
+            steps=config.steps,
+            peak=config.lr,
+            warmup_ratio=config.warmup_ratio,
+            min_ratio=config.min_lr_ratio,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _call(self, hook: str) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self)
+
+
+def next_token_targets(
+    ids: torch.Tensor, valid: np.ndarray | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets [B, S] (each position's next token) and which of them count (bool [B, S]; never the
+    last position).
+
+    `valid` [B, S], if given, marks the tokens of `ids` that may be targets.
+    """
+    targets = torch.roll(ids, -1, dims=1)
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    if valid is not None:
+        counted = torch.roll(torch.from_numpy(valid).to(ids.device), -1, dims=1)
+    counted[:, -1] = False
+    return targets, counted

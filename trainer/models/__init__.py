@@ -1,0 +1,1 @@
+"""Decoder language models with Hugging Face parameter names, and their masks, weights and files."""

@@ -1,0 +1,327 @@
+"""Reads and writes Hugging Face model folders, straight into and out of FSDP shards."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from data.errors import InputError
+from trainer.models.config import ModelConfig
+from trainer.models.llama import CausalLM
+from trainer.models.sources import convert_gguf, resolve_model
+
+__all__ = [
+    "convert_gguf",
+    "init_weights",
+    "load_config",
+    "load_model",
+    "load_sharded",
+    "resolve_model",
+    "save_model",
+]
+
+SHARD_BYTES = 5 * 10**9
+"""Largest safetensors file written, in bytes, as transformers does by default."""
+_COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+# Checkpoints of old transformers versions store these buffers; they follow from the config.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def load_config(path: Path) -> ModelConfig:
+    """The architecture described by the config.json in folder `path`.
+
+    Raises:
+        InputError: the file is missing or not JSON, or the architecture is not supported.
+    """
+    file = path / "config.json"
+    try:
+        values = json.loads(file.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}; give a model folder") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from error
+    return ModelConfig.from_hf(values)
+
+
+def load_model(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> CausalLM:
+    """The whole model of folder `path` on one device, in `dtype`.
+
+    Raises:
+        InputError: as load_config and load_sharded.
+    """
+    config = load_config(path)
+    with torch.device("meta"):
+        model = CausalLM(config).to(dtype)
+    model.to_empty(device=device)
+    load_sharded(model, path)
+    return model
+
+
+@torch.no_grad()
+def load_sharded(model: CausalLM, path: Path) -> None:
+    """Fill a model's parameters from folder `path`; every rank reads only the rows it holds.
+
+    Works on plain parameters and on the DTensors that fully_shard leaves (build on the meta device,
+    shard, to_empty, then this). No collective is called. Values are converted to the parameters'
+    dtype. With tied embeddings a stored head is ignored, as transformers does.
+
+    Raises:
+        InputError: tensors are missing, unexpected or of another shape, or a file is damaged.
+    """
+    expected = dict(model.named_parameters())
+    locations = _tensor_files(path)
+    if model.config.tie_embeddings:
+        locations.pop("lm_head.weight", None)
+    locations = {k: file for k, file in locations.items() if not k.endswith(_IGNORED_SUFFIXES)}
+    _require_same_names(expected, locations, path)
+    by_file: dict[Path, list[str]] = {}
+    for name, file in locations.items():
+        by_file.setdefault(file, []).append(name)
+    for file, names in by_file.items():
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in names:
+                    _copy_slice(expected[name], stored.get_slice(name), name, file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot read {file}: {error}; fetch the file again") from error
+
+
+def _copy_slice(parameter: nn.Parameter, stored: Any, name: str, file: Path) -> None:
+    if tuple(stored.get_shape()) != tuple(parameter.shape):
+        raise InputError(
+            f"{name} has shape {tuple(stored.get_shape())} in {file}, but config.json gives "
+            f"{tuple(parameter.shape)}; the folder mixes two models"
+        )
+    local, region = _local_region(parameter)
+    if local.numel():
+        local.copy_(stored[region])
+
+
+def _local_region(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """The part of a parameter stored on this rank, and where it lies in the whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, size) for size in parameter.shape)
+    sizes, offsets = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    region = tuple(
+        slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)
+    )
+    return parameter.to_local(), region
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """The file that holds each tensor of folder `path`."""
+    index = path / _INDEX
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        locations = {name: path / file for name, file in weight_map.items()}
+        missing = sorted({file.name for file in locations.values() if not file.is_file()})
+        if missing:
+            raise InputError(
+                f"{path} lacks {', '.join(missing)}, which {_INDEX} names; fetch the missing files"
+            )
+        return locations
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{path} holds no *.safetensors; give a Hugging Face model folder")
+    locations = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                locations |= dict.fromkeys(stored.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot read {file}: {error}; fetch the file again") from error
+    return locations
+
+
+def _require_same_names(expected: Iterable[str], found: Iterable[str], where: Path) -> None:
+    missing = sorted(set(expected) - set(found))
+    unexpected = sorted(set(found) - set(expected))
+    if not missing and not unexpected:
+        return
+    parts = []
+    for label, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{label}: {', '.join(names[:3])}{more}")
+    raise InputError(
+        f"the tensors of {where} do not fit its config ({'; '.join(parts)}); "
+        "the folder is incomplete or of another architecture"
+    )
+
+
+def save_model(
+    config: ModelConfig,
+    state: dict[str, Tensor] | Iterable[tuple[str, Tensor]],
+    path: Path,
+    tokenizer_from: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> ModelConfig:
+    """Write a folder that plain transformers loads; it appears whole or not at all.
+
+    Args:
+        config: everything the tensors' shapes do not tell; sizes are taken from the tensors.
+        state: full (not sharded) tensors by Hugging Face name; an iterator is consumed one tensor
+            at a time, so that at most SHARD_BYTES are held.
+        path: the folder, replaced if it exists.
+        tokenizer_from: a model folder whose tokenizer and generation config are copied.
+        dtype: dtype of the stored weights.
+
+    Returns:
+        The config as derived from the tensors.
+
+    Raises:
+        InputError: blocks of different shapes, missing tensors, a shape that transformers cannot
+            express, or a failure to write.
+    """
+    path = path.absolute()
+    pairs = iter(state.items() if isinstance(state, dict) else state)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"cannot create {path}: {error}") from error
+    try:
+        shapes = _write_tensors(pairs, temporary, dtype)
+        derived = _config_from_shapes(config, shapes)
+        hf_config = derived.to_hf()
+        hf_config.dtype = dtype
+        hf_config.save_pretrained(temporary)
+        for name in _COMPANIONS:
+            if tokenizer_from is not None and (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, temporary / name)
+        temporary.chmod(0o755)
+        _replace_folder(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}; free space or choose another") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return derived
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    for file in new.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    old = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_tensors(
+    pairs: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype
+) -> dict[str, torch.Size]:
+    """Write safetensors files of at most SHARD_BYTES and their index; returns all shapes."""
+    shapes: dict[str, torch.Size] = {}
+    shards: list[list[str]] = []
+    total = held = 0
+    pending: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in pairs:
+        stored = tensor.detach().to("cpu", dtype).contiguous()
+        size = stored.numel() * stored.element_size()
+        if pending and held + size > SHARD_BYTES:
+            flush()
+            held = 0
+        pending[name] = stored
+        shapes[name] = stored.shape
+        held += size
+        total += size
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / _SINGLE)
+        return shapes
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return shapes
+
+
+def _config_from_shapes(config: ModelConfig, shapes: dict[str, torch.Size]) -> ModelConfig:
+    """`config` with the sizes of the given tensors; every block must have the same ones."""
+    prefix = "model.layers."
+    indices = {int(name.split(".")[2]) for name in shapes if name.startswith(prefix)}
+    try:
+        block = f"{prefix}{min(indices)}."
+        query_rows = shapes[f"{block}self_attn.q_proj.weight"][0]
+        key_rows = shapes[f"{block}self_attn.k_proj.weight"][0]
+        channels = shapes[f"{block}mlp.gate_proj.weight"][0]
+        vocabulary, hidden = shapes["model.embed_tokens.weight"]
+    except (KeyError, ValueError) as error:
+        raise InputError(f"the tensors to save are no whole decoder: {error} is missing") from error
+    derived = dataclasses.replace(
+        config,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=channels,
+        num_layers=len(indices),
+        num_heads=query_rows // config.head_dim,
+        num_kv_heads=key_rows // config.head_dim,
+        tie_embeddings="lm_head.weight" not in shapes,
+    )
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in CausalLM(derived).named_parameters()}
+    _require_same_names(expected, shapes, Path("the model to save"))
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise InputError(
+                f"{name} has shape {tuple(shape)} where the first block and the embedding imply "
+                f"{tuple(expected[name])}; Hugging Face configs need uniform blocks"
+            )
+    return derived
+
+
+@torch.no_grad()
+def init_weights(model: CausalLM, std: float = 0.02, seed: int = 0) -> None:
+    """Random weights as transformers draws them: matrices N(0, std^2), gains 1, biases 0.
+
+    Each tensor has its own generator, seeded by `seed` and the tensor's position, and every rank
+    keeps its part of the whole draw: the result does not depend on sharding or device.
+    """
+    for position, (name, parameter) in enumerate(model.named_parameters()):
+        local, region = _local_region(parameter)
+        if parameter.ndim >= 2:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+            values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+            local.copy_(values[region])
+        else:
+            local.fill_(0.0 if name.endswith(".bias") else 1.0)

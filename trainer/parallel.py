@@ -1,0 +1,179 @@
+"""Ranks, devices and sharding: one path for a single process, torchrun on CPUs (gloo) and GPUs
+(nccl)."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from data.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class DistributedContext:
+    """Where this process stands among its peers, and the collectives that trainers and callbacks
+    use."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    mesh: DeviceMesh
+    """("shard",), or ("replicate", "shard") when the sharded model is replicated (HSDP)."""
+    cpu_group: dist.ProcessGroup
+    """A gloo group for bookkeeping on the host, so that flags never wait for a GPU stream."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums `tensor` (on any device) over all ranks in place and returns it."""
+        if self.world > 1:
+            dist.all_reduce(tensor, group=self.cpu_group if tensor.device.type == "cpu" else None)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on at least one rank."""
+        return bool(self.all_reduce_sum(torch.tensor(int(flag))).item())
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.cpu_group)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable `value`, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable `value` in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
+    @contextmanager
+    def rank_zero_first(self) -> Iterator[None]:
+        """Runs the block on rank 0, then on the others, which find what rank 0 left on disk."""
+        if not self.is_main:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.barrier()
+
+    def check(self, problem: str | None) -> None:
+        """Raises InputError on every rank with the first `problem` that any rank reports; None is
+        no problem."""
+        problems = [text for text in self.gather(problem) if text]
+        if problems:
+            raise InputError(problems[0])
+
+
+def world_size() -> int:
+    """Number of ranks this process was started with, known before anything is initialised."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext:
+    """Joins the ranks torchrun started, or stands alone when there is no torchrun.
+
+    `threads` are CPU threads per rank (None: this machine's cores divided by its ranks). An already
+    initialised default process group is used as it is. `replicas` must divide the world size
+    (`config.check_layout`).
+    """
+    on_cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        timeout = timedelta(minutes=30)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    world = dist.get_world_size()
+    if not on_cuda:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    assert world % replicas == 0
+    if replicas > 1:
+        shape, names = (replicas, world // replicas), ("replicate", "shard")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    else:
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    cpu_group = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
+    assert cpu_group is not None
+    return DistributedContext(dist.get_rank(), world, local_rank, device, mesh, cpu_group)
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that "auto", "bf16" or "fp32" means on `device`."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def shard(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:
+    """FSDP2: each block and the rest of `model` become one sharded group, with fp32 masters and
+    fp32 sums.
+
+    Gradients are summed over ranks, not averaged: the loss carries the division by the global
+    number of tokens. Inputs are not cast, because token weights must stay fp32.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    assert isinstance(model, FSDPModule)
+    if mesh.size() > 1:
+        # Each group has its own factor: setting the root's alone would leave the blocks averaged.
+        for group in model.modules():
+            if isinstance(group, FSDPModule):
+                group.set_gradient_divide_factor(1.0)
+                # gloo has no pre-multiplied sum, which a factor without forced SUM would select.
+                group.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees gathered weights, so that the next forward pass gathers the current ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
