@@ -1,6 +1,7 @@
 """Ranks, devices and sharding: one path for a single process, torchrun on CPUs (gloo) and GPUs
 (nccl)."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,6 +116,7 @@ def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext
             )
     world = dist.get_world_size()
     if not on_cuda:
+        _keep_freed_memory()
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     assert world % replicas == 0
@@ -126,6 +128,20 @@ def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext
     cpu_group = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
     assert cpu_group is not None
     return DistributedContext(dist.get_rank(), world, local_rank, device, mesh, cpu_group)
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc reuse large freed blocks instead of unmapping them.
+
+    A step allocates and frees gigabytes; mapping them anew each time costs a page fault per 4 KiB.
+    """
+    max_mapped_blocks, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    set_option(max_mapped_blocks, 0)
+    set_option(trim_threshold, -1)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

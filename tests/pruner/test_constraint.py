@@ -1,5 +1,5 @@
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_scores_stay_row_centred() -> None:
 
 
 @pytest.mark.parametrize("name", ["projection", "paper"])
-def test_restored_state_continues_bit_for_bit(name: str) -> None:
+def test_restored_state_continues_bit_for_bit(name: Literal["projection", "paper"]) -> None:
     straight = make(8, rule=name)
     train(straight, 0, 8)
     stopped = make(8, rule=name)

@@ -154,8 +154,8 @@ def test_dtype_is_kept_and_dropped_blocks_are_renumbered() -> None:
     assert all(t.dtype == torch.bfloat16 for t in found.values())
     blocks = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
     assert blocks == {"0", "1"}
-    second = model.model.layers[2].mlp.up_proj.weight
-    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], second)
+    last = dict(model.named_parameters())["model.layers.2.mlp.up_proj.weight"]
+    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], last)
 
 
 def test_non_uniform_masks_are_refused() -> None:

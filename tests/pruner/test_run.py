@@ -32,9 +32,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(inputs: Path, output: Path, **options: Any) -> ShearConfig:
-    train = {"steps": 8, "seq_len": 32, "global_batch": 4, "micro_batch": 2, "lr": 1e-3}
-    train |= {"eval_sequences": 2, "precision": "fp32", "threads": 1}
-    masks = {"calibration_sequences": 6}
+    train: dict[str, Any] = {"steps": 8, "seq_len": 32, "global_batch": 4, "micro_batch": 2}
+    train |= {"lr": 1e-3, "eval_sequences": 2, "precision": "fp32", "threads": 1}
+    masks: dict[str, Any] = {"calibration_sequences": 6}
     for name in list(options):
         if name in TrainConfig.__dataclass_fields__:
             train[name] = options.pop(name)
@@ -46,8 +46,8 @@ def configure(inputs: Path, output: Path, **options: Any) -> ShearConfig:
             "data": str(inputs / "tokens"),
             "output": str(output),
             "target": TARGET,
-            "masks": MaskConfig(**masks),  # type: ignore[arg-type]
-            "train": TrainConfig(**train),  # type: ignore[arg-type]
+            "masks": MaskConfig(**masks),
+            "train": TrainConfig(**train),
             **options,
         }
     )
