@@ -121,6 +121,7 @@ def measure(config: QualityConfig) -> dict[str, object]:
         folder=cpt,
         action=lambda: command(cpt_words, makes=cpt / "cpt.json"),
     )
+    models: dict[str, str | Path]
     models = {"source": config.source, "sheared": shear, "sheared + CPT": cpt}
     budget = (config.shear_steps + config.cpt_steps) * config.batch * config.seq_len
     losses = {name: _evaluate(config, model, output) for name, model in models.items()}
@@ -156,7 +157,13 @@ def split_documents(
 
 def _tokenize(config: QualityConfig, text: Path, tokens: Path) -> None:
     for name in ("train", "held_out"):
-        words = [python(), "-m", "data.tokenize", "--input", text / f"{name}.jsonl.zst"]
+        words: list[object] = [
+            python(),
+            "-m",
+            "data.tokenize",
+            "--input",
+            text / f"{name}.jsonl.zst",
+        ]
         words += ["--tokenizer", config.source, "--output", tokens / name]
         words += ["--seq-len", config.seq_len, "--domain-field", "meta.domain", "--held-out", 0]
         command(words, makes=tokens / name / "manifest.json")
@@ -173,7 +180,7 @@ def _training_flags(config: QualityConfig, data: Path) -> list[object]:
 
 def _evaluate(config: QualityConfig, model: str | Path, output: Path) -> dict[str, float]:
     result = output / "evaluation.json"
-    words = [python(), "-m", "launch.evaluate", "--model", model, "--split", "train"]
+    words: list[object] = [python(), "-m", "launch.evaluate", "--model", model, "--split", "train"]
     words += ["--data", output / "tokens" / "held_out", "--seq-len", config.seq_len]
     words += ["--sequences", config.sequences, "--precision", config.precision, "--json", result]
     result.unlink(missing_ok=True)

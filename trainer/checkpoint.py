@@ -141,6 +141,7 @@ class Checkpointer:
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(partial)
+        shutil.rmtree(final, ignore_errors=True)  # a folder of that name without a marker
         partial.rename(final)
         _sync_folder(self.directory)
         for old in _committed(self.directory)[: -self.keep]:

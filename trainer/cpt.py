@@ -1,21 +1,24 @@
 """Continued pre-training, from validated options to a Hugging Face folder and a report."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import InputError
 from data.mixture import MixtureConfig
+from data.reader import TokenReader
 from trainer import parallel
 from trainer.callbacks.evaluate import EvaluateCallback
 from trainer.callbacks.mixture import MixtureCallback
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig, check_layout
-from trainer.domains import sheared_report, starting_domains
+from trainer.domains import Domains, sheared_report, starting_domains
 from trainer.evaluate import report as held_out_report
 from trainer.identity import claim_output, run_identity, weights_fingerprint
 from trainer.loop import Trainer
+from trainer.models.config import ModelConfig
 from trainer.models.hf import load_config, resolve_model
+from trainer.parallel import DistributedContext
 from trainer.run import (
     build_model,
     build_trainer,
@@ -26,6 +29,20 @@ from trainer.run import (
     say,
     write_report,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything the options name, opened and checked; no weights yet."""
+
+    source: Path
+    """The model's Hugging Face folder."""
+    shape: ModelConfig
+    reader: TokenReader
+    held_out: TokenReader | None
+    domains: Domains
+    mixture: MixtureConfig
+    """Fixed where the options ask for a dynamic one but no reference losses are known."""
 
 
 def continue_pretraining(
@@ -41,14 +58,56 @@ def continue_pretraining(
     json_copy: Path | None = None,
     tensorboard: bool = True,
 ) -> Trainer | None:
-    """Trains `model` on `data` and writes OUTPUT/model and OUTPUT/cpt.json; resumes what `output`
-    holds.
+    """Trains `model` on `data`, writes OUTPUT/model and OUTPUT/cpt.json; resumes what OUTPUT holds.
 
     Returns None when the run was finished before. Raises InputError before loading weights for
     anything that cannot work.
     """
     check_layout(config, parallel.world_size())
-    mixture = mixture or MixtureConfig()
+    inputs = open_inputs(
+        config, model, data, mixture or MixtureConfig(), domain_weights, reference_losses
+    )
+    context = parallel.init(replicas=config.replicas, threads=config.threads)
+    finished = context.broadcast((output / "cpt.json").exists())
+    resuming = Checkpointer(output / "checkpoints", context).latest() is not None
+    identity = _identity(config, inputs, init, context)
+    claim_output(output, identity, context, started=finished or resuming)
+    if finished:
+        say(context, f"{output}: this run is finished; its report is {output / 'cpt.json'}")
+        return None
+    for note in inputs.domains.notes:
+        say(context, f"note: {note}")
+    if config.eval_sequences and inputs.held_out is None:
+        say(context, f"note: {data} has no held-out sequences: nothing will be evaluated")
+    load = pretrained(inputs.source) if init == "pretrained" else random_init(config.seed)
+    trainer = build_trainer(
+        build_model(inputs.shape, config, context, load=None if resuming else load),
+        config,
+        context,
+        output=output,
+        reader=inputs.reader,
+        held_out=inputs.held_out,
+        weights=inputs.domains.weights,
+        reference=inputs.domains.reference,
+        mixture=inputs.mixture,
+        description="cpt",
+        tensorboard=tensorboard,
+    )
+    trainer.fit()
+    if not trainer.stopping:
+        finish(trainer, inputs.source, output, json_copy)
+    return trainer
+
+
+def open_inputs(
+    config: TrainConfig,
+    model: str,
+    data: str,
+    mixture: MixtureConfig,
+    domain_weights: str | None,
+    reference_losses: str | None,
+) -> Inputs:
+    """Opens model folder and data and checks that they fit each other and the options."""
     source = find_model(model)
     shape = load_config(source)
     reader, held_out = open_data(data, config, shape, source)
@@ -61,46 +120,26 @@ def continue_pretraining(
     )
     if not domains.reference:
         mixture = replace(mixture, kind="fixed")
-    context = parallel.init(replicas=config.replicas, threads=config.threads)
-    identity = run_identity(
+    return Inputs(source, shape, reader, held_out, domains, mixture)
+
+
+def _identity(
+    config: TrainConfig, inputs: Inputs, init: str, context: DistributedContext
+) -> dict[str, Any]:
+    pretrained_weights = weights_fingerprint(inputs.source) if init == "pretrained" else None
+    dynamic = inputs.mixture.kind == "dynamic"
+    return run_identity(
         config,
-        shape,
+        inputs.shape,
         precision=str(parallel.compute_dtype(config.precision, context.device)),
-        data=reader.fingerprint,
+        data=inputs.reader.fingerprint,
+        command="cpt",
         init=init,
-        initial_weights=weights_fingerprint(source) if init == "pretrained" else None,
-        mixture=asdict(mixture),
-        domain_weights=domains.weights,
-        reference_losses=domains.reference if mixture.kind == "dynamic" else None,
+        initial_weights=pretrained_weights,
+        mixture=asdict(inputs.mixture),
+        domain_weights=inputs.domains.weights,
+        reference_losses=inputs.domains.reference if dynamic else None,
     )
-    finished = context.broadcast((output / "cpt.json").exists())
-    resuming = Checkpointer(output / "checkpoints", context).latest() is not None
-    claim_output(output, identity, context, started=finished or resuming)
-    if finished:
-        say(context, f"{output}: this run is finished; its report is {output / 'cpt.json'}")
-        return None
-    for note in domains.notes + (
-        [] if held_out else ["no held-out sequences: nothing to evaluate"]
-    ):
-        say(context, f"note: {note}")
-    load = pretrained(source) if init == "pretrained" else random_init(config.seed)
-    trainer = build_trainer(
-        build_model(shape, config, context, load=None if resuming else load),
-        config,
-        context,
-        output=output,
-        reader=reader,
-        held_out=held_out,
-        weights=domains.weights,
-        reference=domains.reference,
-        mixture=mixture,
-        description="cpt",
-        tensorboard=tensorboard,
-    )
-    trainer.fit()
-    if not trainer.stopping:
-        finish(trainer, source, output, json_copy)
-    return trainer
 
 
 def find_model(model: str) -> Path:

@@ -37,12 +37,11 @@ def evaluate(
     context: DistributedContext,
     masks: Masks | None = None,
 ) -> dict[str, DomainLoss]:
-    """Loss of each domain on its first `max_sequences` sequences, `batch` sequences per rank in a
-    forward pass.
+    """Loss of each domain on its first `max_sequences` sequences.
 
-    Every target token weighs the same, and the sequences do not depend on the number of ranks. All
-    ranks take part (each makes equally many forward passes) and all get the result. Raises
-    InputError for a domain that `reader` lacks.
+    A forward pass takes `batch` sequences per rank. Every target token weighs the same, and the
+    sequences do not depend on the number of ranks. All ranks take part, each with equally many
+    forward passes, and all get the result. Raises InputError for a domain that `reader` lacks.
     """
     unknown = [domain for domain in domains if domain not in reader.sizes]
     if unknown:

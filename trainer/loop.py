@@ -60,12 +60,14 @@ class Trainer:
         """Set (on every rank) by a callback to leave the loop after the current step."""
 
     def fit(self) -> None:
-        """Trains from `self.step` to the configured number of steps, or until a callback sets
-        `stopping`."""
-        self._call("on_train_start")
-        while self.step < self.config.steps and not self.stopping:
-            self.train_step()
-        self._call("on_train_end")
+        """Trains from `self.step` to the configured steps, or until a callback sets `stopping`."""
+        try:
+            self._call("on_train_start")
+            while self.step < self.config.steps and not self.stopping:
+                self.train_step()
+            self._call("on_train_end")
+        finally:
+            self._call("on_exit")
 
     def train_step(self) -> None:
         """One optimizer step on one global batch."""
@@ -89,8 +91,7 @@ class Trainer:
         self._call("on_step_end")
 
     def _forward_backward(self, batch: Batch) -> None:
-        """Accumulates the gradient of the step's loss: the sum of token losses over the global
-        number of targets."""
+        """Accumulates the gradient of the sum of token losses over the global number of targets."""
         device = self.context.device
         ids = torch.from_numpy(batch.ids).to(device, non_blocking=True)
         domains = torch.from_numpy(batch.domains).to(device, non_blocking=True)
@@ -148,10 +149,9 @@ class Trainer:
 def next_token_targets(
     ids: torch.Tensor, valid: np.ndarray | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Targets [B, S] (each position's next token) and which of them count (bool [B, S]; never the
-    last position).
+    """Targets [B, S], each position's next token, and which of them count (bool [B, S]).
 
-    `valid` [B, S], if given, marks the tokens of `ids` that may be targets.
+    The last position has no target. `valid` [B, S], if given, marks the ids that may be targets.
     """
     targets = torch.roll(ids, -1, dims=1)
     counted = torch.ones_like(ids, dtype=torch.bool)

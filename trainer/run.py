@@ -9,7 +9,7 @@ import torch
 
 from data.batches import BatchStream
 from data.errors import InputError
-from data.manifest import FILE_NAME
+from data.manifest import FILE_NAME, HELD_OUT
 from data.mixture import Mixture, MixtureConfig
 from data.reader import TokenReader
 from data.sampler import DomainSampler
@@ -37,8 +37,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 def open_data(
     data: str, config: TrainConfig, model: ModelConfig, source: Path
 ) -> tuple[TokenReader, TokenReader | None]:
-    """Opens the training split and, where it has sequences, the held-out split (else None, with a
-    notice by `notices`).
+    """Opens the training split, and the held-out split unless it is too short or not asked for.
 
     Raises InputError when there is no tokenized data, when it cannot feed `model` at
     `config.seq_len`, or when the tokenizer in the model folder `source` is not the one that made
@@ -59,12 +58,10 @@ def open_data(
         )
     reader = TokenReader(folder, config.seq_len)
     check_tokenizer(reader, model, source, data)
-    if not config.eval_sequences:
+    longest = max(reader.manifest.tokens(HELD_OUT).values(), default=0)
+    if not config.eval_sequences or longest < config.seq_len:
         return reader, None
-    try:
-        return reader, TokenReader(folder, config.seq_len, split="held_out")
-    except InputError:
-        return reader, None
+    return reader, TokenReader(folder, config.seq_len, split=HELD_OUT)
 
 
 def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data: str) -> None:
@@ -91,8 +88,7 @@ def build_model(
     *,
     load: Callable[[CausalLM], None] | None,
 ) -> CausalLM:
-    """A sharded model on `context.device`; `load` fills it, None leaves it undefined for a
-    checkpoint to fill.
+    """A sharded model on `context.device`, filled by `load`; None leaves that to a checkpoint.
 
     Nothing is ever allocated whole: the model is made on the meta device, sharded, and only then
     given memory.
@@ -138,8 +134,7 @@ def build_trainer(
     description: str,
     tensorboard: bool = True,
 ) -> Trainer:
-    """Puts model, optimizer, data stream and callbacks together and restores the newest checkpoint,
-    if any.
+    """Puts model, optimizer, data and callbacks together; restores the newest checkpoint, if any.
 
     `callbacks` run before the standard ones. `weights` are the initial domain weights; `reference`
     the losses a dynamic mixture steers towards.
@@ -193,8 +188,10 @@ def full_tensors(model: CausalLM) -> Iterator[tuple[str, torch.Tensor]]:
 def save_pretrained(
     model: CausalLM, context: DistributedContext, path: Path, *, tokenizer_from: Path
 ) -> None:
-    """Writes `path` as a Hugging Face folder in the source's dtype (bf16 when it states none); all
-    ranks take part."""
+    """Writes `path` as a Hugging Face folder, in the source's dtype (bf16 when it states none).
+
+    All ranks take part.
+    """
     stated = model.config.hf.get("dtype") or model.config.hf.get("torch_dtype")
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(str(stated), torch.bfloat16)
     tensors = full_tensors(model)

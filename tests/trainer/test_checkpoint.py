@@ -15,7 +15,9 @@ from data.errors import InputError
 from tests.distributed import run_ranks
 from tests.trainer.tiny import losses, make_trainer, options, weights
 from trainer import checkpoint
+from trainer.callbacks import checkpoint as callback_module
 from trainer.callbacks.base import Callback
+from trainer.callbacks.checkpoint import STOP_SIGNALS
 from trainer.callbacks.mixture import MixtureCallback
 from trainer.checkpoint import MARKER, Checkpointer
 from trainer.loop import Trainer
@@ -54,6 +56,8 @@ class SignalAt(Callback):
 
     def on_step_end(self, t: Trainer) -> None:
         if t.step == self.step and t.context.rank == self.rank:
+            # torchrun repeats what a terminal's Ctrl-C already sent to every process.
+            os.kill(os.getpid(), self.number)
             os.kill(os.getpid(), self.number)
 
 
@@ -107,6 +111,24 @@ def test_twenty_steps_equal_ten_and_ten(
     assert expected[0].mixture != {"alpha": 0.5, "beta": 0.5}
     for rank in range(world):
         assert_same(second[rank], expected[rank])
+
+
+def test_handlers_are_put_back(workspace: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    trainer = make_trainer(workspace, tmp_path, callbacks=[SignalAt(2, signal.SIGINT, rank=0)])
+    trainer.fit()
+    assert trainer.stopping and trainer.step == 2
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_a_later_second_signal_acts_at_once(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callback_module, "SECONDS_OF_ONE_REQUEST", -1.0)
+    trainer = make_trainer(workspace, tmp_path, callbacks=[SignalAt(2, signal.SIGINT, rank=0)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_resume_on_another_number_of_ranks(workspace: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def single_process_gradients() -> tuple[Gradients, float]:
 def loop_gradients(
     replicas: int, accumulations: tuple[int, ...], **changes: Any
 ) -> list[tuple[Gradients, float, float]]:
-    """Gradients, loss and gradient norm of one step on this rank, for each number of micro-batches."""
+    """Gradients, loss and gradient norm of one step, for each number of micro-batches."""
     results = []
     context = parallel.init(replicas=replicas, threads=1)
     for accumulation in accumulations:

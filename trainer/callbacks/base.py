@@ -47,6 +47,9 @@ class Callback:
     def on_train_end(self, t: "Trainer") -> None:
         """After the last step, or after a stop that was asked for (`t.stopping`)."""
 
+    def on_exit(self, t: "Trainer") -> None:
+        """When the loop is left, also by an exception: release what is held, do not communicate."""
+
     def state_dict(self) -> dict[str, Any]:
         """State saved in checkpoints: tensors, numbers, strings, lists and dictionaries, equal on
         all ranks."""

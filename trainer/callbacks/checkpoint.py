@@ -1,6 +1,7 @@
 """Checkpoints at intervals, at the end, and when the process is asked to stop."""
 
 import signal
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,15 +12,17 @@ if TYPE_CHECKING:
     from trainer.loop import Trainer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SECONDS_OF_ONE_REQUEST = 5.0
+"""Signals this close together are one request: torchrun repeats a Ctrl-C that the terminal already
+sent to every process."""
 
 
 class CheckpointCallback(Callback):
-    """Saves every `interval` steps (0: never in between), after the last step, and on SIGTERM,
-    SIGINT or SIGUSR1.
+    """Saves every `interval` steps (0: never in between), after the last and when told to stop.
 
-    A signal to any rank stops all of them after the current step. It must be the last callback, so
-    that the others' state is complete when it saves. A second signal of the same kind ends the
-    process at once.
+    SIGTERM, SIGINT or SIGUSR1 to any rank stops all of them after the current step; a second one
+    some seconds later acts at once. It must be the last callback, so that the others' state is
+    complete when it saves.
     """
 
     name: ClassVar[str] = "checkpoint"
@@ -27,7 +30,7 @@ class CheckpointCallback(Callback):
     def __init__(self, checkpointer: Checkpointer, interval: int) -> None:
         self.checkpointer = checkpointer
         self.interval = interval
-        self._received = False
+        self._received_at: float | None = None
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, t: "Trainer") -> None:
@@ -35,23 +38,26 @@ class CheckpointCallback(Callback):
             self._previous = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
 
     def on_step_end(self, t: "Trainer") -> None:
-        stop = t.context.any(self._received)
+        stop = t.context.any(self._received_at is not None)
         finished = t.step == t.config.steps
         if stop or finished or (self.interval and t.step % self.interval == 0):
             path = self.checkpointer.save(t)
             if stop and t.context.is_main:
                 print(f"stopped: saved {path}; run the same command again to resume", flush=True)
         t.stopping = t.stopping or stop
-        if finished or stop:
+        if finished and not stop:
             # What follows needs no saving, so a signal may end it.
             self._restore_handlers()
 
-    def on_train_end(self, t: "Trainer") -> None:
+    def on_exit(self, t: "Trainer") -> None:
         self._restore_handlers()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
-        signal.signal(number, self._previous.pop(number, signal.SIG_DFL))
+        if self._received_at is None:
+            self._received_at = time.monotonic()
+        elif time.monotonic() - self._received_at > SECONDS_OF_ONE_REQUEST:
+            self._restore_handlers()
+            signal.raise_signal(number)
 
     def _restore_handlers(self) -> None:
         while self._previous:

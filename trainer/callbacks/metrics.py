@@ -49,7 +49,7 @@ class MetricsCallback(Callback):
                 for key, value in _numbers(t.record):
                     self._board.add_scalar(key, value, t.step)
 
-    def on_train_end(self, t: "Trainer") -> None:
+    def on_exit(self, t: "Trainer") -> None:
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -42,6 +42,6 @@ class ProgressCallback(Callback):
             losses = "  ".join(f"{name} {values['loss']:.3f}" for name, values in held_out.items())
             self._bar.message(f"step {t.step}: held-out loss  {losses}")
 
-    def on_train_end(self, t: "Trainer") -> None:
+    def on_exit(self, t: "Trainer") -> None:
         if self._bar is not None:
             self._bar.close()
