@@ -17,7 +17,7 @@ class MixtureConfig:
     kind: Annotated[Literal["dynamic", "fixed"], tyro.conf.arg(name="mixture")] = "dynamic"
     """"dynamic": raise the weight of domains whose loss exceeds its reference. "fixed": keep the
     initial weights."""
-    strength: Annotated[float, tyro.conf.arg(name="mixture-strength")] = 8.0
+    strength: Annotated[float, tyro.conf.arg(name="mixture-strength")] = 4.0
     """A gap of 1 nat per token kept up over the whole run multiplies a domain's weight by
     exp(strength) relative to a domain without a gap."""
     floor: Annotated[float, tyro.conf.arg(name="mixture-floor")] = 1 / 8

@@ -67,6 +67,11 @@ class TokenReader:
             ]
             self._ends[domain] = np.cumsum([record.tokens for record in records], dtype=np.int64)
 
+    def spread(self, domain: str, count: int) -> np.ndarray:
+        """Up to `count` samples of `domain`, evenly spread over its documents: int64 indices."""
+        size = self.sizes[domain]
+        return np.linspace(0, size - 1, min(size, count)).round().astype(np.int64)
+
     def read(self, domain: str, indices: np.ndarray) -> np.ndarray:
         """Tokens of the samples `indices` of `domain`: int64 [len(indices), seq_len].
 

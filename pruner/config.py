@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data.errors import InputError
+from data.mixture import MixtureConfig
 from trainer.config import TrainConfig
 
 
@@ -99,17 +100,18 @@ class ShearConfig:
     """Folder made by data.tokenize."""
     output: str = "runs/shear"
     """Folder of this run: model/, masks.safetensors, shear.json, metrics.jsonl, checkpoints/."""
-    mixture: Literal["dynamic", "fixed"] = "dynamic"
-    """dynamic: raise the weight of domains whose loss is above its reference."""
     domain_weights: str | None = None
     """Initial weights, "c4=0.6,github=0.4". None: proportional to tokens."""
     reference_losses: str | None = None
-    """Losses to steer towards, "c4=2.1,github=0.9". None: the source's on held-out text."""
+    """Losses to steer towards, "c4=2.1,github=0.9". None: the source's on training text."""
+    reference_sequences: int = 32
+    """Training sequences per domain on which the source's loss is measured."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in OUTPUT/model; float32 loses nothing before continued pre-training."""
     json: str | None = None
     """Copy the final report to this file."""
     masks: MaskConfig = field(default_factory=MaskConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             steps=3200,
@@ -119,3 +121,10 @@ class ShearConfig:
             activation_checkpointing=True,
         )
     )
+
+    def __post_init__(self) -> None:
+        if self.reference_sequences < 1:
+            raise InputError(
+                f"reference-sequences={self.reference_sequences} must be at least 1: use for "
+                "example 32"
+            )

@@ -25,6 +25,7 @@ from trainer.models.llama import CausalLM
 from trainer.parallel import DistributedContext, reshard
 
 FILE = "source.safetensors"
+_KEYS = ("held_out", "reference", "importance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Measurements:
 
     held_out: dict[str, dict[str, float]]
     """{domain: {loss, perplexity, tokens}} on held-out text; empty when there is none."""
+    reference: dict[str, float]
+    """Loss per domain on training text: what a dynamic mixture compares training losses with."""
     importance: dict[str, Tensor] | None
     """[rows, units] of each family (pruner.importance.measure); None for flat initial scores."""
 
@@ -45,6 +48,7 @@ def measurements_key(config: ShearConfig, source: str, data: str) -> str:
     train, masks = config.train, config.masks
     parts = [source, data, train.seq_len, train.eval_sequences, train.precision]
     parts += [masks.initial, masks.calibration_sequences, config.domain_weights]
+    parts += [config.reference_sequences]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -82,24 +86,19 @@ def measure_source(
     weights: dict[str, float],
 ) -> Measurements:
     """Measure a loaded source; collective. `weights` are the initial domain weights."""
+    batch = config.train.micro_batch
     losses = {}
     if held_out is not None:
-        losses = report(
-            evaluate(
-                model,
-                held_out,
-                held_out.domains,
-                config.train.eval_sequences,
-                config.train.micro_batch,
-                context,
-            )
-        )
+        count = config.train.eval_sequences
+        losses = report(evaluate(model, held_out, held_out.domains, count, batch, context))
+    count = config.reference_sequences
+    reference = evaluate(model, reader, reader.domains, count, batch, context, spread=True)
     importance = None
     if config.masks.initial == "importance":
         sequences = calibration_set(reader, weights, config.masks.calibration_sequences)
-        importance = measure(model, sequences, context, config.train.micro_batch)
+        importance = measure(model, sequences, context, batch)
         reshard(model)
-    return Measurements(losses, importance)
+    return Measurements(losses, {name: d.loss for name, d in reference.items()}, importance)
 
 
 def calibration_set(reader: TokenReader, weights: dict[str, float], count: int) -> Tensor:
@@ -107,9 +106,8 @@ def calibration_set(reader: TokenReader, weights: dict[str, float], count: int) 
     each."""
     parts = []
     for domain in reader.domains:
-        share = min(reader.sizes[domain], max(1, round(count * weights[domain])))
-        indices = np.linspace(0, reader.sizes[domain] - 1, share).round().astype(np.int64)
-        parts.append(reader.read(domain, indices))
+        share = max(1, round(count * weights[domain]))
+        parts.append(reader.read(domain, reader.spread(domain, share)))
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -122,14 +120,15 @@ def _read(path: Path, key: str) -> Measurements | None:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
-    measured = json.loads(metadata["importance"])
-    return Measurements(json.loads(metadata["held_out"]), tensors if measured else None)
+    held_out, reference, importance = (json.loads(metadata[key]) for key in _KEYS)
+    return Measurements(held_out, reference, tensors if importance else None)
 
 
 def _write(path: Path, key: str, measurements: Measurements) -> str | None:
     metadata = {
         "key": key,
         "held_out": json.dumps(measurements.held_out),
+        "reference": json.dumps(measurements.reference),
         "importance": json.dumps(measurements.importance is not None),
     }
     tensors = measurements.importance or {"none": torch.zeros(0)}

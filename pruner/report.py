@@ -27,9 +27,10 @@ from trainer.models.masks import Masks
 from trainer.run import full_tensors, say, write_report
 
 CHECK_TOKENS = 64
-TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
-"""Largest difference of logits, relative to the largest one, between the masked model in fp32 and
-the saved folder, by the type of the saved weights."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""Largest norm of the difference of logits, relative to their norm, between the masked model in
+fp32 and the saved folder, by the type of the saved weights. A wrong extraction makes about 1;
+rounding alone makes up to 1e-4 in fp32 where a model has outlier dimensions."""
 
 
 def finish(
@@ -99,8 +100,8 @@ def save_extracted(
 
 @torch.no_grad()
 def reload_difference(trainer: Trainer, masks: Masks, path: Path) -> float:
-    """Largest difference between the masked model's logits and those of the saved folder in plain
-    transformers, relative to the largest logit, on the first tokens of the data; collective.
+    """Norm of the difference between the masked model's logits and those of the saved folder in
+    plain transformers, relative to their norm, on the first tokens of the data; collective.
 
     Rank 0 gathers the masked model whole and compares in fp32 on the CPU: in the run's own bf16,
     rounding alone differs by several per cent and would hide an error.
@@ -123,7 +124,7 @@ def reload_difference(trainer: Trainer, masks: Masks, path: Path) -> float:
         expected = masked.eval()(ids, masks=masks)
         logging.disable_progress_bar()
         plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        difference = ((plain(ids).logits - expected).abs().max() / expected.abs().max()).item()
+        difference = ((plain(ids).logits - expected).norm() / expected.norm()).item()
     return float(trainer.context.broadcast(difference))
 
 
@@ -131,8 +132,8 @@ def _require_same_function(difference: float, config: ShearConfig) -> None:
     limit = TOLERANCE[config.save_dtype]
     if not difference <= limit:
         raise RuntimeError(
-            f"the saved model's logits differ from the masked model's by {difference:.2e} of the "
-            f"largest logit (limit {limit:.0e}): do not use {config.output}/model"
+            f"the saved model's logits differ from the masked model's by {difference:.2e} of "
+            f"their norm (limit {limit:.0e}): do not use {config.output}/model"
         )
 
 

@@ -3,9 +3,8 @@
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from data.mixture import MixtureConfig
 from data.reader import TokenReader
 from pruner.callback import ShearCallback
 from pruner.config import ShearConfig
@@ -40,7 +39,6 @@ class Inputs:
     reader: TokenReader
     held_out: TokenReader | None
     domains: Domains
-    mixture: Literal["dynamic", "fixed"]
 
 
 def shear(config: ShearConfig) -> Trainer | None:
@@ -68,11 +66,7 @@ def shear(config: ShearConfig) -> Trainer | None:
         inputs.model, config.train, context, load=None if resuming else pretrained(inputs.folder)
     )
     measured = _measurements(config, inputs, context, fingerprint, None if resuming else model)
-    reference = inputs.domains.reference or {
-        domain: values["loss"]
-        for domain, values in measured.held_out.items()
-        if domain in inputs.reader.sizes
-    }
+    reference = inputs.domains.reference or measured.reference
     trainer, rule = _assemble(config, inputs, model, context, measured, reference)
     trainer.fit()
     if not trainer.stopping:
@@ -95,15 +89,7 @@ def open_inputs(config: ShearConfig) -> Inputs:
         sheared=None,
         dynamic=False,
     )
-    mixture = config.mixture
-    missing = set(reader.sizes) - set(held_out.sizes if held_out else ())
-    if mixture == "dynamic" and not domains.reference and missing:
-        mixture = "fixed"
-        domains.notes.append(
-            f"no held-out sequences of {', '.join(sorted(missing))} to measure the source on, so "
-            "the domain weights stay fixed; --reference-losses 'c4=2.1,...' makes them dynamic"
-        )
-    return Inputs(folder, model, source, target, reader, held_out, domains, mixture)
+    return Inputs(folder, model, source, target, reader, held_out, domains)
 
 
 def _identity(
@@ -118,7 +104,7 @@ def _identity(
         command="shear",
         source=fingerprint,
         target=inputs.target.describe(),
-        mixture=inputs.mixture,
+        mixture=asdict(config.mixture),
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference,
         **{f"masks.{name}": value for name, value in asdict(config.masks).items()},
@@ -167,7 +153,7 @@ def _assemble(
         held_out=inputs.held_out,
         weights=inputs.domains.weights,
         reference=reference,
-        mixture=MixtureConfig(kind=inputs.mixture),
+        mixture=config.mixture,
         callbacks=[ShearCallback(rule, inputs.source)],
         description="shear",
     )

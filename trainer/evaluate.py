@@ -36,8 +36,9 @@ def evaluate(
     batch: int,
     context: DistributedContext,
     masks: Masks | None = None,
+    spread: bool = False,
 ) -> dict[str, DomainLoss]:
-    """Loss of each domain on its first `max_sequences` sequences.
+    """Loss of each domain on its first `max_sequences` sequences, or on as many spread evenly.
 
     A forward pass takes `batch` sequences per rank. Every target token weighs the same, and the
     sequences do not depend on the number of ranks. All ranks take part, each with equally many
@@ -46,17 +47,16 @@ def evaluate(
     unknown = [domain for domain in domains if domain not in reader.sizes]
     if unknown:
         raise InputError(f"no sequences of domain {unknown[0]!r}; this split has {reader.domains}")
-    rows = [
-        (index, sample)
-        for index, domain in enumerate(domains)
-        for sample in range(min(max_sequences, reader.sizes[domain]))
-    ]
+    rows = []
+    for index, domain in enumerate(domains):
+        first = range(min(max_sequences, reader.sizes[domain]))
+        samples = reader.spread(domain, max_sequences).tolist() if spread else first
+        rows += [(index, sample) for sample in samples]
     sums = torch.zeros(2, len(domains), dtype=torch.float64, device=context.device)
     training = model.training
     model.eval()
     for start in range(0, len(rows), context.world * batch):
-        first = start + context.rank * batch
-        mine = rows[first : first + batch]
+        mine = rows[start + context.rank * batch :][:batch]
         padding = batch - len(mine)
         # Every rank makes the same number of passes, because gathering weights is collective.
         ids, owners = _read(reader, domains, mine + rows[:1] * padding)

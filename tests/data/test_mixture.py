@@ -79,7 +79,7 @@ def test_weights_stay_bounded_and_sum_to_one(
 
 def test_excess_loss_is_clipped_at_zero() -> None:
     better_than_reference = {"c4": 1.0, "github": 0.5, "book": 2.5}
-    clipped, unclipped = make(), make(clip=False)
+    clipped, unclipped = make(), make(clip=False, strength=8.0)
     feed(clipped, better_than_reference, HORIZON // 10)
     feed(unclipped, better_than_reference, HORIZON // 10)
     assert clipped.weights == pytest.approx(INITIAL)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.errors import InputError
+from data.mixture import MixtureConfig
 from pruner import run as run_module
 from pruner.callback import ShearCallback
 from pruner.config import MaskConfig, ShearConfig
@@ -154,7 +155,7 @@ def test_another_target_does_not_resume(inputs: Path, tmp_path: Path) -> None:
 def test_paper_rule_says_that_it_did_not_polarise(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shear(configure(inputs, tmp_path / "out", rule="paper", mixture="fixed"))
+    shear(configure(inputs, tmp_path / "out", rule="paper", mixture=MixtureConfig(kind="fixed")))
     report = json.loads((tmp_path / "out" / "shear.json").read_text())
     assert report["polarised"] is False
     assert report["kept"]["intermediate"] == [20] * 3
