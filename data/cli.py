@@ -118,6 +118,13 @@ def rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
+def available_cores() -> int:
+    """CPU cores this process may use; all of the machine's where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def warn(message: str) -> None:
     """Prints a warning once, on rank 0."""
     if rank() == 0:

@@ -7,7 +7,7 @@ import numpy as np
 from data.cli import warn
 from data.errors import InputError
 from data.manifest import HELD_OUT, TRAIN, Manifest
-from data.shards import ShardReader, Verify
+from data.shards import OpenShards, ShardReader, Verify, allow_open_files
 
 
 class TokenReader:
@@ -16,7 +16,7 @@ class TokenReader:
     Sample i of a domain is tokens [i * seq_len, (i + 1) * seq_len) of its shards laid end to end,
     so sample 0 starts with the first document of the input. What is left at the end of a domain
     (fewer than `seq_len` tokens) is not used. Threads may share a reader; arrays handed out are
-    copies and outlive it.
+    copies and outlive it. As many shards stay open as the limit of open files allows.
 
     Args:
         directory: output folder of `python -m data.tokenize`.
@@ -59,10 +59,12 @@ class TokenReader:
         self.fingerprint = self.manifest.fingerprint
         self._shards: dict[str, list[ShardReader]] = {}
         self._ends: dict[str, np.ndarray] = {}
+        count = sum(len(self.manifest.splits[split][domain]) for domain in self.domains)
+        opened = OpenShards(allow_open_files(count))
         for domain in self.domains:
             records = self.manifest.splits[split][domain]
             self._shards[domain] = [
-                ShardReader(self.directory, record, self.manifest.dtype, verify)
+                ShardReader(self.directory, record, self.manifest.dtype, verify, opened)
                 for record in records
             ]
             self._ends[domain] = np.cumsum([record.tokens for record in records], dtype=np.int64)

@@ -9,9 +9,11 @@ import array
 import contextlib
 import hashlib
 import os
+import resource
 import struct
 import threading
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Literal
 
@@ -28,6 +30,8 @@ CHECKSUM_MAGIC = b"SHORNCRC"
 CHECKSUM_HEADER = struct.Struct("<8sIQ")
 BLOCK_BYTES = 1 << 20
 SUFFIXES = (".bin", ".idx", ".crc")
+MAX_OPEN = 1 << 14
+"""Mapped files per reader; Linux allows a process 65,530 mappings."""
 
 Verify = Literal["once", "always", "never"]
 
@@ -135,24 +139,77 @@ class ShardWriter:
         return path.with_name(f"{path.name}{suffix}.{os.getpid()}.tmp")
 
 
+class OpenShards:
+    """The open ones among the shards of a reader, at most `limit`: each open shard holds a file
+    descriptor.
+
+    Opening one more closes the one that was read least recently. Threads may share it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        assert limit >= 1
+        self.limit = limit
+        self._shards: OrderedDict[ShardReader, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def touch(self, shard: "ShardReader") -> None:
+        """Notes that `shard`, which is open, is being read."""
+        with self._lock:
+            self._shards[shard] = None
+            self._shards.move_to_end(shard)
+            while len(self._shards) > self.limit:
+                self._shards.popitem(last=False)[0].close()
+
+
+def allow_open_files(count: int) -> int:
+    """How many of `count` more files this process may keep open, leaving most descriptors to
+    others.
+
+    Raises the soft limit (`ulimit -n`) towards the hard one where an eighth of it does not suffice.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = min(count, MAX_OPEN)
+    if soft == resource.RLIM_INFINITY or count <= soft // 8:
+        return count
+    wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+    raised = 0
+    # Some systems have a lower ceiling than the hard limit says.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        raised = wanted - soft
+    return max(1, min(count, max(raised, soft // 8)))
+
+
 class ShardReader:
     """Memory-mapped tokens of one shard, checked block by block as they are touched.
 
-    Threads may share a reader. Files are opened at the first read; only the size of `.bin` is
-    looked at before.
+    Threads may share a reader. Files are opened at the first read, and again at the first one after
+    `close`; only the size of `.bin` is looked at before.
 
     Args:
         root: folder of the manifest.
         record: the shard's entry in the manifest.
         dtype: token dtype of the manifest.
         verify: check a block at its first touch by this reader, at every read, or not at all.
+        opened: told of every read, so that it can close this shard; None leaves it open.
 
     Raises:
         InputError: `.bin` is missing or has another size than the record says.
     """
 
-    def __init__(self, root: Path, record: ShardRecord, dtype: str, verify: Verify) -> None:
+    def __init__(
+        self,
+        root: Path,
+        record: ShardRecord,
+        dtype: str,
+        verify: Verify,
+        opened: OpenShards | None = None,
+    ) -> None:
         self.record = record
+        self._opened = opened
         self._base = f"{root}/{record.path}"
         self._dtype = DTYPES[dtype]
         self._verify = verify
@@ -168,12 +225,16 @@ class ShardReader:
         Raises:
             InputError: a block's checksum does not match.
         """
-        if self._tokens is None:
-            with self._lock:
-                if self._tokens is None:
-                    self._open()
+        # Another thread may close the shard; this reference keeps it mapped until the read is over.
         tokens = self._tokens
-        assert tokens is not None and start >= 0 and start + len(out) <= len(tokens)
+        if tokens is None:
+            with self._lock:
+                tokens = self._tokens
+                if tokens is None:
+                    tokens = self._tokens = self._open()
+        if self._opened is not None:
+            self._opened.touch(self)
+        assert start >= 0 and start + len(out) <= len(tokens)
         if self._verify != "never":
             assert self._checked is not None
             size = self._dtype.itemsize
@@ -181,8 +242,12 @@ class ShardReader:
             last = ((start + len(out)) * size - 1) // BLOCK_BYTES
             for block in range(first, last + 1):
                 if self._verify == "always" or not self._checked[block]:
-                    self._check_block(block)
+                    self._check_block(tokens, block)
         out[:] = tokens[start : start + len(out)]
+
+    def close(self) -> None:
+        """Gives the mapped file back; which blocks are checked is remembered."""
+        self._tokens = None
 
     def documents(self) -> np.ndarray:
         """Start of each document and the end of the last, in tokens: int64 [documents + 1].
@@ -209,14 +274,14 @@ class ShardReader:
                 "copy it again or tokenize again"
             )
 
-    def _open(self) -> None:
-        if self._verify != "never":
+    def _open(self) -> np.ndarray:
+        if self._verify != "never" and self._checked is None:
             content = self._read_checked(".crc", self.record.crc_sha256)
             self._checksums = np.frombuffer(content, "<u4", offset=CHECKSUM_HEADER.size)
             self._checked = np.zeros(len(self._checksums), np.bool_)
         # Mapping a file that shrank since it was first looked at would crash at the first access.
         self._check_size()
-        self._tokens = np.memmap(self._base + ".bin", self._dtype, "r")
+        return np.memmap(self._base + ".bin", self._dtype, "r")
 
     def _read_checked(self, suffix: str, sha256: str) -> bytes:
         path = self._base + suffix
@@ -232,13 +297,12 @@ class ShardReader:
             )
         return content
 
-    def _check_block(self, block: int) -> None:
-        assert self._tokens is not None
+    def _check_block(self, tokens: np.ndarray, block: int) -> None:
         assert self._checksums is not None and self._checked is not None
         size = self._dtype.itemsize
         start = block * BLOCK_BYTES
-        end = min(start + BLOCK_BYTES, len(self._tokens) * size)
-        found = zlib.crc32(self._tokens[start // size : end // size].data)
+        end = min(start + BLOCK_BYTES, len(tokens) * size)
+        found = zlib.crc32(tokens[start // size : end // size].data)
         expected = int(self._checksums[block])
         if found != expected:
             raise InputError(

@@ -17,13 +17,22 @@ import numpy as np
 from data.errors import InputError
 from data.manifest import HELD_OUT, TRAIN, ShardRecord, SourceRecord, dtype_for, write_atomic
 from data.shards import SUFFIXES, ShardWriter
-from data.sources import Document, Fields, iterate_documents
+from data.sources import (
+    JSON_SUFFIXES,
+    Document,
+    Fields,
+    format_suffix,
+    iterate_documents,
+)
 from data.tokenizers import Tokenizer
 
 REPORTS = "tasks"
 HELD_OUT_KEY = b"held-out"
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 512
+SMALLEST_FILE = {"": 2, ".zst": 20, ".gz": 30, ".parquet": 12}
+"""Bytes, by last suffix, below which a file of records cannot hold one."""
+FILES_NAMED = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,17 +110,37 @@ def report_path(folder: Path, index: int) -> Path:
 
 
 def plan_tasks(files: list[Path], bytes_per_task: int) -> list[Task]:
-    """Groups files, in their order, into tasks of about `bytes_per_task` bytes of input."""
+    """Groups files, in their order, into tasks of about `bytes_per_task` bytes of input.
+
+    Raises InputError naming all files that are too small to hold a record: each one that is left
+    out later moves the files behind it into other tasks.
+    """
+    sized = [(path, path.stat().st_size) for path in files]
+    _refuse_empty_files(sized)
     groups: list[list[tuple[str, int]]] = []
     filled = 0
-    for path in files:
-        size = path.stat().st_size
+    for path, size in sized:
         if not groups or filled + size > bytes_per_task:
             groups.append([])
             filled = 0
         groups[-1].append((str(path), size))
         filled += size
     return [Task(index, tuple(group)) for index, group in enumerate(groups)]
+
+
+def _refuse_empty_files(files: list[tuple[Path, int]]) -> None:
+    empty = []
+    for path, size in files:
+        of_records = format_suffix(path) in (*JSON_SUFFIXES, ".parquet")
+        if of_records and size < SMALLEST_FILE.get(path.suffix, SMALLEST_FILE[""]):
+            empty.append(f"{path} ({size} bytes)")
+    if empty:
+        more = f" and {len(empty) - FILES_NAMED} more" if len(empty) > FILES_NAMED else ""
+        raise InputError(
+            f"{len(empty)} of {len(files)} input files are empty: "
+            f"{', '.join(empty[:FILES_NAMED])}{more}; download them again or remove them from the "
+            "input"
+        )
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:

@@ -1,8 +1,6 @@
 """`python -m data.tokenize`: text files to checksummed token shards per domain, with a manifest."""
 
-import os
-
-from data.cli import parse, run
+from data.cli import available_cores, parse, run
 from data.job import Job, TokenizeConfig
 from data.sources import Fields, domain_name, find_files
 from data.tasks import Settings
@@ -32,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         bytes_per_task=config.task_mib << 20,
     )
     job = Job(files, settings, tokenizer, config.output, config.overwrite)
-    manifest, worked = job.run(config.workers or len(os.sched_getaffinity(0)))
+    manifest, worked = job.run(config.workers or available_cores())
     print_report(manifest, config.output, config.seq_len, worked)
 
 

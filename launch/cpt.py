@@ -14,7 +14,8 @@ from trainer.config import TrainConfig
 EXAMPLES = """
 torchrun --nproc_per_node 8 launch/cpt.py
     the sheared model of runs/shear on the data of runs/tokens, at the defaults above
-torchrun --nproc_per_node 8 launch/cpt.py --model meta-llama/Llama-2-7b-hf --lr 3e-5 --replicas 2
+torchrun --nproc_per_node 8 launch/cpt.py --model meta-llama/Llama-2-7b-hf --lr 3e-5 \\
+    --replicas 2 --activation-checkpointing
 python launch/cpt.py --model runs/shear --seq-len 256 --global-batch 8 --micro-batch 8 --steps 32
 torchrun --nproc_per_node 8 launch/cpt.py --init random --output runs/from-scratch
 """
@@ -36,7 +37,11 @@ class CptConfig:
     """Initial weights, "c4=0.6,github=0.4". None: the shearing run's last ones, else proportional
     to tokens."""
     reference_losses: str | None = None
-    """Losses to steer towards, "c4=2.1,github=0.9". None: the shearing run's reference."""
+    """Losses to steer towards, "c4=2.1,github=0.9". None: the shearing run's reference, else the
+    model's own at the start."""
+    reference_fit: str | None = None
+    """JSON file {"sizes": {"6738415616": {"c4": 1.92, ...}, ...}} of held-out losses by number of
+    parameters, from which the losses to steer towards are fitted at the model's number."""
     json: str | None = None
     """Copy the final report to this file."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
@@ -56,6 +61,7 @@ def main() -> None:
         mixture=config.mixture,
         domain_weights=config.domain_weights,
         reference_losses=config.reference_losses,
+        reference_fit=config.reference_fit,
         json_copy=Path(config.json) if config.json else None,
     )
 

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,7 @@ class DemoConfig:
     random_lr: float = 1e-3
     """Peak learning rate of the random baseline, which needs a larger one."""
     ranks: int = 2
-    """Processes torchrun starts for continued pre-training."""
+    """Processes torchrun starts for continued pre-training; on GPUs at most one per GPU."""
     text_bytes: int = 1_200_000
     """Bytes of text per domain."""
     sequences: int = 12
@@ -63,6 +64,11 @@ class DemoConfig:
 
 def main() -> None:
     config = cli.parse(DemoConfig, section="demo", examples=EXAMPLES)
+    missing = [name for name in ("gguf", "accelerate", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"the demo needs {', '.join(missing)}: pip install gguf accelerate matplotlib"
+        )
     from launch.demo_stages import Demo
 
     sys.exit(Demo(config).run())

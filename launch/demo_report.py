@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from launch import plots
+from launch.generation import silence_transformers
 from trainer.models.hf import load_model
+from trainer.run import write_report
 
 LOGIT_TOLERANCE = 1e-5
 
@@ -65,7 +67,7 @@ def write(results: Results, folder: Path) -> None:
         "pictures": [str(path) for path in pictures],
         "model": str(results.models["sheared + CPT"]),
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write_report(folder / "report.json", report)
 
 
 def trained_tokens(results: Results) -> dict[str, int]:
@@ -97,9 +99,8 @@ def loss_checks(evaluation: dict[str, dict[str, Any]]) -> list[Check]:
 def reload_check(folder: Path) -> Check:
     """Whether plain transformers computes the same logits from the folder as this package."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    silence_transformers()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = load_model(folder)
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +111,9 @@ def reload_check(folder: Path) -> Check:
     return Check(
         "plain transformers reloads the model and computes the same logits",
         difference.item() <= LOGIT_TOLERANCE,
-        f"largest difference {difference.item():.1e} of the largest logit",
+        f"they differ by at most {difference.item():.1e} of the largest (limit {LOGIT_TOLERANCE})"
+        if difference.item()
+        else "not one bit differs",
     )
 
 
@@ -120,14 +123,11 @@ def draw(results: Results, folder: Path) -> list[Path]:
         plots.read_metrics(results.runs[name] / "metrics.jsonl")
         for name in ("shear", "cpt", "random")
     )
-    lines = {
-        "source": results.evaluation["source"]["overall"]["loss"],
-        "sheared, before CPT": results.evaluation["sheared"]["overall"]["loss"],
-    }
+    lines = {"source": results.evaluation["source"]["overall"]["loss"]}
     curves = {"sheared": cpt, "random init": random}
     return [
         plots.plot_alive(shear, folder / "alive_units.png"),
-        plots.plot_weights({"shearing": shear, "CPT": cpt}, folder / "domain_weights.png"),
+        plots.plot_weights(shear, cpt, folder / "domain_weights.png"),
         plots.plot_losses(shear, curves, lines, folder / "losses.png"),
     ]
 
@@ -135,33 +135,32 @@ def draw(results: Results, folder: Path) -> list[Path]:
 def show(folder: Path) -> int:
     """Print the report; 0 when every check holds, else 1."""
     report = json.loads((folder / "report.json").read_text("utf-8"))
-    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    console = Console(width=None if Console().is_terminal else 120, highlight=False, markup=False)
     console.print(_table(report))
-    console.print(f"Prompt: {report['prompt']!r}. Continuations (greedy, repetition penalty 1.2):")
+    for line in _explanations(report):
+        console.print(line, soft_wrap=True)
+    console.print(f"\nPrompt: {report['prompt']}\nContinuations (greedy, repetition penalty 1.2):")
     for name, row in report["rows"].items():
-        console.print(Text(f"  {name}: ", "bold") + Text(repr(row["continuation"]), "none"))
+        words = " ".join(row["continuation"].split())
+        console.print(Text(f"  {name}: ", "bold") + Text(f"… {words}", "none"))
+    console.print("\nChecks:")
     for check in report["checks"]:
-        mark = "yes" if check["holds"] else "NO "
-        console.print(Text(f"{mark}  {check['claim']}: {check['numbers']}"))
+        mark = "passed" if check["holds"] else "FAILED"
+        console.print(Text(f"  {mark}: {check['claim']}: {check['numbers']}"))
+    console.print("\nPictures:")
     for picture in report["pictures"]:
-        console.print(f"picture: {picture}", soft_wrap=True)
-    console.print(f"Hugging Face folder: {report['model']}", soft_wrap=True)
+        console.print(f"  {picture}", soft_wrap=True)
+    load = f'AutoModelForCausalLM.from_pretrained("{report["model"]}")'
+    console.print(f"\nLoad the model with plain transformers: {load}", soft_wrap=True)
     return 0 if all(check["holds"] for check in report["checks"]) else 1
 
 
 def _table(report: dict[str, Any]) -> Table:
-    tokens, settings = report["tokens"], report["settings"]
-    caption = (
-        f"Held-out loss in nats per token over {report['held_out_tokens']:,} tokens, "
-        f"{settings['precision']}. Shearing saw {tokens['shear']:,} tokens "
-        f"(lr {settings['shear_lr']:g}), continued pre-training {tokens['cpt']:,} "
-        f"(lr {settings['cpt_lr']:g}) and the random model {tokens['random']:,} "
-        f"(lr {settings['random_lr']:g}). Generation: greedy, batch 1, median."
-    )
-    table = Table(title="Demo", caption=caption)
+    table = Table(title="Held-out loss, nats per token (lower is better)")
     table.add_column("model", no_wrap=True)
     domains = list(report["rows"]["source"]["held_out"])
-    for name in ("parameters", "w/o embed.", *domains, "all", "gen. tok/s"):
+    sizes = ("parameters", "without\nembeddings")
+    for name in (*sizes, *domains, "all\ntext", "generated\ntokens/s"):
         table.add_column(name, justify="right")
     for name, row in report["rows"].items():
         table.add_row(
@@ -173,3 +172,20 @@ def _table(report: dict[str, Any]) -> Table:
             f"{row['generation_tokens_per_second']:.1f}",
         )
     return table
+
+
+def _explanations(report: dict[str, Any]) -> list[str]:
+    """What each row of the table is, and how its numbers were measured."""
+    tokens, settings = report["tokens"], report["settings"]
+    learned = {
+        name: f"{tokens[name]:,} tokens at learning rate {settings[f'{name}_lr']:g}"
+        for name in ("shear", "cpt", "random")
+    }
+    return [
+        "  source: the model before anything was done to it",
+        f"  sheared: cut to {settings['target']} after learning masks on {learned['shear']}",
+        f"  sheared + CPT: that model after continued pre-training on {learned['cpt']}",
+        f"  random + CPT: the same shape from random weights, trained on {learned['random']}",
+        f"Losses: {report['held_out_tokens']:,} tokens of documents kept out of training, "
+        f"{settings['precision']}. Speed: greedy, one sequence at a time, median of several runs.",
+    ]

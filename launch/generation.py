@@ -10,12 +10,18 @@ import torch
 from data.progress import Progress
 
 
-def load_for_generation(folder: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) through transformers alone, fp32 on the CPU or bf16 on a GPU."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def silence_transformers() -> None:
+    """Turns off transformers' own progress bars, which would cut through the output."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def load_for_generation(folder: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) through transformers alone, fp32 on the CPU or bf16 on a GPU."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    silence_transformers()
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -77,7 +83,10 @@ def _continue(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
 def _generate(model: Any, inputs: Any, **options: Any) -> torch.Tensor:
     # Sampling fields a model's generation config may set would warn under greedy decoding.
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    padding = model.generation_config.pad_token_id or model.generation_config.eos_token_id
+    padding = model.generation_config.pad_token_id
+    if padding is None:
+        ends = model.generation_config.eos_token_id
+        padding = ends[0] if isinstance(ends, list) else ends
     with torch.inference_mode():
         output: torch.Tensor = model.generate(**inputs, pad_token_id=padding, **greedy, **options)
     return output

@@ -129,6 +129,9 @@ def command(words: Sequence[object], *, makes: Path, settings_file: Path | None 
         environment["SHORN_CONFIG"] = str(settings_file)
     search = [str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in search if part)
+    if "--nproc_per_node" in line:
+        # torchrun's default, set here so that it does not warn; the ranks set their threads.
+        environment.setdefault("OMP_NUM_THREADS", "1")
     with subprocess.Popen(line, env=environment) as process:
         try:
             status = process.wait()

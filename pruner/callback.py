@@ -58,13 +58,14 @@ class ShearCallback(Callback):
     def on_backward(self, t: "Trainer") -> None:
         self._gradients = _summed_gradients(self._leaves, t) if self._leaves else []
 
-    def on_step_end(self, t: "Trainer") -> None:
+    def on_update(self, t: "Trainer") -> None:
         # Not earlier: a step whose gradients are not finite must leave the scores as they are.
-        step = t.step - 1
         if self._outputs:
-            self.rule.update(step, self._outputs, self._gradients)
+            self.rule.update(t.step, self._outputs, self._gradients)
         self._outputs, self._leaves, self._gradients = [], [], []
-        self._report(t, step)
+
+    def on_step_end(self, t: "Trainer") -> None:
+        self._report(t, t.step - 1)
         if t.step == t.config.steps:
             t.masks = self.final_masks()
 

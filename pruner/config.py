@@ -104,6 +104,9 @@ class ShearConfig:
     """Initial weights, "c4=0.6,github=0.4". None: proportional to tokens."""
     reference_losses: str | None = None
     """Losses to steer towards, "c4=2.1,github=0.9". None: the source's on training text."""
+    reference_fit: str | None = None
+    """JSON file {"sizes": {"6738415616": {"c4": 1.92, ...}, ...}} of held-out losses by number of
+    parameters, from which the losses to steer towards are fitted at the target's number."""
     reference_sequences: int = 32
     """Training sequences per domain on which the source's loss is measured."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

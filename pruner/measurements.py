@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import InputError
@@ -21,6 +20,7 @@ from data.reader import TokenReader
 from pruner.config import ShearConfig
 from pruner.importance import measure
 from trainer.evaluate import evaluate, report
+from trainer.files import save_tensors
 from trainer.models.llama import CausalLM
 from trainer.parallel import DistributedContext, reshard
 
@@ -60,10 +60,13 @@ def load_or_measure(
 ) -> Measurements:
     """The measurements kept in `output` under `key`, or else new ones, which are then kept.
 
-    `compute` is None once training has begun. Raises InputError when they are needed but lost.
+    `compute` is None once training has begun: then those that the run started from are taken,
+    whatever their key, because options that may change on resume enter it. Raises InputError when
+    they are lost.
     """
     path = output / FILE
-    kept: Measurements | None = context.broadcast(_read(path, key) if context.is_main else None)
+    wanted = None if compute is None else key
+    kept: Measurements | None = context.broadcast(_read(path, wanted) if context.is_main else None)
     if kept is not None:
         return kept
     if compute is None:
@@ -111,11 +114,12 @@ def calibration_set(reader: TokenReader, weights: dict[str, float], count: int) 
     return torch.from_numpy(np.concatenate(parts))
 
 
-def _read(path: Path, key: str) -> Measurements | None:
+def _read(path: Path, key: str | None) -> Measurements | None:
+    """The measurements in `path`, unless they are kept under another key than `key`."""
     try:
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
-            if metadata.get("key") != key:
+            if "key" not in metadata or key not in (None, metadata["key"]):
                 return None
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
@@ -132,11 +136,9 @@ def _write(path: Path, key: str, measurements: Measurements) -> str | None:
         "importance": json.dumps(measurements.importance is not None),
     }
     tensors = measurements.importance or {"none": torch.zeros(0)}
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
-        partial.replace(path)
+        save_tensors(tensors, path, metadata)
     except (OSError, SafetensorError) as error:
         return f"--output {path.parent} cannot be written ({error}); choose another folder"
     return None

@@ -13,18 +13,27 @@ from pruner.importance import initial_scores
 from pruner.masks import families
 from pruner.measurements import Measurements, load_or_measure, measure_source, measurements_key
 from pruner.report import finish
-from pruner.shapes import Shape, parse_sizes, parse_target, shape_of
+from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
 from trainer.config import check_layout
-from trainer.domains import Domains, starting_domains
+from trainer.domains import DomainOptions, Domains, starting_domains
 from trainer.identity import claim_output, run_identity, weights_fingerprint
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.hf import load_config, resolve_model
 from trainer.models.llama import CausalLM
+from trainer.models.sources import is_hub_id, local_folder
 from trainer.parallel import DistributedContext
-from trainer.run import build_model, build_trainer, open_data, pretrained, say
+from trainer.run import (
+    build_model,
+    build_trainer,
+    find_model_with_data,
+    open_data,
+    pretrained,
+    say,
+    say_finished,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +57,20 @@ def shear(config: ShearConfig) -> Trainer | None:
     weight is read for what cannot work.
     """
     check_layout(config.train, parallel.world_size())
-    inputs = open_inputs(config)
-    output = Path(config.output)
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
+    with context.rank_zero_first():
+        inputs = open_inputs(config)
+    output = Path(config.output)
     finished = context.broadcast((output / "shear.json").exists())
     resuming = Checkpointer(output / "checkpoints", context).latest() is not None
     fingerprint = weights_fingerprint(inputs.folder)
     identity = _identity(config, inputs, fingerprint, context)
     claim_output(output, identity, context, started=finished or resuming)
     if finished:
-        say(context, f"{output}: this run is finished; its report is {output / 'shear.json'}")
+        say_finished(context, output / "shear.json", Path(config.json) if config.json else None)
         return None
-    for note in inputs.domains.notes:
-        say(context, f"note: {note}")
+    for message in inputs.domains.messages():
+        say(context, message)
     say(context, f"source {inputs.source.describe()}  target {inputs.target.describe()}")
     model = build_model(
         inputs.model, config.train, context, load=None if resuming else pretrained(inputs.folder)
@@ -75,20 +85,37 @@ def shear(config: ShearConfig) -> Trainer | None:
 
 
 def open_inputs(config: ShearConfig) -> Inputs:
-    """Opens source and data and checks that they fit each other and the target."""
+    """Opens source and data and checks that they fit each other and the target.
+
+    The weights of a hub id are fetched only when everything else is right.
+    """
     parse_sizes(config.target)
-    folder = resolve_model(config.source)
+    options = DomainOptions(
+        weights=config.domain_weights,
+        reference=config.reference_losses,
+        reference_fit=config.reference_fit,
+    )
+    name = config.source
+    folder = find_model_with_data(
+        lambda: resolve_model(name, weights=False, option="--source"),
+        config.data,
+        config.train.seq_len,
+        local_folder(name) if is_hub_id(name) else name,
+    )
     model = load_config(folder)
     source = shape_of(model)
     target = parse_target(config.target, source)
+    pruned = config_of(target, model)
+    pruned.to_hf()
     reader, held_out = open_data(config.data, config.train, model, folder)
     domains = starting_domains(
         reader.sizes,
-        weights=config.domain_weights,
-        reference=config.reference_losses,
+        options,
+        parameters=pruned.num_parameters(),
         sheared=None,
-        dynamic=False,
+        needs_reference=False,
     )
+    folder = resolve_model(name, option="--source")
     return Inputs(folder, model, source, target, reader, held_out, domains)
 
 

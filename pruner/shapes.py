@@ -6,7 +6,7 @@ appendix D) for a LLaMA-2-7B source.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from data.errors import InputError
 from trainer.models.config import ModelConfig
@@ -68,6 +68,18 @@ def shape_of(config: ModelConfig) -> Shape:
     )
 
 
+def config_of(shape: Shape, source: ModelConfig) -> ModelConfig:
+    """The architecture of `source` in another shape."""
+    return replace(
+        source,
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        intermediate_size=shape.ffn,
+    )
+
+
 def parse_target(text: str, source: Shape) -> Shape:
     """Read `1.3b` or `layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152` and validate it.
 
@@ -125,12 +137,6 @@ def _validate_heads(target: Shape, source: Shape) -> None:
             f"target heads={heads} {reason}; every KV head must keep the same number of query "
             f"heads, 1..{source.group} as in the source: use heads={_nearest(heads, allowed)}, "
             "or change kv-heads"
-        )
-    if target.hidden % heads:
-        widths = range(heads, source.hidden + 1, heads)
-        raise InputError(
-            f"target hidden={target.hidden} is not a multiple of heads={heads}, which "
-            f"transformers' configurations require: use hidden={_nearest(target.hidden, widths)}"
         )
 
 

@@ -1,10 +1,14 @@
 """Fixtures every test may use. Tiny models and token folders are made by tests/factories.py."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# The tests are about CPU ranks, forked from a process that must not have touched a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 ROOT = Path(__file__).resolve().parent.parent
 

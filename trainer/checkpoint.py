@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from data.errors import InputError
+from trainer.callbacks.base import Callback
 from trainer.parallel import DistributedContext
 
 if TYPE_CHECKING:
@@ -73,12 +74,8 @@ class Checkpointer:
         """
         self._verify(path)
         state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-        saved, present = set(state["callbacks"]), {c.name for c in trainer.callbacks}
-        if saved != present:
-            raise InputError(
-                f"{path}: holds the state of {sorted(saved)}, this run has {sorted(present)}; "
-                "resume it with the command that started it"
-            )
+        _refuse_other_callbacks(path, state, trainer.callbacks)
+        decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
         model, optimizer = get_state_dict(trainer.model, trainer.optimizer)
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
         dcp.load(parts, checkpoint_id=path, process_group=self.context.cpu_group)
@@ -88,12 +85,16 @@ class Checkpointer:
             model_state_dict=parts["model"],
             optim_state_dict=parts["optimizer"],
         )
+        # Options may change on resume; what the checkpoint remembers of them must not win.
+        for group, decay in zip(trainer.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
         trainer.step, trainer.tokens = state["step"], state["tokens"]
         trainer.loss = state["loss"]
         trainer.throughput.load_state_dict(state["throughput"])
         trainer.stream.load_state_dict(state["stream"])
         for callback in trainer.callbacks:
-            callback.load_state_dict(state["callbacks"][callback.name])
+            if callback.name in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][callback.name])
         if self.context.rank < len(state["rng"]):
             _set_rng_state(state["rng"][self.context.rank])
 
@@ -164,6 +165,22 @@ class Checkpointer:
         self.context.check(problem)
 
 
+def latest_step(directory: Path) -> int | None:
+    """Number of steps behind the newest committed checkpoint in `directory`."""
+    committed = _committed(directory)
+    return int(committed[-1].name.removeprefix("step-")) if committed else None
+
+
+def _refuse_other_callbacks(path: Path, state: dict[str, Any], callbacks: list[Callback]) -> None:
+    saved, present = set(state["callbacks"]), {callback.name for callback in callbacks}
+    optional = {*state["optional"], *(c.name for c in callbacks if c.optional_state)}
+    if (saved ^ present) - optional:
+        raise InputError(
+            f"{path}: holds the state of {sorted(saved)}, this run has {sorted(present)}; "
+            "resume it with the command that started it"
+        )
+
+
 def _committed(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if (path / MARKER).exists())
 
@@ -176,6 +193,7 @@ def _write_state(trainer: "Trainer", rng: list[dict[str, Any]], path: Path) -> N
         "throughput": trainer.throughput.state_dict(),
         "stream": trainer.stream.state_dict(),
         "callbacks": {callback.name: callback.state_dict() for callback in trainer.callbacks},
+        "optional": [callback.name for callback in trainer.callbacks if callback.optional_state],
         "rng": rng,
     }
     with path.open("wb") as file:

@@ -8,27 +8,38 @@ from data.errors import InputError
 from data.mixture import MixtureConfig
 from data.reader import TokenReader
 from trainer import parallel
-from trainer.callbacks.evaluate import EvaluateCallback
-from trainer.callbacks.mixture import MixtureCallback
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig, check_layout
-from trainer.domains import Domains, sheared_report, starting_domains
-from trainer.evaluate import report as held_out_report
+from trainer.domains import (
+    DomainOptions,
+    Domains,
+    sheared_report,
+    start_reference,
+    starting_domains,
+)
 from trainer.identity import claim_output, run_identity, weights_fingerprint
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.hf import load_config, resolve_model
+from trainer.models.llama import CausalLM
+from trainer.models.sources import fetch_advice, is_hub_id, local_folder
 from trainer.parallel import DistributedContext
 from trainer.run import (
     build_model,
     build_trainer,
+    find_model_with_data,
     open_data,
     pretrained,
+    publish,
     random_init,
     save_pretrained,
     say,
-    write_report,
+    say_finished,
+    training_report,
 )
+
+SOURCE = "meta-llama/Llama-2-7b-hf"
+"""The model that messages propose to shear."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +53,8 @@ class Inputs:
     held_out: TokenReader | None
     domains: Domains
     mixture: MixtureConfig
-    """Fixed where the options ask for a dynamic one but no reference losses are known."""
+    """Fixed where the options ask for a dynamic one but no reference losses can be known; dynamic
+    without any in `domains` means that the start model's are measured."""
 
 
 def continue_pretraining(
@@ -55,6 +67,7 @@ def continue_pretraining(
     mixture: MixtureConfig | None = None,
     domain_weights: str | None = None,
     reference_losses: str | None = None,
+    reference_fit: str | None = None,
     json_copy: Path | None = None,
     tensorboard: bool = True,
 ) -> Trainer | None:
@@ -64,31 +77,35 @@ def continue_pretraining(
     anything that cannot work.
     """
     check_layout(config, parallel.world_size())
-    inputs = open_inputs(
-        config, model, data, mixture or MixtureConfig(), domain_weights, reference_losses
+    options = DomainOptions(
+        weights=domain_weights, reference=reference_losses, reference_fit=reference_fit
     )
     context = parallel.init(replicas=config.replicas, threads=config.threads)
+    mixture = mixture or MixtureConfig()
+    with context.rank_zero_first():
+        inputs = open_inputs(config, model, data, mixture, options, init == "pretrained")
     finished = context.broadcast((output / "cpt.json").exists())
     resuming = Checkpointer(output / "checkpoints", context).latest() is not None
     identity = _identity(config, inputs, init, context)
     claim_output(output, identity, context, started=finished or resuming)
     if finished:
-        say(context, f"{output}: this run is finished; its report is {output / 'cpt.json'}")
+        say_finished(context, output / "cpt.json", json_copy)
         return None
-    for note in inputs.domains.notes:
-        say(context, f"note: {note}")
+    for message in inputs.domains.messages():
+        say(context, message)
     if config.eval_sequences and inputs.held_out is None:
         say(context, f"note: {data} has no held-out sequences: nothing will be evaluated")
     load = pretrained(inputs.source) if init == "pretrained" else random_init(config.seed)
+    network = build_model(inputs.shape, config, context, load=None if resuming else load)
     trainer = build_trainer(
-        build_model(inputs.shape, config, context, load=None if resuming else load),
+        network,
         config,
         context,
         output=output,
         reader=inputs.reader,
         held_out=inputs.held_out,
         weights=inputs.domains.weights,
-        reference=inputs.domains.reference,
+        reference=_reference(inputs, output, None if resuming else network, config, context),
         mixture=inputs.mixture,
         description="cpt",
         tensorboard=tensorboard,
@@ -104,23 +121,48 @@ def open_inputs(
     model: str,
     data: str,
     mixture: MixtureConfig,
-    domain_weights: str | None,
-    reference_losses: str | None,
+    options: DomainOptions,
+    weights: bool,
 ) -> Inputs:
-    """Opens model folder and data and checks that they fit each other and the options."""
-    source = find_model(model)
+    """Opens model folder and data and checks that they fit each other and the options.
+
+    The weights of a hub id are fetched at the end, if `weights` are needed at all.
+    """
+    tokenizer = local_folder(model if is_hub_id(model) else SOURCE)
+    source = find_model_with_data(
+        lambda: find_model(model, weights=False), data, config.seq_len, tokenizer
+    )
     shape = load_config(source)
     reader, held_out = open_data(data, config, shape, source)
+    sheared = sheared_report(source)
+    # Only a model as it was pre-trained is its own reference: a sheared one starts too high.
+    measurable = weights and sheared is None
     domains = starting_domains(
         reader.sizes,
-        weights=domain_weights,
-        reference=reference_losses,
-        sheared=sheared_report(source),
-        dynamic=mixture.kind == "dynamic",
+        options,
+        parameters=shape.num_parameters(),
+        sheared=sheared,
+        needs_reference=mixture.kind == "dynamic" and not measurable,
     )
-    if not domains.reference:
+    if not domains.reference and not measurable:
         mixture = replace(mixture, kind="fixed")
+    if weights:
+        source = find_model(model)
     return Inputs(source, shape, reader, held_out, domains, mixture)
+
+
+def _reference(
+    inputs: Inputs,
+    output: Path,
+    model: CausalLM | None,
+    config: TrainConfig,
+    context: DistributedContext,
+) -> dict[str, float]:
+    """Known reference losses, or for a dynamic mixture those of the start model (`model`; None once
+    training has begun)."""
+    if inputs.domains.reference or inputs.mixture.kind == "fixed":
+        return inputs.domains.reference
+    return start_reference(output, model, inputs.reader, config.micro_batch, context)
 
 
 def _identity(
@@ -142,50 +184,34 @@ def _identity(
     )
 
 
-def find_model(model: str) -> Path:
+def find_model(model: str, *, weights: bool = True) -> Path:
     """Resolves --model; raises InputError telling how to make or fetch one that is missing."""
-    path = Path(model)
-    how = (
-        "python -m pruner.shear --source meta-llama/Llama-2-7b-hf --target 1.3b --data runs/tokens "
-        f"--output {model}"
-    )
-    if path.is_dir() and (path / "run.json").exists() and not (path / "model").exists():
-        raise InputError(f"--model {model}: that run has not finished; resume it, e.g. {how}")
-    local = (
-        path.is_absolute()
-        or model.startswith(".")
-        or (path.parent != Path() and path.parent.exists())
-    )
-    if not path.exists() and (local or model == "runs/shear" or model.count("/") != 1):
+    path = Path(model).expanduser()
+    shear = f"python -m pruner.shear --source {local_folder(SOURCE)} --target 1.3b"
+    run = path.parent if path.name == "model" else path
+    reports = (run / "shear.json", run / "cpt.json")
+    if (run / "run.json").exists() and not any(report.exists() for report in reports):
         raise InputError(
-            f"--model {model}: no such folder. Shear a model first: {how} "
-            "(or name a Hugging Face folder or hub id)"
+            f"--model {model}: that run has not finished; resume it with the command that started "
+            f"it, for example {shear} --output {run}"
         )
-    return resolve_model(model)
+    if not path.exists() and not is_hub_id(model):
+        raise InputError(
+            f"--model {model}: no such folder. Name a Hugging Face folder or hub id, or shear a "
+            f"model first: {fetch_advice(SOURCE, '--source')} to\n    {shear} --output {run}"
+        )
+    return resolve_model(model, weights=weights)
 
 
 def finish(trainer: Trainer, source: Path, output: Path, json_copy: Path | None) -> None:
     """Writes the model folder and then the report, whose presence marks the run as finished."""
     save_pretrained(trainer.model, trainer.context, output / "model", tokenizer_from=source)
-    report: dict[str, Any] = {
-        "final_loss": trainer.loss,
-        "held_out": {},
-        "steps": trainer.step,
-        "tokens": trainer.tokens,
-        **trainer.throughput.summary(),
-    }
-    for callback in trainer.callbacks:
-        if isinstance(callback, EvaluateCallback):
-            report["held_out"] = held_out_report(callback.results)
-        if isinstance(callback, MixtureCallback):
-            report["weights"] = dict(callback.mixture.weights)
-    if trainer.context.is_main:
-        write_report(output / "cpt.json", report)
-        if json_copy is not None:
-            write_report(json_copy, report)
-    trainer.context.barrier()
+    report = training_report(trainer)
+    publish(trainer.context, report, [*([json_copy] if json_copy else []), output / "cpt.json"])
     say(
         trainer.context,
         f"final loss {trainer.loss:.4f} after {trainer.tokens:,} tokens "
-        f"({report['tokens_per_second']:,.0f} tokens/s): {output / 'model'}",
+        f"({report['tokens_per_second']:,.0f} tokens/s in steps, "
+        f"{report['wall_tokens_per_second']:,.0f} with evaluation and checkpoints): "
+        f"{output / 'model'}",
     )

@@ -1,13 +1,43 @@
-"""Initial domain weights and reference losses of a run, from options or from the run that made the
-model."""
+"""Initial domain weights and reference losses of a run, from options, from the run that made the
+model, or measured."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+from data.reader import TokenReader
+from trainer.evaluate import evaluate
+from trainer.models.llama import CausalLM
+from trainer.parallel import DistributedContext
+from trainer.run import publish, say
+from trainer.scaling import fitted_reference
+
+FILE = "reference.json"
+REFERENCE_SEQUENCES = 32
+"""Training sequences per domain on which a start model's loss is measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainOptions:
+    """What the user says about the domains; None leaves it to `starting_domains`."""
+
+    weights: str | None = None
+    """--domain-weights, "c4=0.6,github=0.4"."""
+    reference: str | None = None
+    """--reference-losses, "c4=2.1,github=0.9"."""
+    reference_fit: str | None = None
+    """--reference-fit, a file of losses by model size."""
+
+    def __post_init__(self) -> None:
+        if self.reference is not None and self.reference_fit is not None:
+            raise InputError(
+                f"--reference-losses {self.reference!r} and --reference-fit {self.reference_fit} "
+                "both give reference losses: leave one out"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +50,13 @@ class Domains:
     """Loss in nats per token that each domain is steered towards; empty when unknown."""
     notes: list[str]
     """What the user should know about where these came from."""
+    warnings: list[str] = field(default_factory=list)
+    """What makes them doubtful."""
+
+    def messages(self) -> list[str]:
+        """Notes and warnings as lines to print."""
+        notes = [f"note: {text}" for text in self.notes]
+        return notes + [f"warning: {text}" for text in self.warnings]
 
 
 def parse_values(text: str, flag: str) -> dict[str, float]:
@@ -41,19 +78,23 @@ def parse_values(text: str, flag: str) -> dict[str, float]:
 
 def starting_domains(
     sizes: Mapping[str, int],
+    options: DomainOptions,
     *,
-    weights: str | None,
-    reference: str | None,
+    parameters: int,
     sheared: dict[str, Any] | None,
-    dynamic: bool,
+    needs_reference: bool,
 ) -> Domains:
     """Chooses weights and reference losses for the domains of `sizes` (sequences per domain).
 
-    Each comes from its option if given, else from `sheared` (a shear.json), else weights are
-    proportional to tokens and references are unknown, which turns a dynamic mixture into a fixed
-    one (said in `notes`). Raises InputError for options that name other domains than the data has.
+    Each comes from its option if given (a fit is evaluated at `parameters`), else from `sheared` (a
+    shear.json), else weights are proportional to tokens and references are unknown.
+    `needs_reference` says that then nothing else provides them to a dynamic mixture, so that it
+    becomes a fixed one, which is noted. Raises InputError for options that name other domains than
+    the data has, and for a fit that cannot be made.
     """
-    notes = []
+    notes: list[str] = []
+    warnings: list[str] = []
+    weights = options.weights
     if weights is not None:
         chosen = _match(parse_values(weights, "--domain-weights"), sizes, "--domain-weights")
     else:
@@ -68,13 +109,18 @@ def starting_domains(
     total = sum(chosen.values())
     if total <= 0:
         raise InputError(f"--domain-weights {weights!r}: the weights sum to 0; give one above 0")
-    losses = _reference(sizes, reference, sheared)
-    if dynamic and not losses:
+    if options.reference_fit is not None:
+        fitted = fitted_reference(Path(options.reference_fit), set(sizes), parameters)
+        losses, warnings = fitted.losses, fitted.warnings
+        notes += fitted.notes
+    else:
+        losses = _reference(sizes, options.reference, sheared)
+    if needs_reference and not losses:
         notes.append(
             "no reference losses are known for these domains, so the domain weights stay fixed; "
-            "--reference-losses 'c4=2.1,...' makes them dynamic"
+            "--reference-losses 'c4=2.1,...' or --reference-fit makes them dynamic"
         )
-    return Domains({d: chosen[d] / total for d in sizes}, losses, notes)
+    return Domains({d: chosen[d] / total for d in sizes}, losses, notes, warnings)
 
 
 def _reference(
@@ -103,3 +149,51 @@ def sheared_report(model: Path) -> dict[str, Any] | None:
         return None
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return report
+
+
+def start_reference(
+    output: Path,
+    model: CausalLM | None,
+    reader: TokenReader,
+    batch: int,
+    context: DistributedContext,
+) -> dict[str, float]:
+    """Loss per domain (nats per token) of the start model on training text; collective.
+
+    `model` holds the start weights; its losses are measured and kept in OUTPUT/reference.json. None
+    once training has begun: then the kept ones are read, so that a resumed run steers towards the
+    same numbers. Raises InputError when they are lost or not finite.
+    """
+    path = output / FILE
+    if model is None:
+        kept = context.broadcast(_read_kept(path, reader) if context.is_main else None)
+        if kept is None:
+            raise InputError(
+                f"{path} (the start model's losses) is missing or damaged, and training has begun: "
+                f"restore the file, or delete {output} to start over"
+            )
+        losses: dict[str, float] = kept
+    else:
+        measured = evaluate(
+            model, reader, reader.domains, REFERENCE_SEQUENCES, batch, context, spread=True
+        )
+        losses = {domain: result.loss for domain, result in measured.items()}
+        bad = [domain for domain, loss in losses.items() if not isfinite(loss)]
+        if bad:
+            raise InputError(
+                f"the start model's loss on training text of {', '.join(bad)} is not finite: its "
+                "weights are damaged, or --precision does not suit it"
+            )
+        publish(context, {"reference": losses, "sequences": REFERENCE_SEQUENCES}, [path])
+    values = ", ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
+    say(context, f"reference losses (the start model's on training text, {path}): {values}")
+    return losses
+
+
+def _read_kept(path: Path, reader: TokenReader) -> dict[str, float] | None:
+    try:
+        losses = json.loads(path.read_text(encoding="utf-8"))["reference"]
+        kept = {domain: float(losses[domain]) for domain in reader.domains}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return kept if all(isfinite(loss) for loss in kept.values()) else None

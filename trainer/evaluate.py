@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data.errors import InputError
 from data.reader import TokenReader
@@ -59,13 +61,13 @@ def evaluate(
         mine = rows[start + context.rank * batch :][:batch]
         padding = batch - len(mine)
         # Every rank makes the same number of passes, because gathering weights is collective.
-        ids, owners = _read(reader, domains, mine + rows[:1] * padding)
+        ids, owners = context.together(partial(_read, reader, domains, mine + rows[:1] * padding))
         ids, owners = ids.to(context.device), owners.to(context.device)
         targets, valid = next_token_targets(ids)
         valid[len(mine) :] = False
         output = model(ids, masks=masks, targets=targets, weights=valid.float())
-        sums[0].index_add_(0, owners, output.token_loss.double().sum(dim=1))
-        sums[1].index_add_(0, owners, valid.double().sum(dim=1))
+        sums[0] += output.token_loss.double().sum(dim=1) @ owners
+        sums[1] += valid.double().sum(dim=1) @ owners
     model.train(training)
     reshard(model)
     totals = context.all_reduce_sum(sums).cpu().tolist()
@@ -92,6 +94,7 @@ def report(losses: dict[str, DomainLoss]) -> dict[str, dict[str, float]]:
 def _read(
     reader: TokenReader, domains: Sequence[str], rows: list[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [n, S] of the samples `rows`, and their domains as one-hot rows: float64 [n, D]."""
     ids = [reader.read(domains[index], np.array([sample])) for index, sample in rows]
-    owners = torch.tensor([index for index, _ in rows])
-    return torch.from_numpy(np.concatenate(ids)), owners
+    owners = F.one_hot(torch.tensor([index for index, _ in rows]), len(domains))
+    return torch.from_numpy(np.concatenate(ids)), owners.double()

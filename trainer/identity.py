@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+from trainer.checkpoint import latest_step
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext
@@ -28,6 +29,9 @@ SCHEDULE_FIELDS = (
 )
 """Options that decide the trajectory. The others (micro-batch, intervals, threads, ...) may change
 on resume."""
+CHANGEABLE = ("lr", "min_lr_ratio", "clip", "weight_decay")
+"""Those of SCHEDULE_FIELDS that may change on resume too: they bring a diverging run back on track,
+and the order of the data does not depend on them."""
 
 
 def run_identity(
@@ -66,17 +70,34 @@ def claim_output(
     """Writes OUTPUT/run.json, or compares with the one there when the run has `started` (has state
     worth keeping).
 
-    Raises InputError naming the fields that differ.
+    Changes of CHANGEABLE options are noted and kept while the run is unfinished. Raises InputError
+    naming the other fields that differ.
     """
+    saved = context.together(lambda: read_identity(output) if started else None)
     problem = None
     if context.is_main:
-        path = output / FILE
         wanted = json.loads(json.dumps(identity))
-        if started and path.exists():
-            problem = _difference(output, json.loads(path.read_text(encoding="utf-8")), wanted)
-        else:
-            problem = _write(path, wanted)
+        changes: dict[str, Any] = {}
+        if saved is not None:
+            changes = _accepted_changes(output, saved, wanted)
+            problem = _difference(output, saved | changes, wanted)
+        if problem is None and (saved is None or changes):
+            problem = _write(output / FILE, wanted)
+        if problem is None and saved is not None:
+            first = (latest_step(output / "checkpoints") or 0) + 1
+            for name, value in changes.items():
+                print(f"note: {name} {saved[name]} -> {value} from step {first}", flush=True)
     context.check(problem)
+
+
+def _accepted_changes(
+    output: Path, saved: dict[str, Any], wanted: dict[str, Any]
+) -> dict[str, Any]:
+    """New values of CHANGEABLE options; none when no steps are left that they could change."""
+    step = latest_step(output / "checkpoints")
+    if step is None or step >= wanted["steps"]:
+        return {}
+    return {name: wanted[name] for name in CHANGEABLE if saved[name] != wanted[name]}
 
 
 def _difference(output: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:

@@ -4,11 +4,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
 from data.batches import Batch, BatchStream
 from trainer.callbacks.base import Callback
 from trainer.config import TrainConfig
+from trainer.memory import explain_out_of_memory
 from trainer.models.llama import CausalLM
 from trainer.models.masks import Masks
 from trainer.optimizer import clip_gradients
@@ -62,10 +64,11 @@ class Trainer:
     def fit(self) -> None:
         """Trains from `self.step` to the configured steps, or until a callback sets `stopping`."""
         try:
-            self._call("on_train_start")
-            while self.step < self.config.steps and not self.stopping:
-                self.train_step()
-            self._call("on_train_end")
+            with explain_out_of_memory(self.config):
+                self._call("on_train_start")
+                while self.step < self.config.steps and not self.stopping:
+                    self.train_step()
+                self._call("on_train_end")
         finally:
             self._call("on_exit")
 
@@ -74,7 +77,7 @@ class Trainer:
         self.throughput.start_step()
         self.record = {"step": self.step + 1}
         self._call("on_step_start")
-        batch = self.stream.next()
+        batch = self.context.together(self.stream.next)
         self._forward_backward(batch)
         self._call("on_backward")
         norm = clip_gradients(self.model, self.config.clip, self.context.mesh)
@@ -83,6 +86,7 @@ class Trainer:
         self.record["lr"] = self._set_learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._call("on_update")
         self.step += 1
         step_tokens = self.config.global_batch * self.config.seq_len
         self.tokens += step_tokens
@@ -100,20 +104,24 @@ class Trainer:
         weights = valid.float() / total
         micro = self.config.micro_batch
         starts = range(0, len(ids), micro)
+        # A matrix product adds in a fixed order, which scattered additions on a GPU do not.
+        owners = F.one_hot(domains, len(self.stream.domains)).double()
         sums = torch.zeros(2, len(self.stream.domains), dtype=torch.float64, device=device)
         assert isinstance(self.model, FSDPModule)
         for start in starts:
             rows = slice(start, start + micro)
             last = start == starts[-1]
             self.model.set_is_last_backward(last)
+            # Replicas (HSDP) exchange the accumulated gradient once per step.
+            self.model.set_requires_all_reduce(last)
             # Weights stay gathered from one micro-batch to the next unless memory is to be saved.
             self.model.set_reshard_after_backward(last or self.config.reshard_after_forward)
             output = self.model(
                 ids[rows], masks=self.masks, targets=targets[rows], weights=weights[rows]
             )
             output.loss.backward()
-            sums[0].index_add_(0, domains[rows], output.token_loss.double().sum(dim=1))
-            sums[1].index_add_(0, domains[rows], valid[rows].double().sum(dim=1))
+            sums[0] += output.token_loss.double().sum(dim=1) @ owners[rows]
+            sums[1] += valid[rows].double().sum(dim=1) @ owners[rows]
         self._record_losses(self.context.all_reduce_sum(sums).cpu().numpy())
 
     def _record_losses(self, sums: np.ndarray) -> None:

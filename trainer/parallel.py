@@ -1,13 +1,14 @@
 """Ranks, devices and sharding: one path for a single process, torchrun on CPUs (gloo) and GPUs
 (nccl)."""
 
+import atexit
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from data.cli import available_cores
 from data.errors import InputError
+
+T = TypeVar("T")
+
+GPU_TIMEOUT = timedelta(minutes=30)
+HOST_TIMEOUT = timedelta(hours=24)
+"""Ranks wait on the host while rank 0 downloads a model; one that dies is noticed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,17 @@ class DistributedContext:
             if self.is_main:
                 self.barrier()
 
+    def together(self, action: Callable[[], T]) -> T:
+        """The result of `action`; an InputError that any rank's raises is raised on every rank."""
+        problem, results = None, []
+        try:
+            results.append(action())
+        except InputError as error:
+            problem = str(error)
+        if self.any(problem is not None):
+            self.check(problem)
+        return results[0]
+
     def check(self, problem: str | None) -> None:
         """Raises InputError on every rank with the first `problem` that any rank reports; None is
         no problem."""
@@ -98,36 +117,61 @@ def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext
 
     `threads` are CPU threads per rank (None: this machine's cores divided by its ranks). An already
     initialised default process group is used as it is. `replicas` must divide the world size
-    (`config.check_layout`).
+    (`config.check_layout`). Raises InputError when there are more ranks than GPUs.
     """
     on_cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
+        _require_gpus(local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-        timeout = timedelta(minutes=30)
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
+        _join(on_cuda)
     world = dist.get_world_size()
     if not on_cuda:
         _keep_freed_memory()
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(threads or max(1, available_cores() // local_world))
     assert world % replicas == 0
     if replicas > 1:
         shape, names = (replicas, world // replicas), ("replicate", "shard")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     else:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    cpu_group = dist.new_group(backend="gloo") if on_cuda else dist.group.WORLD
+    cpu_group = (
+        dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) if on_cuda else dist.group.WORLD
+    )
     assert cpu_group is not None
     return DistributedContext(dist.get_rank(), world, local_rank, device, mesh, cpu_group)
+
+
+def _require_gpus(local_rank: int) -> None:
+    # All ranks of the machine see the same numbers, so that rank 0 reports the error.
+    ranks = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    gpus = torch.cuda.device_count()
+    if ranks > gpus:
+        raise InputError(
+            f"{ranks} ranks were started on a machine with {gpus} visible GPUs, and each rank "
+            f"needs its own: use --nproc_per_node {gpus}"
+        )
+
+
+def _join(on_cuda: bool) -> None:
+    """Makes the default process group, and has it taken down when the process ends."""
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    timeout = GPU_TIMEOUT if on_cuda else HOST_TIMEOUT
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _keep_freed_memory() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from data.batches import BatchStream
+from data.cli import available_cores
 from data.errors import InputError
 from data.manifest import FILE_NAME, HELD_OUT
 from data.mixture import Mixture, MixtureConfig
@@ -23,15 +24,48 @@ from trainer.callbacks.mixture import MixtureCallback
 from trainer.callbacks.progress import ProgressCallback
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
+from trainer.evaluate import report as held_out_report
 from trainer.loop import Trainer
+from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
 from trainer.models.hf import init_weights, load_sharded, save_model
 from trainer.models.llama import CausalLM
+from trainer.models.sources import TOKENIZER_FILES
 from trainer.optimizer import build_optimizer
 from trainer.parallel import DistributedContext, compute_dtype, shard
 from trainer.throughput import Throughput
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TEXT_FOLDER = "SlimPajama-627B"
+
+
+def find_model_with_data(find: Callable[[], Path], data: str, seq_len: int, tokenizer: str) -> Path:
+    """The model folder that `find` finds.
+
+    Where that fails and there is no tokenized data in `data` either, one InputError says how to get
+    both. `tokenizer` is the tokenizer to name then.
+    """
+    try:
+        return find()
+    except InputError as error:
+        missing = missing_data(data, seq_len, tokenizer)
+        if missing is None:
+            raise
+        raise InputError(f"model and data are both missing.\n1. {error}\n2. {missing}") from error
+
+
+def missing_data(data: str, seq_len: int, tokenizer: Path | str) -> str | None:
+    """How to make tokenized data in the folder `data`, or None where it is there."""
+    if (Path(data) / FILE_NAME).is_file():
+        return None
+    return (
+        f"--data {data}: no tokenized data there. Fetch text and tokenize it:\n"
+        "    hf download cerebras/SlimPajama-627B --repo-type dataset --include 'train/chunk1/*' "
+        f"--local-dir {TEXT_FOLDER}\n"
+        f"    python -m data.tokenize --input '{TEXT_FOLDER}/train/**/*.jsonl.zst' "
+        f"--tokenizer {tokenizer} --output {data} --seq-len {seq_len} "
+        f"--workers {available_cores()}\n"
+        "  (or give data.tokenize text of your own: .jsonl, .txt or .parquet)"
+    )
 
 
 def open_data(
@@ -44,12 +78,9 @@ def open_data(
     it.
     """
     folder = Path(data)
-    if not (folder / FILE_NAME).is_file():
-        raise InputError(
-            f"--data {data}: no tokenized data there. Make it with: python -m data.tokenize "
-            f"--input 'SlimPajama-627B/train/**/*.jsonl.zst' --tokenizer {source} --output {data} "
-            f"--seq-len {config.seq_len}"
-        )
+    missing = missing_data(data, config.seq_len, source)
+    if missing is not None:
+        raise InputError(missing)
     if config.seq_len > model.max_position_embeddings:
         raise InputError(
             f"--seq-len {config.seq_len} is longer than the model's "
@@ -91,8 +122,9 @@ def build_model(
     """A sharded model on `context.device`, filled by `load`; None leaves that to a checkpoint.
 
     Nothing is ever allocated whole: the model is made on the meta device, sharded, and only then
-    given memory.
+    given memory. Raises InputError before that when it cannot fit.
     """
+    check_memory(model, config, context)
     with torch.device("meta"):
         network = CausalLM(model)
     network.checkpoint_activations = config.activation_checkpointing
@@ -194,13 +226,67 @@ def save_pretrained(
     """
     stated = model.config.hf.get("dtype") or model.config.hf.get("torch_dtype")
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(str(stated), torch.bfloat16)
-    tensors = full_tensors(model)
+    save_tensors_of(full_tensors(model), model.config, context, path, tokenizer_from, dtype)
+
+
+def save_tensors_of(
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    config: ModelConfig,
+    context: DistributedContext,
+    path: Path,
+    tokenizer_from: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Writes `tensors`, whose gathering is collective, from rank 0.
+
+    Raises InputError on every rank when they cannot be written.
+    """
+    problem = None
     if context.is_main:
-        save_model(model.config, tensors, path, tokenizer_from, dtype)
-    else:
-        for _ in tensors:
-            pass
-    context.barrier()
+        try:
+            save_model(config, tensors, path, tokenizer_from, dtype)
+        except InputError as error:
+            problem = str(error)
+    # Every rank goes through all tensors, also rank 0 after a failure.
+    for _ in tensors:
+        pass
+    context.check(problem)
+
+
+def training_report(trainer: Trainer) -> dict[str, Any]:
+    """What every finished run reports: losses, tokens, speed and the last domain weights."""
+    training: dict[str, Any] = {
+        "final_loss": trainer.loss,
+        "held_out": {},
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        **trainer.throughput.summary(),
+    }
+    for callback in trainer.callbacks:
+        if isinstance(callback, EvaluateCallback):
+            training["held_out"] = held_out_report(callback.results)
+        if isinstance(callback, MixtureCallback):
+            training["weights"] = dict(callback.mixture.weights)
+    return training
+
+
+def publish(context: DistributedContext, report: dict[str, Any], paths: Sequence[Path]) -> None:
+    """Writes a report to all `paths` from rank 0. Raises InputError on every rank."""
+    problem = None
+    if context.is_main:
+        try:
+            for path in paths:
+                write_report(path, report)
+        except OSError as error:
+            problem = f"cannot write {path}: {error.strerror}; free space or choose another file"
+    context.check(problem)
+
+
+def say_finished(context: DistributedContext, report: Path, copy: Path | None) -> None:
+    """Says that the run of `report` is finished, and copies the report to `copy` (--json)."""
+    say(context, f"{report.parent}: this run is finished; its report is {report}")
+    if copy is not None:
+        publish(context, json.loads(report.read_text(encoding="utf-8")), [copy])
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

@@ -67,8 +67,8 @@ class Throughput:
         return self._wall_before + time.perf_counter() - self._started
 
     def summary(self) -> dict[str, float]:
-        """Tokens per second while training, and over wall time with evaluation and checkpoints
-        included."""
+        """Tokens per second inside steps (mask updates included), and over wall time with
+        evaluation and checkpoints."""
         return {
             "tokens_per_second": self.tokens / self.train_seconds if self.train_seconds else 0.0,
             "wall_tokens_per_second": self.tokens / self.wall_seconds,

@@ -232,3 +232,10 @@ def test_help_keeps_no_rank_waiting(
         get("--help")
     assert stop.value.code == 0 and time.monotonic() - start < 5
     assert capsys.readouterr().out == ""
+
+
+def test_available_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.available_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert cli.available_cores() == 7

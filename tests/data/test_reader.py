@@ -1,3 +1,6 @@
+import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -6,6 +9,7 @@ import pytest
 
 from data.errors import InputError
 from data.reader import TokenReader
+from tests.conftest import ROOT
 from tests.data.helpers import random_documents, write_folder
 
 
@@ -36,11 +40,14 @@ def test_results_are_copies(tmp_path: Path) -> None:
     assert (first == -1).all()
 
 
-def test_threads_may_share_a_reader(tmp_path: Path) -> None:
+def test_threads_may_share_a_reader_that_closes_shards(tmp_path: Path) -> None:
     groups = [random_documents([500], seed=i) for i in range(20)]
     write_folder(tmp_path, {"c4": groups})
     reader = TokenReader(tmp_path, 10, verify="always")
     stream = np.concatenate([group[0] for group in groups]).reshape(-1, 10)
+    opened = reader._shards["c4"][0]._opened
+    assert opened is not None
+    opened.limit = 5
     orders = [np.random.default_rng(i).permutation(1000) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         for order, found in zip(
@@ -99,3 +106,54 @@ def test_sample_outside_the_domain(tmp_path: Path, index: int) -> None:
     write_folder(tmp_path, {"c4": [random_documents([64])]})
     with pytest.raises(IndexError):
         TokenReader(tmp_path, 16).read("c4", np.array([index]))
+
+
+READ_EVERYTHING = """
+import resource, sys
+import numpy as np
+from data.reader import TokenReader
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+reader = TokenReader(sys.argv[1], 10)
+order = np.random.default_rng(0).permutation(reader.sizes["c4"])
+found = np.empty((len(order), 10), np.int64)
+for start in range(0, len(order), 7):
+    chosen = order[start : start + 7]
+    found[chosen] = reader.read("c4", chosen)
+opened = next(iter(reader._shards.values()))[0]._opened
+print(len(opened), found.ravel().tolist())
+"""
+
+
+@pytest.mark.parametrize(("soft", "hard", "expected"), [(64, 64, 8), (64, 512, 150)])
+def test_more_shards_than_open_files(tmp_path: Path, soft: int, hard: int, expected: int) -> None:
+    groups = [random_documents([20], seed=i) for i in range(150)]
+    write_folder(tmp_path, {"c4": groups})
+    arguments = [str(tmp_path), str(soft), str(hard)]
+    result = subprocess.run(
+        [sys.executable, "-c", READ_EVERYTHING, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    opened, found = result.stdout.split(maxsplit=1)
+    assert int(opened) == expected
+    assert json.loads(found) == np.concatenate([group[0] for group in groups]).tolist()
+
+
+def test_a_shard_that_was_closed_is_checked_once(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"c4": [random_documents([64]), random_documents([64], seed=1)]})
+    reader = TokenReader(tmp_path, 16)
+    first, second = reader._shards["c4"]
+    assert first._opened is not None and first._opened is second._opened
+    first._opened.limit = 1
+    expected = reader.read("c4", np.array([0]))
+    reader.read("c4", np.array([4]))
+    assert first._tokens is None and second._tokens is not None and len(first._opened) == 1
+    first._check_block = None  # type: ignore[assignment, method-assign]
+    assert np.array_equal(reader.read("c4", np.array([0])), expected)
+    (tmp_path / "train/c4/00001.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="has 0 bytes"):
+        reader.read("c4", np.array([4]))

@@ -89,18 +89,6 @@ def test_order_depends_on_seed() -> None:
     assert not np.array_equal(make(1).next_batch(32), make(2).next_batch(32))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_same_global_sequence_for_every_world_size(world: int) -> None:
-    reference = run(make(), [16] * 10)
-    ranks = [make() for _ in range(world)]
-    share = 16 // world
-    slices = []
-    for _ in range(10):
-        batches = [sampler.next_batch(16) for sampler in ranks]
-        slices += [batches[r][r * share : (r + 1) * share] for r in range(world)]
-    assert np.array_equal(np.concatenate(slices), reference)
-
-
 @given(
     stops=st.lists(st.integers(0, 39), max_size=5),
     changes=st.dictionaries(

@@ -182,6 +182,17 @@ def test_plan_depends_on_the_files_alone(tmp_path: Path) -> None:
     assert tasks[0].key({"a": 1}) != tasks[0].key({"a": 2}) != tasks[1].key({"a": 2})
 
 
+def test_all_empty_files_are_named_before_any_work(tmp_path: Path) -> None:
+    sizes = {"a.jsonl": 0, "b.jsonl.zst": 13, "c.parquet": 4, "d.jsonl": 40, "e.txt": 0}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    files = [tmp_path / name for name in sizes]
+    with pytest.raises(InputError, match=r"3 of 5 .*a\.jsonl \(0 b.*b\.jsonl.*c\.parq") as error:
+        plan_tasks(files, 1 << 20)
+    assert "d.jsonl" not in str(error.value) and "e.txt" not in str(error.value)
+    assert len(plan_tasks(files[3:], 1 << 20)) == 1
+
+
 def test_incomplete_output_of_a_finished_task_is_noticed(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:

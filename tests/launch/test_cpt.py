@@ -101,11 +101,39 @@ def test_an_error_is_printed_once_by_two_ranks(workspace: Path) -> None:
     assert result.stderr.count("error: --model missing/model/folder") == 1
 
 
-def test_missing_model_says_how_to_make_it(tmp_path: Path) -> None:
-    result = start(tmp_path)
+def test_missing_model_says_how_to_make_it(workspace: Path) -> None:
+    result = start(workspace, model="runs/other")
     assert result.returncode == 2
     assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr
-    assert "--model runs/shear" in result.stderr and "python -m pruner.shear" in result.stderr
+    assert "--model runs/other: no such folder" in result.stderr
+    assert "both missing" not in result.stderr and "python -m pruner.shear" in result.stderr
+
+
+def check_both_halves(message: str) -> None:
+    assert message.count("error: model and data are both missing") == 1
+    assert "--model runs/shear: no such folder" in message
+    assert "hf auth login" in message and "hf download meta-llama/Llama-2-7b-hf" in message
+    assert (
+        "python -m pruner.shear --source models/Llama-2-7b-hf --target 1.3b --output runs/shear\n"
+        in message
+    )
+    assert "hf download cerebras/SlimPajama-627B --repo-type dataset" in message
+    assert "--tokenizer models/Llama-2-7b-hf --output runs/tokens --seq-len 32" in message
+
+
+def test_without_model_and_data_one_error_says_how_to_get_both(tmp_path: Path) -> None:
+    result = start(tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("error") == 1 and "Traceback" not in result.stderr
+    check_both_halves(result.stderr)
+
+
+@pytest.mark.slow
+def test_two_ranks_print_that_error_once(tmp_path: Path) -> None:
+    result = start(tmp_path, ranks=2)
+    assert result.returncode != 0
+    check_both_halves(result.stderr)
+    assert "error (rank" not in result.stderr
 
 
 def test_help_has_examples() -> None:
@@ -129,12 +157,13 @@ def test_a_finished_run_is_left_alone(
 ) -> None:
     output = tmp_path / "cpt"
 
-    def run(config: TrainConfig) -> Trainer | None:
+    def run(config: TrainConfig, copy: Path | None = None) -> Trainer | None:
         return continue_pretraining(
             config,
             model=str(workspace / "runs" / "shear"),
             data=str(workspace / "runs" / "tokens"),
             output=output,
+            json_copy=copy,
             tensorboard=False,
         )
 
@@ -143,7 +172,8 @@ def test_a_finished_run_is_left_alone(
     check_finished_run(output)
     before = (output / "cpt.json").stat().st_mtime_ns
     capsys.readouterr()
-    assert run(quick()) is None
+    assert run(quick(), tmp_path / "copy.json") is None
+    assert (tmp_path / "copy.json").read_bytes() == (output / "cpt.json").read_bytes()
     assert "this run is finished" in capsys.readouterr().out
     assert (output / "cpt.json").stat().st_mtime_ns == before
     with pytest.raises(InputError, match=r"steps was 6, now 9.*schedule"):
@@ -180,3 +210,10 @@ def test_unfinished_shearing_is_named(tmp_path: Path) -> None:
         find_model(str(tmp_path))
     with pytest.raises(InputError, match="no such folder"):
         find_model(str(tmp_path / "typo"))
+    write_model(tmp_path / "model")
+    for model in (tmp_path, tmp_path / "model"):
+        with pytest.raises(InputError, match="has not finished"):
+            find_model(str(model))
+    (tmp_path / "cpt.json").write_text("{}")
+    for model in (tmp_path, tmp_path / "model"):
+        assert find_model(str(model)) == tmp_path / "model"

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.errors import InputError
+from launch import demo
 from launch.demo import DemoConfig
-from launch.demo_stages import resolve_precision
+from launch.demo_stages import available_ranks, resolve_precision
 from tests.conftest import ROOT
 from tests.factories import write_model
 
@@ -67,3 +69,23 @@ def test_a_stated_precision_is_kept() -> None:
     assert resolve_precision("fp32") == "fp32"
     assert resolve_precision("bf16") == "bf16"
     assert resolve_precision("auto") in ("fp32", "bf16")
+
+
+def test_ranks_fit_the_gpus_and_divide_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert available_ranks(4, batch=8) == 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gpus, expected in {1: 1, 2: 2, 3: 2, 8: 4}.items():
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert available_ranks(4, batch=8) == expected
+
+
+def test_missing_packages_are_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["demo"])
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "gguf" else object())
+    with pytest.raises(InputError, match="needs gguf: pip install gguf accelerate matplotlib"):
+        demo.main()
+    assert not list(tmp_path.iterdir())

@@ -77,7 +77,11 @@ def test_report_is_written_and_shown(
         metrics(tmp_path / name, shear=name == "shear")
     model = write_model(tmp_path / "model")
     results = Results(
-        settings={"precision": "fp32", "shear_lr": 1e-4, "cpt_lr": 1e-4, "random_lr": 1e-3},
+        settings={
+            "precision": "fp32",
+            "target": "layers=1",
+            **dict.fromkeys(("shear_lr", "cpt_lr", "random_lr"), 1e-4),
+        },
         models=dict.fromkeys(NAMES, model),
         evaluation=evaluation((2.0, 5.0, 4.0, random_loss)),
         generation={n: {"tokens_per_second": 9.0, "continuation": "[bold] text"} for n in NAMES},
@@ -94,6 +98,16 @@ def test_report_is_written_and_shown(
         assert words.replace(" ", "") in shown.replace(" ", "").replace("\n", ""), words
     for name in ("alive_units.png", "domain_weights.png", "losses.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_line_at_the_target_marks_where_every_row_stays_on_it() -> None:
+    rows = [(30, 30, 28), (24, 25, 24), (24, 24, 24), (23, 24, 24), (24, 24, 24), (24, 24, 24)]
+    records = [
+        {"step": step, "alive_hidden_min": low, "alive_hidden_max": high, "target_hidden": target}
+        for step, (low, high, target) in enumerate(rows, start=1)
+    ]
+    assert plots.first_step_on_target(records, ["hidden"]) == 5
+    assert plots.first_step_on_target(records[:4], ["hidden"]) is None
 
 
 def test_held_out_mean_is_token_weighted() -> None:

@@ -75,16 +75,46 @@ def test_document_is_scored_with_the_stated_window_and_bos(
         (["--data", "TOKENS", "--seq-len", "1"], "--seq-len 1"),
         (["--text", "TEXT", "--window", "512"], "at most 256 positions"),
         (["--text", "TEXT", "--window", "64", "--bos", "yes", "--stride", "64"], "--stride 64"),
+        (["--text", "SHORT", "--window", "64"], "nothing to predict"),
+        (["--data", "TOKENS", "--seq-len", "32", "--json", "FOLDER"], "is a folder"),
+        (["--data", "DAMAGED", "--seq-len", "32"], "alpha"),
     ],
 )
-def test_impossible_requests_are_refused(
+def test_impossible_requests_are_refused_before_weights_load(
     tmp_path: Path, tiny_model: Path, tiny_tokens: Path, arguments: list[str], message: str
 ) -> None:
-    text = tmp_path / "text.txt"
+    text, short = tmp_path / "text.txt", tmp_path / "short.txt"
     text.write_text("some text that is long enough to score " * 5)
-    known = {"TOKENS": str(tiny_tokens), "TEXT": str(text)}
+    short.write_text("a")
+    known = {"TOKENS": tiny_tokens, "TEXT": text, "SHORT": short, "FOLDER": tmp_path}
+    if "DAMAGED" in arguments:
+        damage(tiny_tokens, "alpha")
+        known["DAMAGED"] = tiny_tokens
+    (tiny_model / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(InputError, match=message):
-        main(["--model", str(tiny_model), *(known.get(word, word) for word in arguments)])
+        main(["--model", str(tiny_model), *(str(known.get(word, word)) for word in arguments)])
+
+
+def test_a_bos_the_tokenizer_lacks_is_refused_before_weights_load(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    settings = tiny_model / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": None}))
+    (tiny_model / "model.safetensors").write_bytes(b"not weights")
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    with pytest.raises(InputError, match="no BOS token; use --bos no"):
+        main(["--model", str(tiny_model), "--text", str(text), "--bos", "yes", "--window", "64"])
+
+
+def damage(tokens: Path, domain: str) -> None:
+    """Flip one byte in the held-out shard of `domain`."""
+    file = next(
+        path for path in tokens.rglob("*.bin") if "held" in str(path) and domain in str(path)
+    )
+    content = bytearray(file.read_bytes())
+    content[10] ^= 1
+    file.write_bytes(content)
 
 
 def test_tokens_of_a_larger_vocabulary_are_refused(tmp_path: Path, tiny_tokenizer: Path) -> None:

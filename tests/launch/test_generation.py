@@ -29,3 +29,9 @@ def test_models_are_compared_side_by_side(tmp_path: Path) -> None:
         output = model.generate(ids, do_sample=False, max_new_tokens=6, repetition_penalty=1.2)
         expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         assert results[name]["continuation"] == expected
+
+
+def test_a_model_with_several_ends_and_no_padding_generates(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", eos_token_id=[2, 1], pad_token_id=None)
+    results = compare_generation({"model": folder}, prompt="the", new_tokens=4, rounds=1)
+    assert results["model"]["tokens_per_second"] > 0

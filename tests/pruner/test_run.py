@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ from data.mixture import MixtureConfig
 from pruner import run as run_module
 from pruner.callback import ShearCallback
 from pruner.config import MaskConfig, ShearConfig
+from pruner.report import require_same_constants
 from pruner.run import shear
+from pruner.shapes import config_of
 from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokens
 from trainer.config import TrainConfig
 from trainer.loop import Trainer
 from trainer.models.hf import load_config
 
+PUBLISHED = ("model/model.safetensors", "masks.safetensors", "source.safetensors")
 TARGET = "layers=2,hidden=24,heads=2,kv-heads=1,ffn=20"
 
 
@@ -92,8 +97,12 @@ def test_a_run_writes_a_model_of_exactly_the_target_shape(
     assert torch.equal(masks["z.hidden"].nonzero()[:, 1], masks["kept.hidden"][0])
 
     capsys.readouterr()
-    assert shear(configure(inputs, output)) is None
+    assert shear(configure(inputs, output, json=str(tmp_path / "again.json"))) is None
     assert "this run is finished" in capsys.readouterr().out
+    assert json.loads((tmp_path / "again.json").read_text()) == report
+    assert {path.name for path in output.iterdir() if "partial" in path.name} == set()
+    modes = {name: (output / name).stat().st_mode for name in PUBLISHED}
+    assert set(modes.values()) == {(output / "shear.json").stat().st_mode}
 
 
 def test_a_stopped_run_resumes_without_measuring_again(
@@ -146,6 +155,39 @@ def test_a_run_cut_off_before_its_report_only_finishes(inputs: Path, tmp_path: P
     assert len(losses(output)) == 8
 
 
+def test_options_that_may_change_keep_the_first_measurements(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shear(configure(inputs, output))
+    before = json.loads((output / "shear.json").read_text())
+    (output / "shear.json").unlink()
+    changes = {"eval_sequences": 3, "reference_sequences": 5, "precision": "auto"}
+    shear(configure(inputs, output, **changes))
+    after = json.loads((output / "shear.json").read_text())
+    for name in ("reference", "source_held_out"):
+        assert after[name] == before[name], name
+
+
+def test_a_model_that_fails_the_check_is_not_published(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pruner.report.reload_difference", lambda *_: 1e-3)
+    with pytest.raises(RuntimeError, match=r"1\.00e-03.*limit 2e-04.*model\.unchecked"):
+        shear(configure(inputs, tmp_path / "out"))
+    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out" / "shear.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"norm_eps": 1e-3}, {"rope_theta": 1e6}, {"rope_scaling": {"factor": 2.0}}, {"head_dim": 4}],
+)
+def test_a_changed_constant_is_noticed(inputs: Path, change: dict[str, Any]) -> None:
+    source = load_config(inputs / "model")
+    require_same_constants(source, source)
+    with pytest.raises(RuntimeError, match=f"saved config has {next(iter(change))}="):
+        require_same_constants(replace(source, **change), source)
+
+
 def test_another_target_does_not_resume(inputs: Path, tmp_path: Path) -> None:
     shear(configure(inputs, tmp_path / "out"))
     with pytest.raises(InputError, match=r"another configuration: target was .*ffn=20.*ffn=24"):
@@ -186,16 +228,76 @@ def test_two_ranks_learn_the_same_masks(inputs: Path, tmp_path: Path) -> None:
     assert all(torch.equal(two[name], one[name]) for name in one)
 
 
+def open_slowly_on_rank_zero(inputs: Path, output: Path, source: str) -> str:
+    """Whether rank 0 was ready when this rank opened its inputs, or the error on this rank."""
+    ready = output.with_name("ready")
+    found = []
+    original = run_module.open_inputs
+
+    def slow(config: ShearConfig) -> run_module.Inputs:
+        found.append(ready.exists())
+        time.sleep(0.5 if os.environ["RANK"] == "0" else 0.0)
+        ready.touch()
+        return original(config)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((InputError, NameError)) as caught:
+        patch.setattr(run_module, "open_inputs", slow)
+        patch.delattr(run_module, "build_model")
+        shear(configure(inputs, output, source=source))
+    assert found == [os.environ["RANK"] != "0"]
+    return str(caught.value)
+
+
+def test_rank_zero_opens_the_inputs_first_and_its_error_hangs_nobody(
+    inputs: Path, tmp_path: Path
+) -> None:
+    arguments = (inputs, tmp_path / "out")
+    for message in run_ranks(open_slowly_on_rank_zero, 2, *arguments, str(inputs / "model")):
+        assert "build_model" in message
+    (tmp_path / "ready").unlink()
+    for message in run_ranks(open_slowly_on_rank_zero, 2, *arguments, "/nowhere/model"):
+        assert "no such model" in message
+
+
+def test_no_weights_are_fetched_for_a_call_that_cannot_work(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(source: str, *, weights: bool = True, option: str) -> Path:
+        assert not weights, "weights were asked for"
+        return inputs / "model"
+
+    monkeypatch.setattr(run_module, "resolve_model", resolve)
+    for options in ({"target": "hidden=23,heads=2"}, {"data": "/nowhere"}, {"seq_len": 512}):
+        with pytest.raises(InputError):
+            shear(configure(inputs, tmp_path / "out", source="some/model", **options))
+    with pytest.raises(AssertionError, match="weights were asked for"):
+        shear(configure(inputs, tmp_path / "out", source="some/model"))
+
+
+def test_a_fit_is_evaluated_at_the_target(inputs: Path, tmp_path: Path) -> None:
+    losses = {n: dict.fromkeys(("alpha", "beta"), 50 * n**-0.2 + 1) for n in (10**4, 10**5, 10**6)}
+    fit = tmp_path / "fit.json"
+    fit.write_text(json.dumps({"sizes": losses}))
+    opened = run_module.open_inputs(configure(inputs, tmp_path / "out", reference_fit=str(fit)))
+    parameters = config_of(opened.target, opened.model).num_parameters()
+    assert parameters < opened.model.num_parameters()
+    loss = 50 * parameters**-0.2 + 1
+    expected = {"alpha": loss, "beta": loss}
+    assert opened.domains.reference == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"target": "hidden=23,heads=2"}, r"23 is not a multiple of the 2 heads.*size of 22"),
         ({"target": "heads=3"}, r"heads=3 is not a multiple of its 2 KV heads.*use heads=4"),
         ({"target": "1.3b"}, r"preset 1\.3b is made for LLaMA-2-7B"),
         ({"target": "depth=1"}, r"'depth=1' is neither a preset"),
-        ({"source": "/nowhere/model"}, r"model '/nowhere/model' does not exist"),
-        ({"data": "/nowhere/tokens"}, r"no tokenized data there.*python -m data\.tokenize"),
+        ({"source": "/nowhere/model"}, r"--source /nowhere/model: no such model"),
+        ({"data": "/nowhere/tokens"}, r"(?s)no tokenized data there.*python -m data\.tokenize"),
         ({"micro_batch": 3}, r"--micro-batch 3 does not divide"),
         ({"seq_len": 512}, r"--seq-len 512 is longer than the model's 256"),
+        ({"reference_fit": "/nowhere/fit.json"}, r"--reference-fit /nowhere/fit\.json cannot be"),
         ({"domain_weights": "gamma=1"}, r"--domain-weights names \['gamma'\]"),
     ],
 )

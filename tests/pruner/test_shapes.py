@@ -3,7 +3,7 @@ import re
 import pytest
 
 from data.errors import InputError
-from pruner.shapes import PRESETS, Shape, parse_target, shape_of, validate
+from pruner.shapes import PRESETS, Shape, config_of, parse_target, shape_of, validate
 from trainer.models.config import ModelConfig
 
 LLAMA_7B = Shape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, ffn=11008)
@@ -49,7 +49,6 @@ def test_described_shape_parses_back() -> None:
         ("heads=6,kv-heads=1", r"heads=6 needs 6 query heads.*1\.\.3.*use heads=3"),
         ("kv-heads=4,heads=8", r"kv-heads=4 is outside 1\.\.3.*kv-heads=3"),
         ("heads=12", r"heads=12 is outside 1\.\.9"),
-        ("hidden=500,heads=6,kv-heads=2", r"hidden=500 .*heads=6.*use hidden=498"),
         ("layers=31", r"layers=31 is outside 1\.\.30.*layers=30"),
         ("layers=0", r"layers=0 is outside 1\.\.30.*layers=1"),
         ("ffn=-3", r"ffn=-3 is outside 1\.\.1536"),
@@ -95,9 +94,9 @@ def test_head_dim_never_changes() -> None:
         validate(Shape(30, 576, 9, 3, 32, 1024), SMOLLM)
 
 
-def test_shape_of_a_config() -> None:
-    config = ModelConfig(
-        family="llama",
+def config(family: str) -> ModelConfig:
+    return ModelConfig(
+        family=family,
         vocab_size=10,
         hidden_size=576,
         intermediate_size=1536,
@@ -106,4 +105,16 @@ def test_shape_of_a_config() -> None:
         num_kv_heads=3,
         head_dim=64,
     )
-    assert shape_of(config) == SMOLLM
+
+
+def test_shape_of_a_config() -> None:
+    assert shape_of(config("llama")) == SMOLLM
+    target = parse_target("layers=3,hidden=432,heads=6,kv-heads=2,ffn=7", SMOLLM)
+    assert shape_of(config_of(target, config("llama"))) == target
+
+
+def test_a_width_that_heads_do_not_divide_is_for_families_that_can_store_it() -> None:
+    target = parse_target("hidden=500,heads=6,kv-heads=2", SMOLLM)
+    with pytest.raises(InputError, match=r"500 is not a multiple of the 6 heads.*size of 498"):
+        config_of(target, config("llama")).to_hf()
+    assert config_of(target, config("mistral")).to_hf().hidden_size == 500

@@ -3,17 +3,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pruner import shear
 from pruner.config import ShearConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, cwd: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SHORN_")}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.run(
-        [sys.executable, "-m", "pruner.shear", *arguments],
+        [sys.executable, *(launcher if ranks > 1 else []), "-m", "pruner.shear", *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -37,6 +40,38 @@ def test_a_missing_model_is_one_error_that_says_how_to_get_it(tmp_path: Path) ->
     assert failed.returncode == 2
     assert failed.stderr.count("error:") == 1 and "Traceback" not in failed.stderr
     assert "meta-llama/Llama-2-7b-hf" in failed.stderr and "hf download" in failed.stderr
+
+
+def check_both_halves(message: str) -> None:
+    assert message.count("error: model and data are both missing") == 1
+    assert "licence at https://huggingface.co/meta-llama/Llama-2-7b-hf" in message
+    assert "hf auth login" in message and "hf download meta-llama/Llama-2-7b-hf" in message
+    assert "--local-dir models/Llama-2-7b-hf\n" in message
+    assert "then give --source models/Llama-2-7b-hf" in message
+    assert (
+        "hf download cerebras/SlimPajama-627B --repo-type dataset --include 'train/chunk1/*' "
+        "--local-dir SlimPajama-627B\n" in message
+    )
+    assert (
+        "python -m data.tokenize --input 'SlimPajama-627B/train/**/*.jsonl.zst' "
+        "--tokenizer models/Llama-2-7b-hf --output runs/tokens --seq-len 4096 --workers " in message
+    )
+
+
+def test_without_model_and_data_one_error_says_how_to_get_both(tmp_path: Path) -> None:
+    failed = command(cwd=tmp_path)
+    assert failed.returncode == 2
+    assert failed.stderr.count("error") == 1 and "Traceback" not in failed.stderr
+    check_both_halves(failed.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_ranks_print_that_error_once(tmp_path: Path) -> None:
+    failed = command(cwd=tmp_path, ranks=2)
+    assert failed.returncode != 0
+    check_both_halves(failed.stderr)
+    assert "error (rank" not in failed.stderr
 
 
 def test_documented_defaults() -> None:

@@ -18,6 +18,7 @@ from trainer import checkpoint
 from trainer.callbacks import checkpoint as callback_module
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpoint import STOP_SIGNALS
+from trainer.callbacks.evaluate import EvaluateCallback
 from trainer.callbacks.mixture import MixtureCallback
 from trainer.checkpoint import MARKER, Checkpointer
 from trainer.loop import Trainer
@@ -57,8 +58,8 @@ class SignalAt(Callback):
     def on_step_end(self, t: Trainer) -> None:
         if t.step == self.step and t.context.rank == self.rank:
             # torchrun repeats what a terminal's Ctrl-C already sent to every process.
-            os.kill(os.getpid(), self.number)
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
+            signal.raise_signal(self.number)
 
 
 class Outcome(NamedTuple):
@@ -215,6 +216,35 @@ def test_other_callbacks_are_refused(workspace: Path, tmp_path: Path) -> None:
     saved_run(workspace, tmp_path)
     with pytest.raises(InputError, match="wanderer"):
         make_trainer(workspace, tmp_path, options(steps=6), callbacks=[Wanderer()])
+
+
+def test_evaluation_may_be_turned_off_and_on(workspace: Path, tmp_path: Path) -> None:
+    def without(trainer: Trainer) -> Trainer:
+        trainer.callbacks = [c for c in trainer.callbacks if c.name != "evaluate"]
+        return trainer
+
+    folder = tmp_path / "checkpoints"
+    saved_run(workspace, tmp_path)
+    trainer = without(make_trainer(workspace, tmp_path / "other", options(steps=6)))
+    checkpointer = Checkpointer(folder, trainer.context)
+    checkpointer.restore(trainer, folder / "step-00000006")
+    shutil.rmtree(folder)
+    checkpointer.save(trainer)
+    again = make_trainer(workspace, tmp_path, options(steps=6))
+    assert again.step == 6
+    (callback,) = (c for c in again.callbacks if isinstance(c, EvaluateCallback))
+    assert callback.results == {}
+
+
+def test_options_win_over_the_checkpoint(workspace: Path, tmp_path: Path) -> None:
+    saved_run(workspace, tmp_path)
+    changed = make_trainer(workspace, tmp_path, options(steps=20, weight_decay=0.7, lr=5e-3))
+    assert [group["weight_decay"] for group in changed.optimizer.param_groups] == [0.7, 0.0]
+    changed._call("on_train_start")
+    changed.train_step()
+    assert 0 < changed.record["lr"] <= 5e-3
+    rates = {group["lr"] for group in changed.optimizer.param_groups}
+    assert rates == {changed.record["lr"]}
 
 
 def test_the_marker_lists_every_file(workspace: Path, tmp_path: Path) -> None:

@@ -1,11 +1,28 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.errors import InputError
-from trainer.domains import Domains, parse_values, sheared_report, starting_domains
+from data.reader import TokenReader
+from tests.distributed import run_ranks
+from tests.trainer.tiny import options as train_options
+from trainer import cpt, parallel
+from trainer.callbacks.mixture import MixtureCallback
+from trainer.cpt import continue_pretraining
+from trainer.domains import (
+    DomainOptions,
+    Domains,
+    parse_values,
+    sheared_report,
+    start_reference,
+    starting_domains,
+)
+from trainer.loop import Trainer
+from trainer.models.hf import load_config
+from trainer.run import build_model, pretrained
 
 SIZES = {"c4": 30, "github": 10}
 SHEARED = {
@@ -14,14 +31,22 @@ SHEARED = {
 }
 
 
-def start(**changes: Any) -> Domains:
-    arguments: dict[str, Any] = {
-        "weights": None,
-        "reference": None,
-        "sheared": None,
-        "dynamic": True,
-    }
-    return starting_domains(SIZES, **(arguments | changes))
+def start(
+    *, sheared: dict[str, Any] | None = None, needs_reference: bool = True, **options: Any
+) -> Domains:
+    return starting_domains(
+        SIZES,
+        DomainOptions(**options),
+        parameters=10**9,
+        sheared=sheared,
+        needs_reference=needs_reference,
+    )
+
+
+def write_fit(path: Path, *domains: str) -> Path:
+    sizes = {str(n): dict.fromkeys(domains, 50 * n**-0.2 + 1) for n in (10**8, 10**9, 10**10)}
+    path.write_text(json.dumps({"sizes": sizes}))
+    return path
 
 
 def test_proportional_and_fixed_by_default() -> None:
@@ -29,7 +54,7 @@ def test_proportional_and_fixed_by_default() -> None:
     assert domains.weights == {"c4": 0.75, "github": 0.25}
     assert domains.reference == {}
     assert len(domains.notes) == 1 and "--reference-losses" in domains.notes[0]
-    assert start(dynamic=False).notes == []
+    assert start(needs_reference=False).notes == []
 
 
 def test_the_shearing_run_comes_before_the_default() -> None:
@@ -47,6 +72,29 @@ def test_a_shearing_run_on_other_domains() -> None:
     domains = start(sheared=sheared)
     assert domains.weights == {"c4": 0.75, "github": 0.25}
     assert domains.reference == {} and len(domains.notes) == 2
+
+
+def test_a_fit_is_evaluated_at_the_number_of_parameters(tmp_path: Path) -> None:
+    path = write_fit(tmp_path / "fit.json", "c4", "github")
+    domains = start(sheared=SHEARED, reference_fit=str(path))
+    loss = 50 * (10**9) ** -0.2 + 1
+    assert domains.reference == pytest.approx({"c4": loss, "github": loss}, abs=1e-5)
+    assert domains.weights == {"c4": 0.2, "github": 0.8}
+    lines = domains.messages()
+    assert len(lines) == 2 and lines[0].startswith("note: reference loss of c4 fitted at 1,000,000")
+    with pytest.raises(InputError, match=r"the domains \['c4', 'github'\]"):
+        start(reference_fit=str(write_fit(path, "c4")))
+
+
+def test_a_fit_excludes_given_losses() -> None:
+    with pytest.raises(
+        InputError, match=r"--reference-losses 'c4=1' and --reference-fit fit\.json"
+    ):
+        DomainOptions(reference="c4=1", reference_fit="fit.json")
+
+
+def test_warnings_follow_notes() -> None:
+    assert Domains({}, {}, ["a"], ["b"]).messages() == ["note: a", "warning: b"]
 
 
 @pytest.mark.parametrize("text", ["c4", "c4=x", "=1", "c4=-1", "c4=nan", "c4=1,c4=2", ""])
@@ -70,3 +118,125 @@ def test_finds_the_report_beside_the_model(tmp_path: Path) -> None:
     assert sheared_report(tmp_path / "model") is None
     (tmp_path / "shear.json").write_text(json.dumps(SHEARED))
     assert sheared_report(tmp_path / "model") == SHEARED
+
+
+def measure(workspace: Path, output: Path, restarted: bool) -> dict[str, float]:
+    context = parallel.init(threads=1)
+    reader = TokenReader(workspace / "tokens", 16)
+    model = None
+    if not restarted:
+        source = workspace / "model"
+        shape = load_config(source)
+        model = build_model(shape, train_options(), context, load=pretrained(source))
+    return start_reference(output, model, reader, 2, context)
+
+
+def test_a_restart_reads_what_was_measured(workspace: Path, tmp_path: Path) -> None:
+    [measured] = run_ranks(measure, 1, workspace, tmp_path, False)
+    assert set(measured) == {"alpha", "beta"}
+    assert all(5 < loss < 6 for loss in measured.values())
+    assert run_ranks(measure, 1, workspace, tmp_path, True) == [measured]
+    several = run_ranks(measure, 2, workspace, tmp_path / "two", False)
+    assert several[0] == several[1] == pytest.approx(measured, abs=1e-5)
+    assert run_ranks(measure, 2, workspace, tmp_path / "two", True) == several
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", '{"reference": {"alpha": 2.0}}', '{"reference": {"alpha": null}}']
+)
+def test_lost_measurements(workspace: Path, tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "reference.json").write_text(content)
+    with pytest.raises(InputError, match=r"reference\.json .* is missing or damaged"):
+        measure(workspace, tmp_path, restarted=True)
+
+
+def pretrain(
+    workspace: Path, output: Path, *, model: Path | None = None, **changes: Any
+) -> Trainer:
+    trainer = continue_pretraining(
+        train_options(steps=6, save_interval=2),
+        model=str(model or workspace / "model"),
+        data=str(workspace / "tokens"),
+        output=output,
+        tensorboard=False,
+        **changes,
+    )
+    assert trainer is not None
+    return trainer
+
+
+def steering(trainer: Trainer) -> tuple[str, dict[str, float]]:
+    """Kind and reference losses of the run's mixture."""
+    [callback] = [c for c in trainer.callbacks if isinstance(c, MixtureCallback)]
+    return callback.mixture.config.kind, callback.mixture._reference
+
+
+def test_a_model_without_shearing_is_its_own_reference(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = pretrain(workspace, tmp_path / "straight")
+    kind, reference = steering(straight)
+    assert kind == "dynamic" and reference == measure(workspace, tmp_path / "own", restarted=False)
+
+    output = tmp_path / "resumed"
+    original = Trainer.train_step
+
+    def stop_after_three(self: Trainer) -> None:
+        original(self)
+        self.stopping = self.step == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop_after_three)
+        assert pretrain(workspace, output).step == 3
+    monkeypatch.setattr(cpt, "pretrained", lambda source: None)
+    resumed = pretrain(workspace, output)
+    assert resumed.step == 6 and steering(resumed) == (kind, reference)
+    assert resumed.loss == straight.loss
+
+
+def test_random_weights_are_no_reference(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = pretrain(workspace, tmp_path, init="random")
+    assert steering(trainer)[0] == "fixed" and not (tmp_path / "reference.json").exists()
+    assert "the domain weights stay fixed" in capsys.readouterr().out
+
+
+def test_a_sheared_model_is_no_reference(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "shear"
+    shutil.copytree(workspace / "model", run / "model")
+    (run / "shear.json").write_text(json.dumps(SHEARED))
+    trainer = pretrain(workspace, tmp_path / "out", model=run / "model")
+    assert steering(trainer)[0] == "fixed"
+    assert "the domain weights stay fixed" in capsys.readouterr().out
+
+
+def test_a_fit_steers_continued_pre_training(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = write_fit(tmp_path / "fit.json", "alpha", "beta")
+    parameters = load_config(workspace / "model").num_parameters()
+    trainer = pretrain(workspace, tmp_path / "out", reference_fit=str(fit))
+    loss = round(50 * parameters**-0.2 + 1, 4)
+    assert steering(trainer)[1] == pytest.approx({"alpha": loss, "beta": loss}, abs=1e-3)
+    assert not (tmp_path / "out" / "reference.json").exists()
+    printed = capsys.readouterr().out
+    assert f"alpha fitted at {parameters:,} parameters: {loss:.4f}" in printed
+    assert f"warning: {parameters:,} parameters lie" in printed
+
+
+def test_fits_are_checked_before_weights_load(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(cpt, "build_model")
+    fit = write_fit(tmp_path / "fit.json", "gamma")
+    with pytest.raises(InputError, match=r"has losses of \['gamma'\]"):
+        pretrain(workspace, tmp_path / "out", reference_fit=str(fit))
+    with pytest.raises(InputError, match=r"--reference-losses .* and --reference-fit"):
+        pretrain(
+            workspace, tmp_path / "out", reference_fit=str(fit), reference_losses="alpha=1,beta=1"
+        )
+    assert not (tmp_path / "out").exists()

@@ -40,6 +40,36 @@ def test_differences_are_named(tmp_path: Path) -> None:
         claim(tmp_path, options(), replace(SHAPE, num_layers=3))
 
 
+def checkpoint(output: Path, step: int) -> None:
+    folder = output / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "COMMITTED").write_text("{}")
+
+
+def test_remedies_against_divergence_may_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claim(tmp_path, options(), started=False)
+    checkpoint(tmp_path, 12)
+    claim(tmp_path, options(lr=0.005, clip=0.5, weight_decay=0.2, min_lr_ratio=0.2))
+    notes = capsys.readouterr().out
+    assert "lr 0.01 -> 0.005 from step 13" in notes and notes.count("note:") == 4
+    identity = read_identity(tmp_path)
+    assert identity is not None and (identity["lr"], identity["clip"]) == (0.005, 0.5)
+    claim(tmp_path, options(lr=0.005, clip=0.5, weight_decay=0.2, min_lr_ratio=0.2))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(InputError, match=r": seed was 0, now 1\. Repeat"):
+        claim(tmp_path, options(lr=0.001, clip=0.5, weight_decay=0.2, min_lr_ratio=0.2, seed=1))
+    assert capsys.readouterr().out == "" and read_identity(tmp_path) == identity
+
+
+def test_a_finished_run_cannot_change(tmp_path: Path) -> None:
+    claim(tmp_path, options(), started=False)
+    checkpoint(tmp_path, 20)
+    with pytest.raises(InputError, match=r"lr was 0\.01, now 0\.5"):
+        claim(tmp_path, options(lr=0.5))
+
+
 def test_more_steps_are_another_schedule(tmp_path: Path) -> None:
     claim(tmp_path, options(), started=False)
     with pytest.raises(InputError, match=r"steps was 20, now 40.*schedule.*--model .*model"):

@@ -1,5 +1,7 @@
 """Gradients of the loop against a single process that sees the whole batch at once."""
 
+import shutil
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from data.batches import Batch
+from data.errors import InputError
 from tests.distributed import run_ranks
 from tests.trainer.tiny import SHAPE, losses, make_trainer, options
 from trainer import parallel
@@ -181,6 +184,71 @@ def test_bf16_compute_keeps_fp32_masters(workspace: Path, tmp_path: Path) -> Non
     exact = losses(tmp_path / "fp32")
     np.testing.assert_allclose(losses(tmp_path / "bf16"), exact, rtol=0, atol=2e-2)
     assert losses(tmp_path / "bf16") != exact
+
+
+def test_a_damaged_shard_of_one_rank_stops_all_with_one_message(
+    workspace: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(workspace / "tokens", damaged / "tokens")
+    shard = next((damaged / "tokens" / "train" / "beta").glob("*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+
+    def train() -> str:
+        context = parallel.init(threads=1)
+        data = damaged if context.rank == 1 else workspace
+        config = options(global_batch=12, steps=3, eval_sequences=1)
+        trainer = make_trainer(data, tmp_path / "run", config, context=context)
+        with pytest.raises(InputError) as error:
+            trainer.fit()
+        return str(error.value)
+
+    messages = run_ranks(train, 3)
+    assert len(set(messages)) == 1 and f"{shard} is damaged" in messages[0]
+
+
+class Clock(Callback):
+    """Hooks that take a known time."""
+
+    name: ClassVar[str] = "clock"
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def on_update(self, t: Trainer) -> None:
+        assert t.step == 0
+        self.now += 2.0
+
+    def on_step_end(self, t: Trainer) -> None:
+        self.now += 6.0
+
+
+def test_the_step_is_timed_with_updates_but_without_what_follows(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    trainer = make_trainer(workspace, tmp_path, callbacks=[clock])
+    trainer._call("on_train_start")
+    trainer.train_step()
+    assert trainer.record["tokens_per_second"] == 8 * 16 / 2
+    assert trainer.throughput.summary()["wall_tokens_per_second"] == 8 * 16 / 8
+
+
+def test_running_out_of_memory_names_the_options(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(workspace, tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainer.model, "forward", refuse)
+    flags = "--micro-batch 1 or --activation-checkpointing or --reshard-after-forward"
+    with pytest.raises(InputError, match=f"{flags}.*Tried to allocate"):
+        trainer.fit()
 
 
 def test_domain_losses_add_up(workspace: Path, tmp_path: Path) -> None:

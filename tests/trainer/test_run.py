@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from data.errors import InputError
@@ -14,13 +15,16 @@ from tests.distributed import run_ranks
 from tests.factories import write_model
 from tests.trainer.tiny import options
 from trainer import parallel
+from trainer.models import hf
 from trainer.models.config import ModelConfig
 from trainer.models.hf import load_config
 from trainer.run import (
     build_model,
+    find_model_with_data,
     full_tensors,
     open_data,
     pretrained,
+    publish,
     random_init,
     save_pretrained,
 )
@@ -84,6 +88,42 @@ def test_saved_folders_load_in_transformers(workspace: Path, tmp_path: Path, tie
     reloaded = AutoModelForCausalLM.from_pretrained(target)
     assert torch.equal(original(ids).logits, reloaded(ids).logits)
     assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def fail_to_save(source: Path, target: Path) -> str:
+    def refuse(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError) as caught:
+        patch.setattr(hf, "save_tensors", refuse)
+        copy_model(source, target)
+    return str(caught.value)
+
+
+def test_a_failed_save_is_an_error_on_every_rank(workspace: Path, tmp_path: Path) -> None:
+    for message in run_ranks(fail_to_save, 2, workspace / "model", tmp_path / "model"):
+        assert "No space left" in message and "free space" in message
+
+
+def test_a_report_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
+    context = parallel.init(threads=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write .*report\.json"):
+        publish(context, {}, [tmp_path / "file" / "report.json"])
+
+
+def test_one_error_names_missing_model_and_missing_data(workspace: Path, tmp_path: Path) -> None:
+    def find() -> Path:
+        raise InputError("no model")
+
+    with pytest.raises(InputError, match=r"^no model$"):
+        find_model_with_data(find, str(workspace / "tokens"), 64, "tokenizer")
+    with pytest.raises(InputError) as caught:
+        find_model_with_data(find, str(tmp_path / "none"), 64, "tokenizer")
+    message = str(caught.value)
+    assert "1. no model\n2. --data" in message
+    assert "hf download cerebras/SlimPajama-627B --repo-type dataset" in message
+    assert f"--tokenizer tokenizer --output {tmp_path / 'none'} --seq-len 64 --workers" in message
 
 
 def draw(shape: ModelConfig) -> float:

@@ -23,6 +23,10 @@ class Callback:
     name: ClassVar[str]
     """Key of this callback's state in a checkpoint; unique among the callbacks of a trainer."""
 
+    optional_state: ClassVar[bool] = False
+    """Whether a run may be resumed with this callback added or left out, its state then starting
+    anew or being dropped."""
+
     def on_train_start(self, t: "Trainer") -> None:
         """Before the first step, after a checkpoint (if any) was restored."""
 
@@ -41,8 +45,14 @@ class Callback:
     def on_gradients(self, t: "Trainer") -> None:
         """After clipping, before the optimizer changes the model; `t.record` holds `grad_norm`."""
 
+    def on_update(self, t: "Trainer") -> None:
+        """After the optimizer changed the model: update what else is trained.
+
+        The step's time and tokens/s include it; `t.step` still is the step's zero-based number.
+        """
+
     def on_step_end(self, t: "Trainer") -> None:
-        """After the optimizer step; `t.step` counts it."""
+        """After the optimizer step; `t.step` counts it. Not part of the step's time."""
 
     def on_train_end(self, t: "Trainer") -> None:
         """After the last step, or after a stop that was asked for (`t.stopping`)."""

@@ -19,6 +19,7 @@ class EvaluateCallback(Callback):
     """
 
     name: ClassVar[str] = "evaluate"
+    optional_state: ClassVar[bool] = True
 
     def __init__(self, reader: TokenReader, *, interval: int, sequences: int) -> None:
         self.reader = reader

@@ -25,11 +25,10 @@ class GuardCallback(Callback):
             value = t.record[name]
             if not math.isfinite(value):
                 last = self.checkpointer.latest()
-                kept = (
-                    f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-                )
+                where = f"resumes from {last}" if last else "starts again: no checkpoint exists yet"
+                config = t.config
                 raise InputError(
                     f"{name} is {value} at step {t.step + 1} (it must be finite); nothing was "
-                    f"updated, {kept}. Lower --lr or --clip, or look at the data "
-                    "of this step, and start again"
+                    f"updated. Run the same command with a lower --lr or --clip (now {config.lr:g} "
+                    f"and {config.clip:g}), such as --lr {config.lr / 2:g}: it {where}"
                 )

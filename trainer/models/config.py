@@ -200,7 +200,7 @@ class ModelConfig:
 
     def _require_expressible(self) -> None:
         if self.family == "llama" and self.hidden_size % self.num_heads:
-            nearest = max(1, round(self.hidden_size / self.num_heads)) * self.num_heads
+            nearest = max(1, self.hidden_size // self.num_heads) * self.num_heads
             raise InputError(
                 f"hidden size {self.hidden_size} is not a multiple of the {self.num_heads} heads; "
                 f"transformers refuses such a Llama config: use a hidden size of {nearest} or "

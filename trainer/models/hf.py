@@ -2,24 +2,22 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from data.errors import InputError
+from trainer.files import replace_folder, save_tensors
 from trainer.models.config import ModelConfig
 from trainer.models.llama import CausalLM
-from trainer.models.sources import convert_gguf, resolve_model
+from trainer.models.sources import INDEX_FILE, convert_gguf, resolve_model
 
 __all__ = [
     "convert_gguf",
@@ -47,7 +45,6 @@ _COMPANIONS = (
 )
 # Checkpoints of old transformers versions store these buffers; they follow from the config.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
-_INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
@@ -138,14 +135,15 @@ def _local_region(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
 
 def _tensor_files(path: Path) -> dict[str, Path]:
     """The file that holds each tensor of folder `path`."""
-    index = path / _INDEX
+    index = path / INDEX_FILE
     if index.is_file():
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
         locations = {name: path / file for name, file in weight_map.items()}
         missing = sorted({file.name for file in locations.values() if not file.is_file()})
         if missing:
             raise InputError(
-                f"{path} lacks {', '.join(missing)}, which {_INDEX} names; fetch the missing files"
+                f"{path} lacks {', '.join(missing)}, which {INDEX_FILE} names; "
+                "fetch the missing files"
             )
         return locations
     files = sorted(path.glob("*.safetensors"))
@@ -202,12 +200,13 @@ def save_model(
             express, or a failure to write.
     """
     path = path.absolute()
+    temporary = path.with_name(f".{path.name}.partial")
     pairs = iter(state.items() if isinstance(state, dict) else state)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot create {path}: {error}") from error
+        raise InputError(f"cannot create {path}: {error}; choose another folder") from error
     try:
         shapes = _write_tensors(pairs, temporary, dtype)
         derived = _config_from_shapes(config, shapes)
@@ -217,25 +216,12 @@ def save_model(
         for name in _COMPANIONS:
             if tokenizer_from is not None and (tokenizer_from / name).is_file():
                 shutil.copyfile(tokenizer_from / name, temporary / name)
-        temporary.chmod(0o755)
-        _replace_folder(temporary, path)
-    except OSError as error:
+        replace_folder(temporary, path)
+    except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {error}; free space or choose another") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return derived
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    for file in new.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    old = path.with_name(f".{path.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_tensors(
@@ -248,7 +234,7 @@ def _write_tensors(
     pending: dict[str, Tensor] = {}
 
     def flush() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        save_tensors(pending, folder / f"shard-{len(shards)}", {"format": "pt"})
         shards.append(list(pending))
         pending.clear()
 
@@ -272,7 +258,7 @@ def _write_tensors(
         (folder / f"shard-{number}").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return shapes
 
 

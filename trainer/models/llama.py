@@ -144,10 +144,14 @@ class CausalLM(nn.Module):
     def _hidden_states(self, ids: Tensor, masks: Masks | None = None) -> Tensor:
         """ids [B, S] -> output of the final norm [B, S, d]."""
         masks = masks or Masks()
+        for name, z in masks.tensors().items():
+            assert z.dtype in (torch.float32, torch.float64), f"{name} masks are {z.dtype}"
         x = self.model.embed_tokens(ids)
         if masks.hidden is not None:
             x = (x * masks.hidden).to(x.dtype)
-        cos, sin = rotary_tables(self.frequencies.to(ids.device), ids.shape[1], x.dtype)
+        if self.frequencies.device != ids.device:
+            self.frequencies = self.frequencies.to(ids.device)
+        cos, sin = rotary_tables(self.frequencies, ids.shape[1], x.dtype)
         for index, layer in enumerate(self.model.layers):
             arguments = (x, cos, sin, masks.for_layer(index))
             if self.checkpoint_activations and torch.is_grad_enabled():

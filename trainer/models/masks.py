@@ -40,8 +40,8 @@ class LayerMasks:
 class Masks:
     """Masks of a whole model, in fp32; None means all ones.
 
-    Deliberately not registered as a pytree: FSDP's input casting walks pytrees, and masks rounded
-    to bf16 would lose the resolution the constraint needs.
+    They stay fp32 under bf16 because FSDP is told not to cast inputs (`cast_forward_inputs=False`
+    in trainer/parallel.py): rounded to bf16, they would lose the resolution the constraint needs.
     """
 
     hidden: Tensor | None = None

@@ -1,6 +1,7 @@
 """Finds the folder of a model that the user named: a folder, a run, a GGUF file or a hub id."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -11,28 +12,25 @@ from pathlib import Path
 import torch
 
 from data.errors import InputError
+from trainer.files import follow_umask
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
-_DOWNLOAD_PATTERNS = (
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-    "vocab.txt",
-)
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LOCAL_PREFIXES = (".", "~", "runs/", "models/")
 
 
-def resolve_model(source: str | Path, converted: Path | None = None) -> Path:
+def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--model") -> Path:
     """The Hugging Face folder (config.json and safetensors) of a model.
 
     Args:
         source: a folder with config.json; a run's output folder with model/config.json; a .gguf
-            file or a folder with exactly one; or a hub id, taken from the local cache if it is
-            there and downloaded otherwise.
-        converted: folder for the conversion of a GGUF source; by default one in the user's cache,
-            so that a file is converted once.
+            file or a folder with exactly one (converted once, in the user's cache); or a hub id,
+            taken from the local cache if it is there and downloaded otherwise.
+        weights: False fetches no weights of a hub id, only its config and tokenizer.
+        option: the option that gave `source`, for messages.
 
     Raises:
         InputError: nothing is found; the message says what to fetch and how.
@@ -44,22 +42,45 @@ def resolve_model(source: str | Path, converted: Path | None = None) -> Path:
             _require_safetensors(folder)
             return folder
     if path.is_file() and path.suffix == ".gguf":
-        return convert_gguf(path, converted or _gguf_cache(path))
+        return convert_gguf(path, _gguf_cache(path))
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
-            return convert_gguf(files[0], converted or _gguf_cache(files[0]))
+            return convert_gguf(files[0], _gguf_cache(files[0]))
         found = f"{len(files)} .gguf files; name one of them" if files else "no config.json"
         raise InputError(
             f"{path} is not a model folder: it holds {found}. Expected config.json with "
             "*.safetensors, model/config.json, or one .gguf file"
         )
-    if _HUB_ID.fullmatch(text):
-        return _from_hub(text)
+    if is_hub_id(text):
+        return _from_hub(text, weights, option)
     raise InputError(
-        f"model {text!r} does not exist. Give a folder with config.json and *.safetensors, a "
+        f"{option} {text}: no such model. Give a folder with config.json and *.safetensors, a "
         ".gguf file, a finished run's folder, or a hub id such as meta-llama/Llama-2-7b-hf"
     )
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` can name a model on the hub; what looks like a path here never does."""
+    looks_local = text.startswith(_LOCAL_PREFIXES) or Path(text).parent.exists()
+    return _HUB_ID.fullmatch(text) is not None and not looks_local
+
+
+def fetch_advice(name: str, option: str) -> str:
+    """How to get the model `name` of the hub into a local folder, and use it."""
+    folder = local_folder(name)
+    return (
+        f"accept the licence at https://huggingface.co/{name} (if it asks for that), log in with "
+        f"`hf auth login`, and fetch it, here or on a machine that can:\n"
+        f"    hf download {name} --include '*.json' --include '*.safetensors' "
+        f"--include 'tokenizer.model' --local-dir {folder}\n"
+        f"  then give {option} {folder}"
+    )
+
+
+def local_folder(name: str) -> str:
+    """Where fetch_advice puts the model `name` of the hub."""
+    return f"models/{name.split('/')[-1]}"
 
 
 def convert_gguf(path: Path, output: Path) -> Path:
@@ -74,7 +95,9 @@ def convert_gguf(path: Path, output: Path) -> Path:
         return output
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
-        raise InputError(f"reading {path} needs {' and '.join(missing)}: pip install 'shorn[demo]'")
+        raise InputError(
+            f"reading {path} needs {' and '.join(missing)}: pip install gguf accelerate"
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -89,13 +112,22 @@ def convert_gguf(path: Path, output: Path) -> Path:
         )
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(output)
+        follow_umask(temporary)
+        _publish(temporary, output)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise InputError(f"cannot convert {path} to {output}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return output
+
+
+def _publish(temporary: Path, output: Path) -> None:
+    try:
+        temporary.rename(output)
+    except OSError:
+        # Another process may have converted the same file in the meantime.
+        if not (output / "config.json").is_file():
+            raise
 
 
 def _gguf_cache(path: Path) -> Path:
@@ -117,38 +149,45 @@ def _require_safetensors(folder: Path) -> None:
     )
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: bool, option: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    patterns = list(_DOWNLOAD_PATTERNS)
+    patterns = [*_SMALL_FILES, *(("*.safetensors",) if weights else ())]
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        if _is_complete(folder, weights):
             return folder
     except OSError:
         pass
-    fetch = (
-        f"`hf download {name} --local-dir models/{name.split('/')[1]}` on a machine that can, "
-        f"then --source (or --model) models/{name.split('/')[1]}"
-    )
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise InputError(
-            f"{name} is gated: accept its licence at https://huggingface.co/{name}, run "
-            f"`hf auth login`, and try again; or {fetch}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"model {name!r} is neither a folder here nor on the Hugging Face hub (or it is "
-            "private: run `hf auth login`)"
-        ) from error
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, GatedRepoError):
+            reason = "it is gated, and this login has no access"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "the Hugging Face hub has no such model, or it is private"
+        else:
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = f"it cannot be downloaded ({text})"
         raise InputError(
-            f"model {name!r} is not a folder here, not in the local Hugging Face cache, and cannot "
-            f"be downloaded ({reason}). Fetch it with {fetch}"
+            f"{option} {name}: not a folder here, not in the local Hugging Face cache, and "
+            f"{reason}. To get it, {fetch_advice(name, option)}"
         ) from error
-    _require_safetensors(folder)
+    if weights:
+        _require_safetensors(folder)
     return folder
+
+
+def _is_complete(folder: Path, weights: bool) -> bool:
+    """Whether a cached folder has its config and all weights, or else config and tokenizer."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / INDEX_FILE
+    if index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        files = {path.name for path in folder.glob("*.safetensors")}
+    if files and all((folder / file).is_file() for file in files):
+        return True
+    return not weights and any((folder / file).is_file() for file in TOKENIZER_FILES)

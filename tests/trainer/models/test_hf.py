@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -111,6 +112,29 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:
         save_model(model.config, state, path)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert [folder.name for folder in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
+    model = CausalLM(ModelConfig.from_hf(CASES["llama"]))
+    partial = tmp_path / ".model.partial"
+    partial.mkdir()
+    (partial / "shard-7").touch()
+    save_model(model.config, model.state_dict(), tmp_path / "model")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["model"]
+    assert not (tmp_path / "model" / "shard-7").exists()
+    expected = (tmp_path / "model" / "config.json").stat().st_mode
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode == expected
+
+
+def test_a_full_disk_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(hf, "save_tensors", refuse)
+    model = CausalLM(ModelConfig.from_hf(CASES["llama"]))
+    with pytest.raises(InputError, match=r"model: .*No space left.*free space"):
+        save_model(model.config, model.state_dict(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_or_foreign_folders_are_refused(tmp_path: Path) -> None:

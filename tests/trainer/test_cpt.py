@@ -1,0 +1,81 @@
+"""Continued pre-training that is stopped and resumed."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.errors import InputError
+from tests.trainer.tiny import losses, options
+from trainer.cpt import continue_pretraining
+from trainer.loop import Trainer
+
+
+def run(workspace: Path, output: Path, **changes: Any) -> Trainer | None:
+    return continue_pretraining(
+        options(steps=8, save_interval=2, **changes),
+        model=str(workspace / "model"),
+        data=str(workspace / "tokens"),
+        output=output,
+        reference_losses="alpha=2.0,beta=5.0",
+        tensorboard=False,
+    )
+
+
+def stop_during(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends this process SIGTERM during a step."""
+    train_step = Trainer.train_step
+
+    def stopping(trainer: Trainer) -> None:
+        if trainer.step + 1 == step:
+            signal.raise_signal(signal.SIGTERM)
+        train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(workspace, whole)
+    with monkeypatch.context() as patch:
+        stop_during(3, patch)
+        stopped = run(workspace, parts)
+    assert stopped is not None and stopped.stopping and len(losses(parts)) == 3
+    assert not (parts / "cpt.json").exists()
+    run(workspace, parts)
+    assert losses(parts) == losses(whole)
+    name = "model/model.safetensors"
+    assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    reports = [json.loads((folder / "cpt.json").read_text()) for folder in (parts, whole)]
+    for report in reports:
+        assert report["tokens_per_second"] >= report["wall_tokens_per_second"] > 0
+    for key in ("final_loss", "held_out", "tokens", "weights"):
+        assert reports[0][key] == reports[1][key]
+
+
+def test_learning_rate_and_evaluation_may_change_on_resume(
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_during(4, patch)
+        run(workspace, tmp_path)
+    with pytest.raises(InputError, match="seed was 0, now 1"):
+        run(workspace, tmp_path, seed=1)
+    capsys.readouterr()
+    trainer = run(workspace, tmp_path, lr=1e-3, weight_decay=0.0, eval_sequences=0)
+    assert trainer is not None and trainer.step == 8
+    printed = capsys.readouterr().out
+    assert "note: lr 0.01 -> 0.001 from step 5" in printed
+    assert "note: weight_decay 0.1 -> 0.0 from step 5" in printed
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0}
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["lr"] for line in lines]
+    assert min(rates[:4]) > 1e-3 > rates[4]
+    assert json.loads((tmp_path / "run.json").read_text())["lr"] == 1e-3

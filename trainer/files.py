@@ -1,0 +1,48 @@
+"""Files and folders that appear whole or not at all, with the permissions of the user's umask."""
+
+import os
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file. Raises OSError or SafetensorError when that fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, partial, metadata=metadata)
+    follow_umask(partial)
+    partial.replace(path)
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file, or a folder with all its files, the permissions that new ones would have.
+
+    safetensors and tempfile make theirs readable by their owner alone.
+    """
+    # There is no way to read the umask without setting it.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if path.is_dir():
+        path.chmod(0o777 & ~umask)
+        for entry in path.iterdir():
+            follow_umask(entry)
+    else:
+        path.chmod(0o666 & ~umask)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Moves the folder `new` to `path`, in place of what is there, once its files are on disk."""
+    for file in new.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    old = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
