@@ -127,9 +127,14 @@ def test_a_later_second_signal_acts_at_once(
 ) -> None:
     monkeypatch.setattr(callback_module, "SECONDS_OF_ONE_REQUEST", -1.0)
     trainer = make_trainer(workspace, tmp_path, callbacks=[SignalAt(2, signal.SIGINT, rank=0)])
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # A shell starts background processes with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_resume_on_another_number_of_ranks(workspace: Path, tmp_path: Path) -> None:
