@@ -1,7 +1,6 @@
 """Ranks, devices and sharding: one path for a single process, torchrun on CPUs (gloo) and GPUs
 (nccl)."""
 
-import atexit
 import ctypes
 import os
 from collections.abc import Callable, Iterator
@@ -157,7 +156,7 @@ def _require_gpus(local_rank: int) -> None:
 
 
 def _join(on_cuda: bool) -> None:
-    """Makes the default process group, and has it taken down when the process ends."""
+    """Makes the default process group."""
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     timeout = GPU_TIMEOUT if on_cuda else HOST_TIMEOUT
     if "RANK" in os.environ:
@@ -166,12 +165,6 @@ def _join(on_cuda: bool) -> None:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
-    atexit.register(_leave)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _keep_freed_memory() -> None:

@@ -1,8 +1,5 @@
 """Collectives, and the context without a launcher."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from data.errors import InputError
-from tests.conftest import ROOT
 from tests.distributed import run_ranks
 from trainer import parallel
 
@@ -95,19 +91,3 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     with pytest.raises(InputError, match="3 ranks"):
         parallel.init()
-
-
-def test_the_process_group_is_taken_down_at_exit() -> None:
-    program = (
-        "import atexit, torch.distributed as dist\n"
-        "atexit.register(lambda: print('left', not dist.is_initialized()))\n"
-        "from trainer import parallel\n"
-        "parallel.init(threads=1)\n"
-        "print('joined', dist.is_initialized())\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
-    )
-    assert result.stdout.split() == ["joined", "True", "left", "True"]
-    assert result.stderr == ""
