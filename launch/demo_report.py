@@ -12,8 +12,8 @@ from rich.text import Text
 
 from launch import plots
 from launch.generation import silence_transformers
+from trainer.files import write_report
 from trainer.models.hf import load_model
-from trainer.run import write_report
 
 LOGIT_TOLERANCE = 1e-5
 

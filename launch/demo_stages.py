@@ -11,8 +11,8 @@ from launch import demo_report
 from launch.demo_text import DOMAINS, collect
 from launch.generation import compare_generation, silence_transformers
 from launch.stages import ROOT, Stages, command, python, say, torchrun, typed
+from trainer.files import write_report
 from trainer.models.hf import convert_gguf, resolve_model
-from trainer.run import write_report
 
 if TYPE_CHECKING:
     from launch.demo import DemoConfig

@@ -15,10 +15,11 @@ from data.tokenizers import load_tokenizer
 from launch.document import DocumentPerplexity, document_perplexity, resolve_bos, scored_rows
 from trainer import parallel
 from trainer.evaluate import DomainLoss, evaluate, overall, report
+from trainer.files import write_report
 from trainer.models.config import ModelConfig
 from trainer.models.hf import load_config, load_model, resolve_model
 from trainer.models.llama import CausalLM
-from trainer.run import check_tokenizer, write_report
+from trainer.run import check_tokenizer
 
 if TYPE_CHECKING:
     from launch.evaluate import EvaluateConfig

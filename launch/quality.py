@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 from data.errors import InputError
 from data.sources import Document, Fields, find_files, iterate_documents
 from launch.stages import ROOT, Stages, command, python
-from trainer.run import write_report
+from trainer.files import write_report
 
 if TYPE_CHECKING:
     from launch.bench_quality import QualityConfig
@@ -47,20 +48,15 @@ def measure(config: "QualityConfig") -> dict[str, object]:
         *(python(), ROOT / "launch" / "cpt.py", "--model", shear, "--output", cpt),
         *("--steps", config.cpt_steps, "--lr", config.cpt_lr, *flags),
     ]
-    stages.run(
-        "shear",
-        settings={"words": [str(word) for word in shear_words]},
-        after=("tokens",),
-        folder=shear,
-        action=lambda: _command(config, shear_words, shear / "shear.json"),
-    )
-    stages.run(
-        "cpt",
-        settings={"words": [str(word) for word in cpt_words]},
-        after=("shear",),
-        folder=cpt,
-        action=lambda: _command(config, cpt_words, cpt / "cpt.json"),
-    )
+    runs = (("shear", "tokens", shear, shear_words), ("cpt", "shear", cpt, cpt_words))
+    for name, before, folder, words in runs:
+        stages.run(
+            name,
+            settings={"words": [str(word) for word in words]},
+            after=(before,),
+            folder=folder,
+            action=partial(_command, config, words, folder / f"{name}.json"),
+        )
     models: dict[str, str | Path]
     models = {"source": config.source, "sheared": shear, "sheared + CPT": cpt}
     budget = (config.shear_steps + config.cpt_steps) * config.batch * config.seq_len

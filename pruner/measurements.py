@@ -19,6 +19,7 @@ from data.errors import InputError
 from data.reader import TokenReader
 from pruner.config import ShearConfig
 from pruner.importance import measure
+from trainer.domains import measured_reference
 from trainer.evaluate import evaluate, report
 from trainer.files import save_tensors
 from trainer.models.llama import CausalLM
@@ -94,14 +95,13 @@ def measure_source(
     if held_out is not None:
         count = config.train.eval_sequences
         losses = report(evaluate(model, held_out, held_out.domains, count, batch, context))
-    count = config.reference_sequences
-    reference = evaluate(model, reader, reader.domains, count, batch, context, spread=True)
+    reference = measured_reference(model, reader, config.reference_sequences, batch, context)
     importance = None
     if config.masks.initial == "importance":
         sequences = calibration_set(reader, weights, config.masks.calibration_sequences)
         importance = measure(model, sequences, context, batch)
         reshard(model)
-    return Measurements(losses, {name: d.loss for name, d in reference.items()}, importance)
+    return Measurements(losses, reference, importance)
 
 
 def calibration_set(reader: TokenReader, weights: dict[str, float], count: int) -> Tensor:

@@ -151,6 +151,22 @@ def sheared_report(model: Path) -> dict[str, Any] | None:
     return report
 
 
+def measured_reference(
+    model: CausalLM, reader: TokenReader, sequences: int, batch: int, context: DistributedContext
+) -> dict[str, float]:
+    """Loss per domain (nats per token) of `model` on `sequences` training sequences of each, spread
+    evenly; collective. Raises InputError when one is not finite."""
+    measured = evaluate(model, reader, reader.domains, sequences, batch, context, spread=True)
+    losses = {domain: result.loss for domain, result in measured.items()}
+    bad = [domain for domain, loss in losses.items() if not isfinite(loss)]
+    if bad:
+        raise InputError(
+            f"the start model's loss on training text of {', '.join(bad)} is not finite: its "
+            "weights are damaged, or --precision does not suit it"
+        )
+    return losses
+
+
 def start_reference(
     output: Path,
     model: CausalLM | None,
@@ -174,16 +190,7 @@ def start_reference(
             )
         losses: dict[str, float] = kept
     else:
-        measured = evaluate(
-            model, reader, reader.domains, REFERENCE_SEQUENCES, batch, context, spread=True
-        )
-        losses = {domain: result.loss for domain, result in measured.items()}
-        bad = [domain for domain, loss in losses.items() if not isfinite(loss)]
-        if bad:
-            raise InputError(
-                f"the start model's loss on training text of {', '.join(bad)} is not finite: its "
-                "weights are damaged, or --precision does not suit it"
-            )
+        losses = measured_reference(model, reader, REFERENCE_SEQUENCES, batch, context)
         publish(context, {"reference": losses, "sequences": REFERENCE_SEQUENCES}, [path])
     values = ", ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
     say(context, f"reference losses (the start model's on training text, {path}): {values}")

@@ -1,11 +1,21 @@
 """Files and folders that appear whole or not at all, with the permissions of the user's umask."""
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Writes a JSON report so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def save_tensors(

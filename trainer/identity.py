@@ -9,6 +9,7 @@ from typing import Any
 from data.errors import InputError
 from trainer.checkpoint import latest_step
 from trainer.config import TrainConfig
+from trainer.files import write_report
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext
 
@@ -116,11 +117,8 @@ def _difference(output: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> 
 
 
 def _write(path: Path, identity: dict[str, Any]) -> str | None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_report(path, identity)
     except OSError as error:
         return f"--output {path.parent} cannot be written: {error.strerror}; choose another folder"
     return None

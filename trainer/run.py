@@ -25,6 +25,7 @@ from trainer.callbacks.progress import ProgressCallback
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
 from trainer.evaluate import report as held_out_report
+from trainer.files import write_report
 from trainer.loop import Trainer
 from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
@@ -287,14 +288,6 @@ def say_finished(context: DistributedContext, report: Path, copy: Path | None) -
     say(context, f"{report.parent}: this run is finished; its report is {report}")
     if copy is not None:
         publish(context, json.loads(report.read_text(encoding="utf-8")), [copy])
-
-
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Writes a JSON report so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def say(context: DistributedContext, text: str) -> None:
