@@ -111,6 +111,12 @@ def run(main: Callable[[], None]) -> None:
         if rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Communication threads now and then abort a rank while the interpreter takes itself down,
+        # and the launcher would report the finished run as failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def rank() -> int:
