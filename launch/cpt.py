@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.cli import parse, run
 from data.mixture import MixtureConfig
-from trainer.config import TrainConfig
+from trainer.config import DistillationConfig, TrainConfig
 
 EXAMPLES = """
 torchrun --nproc_per_node 8 launch/cpt.py
@@ -18,6 +18,7 @@ torchrun --nproc_per_node 8 launch/cpt.py --model meta-llama/Llama-2-7b-hf --lr 
     --replicas 2 --activation-checkpointing
 python launch/cpt.py --model runs/shear --seq-len 256 --global-batch 8 --micro-batch 8 --steps 32
 torchrun --nproc_per_node 8 launch/cpt.py --init random --output runs/from-scratch
+torchrun --nproc_per_node 8 launch/cpt.py --teacher models/Llama-2-7b-hf --distill-weight 0.5
 """
 
 
@@ -42,9 +43,12 @@ class CptConfig:
     reference_fit: str | None = None
     """JSON file {"sizes": {"6738415616": {"c4": 1.92, ...}, ...}} of held-out losses by number of
     parameters, from which the losses to steer towards are fitted at the model's number."""
+    teacher: str | None = None
+    """Model to learn from at --distill-weight above 0, named like --model; same vocabulary."""
     json: str | None = None
     """Copy the final report to this file."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -62,6 +66,8 @@ def main() -> None:
         domain_weights=config.domain_weights,
         reference_losses=config.reference_losses,
         reference_fit=config.reference_fit,
+        teacher=config.teacher,
+        distillation=config.distillation,
         json_copy=Path(config.json) if config.json else None,
     )
 

@@ -1,7 +1,10 @@
 """Options of a training run."""
 
 from dataclasses import dataclass
-from typing import Literal
+from math import isfinite
+from typing import Annotated, Literal
+
+import tyro
 
 from data.errors import InputError
 
@@ -11,7 +14,8 @@ class TrainConfig:
     """Options shared by every command that trains."""
 
     steps: int = 24000
-    """Optimizer steps of the whole run; the learning-rate schedule spans exactly these."""
+    """Optimizer steps of the whole run; the learning-rate schedule spans exactly these. 0 (shear
+    only) prunes at once, by the initial scores of the masks."""
 
     seq_len: int = 4096
     """Tokens per sequence."""
@@ -84,7 +88,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "steps",
             "seq_len",
             "global_batch",
             "micro_batch",
@@ -96,7 +99,8 @@ class TrainConfig:
         _require(
             self.seq_len >= 2, "seq_len", self.seq_len, "at least 2 (a token and its successor)"
         )
-        for name in ("save_interval", "eval_interval", "eval_sequences", "weight_decay", "clip"):
+        not_negative = ("steps", "save_interval", "eval_interval", "eval_sequences")
+        for name in (*not_negative, "weight_decay", "clip"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
@@ -105,6 +109,45 @@ class TrainConfig:
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(self.eps > 0, "eps", self.eps, "above 0")
         _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationConfig:
+    """How much training follows a frozen teacher besides the text.
+
+    The loss of a token is (1 - a) * cross-entropy + a * T^2 * KL(teacher || student), where both
+    models' logits are divided by T in the divergence.
+    """
+
+    weight: Annotated[float, tyro.conf.arg(name="distill-weight")] = 0.0
+    """Weight a of the divergence, 0 to 1. 0 turns distillation off; 1 learns from the teacher
+    alone."""
+
+    kind: Annotated[Literal["forward-kl"], tyro.conf.arg(name="distill-kind")] = "forward-kl"
+    """forward-kl: the divergence of the student's distribution from the teacher's, weighted by the
+    teacher's."""
+
+    temperature: Annotated[float, tyro.conf.arg(name="distill-temperature")] = 1.0
+    """T: above 1 the teacher's unlikely ids count for more."""
+
+    top_k: Annotated[int, tyro.conf.arg(name="distill-top-k")] = 0
+    """Compare only the teacher's K likeliest ids of each token, both distributions renormalised
+    over them; 0 compares the whole vocabulary."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.weight <= 1, "distill_weight", self.weight, "in [0, 1]")
+        _require(
+            self.temperature > 0 and isfinite(self.temperature),
+            "distill_temperature",
+            self.temperature,
+            "above 0 and finite; use for example 1 or 2",
+        )
+        _require(
+            self.top_k >= 0 and self.top_k != 1,
+            "distill_top_k",
+            self.top_k,
+            "0 (the whole vocabulary) or at least 2 (over a single id nothing is compared)",
+        )
 
 
 def _require(condition: bool, name: str, value: object, limit: str) -> None:

@@ -9,7 +9,8 @@ from data.mixture import MixtureConfig
 from data.reader import TokenReader
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
-from trainer.config import TrainConfig, check_layout
+from trainer.config import DistillationConfig, TrainConfig, check_layout
+from trainer.distillation import TeacherSource, load_teacher, open_teacher, teacher_identity
 from trainer.domains import (
     DomainOptions,
     Domains,
@@ -55,6 +56,9 @@ class Inputs:
     mixture: MixtureConfig
     """Fixed where the options ask for a dynamic one but no reference losses can be known; dynamic
     without any in `domains` means that the start model's are measured."""
+    distillation: DistillationConfig
+    teacher: TeacherSource | None
+    """None when distillation is off."""
 
 
 def continue_pretraining(
@@ -68,22 +72,26 @@ def continue_pretraining(
     domain_weights: str | None = None,
     reference_losses: str | None = None,
     reference_fit: str | None = None,
+    teacher: str | None = None,
+    distillation: DistillationConfig | None = None,
     json_copy: Path | None = None,
     tensorboard: bool = True,
 ) -> Trainer | None:
     """Trains `model` on `data`, writes OUTPUT/model and OUTPUT/cpt.json; resumes what OUTPUT holds.
 
-    Returns None when the run was finished before. Raises InputError before loading weights for
-    anything that cannot work.
+    Returns None when the run was finished before. Raises InputError before any weight is loaded.
     """
+    if config.steps < 1:
+        raise InputError(f"--steps {config.steps}: must be at least 1 to train; use for example 20")
     check_layout(config, parallel.world_size())
     options = DomainOptions(
         weights=domain_weights, reference=reference_losses, reference_fit=reference_fit
     )
     context = parallel.init(replicas=config.replicas, threads=config.threads)
+    teaching = (teacher, distillation or DistillationConfig())
     mixture = mixture or MixtureConfig()
     with context.rank_zero_first():
-        inputs = open_inputs(config, model, data, mixture, options, init == "pretrained")
+        inputs = open_inputs(config, model, data, mixture, options, teaching, init == "pretrained")
     finished = context.broadcast((output / "cpt.json").exists())
     resuming = Checkpointer(output / "checkpoints", context).latest() is not None
     identity = _identity(config, inputs, init, context)
@@ -91,10 +99,8 @@ def continue_pretraining(
     if finished:
         say_finished(context, output / "cpt.json", json_copy)
         return None
-    for message in inputs.domains.messages():
-        say(context, message)
-    if config.eval_sequences and inputs.held_out is None:
-        say(context, f"note: {data} has no held-out sequences: nothing will be evaluated")
+    _say_notes(inputs, config, data, context)
+    frozen = load_teacher(inputs.teacher, inputs.distillation, config, inputs.shape, context)
     load = pretrained(inputs.source) if init == "pretrained" else random_init(config.seed)
     network = build_model(inputs.shape, config, context, load=None if resuming else load)
     trainer = build_trainer(
@@ -110,6 +116,7 @@ def continue_pretraining(
         description="cpt",
         tensorboard=tensorboard,
     )
+    trainer.teacher = frozen
     trainer.fit()
     if not trainer.stopping:
         finish(trainer, inputs.source, output, json_copy)
@@ -122,9 +129,10 @@ def open_inputs(
     data: str,
     mixture: MixtureConfig,
     options: DomainOptions,
+    teaching: tuple[str | None, DistillationConfig],
     weights: bool,
 ) -> Inputs:
-    """Opens model folder and data and checks that they fit each other and the options.
+    """Opens model folder, data and teacher and checks that they fit each other and the options.
 
     The weights of a hub id are fetched at the end, if `weights` are needed at all.
     """
@@ -146,9 +154,18 @@ def open_inputs(
     )
     if not domains.reference and not measurable:
         mixture = replace(mixture, kind="fixed")
+    name, distillation = teaching
+    teacher = open_teacher(name, distillation, config, shape, reader)
     if weights:
         source = find_model(model)
-    return Inputs(source, shape, reader, held_out, domains, mixture)
+    return Inputs(source, shape, reader, held_out, domains, mixture, distillation, teacher)
+
+
+def _say_notes(inputs: Inputs, config: TrainConfig, data: str, context: DistributedContext) -> None:
+    for message in inputs.domains.messages():
+        say(context, message)
+    if config.eval_sequences and inputs.held_out is None:
+        say(context, f"note: {data} has no held-out sequences: nothing will be evaluated")
 
 
 def _reference(
@@ -181,6 +198,7 @@ def _identity(
         mixture=asdict(inputs.mixture),
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference if dynamic else None,
+        **teacher_identity(inputs.distillation, inputs.teacher),
     )
 
 

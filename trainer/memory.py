@@ -17,7 +17,13 @@ STATE_BYTES = 16
 
 
 def memory_problem(
-    parameters: int, *, total: int, shards: int, gathered_bytes: int, device: str
+    parameters: int,
+    *,
+    total: int,
+    shards: int,
+    gathered_bytes: int,
+    device: str,
+    teacher: int = 0,
 ) -> str | None:
     """What to say when a rank's part of the model alone exceeds its memory; None when it fits.
 
@@ -28,26 +34,37 @@ def memory_problem(
         gathered_bytes: bytes per parameter of the whole weights kept between forward and backward
             pass, 0 with --reshard-after-forward.
         device: what the memory belongs to, for the message.
+        teacher: bytes of a teacher's weights on the rank.
     """
     state = parameters * STATE_BYTES // shards
     gathered = parameters * gathered_bytes
-    if state + gathered <= total:
+    needed = state + gathered + teacher
+    if needed <= total:
         return None
     parts = f"{state / 1e9:.1f} GB of weights, gradients and Adam moments over {shards} shard(s)"
     if gathered:
         parts += f", {gathered / 1e9:.1f} GB of gathered weights"
     fixes = ["start more ranks (and fewer --replicas)", "train a smaller model"]
+    if teacher:
+        parts += f", {teacher / 1e9:.1f} GB of the teacher's weights"
+        fixes.append("leave the teacher out (--distill-weight 0)")
     if gathered and state <= total:
         fixes.insert(0, "add --reshard-after-forward")
     return (
-        f"a model of {parameters:,} parameters needs {(state + gathered) / 1e9:.1f} GB on each "
+        f"a model of {parameters:,} parameters needs {needed / 1e9:.1f} GB on each "
         f"rank before any activations ({parts}), but {device} has {total / 1e9:.1f} GB for it: "
         + ", or ".join(fixes)
     )
 
 
-def check_memory(model: ModelConfig, config: TrainConfig, context: DistributedContext) -> None:
-    """Raises InputError on every rank when `model` cannot fit the memory of one of them."""
+def check_memory(
+    model: ModelConfig,
+    config: TrainConfig,
+    context: DistributedContext,
+    teacher: ModelConfig | None = None,
+) -> None:
+    """Raises InputError on every rank when `model`, with its `teacher` if there is one, cannot fit
+    the memory of one of them."""
     shards = context.mesh.get_group("shard").size()
     dtype = compute_dtype(config.precision, context.device)
     in_place = config.reshard_after_forward or (shards == 1 and dtype == torch.float32)
@@ -58,8 +75,26 @@ def check_memory(model: ModelConfig, config: TrainConfig, context: DistributedCo
             shards=shards,
             gathered_bytes=0 if in_place else dtype.itemsize,
             device="the GPU" if context.device.type == "cuda" else "the machine",
+            teacher=teacher_bytes(
+                teacher, dtype.itemsize, shards, whole=not config.reshard_after_forward
+            ),
         )
     )
+
+
+def teacher_bytes(teacher: ModelConfig | None, itemsize: int, shards: int, *, whole: bool) -> int:
+    """Bytes of a teacher's frozen weights on one rank.
+
+    Its shard of all weights in the compute dtype, and what stays gathered from several shards:
+    everything if `whole`, else what lies outside the blocks.
+    """
+    if teacher is None:
+        return 0
+    parameters = teacher.num_parameters()
+    if shards == 1:
+        return parameters * itemsize
+    outside = teacher.hidden_size + parameters - teacher.num_parameters(embeddings=False)
+    return parameters * itemsize // shards + (parameters if whole else outside) * itemsize
 
 
 def total_memory(device: torch.device) -> int:

@@ -1,7 +1,8 @@
 import pytest
 
+from data.cli import parse
 from data.errors import InputError
-from trainer.config import TrainConfig, check_layout
+from trainer.config import DistillationConfig, TrainConfig, check_layout
 
 
 def test_defaults_are_the_published_recipe() -> None:
@@ -14,7 +15,7 @@ def test_defaults_are_the_published_recipe() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"steps": -1}, "--steps -1: must be 0 or more"),
         ({"seq_len": 1}, "--seq-len 1"),
         ({"lr": 0.0}, "--lr 0.0: must be above 0"),
         ({"beta2": 1.0}, "--beta2 1.0"),
@@ -46,3 +47,26 @@ def test_impossible_layouts_name_the_remedy(
 ) -> None:
     with pytest.raises(InputError, match=message):
         check_layout(TrainConfig(**changes), world)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": 1.5}, r"--distill-weight 1.5: must be in \[0, 1\]"),
+        ({"weight": float("nan")}, "--distill-weight nan"),
+        ({"temperature": 0.0}, "--distill-temperature 0.0: must be above 0"),
+        ({"temperature": float("inf")}, "--distill-temperature inf"),
+        ({"top_k": -1}, "--distill-top-k -1"),
+        ({"top_k": 1}, "--distill-top-k 1: must be 0 .* or at least 2"),
+    ],
+)
+def test_bad_distillation_names_the_flag(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        DistillationConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_distillation_flags() -> None:
+    words = "--distill-weight 0.5 --distill-temperature 2 --distill-top-k 64"
+    config = parse(DistillationConfig, section="cpt", argv=words.split())
+    assert config == DistillationConfig(weight=0.5, temperature=2.0, top_k=64)
+    assert config.kind == "forward-kl" and DistillationConfig().weight == 0

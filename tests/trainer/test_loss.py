@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.errors import InputError
-from trainer.loss import LOGITS_BYTES, linear_cross_entropy
+from trainer.loss import LOGITS_BYTES, Teaching, linear_cross_entropy, linear_distillation
 
 
 def _inputs(
@@ -142,3 +142,144 @@ def test_the_default_chunk_is_bounded_in_bytes() -> None:
     with _LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, targets, weights)
     assert largest.elements * 4 <= LOGITS_BYTES
+
+
+def _teaching(tokens: int, classes: int, dtype: torch.dtype, **options: Any) -> Teaching:
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(tokens, 16, generator=generator, dtype=torch.float64).to(dtype)
+    head = torch.randn(classes, 16, generator=generator, dtype=torch.float64).to(dtype)
+    return Teaching(states, head, **({"share": 0.5} | options))
+
+
+def _distillation_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, teaching: Teaching
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, token losses, divergences and gradients from the whole logits in fp64."""
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logits, taught = h @ w.t(), teaching.states.double() @ teaching.head_weight.double().t()
+    losses = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+    if teaching.top_k:
+        taught, ids = taught.topk(teaching.top_k, dim=1)
+        logits = logits.gather(1, ids)
+    student = (logits / teaching.temperature).log_softmax(1)
+    teacher = (taught / teaching.temperature).softmax(1)
+    divergences = F.kl_div(student, teacher, reduction="none").sum(1) * (weights != 0)
+    factor = teaching.share * teaching.temperature**2
+    loss = (((1 - teaching.share) * losses + factor * divergences) * weights.double()).sum()
+    loss.backward()
+    assert h.grad is not None and w.grad is not None
+    return loss.detach(), losses.detach(), divergences.detach(), h.grad, w.grad
+
+
+def _compare_distillation(
+    dtype: torch.dtype, tolerance: float, chunk: int | None, **options: Any
+) -> None:
+    hidden, weight, targets, weights = _inputs(37, 24, 101, dtype)
+    teaching = _teaching(37, 101, dtype, **options)
+    expected = _distillation_reference(hidden, weight, targets, weights, teaching)
+    loss, losses, divergences = linear_distillation(
+        hidden, weight, targets, weights, teaching, chunk
+    )
+    assert not losses.requires_grad and not divergences.requires_grad
+    loss.backward()
+    found = (loss.detach(), losses, divergences, hidden.grad, weight.grad)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours is not None
+        assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+    assert hidden.grad is not None and hidden.grad.dtype == dtype
+    ignored = weights == 0
+    assert ignored.any() and not divergences[ignored].any() and not hidden.grad[ignored].any()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 37, None])
+@pytest.mark.parametrize("top_k", [0, 2, 9, 101])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_distillation_equals_full_logits(
+    share: float, temperature: float, top_k: int, chunk: int | None
+) -> None:
+    options = {"share": share, "temperature": temperature, "top_k": top_k}
+    _compare_distillation(torch.float64, 1e-13, chunk, **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "top_k"),
+    [(torch.float32, 1e-5, 0), (torch.float32, 1e-5, 9), (torch.bfloat16, 4e-2, 0)],
+)
+def test_distillation_in_lower_precision(dtype: torch.dtype, tolerance: float, top_k: int) -> None:
+    _compare_distillation(dtype, tolerance, 16, top_k=top_k, temperature=2.0)
+
+
+def test_top_k_in_bf16_takes_the_teachers_own_order() -> None:
+    """Rounded logits tie; whichever of them are taken, both distributions are over the same ids."""
+    hidden, weight, targets, weights = _inputs(37, 24, 101, torch.bfloat16)
+    teaching = Teaching(hidden.detach(), weight.detach(), 1.0, 1.0, 9)
+    loss, _, divergences = linear_distillation(hidden, weight, targets, weights, teaching, 16)
+    loss.backward()
+    assert loss.item() == 0 and not divergences.any()
+    assert hidden.grad is not None and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_teacher_of_share_zero_changes_nothing(dtype: torch.dtype) -> None:
+    results = []
+    for distil in (False, True):
+        hidden, weight, targets, weights = _inputs(37, 24, 101, dtype)
+        arguments = (hidden, weight, targets, weights)
+        if distil:
+            teaching = _teaching(37, 101, dtype, share=0.0, temperature=2.0)
+            loss, losses, divergences = linear_distillation(*arguments, teaching, 8)
+            assert divergences.sum() > 0
+        else:
+            loss, losses = linear_cross_entropy(*arguments, 8)
+        loss.backward()
+        results.append((loss.detach(), losses, hidden.grad, weight.grad))
+    for plain, distilled in zip(*results, strict=True):
+        assert plain is not None and distilled is not None and torch.equal(plain, distilled)
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_student_equal_to_its_teacher_is_left_alone(temperature: float, top_k: int) -> None:
+    hidden, weight, targets, weights = _inputs(37, 24, 101, torch.float32)
+    teaching = Teaching(hidden, weight, 1.0, temperature, top_k)
+    loss, losses, divergences = linear_distillation(hidden, weight, targets, weights, teaching, 8)
+    loss.backward()
+    assert loss.item() == 0 and not divergences.any() and losses.sum() > 0
+    assert hidden.grad is not None and not hidden.grad.any()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_the_teacher_gets_no_gradients() -> None:
+    hidden, weight, targets, weights = _inputs(20, 8, 30, torch.float64)
+    teaching = _teaching(20, 30, torch.float64)
+    teaching.states.requires_grad_()
+    teaching.head_weight.requires_grad_()
+    loss, _, divergences = linear_distillation(hidden, weight, targets, weights, teaching, 6)
+    loss.backward()
+    assert teaching.states.grad is None and teaching.head_weight.grad is None
+    with torch.no_grad():
+        again, _, same = linear_distillation(hidden, weight, targets, weights, teaching, 6)
+    assert not again.requires_grad and torch.equal(again, loss.detach())
+    assert torch.equal(same, divergences)
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_logits_of_student_and_teacher_are_never_held_whole(top_k: int) -> None:
+    tokens, size, classes, chunk = 512, 16, 2048, 32
+    hidden, weight, targets, weights = _inputs(tokens, size, classes, torch.float32)
+    teaching = _teaching(tokens, classes, torch.float32, top_k=top_k)
+    arguments = (hidden, weight, targets, weights, teaching)
+    with _LargestTensor() as largest:
+        linear_distillation(*arguments, chunk)[0].backward()
+    assert largest.elements <= max(chunk * classes, classes * size, tokens * size)
+    assert largest.elements < tokens * classes / 10
+
+
+def test_the_default_chunk_counts_the_teachers_logits_too() -> None:
+    tokens, classes = 2 * LOGITS_BYTES // 4 // 65_536, 65_536
+    hidden, weight, targets, weights = _inputs(tokens, 2, classes, torch.float32)
+    teaching = Teaching(hidden.detach(), weight.detach(), 0.5)
+    with _LargestTensor() as largest:
+        linear_distillation(hidden, weight, targets, weights, teaching)
+    assert 2 * largest.elements * 4 <= LOGITS_BYTES

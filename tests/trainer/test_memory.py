@@ -6,7 +6,7 @@ import torch
 from data.errors import InputError
 from tests.trainer.tiny import SHAPE, options
 from trainer import memory, parallel
-from trainer.memory import check_memory, memory_problem, total_memory
+from trainer.memory import check_memory, memory_problem, teacher_bytes, total_memory
 from trainer.run import build_model
 
 GIB = 1 << 30
@@ -38,6 +38,27 @@ def test_gathered_weights_are_what_is_too_much() -> None:
     assert "--reshard-after-forward" in text
     assert problem(24 * GIB, 6, 0) is None
     assert problem(16 * GIB, 6, 0) is not None
+
+
+def test_a_teacher_needs_its_shard_and_what_stays_gathered() -> None:
+    block, outside = SHAPE.num_parameters(embeddings=False), 259 * 16
+    assert teacher_bytes(None, 2, 4, whole=True) == 0
+    assert teacher_bytes(SHAPE, 2, 1, whole=True) == 2 * (block + outside)
+    assert teacher_bytes(SHAPE, 2, 4, whole=True) == 2.5 * (block + outside)
+    # The final norm stays gathered with embedding and head.
+    expected = 0.5 * (block + outside) + 2 * (outside + 16)
+    assert teacher_bytes(SHAPE, 2, 4, whole=False) == expected
+
+
+def test_a_teacher_is_named_when_it_is_too_much() -> None:
+    def with_teacher(teacher: int) -> str | None:
+        sizes = {"total": 80 * GIB, "shards": 2, "gathered_bytes": 2, "teacher": teacher}
+        return memory_problem(LLAMA_7B, **sizes, device="the GPU")
+
+    assert with_teacher(15 * 10**9) is None
+    text = with_teacher(20 * 10**9)
+    assert text is not None and "20.0 GB of the teacher's weights" in text
+    assert "needs 87.4 GB" in text and "leave the teacher out (--distill-weight 0)" in text
 
 
 def test_the_machine_is_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,298 @@
+"""The frozen teacher: its share of the gradient on any number of ranks, and runs that use it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+
+from data.errors import InputError
+from data.reader import TokenReader
+from tests.distributed import run_ranks
+from tests.factories import write_model, write_tokenizer
+from tests.trainer.test_cpt import stop_during
+from tests.trainer.test_loop import LENGTH, ROWS, SEED, Capture, Gradients, RaggedStream, make_masks
+from tests.trainer.tiny import SHAPE, losses, options
+from trainer import memory, parallel
+from trainer.config import DistillationConfig
+from trainer.cpt import continue_pretraining
+from trainer.distillation import Teacher, TeacherSource, load_teacher, open_teacher
+from trainer.loop import Trainer, next_token_targets
+from trainer.memory import teacher_bytes
+from trainer.models.hf import init_weights, load_config, load_model
+from trainer.models.llama import CausalLM
+from trainer.optimizer import build_optimizer
+from trainer.run import build_model, random_init
+from trainer.throughput import Throughput
+
+HALF = DistillationConfig(weight=0.5, temperature=2.0)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders tied/ and untied/ of teachers wider than the student, far from uniform."""
+    root = tmp_path_factory.mktemp("teachers")
+    tokenizer = write_tokenizer(root / "tokenizer")
+    for name in ("tied", "untied"):
+        tied = name == "tied"
+        sizes = {"hidden_size": 48, "initializer_range": 0.2, "tie_word_embeddings": tied}
+        write_model(root / name, tokenizer, **sizes)
+    return root
+
+
+def source_of(folder: Path) -> TeacherSource:
+    return TeacherSource(folder, load_config(folder))
+
+
+def single_process_step(folder: Path, config: DistillationConfig) -> tuple[Gradients, float, float]:
+    """Gradients, mean cross-entropy and mean divergence of the whole batch, through full logits."""
+    model = CausalLM(SHAPE)
+    init_weights(model, seed=SEED)
+    batch, masks = RaggedStream().next(), make_masks()
+    ids = torch.from_numpy(batch.ids)
+    targets, valid = next_token_targets(ids, batch.valid)
+    logits = model(ids, masks=masks)[valid]
+    with torch.no_grad():
+        taught = load_model(folder)(ids)[valid]
+    cross_entropy = F.cross_entropy(logits, targets[valid])
+    if config.top_k:
+        taught, kept = taught.topk(config.top_k, dim=1)
+        logits = logits.gather(1, kept)
+    student = (logits / config.temperature).log_softmax(1)
+    teacher = (taught / config.temperature).softmax(1)
+    divergence = F.kl_div(student, teacher, reduction="batchmean")
+    factor = config.weight * config.temperature**2
+    ((1 - config.weight) * cross_entropy + factor * divergence).backward()
+    gradients = {
+        f"mask.{n}": z.grad.numpy() for n, z in masks.tensors().items() if z.grad is not None
+    }
+    gradients |= {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    return gradients, cross_entropy.item(), divergence.item()
+
+
+def step_on_ranks(
+    folder: Path, config: DistillationConfig, accumulations: tuple[int, ...], **changes: Any
+) -> list[tuple[Gradients, float, float]]:
+    """What single_process_step gives, from one step of a trainer per number of micro-batches."""
+    results = []
+    context = parallel.init(replicas=changes.get("replicas", 1), threads=1)
+    for accumulation in accumulations:
+        micro = ROWS // context.world // accumulation
+        train = options(global_batch=ROWS, micro_batch=micro, seq_len=LENGTH, **changes)
+        teacher = load_teacher(source_of(folder), config, train, SHAPE, context)
+        model = build_model(SHAPE, train, context, load=random_init(SEED))
+        capture = Capture()
+        stream: Any = RaggedStream(context.rank, context.world)
+        trainer = Trainer(
+            model=model,
+            optimizer=build_optimizer(model, train),
+            stream=stream,
+            config=train,
+            context=context,
+            throughput=Throughput(SHAPE, seq_len=LENGTH, device=context.device, world=1),
+            callbacks=[capture],
+        )
+        trainer.teacher = teacher
+        trainer.train_step()
+        assert trainer.bar_fields["kl"] == f"{trainer.record['distill_kl']:.3f}"
+        results.append((capture.gradients, trainer.record["loss"], trainer.record["distill_kl"]))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("world", "name", "top_k", "changes"),
+    [
+        (1, "tied", 0, {}),
+        (2, "tied", 7, {"activation_checkpointing": True}),
+        (2, "untied", 0, {"reshard_after_forward": True}),
+        (2, "untied", 0, {"replicas": 2}),
+        (4, "tied", 0, {"replicas": 2, "reshard_after_forward": True}),
+    ],
+)
+def test_gradients_equal_a_single_process(
+    teachers: Path, world: int, name: str, top_k: int, changes: dict[str, Any]
+) -> None:
+    config = replace(HALF, top_k=top_k)
+    expected, loss, divergence = single_process_step(teachers / name, config)
+    assert divergence > 0.03
+    arguments = (teachers / name, config, (1, 4))
+    for rank in run_ranks(lambda: step_on_ranks(*arguments, **changes), world):
+        for gradients, rank_loss, rank_divergence in rank:
+            assert gradients.keys() == expected.keys()
+            for key, value in gradients.items():
+                np.testing.assert_allclose(value, expected[key], rtol=0, atol=1e-6, err_msg=key)
+            assert rank_loss == pytest.approx(loss, abs=1e-6)
+            assert rank_divergence == pytest.approx(divergence, abs=1e-6)
+
+
+def held_bytes(teacher: Teacher) -> tuple[int, int]:
+    """Bytes of this rank's shards, and of the parameters that are gathered now."""
+    gathered = [p for p in teacher.network.parameters() if not isinstance(p, DTensor)]
+    teacher_gathered = sum(p.untyped_storage().nbytes() for p in gathered)
+    parallel.reshard(teacher.network)
+    shards = sum(parallel.local(p).nbytes for p in teacher.network.parameters())
+    return shards, teacher_gathered
+
+
+def teacher_on_a_rank(folder: Path, reshard: bool) -> tuple[int, int, bool]:
+    context = parallel.init(threads=1)
+    train = options(precision="bf16", reshard_after_forward=reshard)
+    teacher = load_teacher(source_of(folder), HALF, train, SHAPE, context)
+    assert teacher is not None
+    ids = torch.arange(12).view(2, 6)
+    teaching = teacher(ids)
+    assert {p.dtype for p in teacher.network.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in teacher.network.parameters())
+    whole = load_model(folder, dtype=torch.bfloat16)
+    logits = teaching.states @ teaching.head_weight.t()
+    same = torch.equal(logits, whole(ids)) and not logits.requires_grad
+    return *held_bytes(teacher), same
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_the_teacher_is_sharded_in_the_compute_dtype(
+    teachers: Path, name: str, reshard: bool
+) -> None:
+    shape = load_config(teachers / name)
+    estimate = teacher_bytes(shape, 2, 2, whole=not reshard)
+    for shards, gathered, same in run_ranks(teacher_on_a_rank, 2, teachers / name, reshard):
+        assert same
+        assert abs(shards + gathered - estimate) <= 0.02 * estimate
+    ((shards, _, same),) = run_ranks(teacher_on_a_rank, 1, teachers / name, reshard)
+    assert same and shards == teacher_bytes(shape, 2, 1, whole=not reshard)
+
+
+def test_student_and_teacher_must_fit_together(
+    teachers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = parallel.init(threads=1)
+    source = source_of(teachers / "untied")
+    needed = 16 * SHAPE.num_parameters() + 4 * source.shape.num_parameters()
+    monkeypatch.setattr(memory, "total_memory", lambda _: needed)
+    assert load_teacher(source, HALF, options(), SHAPE, context) is not None
+    monkeypatch.setattr(memory, "total_memory", lambda _: needed - 1)
+    with pytest.raises(InputError, match=r"GB of the teacher's weights.*--distill-weight 0"):
+        load_teacher(source, HALF, options(), SHAPE, context)
+
+
+def train(workspace: Path, output: Path, teacher: Path, **changes: Any) -> Trainer | None:
+    distillation = changes.pop("distillation", HALF)
+    return continue_pretraining(
+        options(**({"steps": 8, "save_interval": 2} | changes)),
+        model=str(workspace / "model"),
+        data=str(workspace / "tokens"),
+        output=output,
+        reference_losses="alpha=2.0,beta=5.0",
+        teacher=str(teacher),
+        distillation=distillation,
+        tensorboard=False,
+    )
+
+
+def divergences(output: Path) -> list[float]:
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["distill_kl"] for line in lines]
+
+
+@pytest.mark.parametrize("top_k", [0, 8])
+def test_training_approaches_the_teacher(
+    workspace: Path, teachers: Path, tmp_path: Path, top_k: int
+) -> None:
+    config = DistillationConfig(weight=1.0, top_k=top_k)
+    train(workspace, tmp_path, teachers / "untied", steps=12, distillation=config)
+    found = divergences(tmp_path)
+    assert found[0] > 0.1 and found[-1] < 0.8 * found[0]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    workspace: Path, teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(workspace, whole, teachers / "tied")
+    with monkeypatch.context() as patch:
+        stop_during(3, patch)
+        stopped = train(workspace, parts, teachers / "tied")
+    assert stopped is not None and stopped.stopping
+    for changes, message in (
+        ({"teacher": teachers / "untied"}, r"distill\.teacher was '\w+', now '\w+'\. Repeat"),
+        ({"distillation": replace(HALF, weight=0.25)}, r"distill\.weight was 0\.5, now 0\.25\. "),
+        ({"distillation": replace(HALF, temperature=1.0)}, r"distill\.temperature was 2\.0, now"),
+        ({"distillation": replace(HALF, top_k=5)}, r"distill\.top_k was 0, now 5"),
+    ):
+        arguments: dict[str, Any] = {"teacher": teachers / "tied"} | changes
+        with pytest.raises(InputError, match=message):
+            train(workspace, parts, **arguments)
+    train(workspace, parts, teachers / "tied")
+    assert losses(parts) == losses(whole) and divergences(parts) == divergences(whole)
+    name = "model/model.safetensors"
+    assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_losses_do_not_depend_on_the_number_of_ranks(
+    workspace: Path, teachers: Path, tmp_path: Path
+) -> None:
+    def run(output: Path) -> None:
+        train(workspace, output, teachers / "untied", steps=4, lr=1e-3)
+
+    for world in (1, 2):
+        run_ranks(run, world, tmp_path / str(world))
+    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=0, atol=1e-5)
+    one, two = divergences(tmp_path / "1"), divergences(tmp_path / "2")
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
+def test_a_run_without_a_teacher_records_none(workspace: Path, tmp_path: Path) -> None:
+    continue_pretraining(
+        options(steps=1),
+        model=str(workspace / "model"),
+        data=str(workspace / "tokens"),
+        output=tmp_path,
+        reference_losses="alpha=2.0,beta=5.0",
+        tensorboard=False,
+    )
+    assert "distill_kl" not in (tmp_path / "metrics.jsonl").read_text()
+    assert "distill" not in (tmp_path / "run.json").read_text()
+
+
+def test_other_vocabularies_tokenizers_and_lengths_are_refused(
+    workspace: Path, tmp_path: Path
+) -> None:
+    student = load_config(workspace / "model")
+    reader = TokenReader(workspace / "tokens", 16)
+    padded = write_model(tmp_path / "padded", workspace / "tokenizer", vocab_size=320)
+    other = write_model(tmp_path / "other", workspace / "tokenizer")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    short = write_model(tmp_path / "short", workspace / "tokenizer", max_position_embeddings=8)
+    top = replace(HALF, top_k=260)
+    for name, config, message in (
+        (str(padded), HALF, r"padded predicts 320 ids .*the student 259.*padding included"),
+        (str(other), HALF, r"other has another tokenizer than the training data"),
+        (str(short), HALF, r"--seq-len 16 is longer than the 8 positions of --teacher .*short"),
+        (str(workspace / "model"), top, r"--distill-top-k 260 is more than the vocabulary of 259"),
+        ("/nowhere/model", HALF, r"--teacher /nowhere/model: no such model"),
+        (None, HALF, r"--distill-weight 0\.5 needs a model to learn from: add --teacher"),
+        ("any", DistillationConfig(), r"--teacher any teaches nothing at --distill-weight 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_teacher(name, config, options(), student, reader)
+    assert open_teacher(None, DistillationConfig(), options(), student, reader) is None
+
+
+def test_a_bad_teacher_is_refused_before_any_weight_is_read(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padded = write_model(tmp_path / "padded", workspace / "tokenizer", vocab_size=320)
+    monkeypatch.delattr("trainer.cpt.build_model")
+    monkeypatch.delattr("trainer.cpt.load_teacher")
+    with pytest.raises(InputError, match="padded predicts 320 ids"):
+        train(workspace, tmp_path / "out", padded)
+    assert not (tmp_path / "out").exists()

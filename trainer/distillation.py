@@ -1,0 +1,166 @@
+"""The frozen teacher of a run: opened and checked, loaded in shards, asked once per micro-batch."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+from data.errors import InputError
+from data.reader import TokenReader
+from data.tokenizers import load_tokenizer
+from trainer.config import DistillationConfig, TrainConfig
+from trainer.identity import weights_fingerprint
+from trainer.loss import Teaching
+from trainer.memory import check_memory
+from trainer.models.config import ModelConfig
+from trainer.models.hf import load_config, load_sharded, resolve_model
+from trainer.models.llama import CausalLM
+from trainer.models.masks import Masks
+from trainer.models.sources import TOKENIZER_FILES
+from trainer.parallel import DistributedContext, compute_dtype, shard
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSource:
+    """A teacher that fits the run, not loaded yet."""
+
+    folder: Path
+    """Its Hugging Face folder."""
+    shape: ModelConfig
+
+
+class TeacherModel(CausalLM):
+    """A language model that is asked for what its loss would need instead of logits."""
+
+    def states_and_head(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids [B, S] -> output of the final norm [B, S, d] and the head's weight [V, d]."""
+        return self._hidden_states(ids, Masks()), self.head_weight
+
+
+class Teacher:
+    """The model whose next-token distributions training follows.
+
+    Its parameters are stored in the compute dtype, sharded, without gradients. The head stays
+    gathered from the first call on, because the student's loss reads it after the teacher's forward
+    pass has ended.
+    """
+
+    def __init__(self, network: TeacherModel, config: DistillationConfig) -> None:
+        self.network = network
+        self.config = config
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> Teaching:
+        """What the teacher says about ids [B, S]; collective."""
+        states, head_weight = self.network.states_and_head(ids)
+        config = self.config
+        return Teaching(states, head_weight, config.weight, config.temperature, config.top_k)
+
+
+def open_teacher(
+    name: str | None,
+    config: DistillationConfig,
+    train: TrainConfig,
+    student: ModelConfig,
+    reader: TokenReader,
+) -> TeacherSource | None:
+    """The teacher `name`; None when distillation is off.
+
+    The weights of a hub id are fetched at the end. Raises InputError when one of `name` and
+    --distill-weight is missing, when there is no such model, and when it cannot teach `student` on
+    the tokens of `reader`: another tokenizer, another number of ids, or too few positions.
+    """
+    if name is None or not config.weight:
+        if config.weight:
+            raise InputError(
+                f"--distill-weight {config.weight} needs a model to learn from: add --teacher with "
+                "the folder or hub id of the model that the student was pruned from"
+            )
+        if name is not None:
+            raise InputError(
+                f"--teacher {name} teaches nothing at --distill-weight 0: add for example "
+                "--distill-weight 0.5, or leave --teacher out"
+            )
+        return None
+    folder = resolve_model(name, weights=False, option="--teacher")
+    shape = load_config(folder)
+    check_teacher(f"--teacher {name}", shape, config, train, student)
+    readable = any((folder / file).exists() for file in TOKENIZER_FILES)
+    if readable and load_tokenizer(folder).probe() != reader.manifest.tokenizer.probe:
+        raise InputError(
+            f"--teacher {name} has another tokenizer than the training data: the same text gives "
+            "other ids; choose a teacher of the student's own family"
+        )
+    return TeacherSource(resolve_model(name, option="--teacher"), shape)
+
+
+def check_teacher(
+    what: str,
+    teacher: ModelConfig,
+    config: DistillationConfig,
+    train: TrainConfig,
+    student: ModelConfig,
+) -> None:
+    """Raises InputError when a teacher of this shape, called `what`, cannot teach `student`."""
+    if teacher.vocab_size != student.vocab_size:
+        raise InputError(
+            f"{what} predicts {teacher.vocab_size} ids (rows of its head), the student "
+            f"{student.vocab_size}: their distributions can only be compared over the same ids, "
+            "padding included; choose a teacher with the student's vocabulary"
+        )
+    if train.seq_len > teacher.max_position_embeddings:
+        raise InputError(
+            f"--seq-len {train.seq_len} is longer than the {teacher.max_position_embeddings} "
+            f"positions of {what}; use --seq-len {teacher.max_position_embeddings} or less"
+        )
+    if config.top_k > teacher.vocab_size:
+        raise InputError(
+            f"--distill-top-k {config.top_k} is more than the vocabulary of {teacher.vocab_size}: "
+            "use 0 for all of it"
+        )
+
+
+def teacher_identity(config: DistillationConfig, source: TeacherSource | None) -> dict[str, Any]:
+    """Entries of a run's identity: options and the teacher's weights; none without a teacher."""
+    if source is None:
+        return {}
+    options = {f"distill.{name}": value for name, value in asdict(config).items()}
+    return options | {"distill.teacher": weights_fingerprint(source.folder)}
+
+
+def load_teacher(
+    source: TeacherSource | None,
+    config: DistillationConfig,
+    train: TrainConfig,
+    student: ModelConfig,
+    context: DistributedContext,
+) -> Teacher | None:
+    """The loaded teacher, sharded on `context.device`; collective. None without a source.
+
+    Raises InputError before any weight is read when teacher and `student` do not fit the memory
+    together.
+    """
+    if source is None:
+        return None
+    check_memory(student, train, context, teacher=source.shape)
+    dtype = compute_dtype(train.precision, context.device)
+    with torch.device("meta"):
+        network = TeacherModel(source.shape).to(dtype)
+    network.requires_grad_(False).eval()
+    shard(
+        network,
+        network.blocks,
+        context.mesh,
+        dtype=dtype,
+        reshard_after_forward=train.reshard_after_forward,
+    )
+    assert isinstance(network, FSDPModule)
+    # Embedding, final norm and head only.
+    network.set_reshard_after_forward(False, recurse=False)
+    register_fsdp_forward_method(network, "states_and_head")
+    network.to_empty(device=context.device)
+    load_sharded(network, source.folder)
+    return Teacher(network, config)
