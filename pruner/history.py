@@ -1,0 +1,177 @@
+"""What happened to the masks of a shearing run, step by step, in OUTPUT/history.jsonl.
+
+One JSON line per recorded step:
+
+    {"step", "temperature", "families": {name: {"rows", "units", "target", "current_target",
+     "alive", "nonzero", "multipliers", "histogram"}}, "masks": {name: {"columns", "data"}}}
+
+`alive` (mask >= 0.99) and `nonzero` count the units of each row, `histogram` the masks of the whole
+family in BINS equal parts of 0 .. 1. Only some lines hold `masks`; see `encode_mask`.
+"""
+
+import base64
+import binascii
+import json
+import zlib
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pruner.callback import ShearCallback
+from pruner.masks import alive_counts
+from trainer.callbacks.base import Callback
+from trainer.callbacks.metrics import truncate_after
+
+if TYPE_CHECKING:
+    from trainer.loop import Trainer
+
+FILE = "history.jsonl"
+RECORDS = 200
+"""Steps of a run that are recorded, in even distances: as many as this to twice as many."""
+SNAPSHOTS = 40
+"""Most records that hold the masks themselves, the first and the last step's not counted."""
+BINS = 20
+WHOLE_UNITS = 16384
+"""A family of at most this many units is kept whole in a snapshot."""
+COLUMNS = 128
+"""A larger one is averaged over this many groups of neighbouring units in each row."""
+
+
+class HistoryCallback(Callback):
+    """Appends a record on rank 0 at even distances, at the first step and at the last.
+
+    Stands after the ShearCallback whose masks it records: rank 0's last draw of the step. After a
+    restart, lines of steps that the checkpoint does not contain are removed, so each recorded step
+    appears once.
+    """
+
+    name: ClassVar[str] = "history"
+    optional_state: ClassVar[bool] = True
+
+    def __init__(self, shear: ShearCallback, output: Path) -> None:
+        self.shear = shear
+        self.path = output / FILE
+        self._file: IO[str] | None = None
+
+    def on_train_start(self, t: "Trainer") -> None:
+        if not t.context.is_main:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        truncate_after(self.path, t.step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def on_step_end(self, t: "Trainer") -> None:
+        steps = t.config.steps
+        end = t.step in (1, steps)
+        if self._file is None or not (end or t.step % record_interval(steps) == 0):
+            return
+        record = self._record(t.step, masks=end or t.step % snapshot_interval(steps) == 0)
+        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+    def on_exit(self, t: "Trainer") -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _record(self, step: int, *, masks: bool) -> dict[str, Any]:
+        rule, z = self.shear.rule, self.shear.z
+        duals = rule.duals()
+        families = {
+            name: {
+                "rows": family.rows,
+                "units": family.units,
+                "target": family.target,
+                "current_target": rule.current_target(family, step - 1),
+                "alive": alive_counts(z[name]).tolist(),
+                "nonzero": (z[name] > 0).sum(-1).tolist(),
+                "multipliers": [float(f"{v:.6g}") for v in duals[name].flatten().tolist()],
+                "histogram": histogram(z[name]),
+            }
+            for name, family in rule.members.items()
+        }
+        record = {
+            "step": step,
+            "temperature": rule.temperature(step - 1),
+            "families": families,
+        }
+        if masks:
+            record["masks"] = {name: encode_mask(z[name]) for name in rule.members}
+        return record
+
+
+def record_interval(steps: int) -> int:
+    """Steps between two records of a run of `steps`."""
+    return max(1, steps // RECORDS)
+
+
+def snapshot_interval(steps: int) -> int:
+    """Steps between two records that hold masks: a multiple of `record_interval`."""
+    every = record_interval(steps)
+    return every * -(-steps // (every * SNAPSHOTS))
+
+
+def histogram(z: Tensor) -> list[int]:
+    """Units of a family in each of BINS equal parts of 0 .. 1; 1 belongs to the last."""
+    index = (z.double() * BINS).long().clamp(0, BINS - 1)
+    counts: list[int] = torch.bincount(index.flatten(), minlength=BINS).tolist()
+    return counts
+
+
+def encode_mask(z: Tensor) -> dict[str, Any]:
+    """Masks [rows, units] as compressed bytes of 255 z, in `columns` columns a row.
+
+    Columns are units, or in a family of more than WHOLE_UNITS the means of neighbouring ones.
+    """
+    values = z.detach().cpu().double().numpy()
+    if values.size > WHOLE_UNITS and values.shape[1] > COLUMNS:
+        values = group_means(values, COLUMNS)
+    data = np.rint(255 * values).astype(np.uint8).tobytes()
+    return {
+        "columns": values.shape[1],
+        "data": base64.b64encode(zlib.compress(data, 9)).decode("ascii"),
+    }
+
+
+def decode_mask(entry: dict[str, Any]) -> np.ndarray:
+    """The masks [rows, columns] of `encode_mask`, in 0 .. 1.
+
+    Raises ValueError for other content.
+    """
+    try:
+        data = zlib.decompress(base64.b64decode(entry["data"], validate=True))
+    except (zlib.error, binascii.Error) as error:
+        raise ValueError(f"not an encoded mask: {error}") from error
+    return np.frombuffer(data, np.uint8).reshape(-1, entry["columns"]) / 255
+
+
+def group_means(values: np.ndarray, groups: int) -> np.ndarray:
+    """Means [rows, groups] of neighbouring columns of [rows, columns]; groups <= columns.
+
+    Groups differ by at most one column in size.
+    """
+    edges = np.arange(groups + 1) * values.shape[1] // groups
+    sums = np.add.reduceat(values, edges[:-1], axis=1)
+    means: np.ndarray = sums / np.diff(edges)
+    return means
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file that a run may still be writing; none where there is no file.
+
+    Lines that were cut short are left out.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
