@@ -152,8 +152,8 @@ def parse_sizes(text: str) -> dict[str, int]:
         if not equals or key not in _FIELDS:
             raise InputError(
                 f"target {text!r}: {pair.strip()!r} is neither a preset ({', '.join(PRESETS)}) nor "
-                f"key=size with a key of {', '.join(_FIELDS)}: "
-                "write for example layers=24,hidden=2048,heads=16,ffn=5504"
+                f"key=size with a key of {', '.join(_FIELDS)}: write for example "
+                "layers=24,hidden=2048,heads=16,ffn=5504, or a budget: params=1.3b or speedup=2"
             )
         if key in sizes:
             raise InputError(f"target {text!r} gives {key} twice: give each size once")

@@ -1,0 +1,200 @@
+"""From a budget to a shape, with what explains it: the table a run prints and OUTPUT/target.json.
+
+The shape of a run is settled once. A resumed run takes it from its output folder, where a speedup
+measured again might come to another one.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from data.errors import InputError
+from pruner.budget import BLOCK_PARAMETERS, SHARE, SPEEDUP, Budget, Proposal, propose, smallest
+from pruner.latency import POSITIONS, Timer, decode_timer, measure_latency
+from pruner.shapes import Shape, config_of, shape_of, validate
+from trainer.checkpoint import latest_step
+from trainer.memory import total_memory
+from trainer.models.config import ModelConfig
+from trainer.parallel import DistributedContext
+
+TARGET_FILE = "target.json"
+
+
+def settle_together(
+    budget: Budget,
+    source: ModelConfig,
+    output: Path,
+    context: DistributedContext,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """`settle` on rank 0, or what `output` recorded of it when its run began; on every rank.
+
+    All ranks take part. Raises InputError on every rank.
+    """
+    record, problem = None, None
+    if context.is_main:
+        trained = latest_step(output / "checkpoints") is not None
+        if trained or (output / "shear.json").exists():
+            record = recorded(output, budget, source)
+        if record is not None:
+            print(f"target {budget.text} is {record['shape']} ({output / TARGET_FILE})", flush=True)
+        else:
+            try:
+                record = settle(budget, source, context.device, dtype)
+            except InputError as error:
+                problem = str(error)
+    context.check(problem)
+    shared: dict[str, Any] = context.broadcast(record)
+    return shared
+
+
+def recorded(output: Path, budget: Budget, source: ModelConfig) -> dict[str, Any] | None:
+    """What `settle` returned for the same budget and source when the run in `output` began."""
+    try:
+        record: dict[str, Any] = json.loads((output / TARGET_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = record.get("budget") == budget.text
+    return record if same and record.get("source") == shape_of(source).describe() else None
+
+
+def settle(
+    budget: Budget, source: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The shape that `budget` comes to, printed with its reasons; what a run keeps of it.
+
+    A speedup is measured on `device` in `dtype`, which takes seconds, minutes for large models on
+    a CPU. The result holds "budget" and "shape" in the notation of --target, "source", both
+    numbers of "parameters", the share "used" of the limit, and "latency" for a speedup.
+
+    Raises InputError when no valid shape meets the budget, naming the nearest that one does.
+    """
+    if budget.kind == SPEEDUP:
+        proposal, latency = _for_speedup(budget, source, decode_timer(device, dtype), device, dtype)
+    else:
+        proposal, latency = _for_parameters(budget, source), None
+    target = config_of(proposal.shape, source)
+    validate(proposal.shape, shape_of(source))
+    record = {
+        "budget": budget.text,
+        "source": shape_of(source).describe(),
+        "shape": proposal.shape.describe(),
+        "parameters": {"source": source.num_parameters(), "target": target.num_parameters()},
+        "non_embedding_parameters": {
+            "source": source.num_parameters(embeddings=False),
+            "target": target.num_parameters(embeddings=False),
+        },
+        "used": proposal.cost / proposal.limit,
+        "latency": latency,
+    }
+    _explain(record, budget, shape_of(source), proposal.shape)
+    return record
+
+
+def _for_parameters(budget: Budget, source: ModelConfig) -> Proposal:
+    def cost(config: ModelConfig) -> float:
+        return float(config.num_parameters(embeddings=budget.kind != BLOCK_PARAMETERS))
+
+    most = cost(source)
+    if budget.amount >= most:
+        raise InputError(
+            f"target {budget.kind}={budget.amount:,.0f} is not below the source's {most:,.0f}: "
+            f"pruning only removes units, use for example {budget.kind}={most / 2:.0f}"
+        )
+    proposal = propose(source, cost, budget.amount, budget.fixed)
+    if proposal is None:
+        shape, least = smallest(source, cost, budget.fixed)
+        raise InputError(
+            f"target {budget.kind}={budget.amount:,.0f} is less than the smallest shape that a "
+            f"budget can give{_beside(budget)}, {shape.describe()} with {least:,.0f}: "
+            f"use {budget.kind}={least:.0f} or more, or give the sizes themselves"
+        )
+    return proposal
+
+
+def _for_speedup(
+    budget: Budget, source: ModelConfig, timer: Timer, device: torch.device, dtype: torch.dtype
+) -> tuple[Proposal, dict[str, Any]]:
+    threads = f", threads {torch.get_num_threads()}" if device.type == "cpu" else ""
+    setting = f"{device.type}, {str(dtype).removeprefix('torch.')}, batch 1, {POSITIONS} positions"
+    print(f"measuring how decoding time depends on the shape ({setting}{threads})", flush=True)
+    model = measure_latency(source, timer, dtype.itemsize)
+    before = model.predict(source)
+    proposal = propose(source, model.predict, before / budget.amount, budget.fixed)
+    if proposal is None:
+        shape, least = smallest(source, model.predict, budget.fixed)
+        most = math.floor(before / least * 100) / 100
+        raise InputError(
+            f"target speedup={budget.amount:g} is out of reach on this device: the fastest shape "
+            f"that a budget can give{_beside(budget)}, {shape.describe()}, decodes {most:.2f} "
+            f"times as fast as the source; use at most speedup={most:.2f}"
+        )
+    pair = [source, config_of(proposal.shape, source)]
+    latency = {
+        "setting": setting + threads,
+        "model": model.as_dict(),
+        "predicted": {"source": before, "target": proposal.cost},
+        "measured": None,
+    }
+    size = sum(config.num_parameters() for config in pair) * dtype.itemsize
+    if size <= total_memory(device) // 2:
+        latency["measured"] = dict(zip(("source", "target"), timer(pair), strict=True))
+    return proposal, latency
+
+
+def _sizes(budget: Budget) -> str:
+    """The sizes given beside the budget, as in --target."""
+    return ",".join(f"{key}={size}" for key, size in budget.fixed.items())
+
+
+def _beside(budget: Budget) -> str:
+    return f" with {_sizes(budget)}" if budget.fixed else ""
+
+
+def _explain(record: dict[str, Any], budget: Budget, source: Shape, target: Shape) -> None:
+    """Prints what was chosen, why, and how to ask for the same shape by name."""
+    table = Table("", title=f"--target {budget.text}", title_justify="left")
+    for title in ("source", "target", "kept"):
+        table.add_column(title, justify="right")
+    rows = {
+        "layers": (source.layers, target.layers),
+        "hidden": (source.hidden, target.hidden),
+        "heads": (source.heads, target.heads),
+        "KV heads": (source.kv_heads, target.kv_heads),
+        "feed-forward channels": (source.ffn, target.ffn),
+        "parameters": tuple(record["parameters"].values()),
+        "  without embeddings": tuple(record["non_embedding_parameters"].values()),
+    }
+    for name, (before, after) in rows.items():
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / before:.0%}")
+    latency = record["latency"]
+    for kind in ("predicted", "measured") if latency else ():
+        if latency[kind]:
+            before, after = latency[kind].values()
+            row = (
+                f"{1e3 * before:.4g} ms",
+                f"{1e3 * after:.4g} ms",
+                f"{before / after:.2f}x faster",
+            )
+            table.add_row(f"{kind} time per token", *row)
+    Console().print(table)
+    limit = "time" if latency else "budget"
+    among = f"shapes that use at least {SHARE:.0%} of the {limit}"
+    if record["used"] < SHARE:
+        among = f"largest shapes within the {limit}, for the steps between shapes are coarse"
+    given = f" and have {_sizes(budget)}" if budget.fixed else ""
+    print(f"why: it uses {record['used']:.1%} of the {limit} and is, among the {among}{given},")
+    print("  the one nearest to the source and its proportions")
+    if latency:
+        error = latency["model"]["error"]
+        print(
+            f"predicted from times measured here ({latency['setting']}), fitted within {error:.0%}"
+        )
+        if not latency["measured"]:
+            print("not measured: both models together need more than half of the device's memory")
+    print(f"the same shape by name: --target {record['shape']}", flush=True)
