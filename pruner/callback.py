@@ -1,14 +1,17 @@
 """Mask learning as a callback of the training loop."""
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from data.errors import InputError
 from pruner.constraint import Rule
 from pruner.masks import alive_counts, to_masks
 from pruner.shapes import Shape
 from trainer.callbacks.base import Callback
+from trainer.models.live import computed_flops
 from trainer.models.masks import Masks
 
 if TYPE_CHECKING:
@@ -22,13 +25,15 @@ LABELS = {
     "intermediate": "ffn",
 }
 """Names of the families in the progress bar."""
+PADDING = {"cuda": 128, "cpu": 16}
+"""Multiples to which live dimensions and channels are padded, for the sake of vector loads."""
 
 
 class ShearCallback(Callback):
-    """Draws the step's masks, hands them to the loop as leaves and trains the scores behind them.
+    """Draws masks, hands them to the loop as leaves and trains the scores behind them.
 
-    The scores are replicated: every rank draws the same masks and sums the same gradients, so they
-    stay equal without being communicated. All micro-batches of a step share one draw.
+    The scores are replicated: every rank sums the same gradients, so they stay equal without being
+    communicated. Which passes share a draw is the option `mask_draws` of MaskConfig.
     """
 
     name: ClassVar[str] = "shear"
@@ -36,42 +41,92 @@ class ShearCallback(Callback):
     def __init__(self, rule: Rule, source: Shape) -> None:
         self.rule = rule
         self.source = source
-        self._z: dict[str, Tensor] = {}
+        self.z: dict[str, Tensor] = {}
+        """[rows, units] masks of each family in this rank's last draw."""
         self._outputs: list[Tensor] = []
         self._leaves: list[Tensor] = []
-        self._gradients: list[Tensor] = []
+        self._steered = False
 
     def on_train_start(self, t: "Trainer") -> None:
         if t.step == t.config.steps:
-            t.masks = self.final_masks()
+            t.masks = self.final_masks(t)
 
     def on_step_start(self, t: "Trainer") -> None:
-        masks = self.rule.masks(t.step)
-        self._z = {name: z.detach() for name, z in masks.items()}
+        self._outputs, self._leaves = [], []
+        draws = self.rule.config.mask_draws
+        if draws != "micro-batch":
+            self._draw(t, t.context.rank if draws == "rank" else 0, t.micro_batches)
+
+    def on_micro_batch(self, t: "Trainer") -> None:
+        if self.rule.config.mask_draws == "micro-batch":
+            self._draw(t, t.context.rank * t.micro_batches + t.micro_batch, 1)
+
+    def _draw(self, t: "Trainer", draw: int, passes: int) -> None:
+        """Makes masks for the next `passes` forward and backward passes of this rank."""
+        masks = self.rule.masks(t.step, draw)
+        self.z = {name: z.detach() for name, z in masks.items()}
         outputs = to_masks(masks, self.source).tensors()
-        trained = {name: z for name, z in outputs.items() if z.requires_grad}
-        leaves = {name: z.detach().requires_grad_(name in trained) for name, z in outputs.items()}
-        self._outputs = list(trained.values())
-        self._leaves = [leaves[name] for name in trained]
-        t.masks = Masks(**leaves)
+        leaves = {name: z.detach().requires_grad_(z.requires_grad) for name, z in outputs.items()}
+        trained = [name for name, z in outputs.items() if z.requires_grad]
+        self._outputs += [outputs[name] for name in trained]
+        self._leaves += [leaves[name] for name in trained]
+        # Replicas (HSDP) must reduce the same parameters in each pass, so nothing is put off there.
+        shared = 1 if t.config.replicas > 1 else passes
+        t.masks = self._compact(Masks.of(leaves), t, shared)
+
+    def _compact(self, masks: Masks, t: "Trainer", passes: int = 1) -> Masks:
+        if not self.rule.config.compact:
+            return masks
+        model, seq_len = t.model.config, t.config.seq_len
+        padding = PADDING.get(t.context.device.type, 16)
+        compacted = masks.compact(model, multiple=padding, passes=passes)
+        live = compacted.live
+        if live is not None:
+            t.throughput.recount(lambda causal: computed_flops(model, live, seq_len, causal))
+        return compacted
 
     def on_backward(self, t: "Trainer") -> None:
-        self._gradients = _summed_gradients(self._leaves, t) if self._leaves else []
+        self._steered = bool(self._outputs)
+        if not self._steered:
+            return
+        gradients = [torch.zeros_like(z) if z.grad is None else z.grad for z in self._leaves]
+        scores = self.rule.backward(self._outputs, gradients)
+        self._outputs, self._leaves = [], []
+        joined = t.context.all_reduce_sum(torch.cat([gradient.flatten() for gradient in scores]))
+        parts = joined.split([gradient.numel() for gradient in scores])
+        for gradient, part in zip(scores, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def on_update(self, t: "Trainer") -> None:
         # Not earlier: a step whose gradients are not finite must leave the scores as they are.
-        if self._outputs:
-            self.rule.update(t.step, self._outputs, self._gradients)
-        self._outputs, self._leaves, self._gradients = [], [], []
+        if self._steered:
+            self.rule.update(t.step)
+
+    def on_gradients(self, t: "Trainer") -> None:
+        # A loss that is not finite breaks every row: GuardCallback says so.
+        sound = self._steered and math.isfinite(t.record["loss"])
+        rows = self.rule.broken_rows() if sound else []
+        if rows:
+            more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+            raise InputError(
+                f"the mask gradients of {', '.join(rows[:3])}{more} are not finite at step "
+                f"{t.step + 1}; nothing was updated and the last checkpoint is kept. Run the same "
+                f"command with a lower --lr (now {t.config.lr:g}): it resumes from there"
+            )
 
     def on_step_end(self, t: "Trainer") -> None:
         self._report(t, t.step - 1)
         if t.step == t.config.steps:
-            t.masks = self.final_masks()
+            t.masks = self.final_masks(t)
+        elif t.config.eval_interval and t.step % t.config.eval_interval == 0:
+            # Equal on all ranks and free of noise, whatever the ranks drew for training.
+            with torch.no_grad():
+                masks = self.rule.masks(t.step - 1, None)
+            t.masks = self._compact(to_masks(masks, self.source), t)
 
     def _report(self, t: "Trainer", step: int) -> None:
         """Alive and target units, multipliers and temperature of the masks the step used."""
-        alive = {name: alive_counts(z).tolist() for name, z in self._z.items()}
+        alive = {name: alive_counts(z).tolist() for name, z in self.z.items()}
         for name, family in self.rule.members.items():
             counts, label = alive[name], LABELS[name]
             low, high = min(counts), max(counts)
@@ -86,23 +141,15 @@ class ShearCallback(Callback):
         t.record["temperature"] = self.rule.temperature(step)
         t.bar_fields["λ"] = f"{multiplier:.3f}"
 
-    def final_masks(self) -> Masks:
-        """The masks to evaluate and extract."""
-        return to_masks(self.rule.final(), self.source)
+    def final_masks(self, t: "Trainer") -> Masks:
+        """The masks to evaluate."""
+        return self._compact(to_masks(self.rule.final(), self.source), t)
 
     def state_dict(self) -> dict[str, Any]:
         return self.rule.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rule.load_state_dict(state)
-
-
-def _summed_gradients(leaves: list[Tensor], t: "Trainer") -> list[Tensor]:
-    """The leaves' gradients summed over ranks, in one collective."""
-    gradients = [torch.zeros_like(z) if z.grad is None else z.grad for z in leaves]
-    joined = t.context.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
-    parts = joined.split([gradient.numel() for gradient in gradients])
-    return [part.view_as(z) for part, z in zip(parts, leaves, strict=True)]
 
 
 def _range(low: int, high: int) -> str:

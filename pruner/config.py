@@ -5,7 +5,7 @@ from typing import Literal
 
 from data.errors import InputError
 from data.mixture import MixtureConfig
-from trainer.config import TrainConfig
+from trainer.config import DistillationConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,9 +15,10 @@ class MaskConfig:
     rule: Literal["projection", "paper"] = "projection"
     """projection meets the target count at every step; paper is Sheared LLaMA's penalty, which need
     not polarise."""
-    init: Literal["importance", "flat"] | None = None
-    """Initial scores: from one calibration pass, or flat. Default: importance for projection, flat
-    (as published) for paper."""
+    init: Literal["importance", "taylor", "magnitude", "flat"] | None = None
+    """Initial scores: by the strength of activations (importance) or by gradients of the loss
+    (taylor) in one calibration pass, by the norm of the weights (magnitude), or flat. Default:
+    importance for projection, flat (as published) for paper."""
     calibration_sequences: int = 32
     """Training sequences of the calibration pass."""
     mask_lr: float | None = None
@@ -36,6 +37,11 @@ class MaskConfig:
     """Width reached when masks harden (projection)."""
     mask_noise: float = 0.5
     """Initial scale of the logistic noise; it falls to 0 with the temperature (projection)."""
+    compact: bool = True
+    """Run each pass on the units whose mask is not zero. The result is that of the dense masked
+    model; off, every pass computes the whole source."""
+    mask_draws: Literal["step", "rank", "micro-batch"] = "step"
+    """Which passes share a draw of the masks: all of a step, all of a rank in a step, or none."""
     implicit_gradient: bool = True
     """Differentiate through the threshold, so that the gradient cannot change the count
     (projection)."""
@@ -71,7 +77,7 @@ class MaskConfig:
 
     @property
     def initial(self) -> str:
-        """The initialisation in force: "importance" or "flat"."""
+        """The initialisation in force: a value of `init`."""
         return self.init or ("importance" if self.rule == "projection" else "flat")
 
     @property
@@ -95,7 +101,10 @@ class ShearConfig:
     """Model to prune: a Hugging Face folder, a .gguf file, a run's output folder or a hub id."""
     target: str = "1.3b"
     """Preset of LLaMA-2-7B (1.3b, 2.7b, 370m) or sizes such as
-    layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152; sizes left out stay as in the source."""
+    layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152; sizes left out stay as in the source. Or a
+    budget, which proposes the sizes and says why before anything starts: params=70m (all
+    parameters), params-non-embedding=46m, or speedup=2 (decoding at batch 1, measured on this
+    device); sizes beside a budget are kept: params=70m,layers=24."""
     data: str = "runs/tokens"
     """Folder made by data.tokenize."""
     output: str = "runs/shear"
@@ -115,6 +124,7 @@ class ShearConfig:
     """Copy the final report to this file."""
     masks: MaskConfig = field(default_factory=MaskConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             steps=3200,

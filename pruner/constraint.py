@@ -16,21 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.errors import InputError
 from pruner.config import MaskConfig
 from pruner.hard_concrete import gate, gate_slope, logistic_noise, probability_nonzero
 from pruner.masks import Family, indicator
 from trainer.schedule import learning_rate
 
-BISECTIONS = 64
-"""Halvings of the threshold's interval: enough for fp64."""
 ADAM_BETAS = (0.9, 0.95)
+MAX_ITERATIONS = 200
+"""Bound of the search for a threshold; every third iteration halves the bracket."""
+COUNT_TOLERANCE = 1e-10
+"""Largest error of a row's count, in units."""
+SATURATION = math.log(11)
+"""|logit| from which a gate is exactly 0 or 1 (up to rounding)."""
 
 
 class Rule(ABC):
     """Scores [rows, units] of each family and the masks z they stand for.
 
     `step` counts completed optimizer steps, so a run's steps are 0 .. steps - 1. The same (seed,
-    step) gives the same noise on every rank and after a resume.
+    step, draw) gives the same noise on every rank and after a resume.
     """
 
     def __init__(
@@ -54,8 +59,11 @@ class Rule(ABC):
         )
 
     @abstractmethod
-    def masks(self, step: int) -> dict[str, Tensor]:
-        """The masks of one step, fp32; they carry a graph to the scores unless they are final."""
+    def masks(self, step: int, draw: int | None = 0) -> dict[str, Tensor]:
+        """The masks of one step, fp32; they carry a graph to the scores unless they are final.
+
+        `draw` numbers the step's draws of noise; None leaves the noise out.
+        """
 
     @abstractmethod
     def final(self) -> dict[str, Tensor]:
@@ -69,15 +77,39 @@ class Rule(ABC):
     def temperature(self, step: int) -> float:
         """Width of the masks' transition at `step`."""
 
+    def noise(self, step: int, draw: int | None) -> dict[str, Tensor]:
+        """Logistic noise [rows, units] of each family on the scores' device; none for draw None."""
+        if draw is None:
+            return {}
+        shapes = {name: (family.rows, family.units) for name, family in self.members.items()}
+        noise = logistic_noise(shapes, self.seed, step, draw)
+        return {name: values.to(self.scores[name].device) for name, values in noise.items()}
+
     def current_target(self, family: Family, step: int) -> float:
         """Units each row is held to at `step`: linear from all of them to the target."""
         progress = min(1.0, (step + 1) / (self.steps * self.config.warmup))
         return family.units + (family.target - family.units) * progress
 
-    def update(self, step: int, outputs: list[Tensor], gradients: list[Tensor]) -> None:
-        """Take one optimizer step given loss gradients of tensors computed from masks(step)."""
+    def backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        """The scores' gradients, given loss gradients of tensors computed from masks()."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(outputs, gradients)
+        for scores in self.scores.values():
+            if scores.grad is None:
+                scores.grad = torch.zeros_like(scores)
+        return [scores.grad for scores in self.scores.values() if scores.grad is not None]
+
+    def broken_rows(self) -> list[str]:
+        """Names of the rows, "intermediate row 3", whose score gradients are not finite."""
+        return [
+            f"{name} row {row}"
+            for name, scores in self.scores.items()
+            if scores.grad is not None
+            for row in torch.nonzero(~scores.grad.isfinite().all(-1)).flatten().tolist()
+        ]
+
+    def update(self, step: int) -> None:
+        """Take one optimizer step with the gradients that `backward` left in the scores."""
         self.add_regularizer(step)
         for scores in self.scores.values():
             torch.nn.utils.clip_grad_norm_(scores, self.config.mask_clip)
@@ -124,21 +156,20 @@ class Projection(Rule):
         super().__init__(members, scores, config, steps, seed)
         self.levels: dict[str, Tensor] = {}
 
-    def masks(self, step: int) -> dict[str, Tensor]:
+    def masks(self, step: int, draw: int | None = 0) -> dict[str, Tensor]:
         levels = self.solve(step)
         self.levels = {name: level.detach() for name, level in levels.items()}
         if self.hardened(step):
             return self.final()
         temperature = self.temperature(step)
-        shapes = {name: (family.rows, family.units) for name, family in self.members.items()}
-        noise = logistic_noise(shapes, self.seed, step)
+        noise = self.noise(step, draw)
         scale = self.noise_scale(step)
         z = {}
         for name in self.members:
             scores = self.scores[name].double()
             level = levels[name] if self.config.implicit_gradient else self.levels[name]
-            logit = (scores - level) / temperature + scale * noise[name].to(scores)
-            z[name] = gate(logit).float()
+            logit = (scores - level) / temperature
+            z[name] = gate(logit + scale * noise[name] if noise else logit).float()
         return z
 
     def solve(self, step: int) -> dict[str, Tensor]:
@@ -184,21 +215,11 @@ class Projection(Rule):
 
 
 class _Threshold(torch.autograd.Function):
-    """lambda per row with sum_i gate((a_i - lambda) / T) = count, by bisection."""
+    """lambda per row with sum_i gate((a_i - lambda) / T) = count."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, count: float, temperature: float) -> Tensor:
-        # Beyond these bounds all gates of a row are 1, or all are 0.
-        saturation = 2.4 * temperature
-        low = (scores.min(-1, keepdim=True).values - saturation).expand(2, -1, 1)
-        high = (scores.max(-1, keepdim=True).values + saturation).expand(2, -1, 1)
-        # Where all gates are saturated a whole interval meets the count: find both of its ends.
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            sums = gate((scores - middle) / temperature).sum(-1, keepdim=True)
-            above = torch.stack([sums[0] > count, sums[1] >= count])
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        level = (low + high).mean(0) / 2
+        level = solve_threshold(scores, count, temperature)
         ctx.save_for_backward(scores, level)
         ctx.temperature = temperature
         return level
@@ -221,6 +242,34 @@ def threshold(scores: Tensor, count: float, temperature: float) -> Tensor:
     d lambda / d a_j = z'_j / sum_i z'_i.
     """
     level: Tensor = _Threshold.apply(scores, count, temperature)
+    return level
+
+
+@torch.no_grad()
+def solve_threshold(scores: Tensor, count: float, temperature: float) -> Tensor:
+    """`threshold` without a graph: Newton's method in a bracket that bisection keeps closing."""
+    units = scores.shape[-1]
+    order = scores.sort(dim=-1, descending=True).values
+    width = SATURATION * temperature
+    # With lambda at `low` the gates of the first ceil(count) units are 1; with lambda at `high`
+    # those of all but the first floor(count) are 0.
+    low = order[:, max(math.ceil(count), 1) - 1].unsqueeze(-1) - width
+    high = order[:, min(math.floor(count), units - 1)].unsqueeze(-1) + width
+    if count >= units:
+        return low
+    # Where low is beyond high every gate is saturated between them, and any level there would do.
+    level = (low + high) / 2
+    low, high = torch.minimum(low, high), torch.maximum(low, high)
+    for iteration in range(MAX_ITERATIONS):
+        logits = (scores - level) / temperature
+        excess = gate(logits).sum(-1, keepdim=True) - count
+        if float(excess.abs().max()) < COUNT_TOLERANCE:
+            break
+        low = torch.where(excess > 0, level, low)
+        high = torch.where(excess < 0, level, high)
+        newton = level + excess * temperature / gate_slope(logits).sum(-1, keepdim=True)
+        inside = (newton > low) & (newton < high) & (iteration % 3 < 2)
+        level = torch.where(excess == 0, level, torch.where(inside, newton, (low + high) / 2))
     return level
 
 
@@ -260,11 +309,10 @@ class Paper(Rule):
             maximize=True,
         )
 
-    def masks(self, step: int) -> dict[str, Tensor]:
-        shapes = {name: (family.rows, family.units) for name, family in self.members.items()}
-        noise = logistic_noise(shapes, self.seed, step)
+    def masks(self, step: int, draw: int | None = 0) -> dict[str, Tensor]:
+        noise = self.noise(step, draw)
         return {
-            name: gate((scores + noise[name].to(scores)) / self.BETA)
+            name: gate((scores + noise[name] if noise else scores) / self.BETA)
             for name, scores in self.scores.items()
         }
 
@@ -318,6 +366,26 @@ class Paper(Rule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         _load_parameters(self.ascent, self.multipliers, "multipliers", state)
+
+
+def require_reachable(members: dict[str, Family], config: MaskConfig) -> None:
+    """Raises InputError when a family's rows cannot meet their target under the rule.
+
+    The paper's expected counts stay within 4.7% and 99.8% of the units, because log-alpha is
+    bounded. A projection meets every count.
+    """
+    if config.rule != "paper":
+        return
+    bounds = torch.tensor([-Paper.BOUND, Paper.BOUND])
+    low, high = probability_nonzero(bounds, Paper.BETA).tolist()
+    for name, family in members.items():
+        least, most = math.ceil(low * family.units), math.floor(high * family.units)
+        if not least <= family.target <= most:
+            raise InputError(
+                f"--rule paper cannot hold the rows of {name} at {family.target} of {family.units} "
+                f"units: its expected count stays within {least}..{most}; use another target or "
+                "--rule projection"
+            )
 
 
 def _optimizer_state(

@@ -37,11 +37,11 @@ def gate_slope(logit: Tensor) -> Tensor:
 
 
 def logistic_noise(
-    shapes: Mapping[str, tuple[int, ...]], seed: int, step: int
+    shapes: Mapping[str, tuple[int, ...]], seed: int, step: int, draw: int = 0
 ) -> dict[str, Tensor]:
-    """Standard logistic draws, fp32 on the CPU, that depend on (seed, step) alone."""
-    # torch's CPU generator reads 32 bits of its seed: hash the pair into them.
-    state = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    """Standard logistic draws, fp32 on the CPU, that depend on (seed, step, draw) alone."""
+    # torch's CPU generator reads 32 bits of its seed: hash the three into them.
+    state = int(np.random.SeedSequence([seed, step, draw]).generate_state(1)[0])
     generator = torch.Generator().manual_seed(state)
     draws = {}
     for name, shape in shapes.items():

@@ -1,22 +1,26 @@
 """A shearing run, from validated options to the dense model and its report."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.reader import TokenReader
+from pruner.budget import parse_budget
 from pruner.callback import ShearCallback
 from pruner.config import ShearConfig
-from pruner.constraint import Rule, make_rule
+from pruner.constraint import Rule, make_rule, require_reachable
+from pruner.history import HistoryCallback
 from pruner.importance import initial_scores
 from pruner.masks import families
 from pruner.measurements import Measurements, load_or_measure, measure_source, measurements_key
+from pruner.proposal import TARGET_FILE, settle_together
 from pruner.report import finish
 from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
 from trainer.config import check_layout
+from trainer.distillation import TeacherSource, check_teacher, load_teacher, teacher_identity
 from trainer.domains import DomainOptions, Domains, starting_domains
 from trainer.identity import claim_output, run_identity, weights_fingerprint
 from trainer.loop import Trainer
@@ -31,6 +35,7 @@ from trainer.run import (
     find_model_with_data,
     open_data,
     pretrained,
+    publish,
     say,
     say_finished,
 )
@@ -58,6 +63,7 @@ def shear(config: ShearConfig) -> Trainer | None:
     """
     check_layout(config.train, parallel.world_size())
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
+    config, proposal = _settle_target(config, context)
     with context.rank_zero_first():
         inputs = open_inputs(config)
     output = Path(config.output)
@@ -69,19 +75,43 @@ def shear(config: ShearConfig) -> Trainer | None:
     if finished:
         say_finished(context, output / "shear.json", Path(config.json) if config.json else None)
         return None
+    if proposal is not None:
+        publish(context, proposal, [output / TARGET_FILE])
     for message in inputs.domains.messages():
         say(context, message)
     say(context, f"source {inputs.source.describe()}  target {inputs.target.describe()}")
+    source = _teacher(config, inputs)
+    teacher = load_teacher(source, config.distillation, config.train, inputs.model, context)
     model = build_model(
         inputs.model, config.train, context, load=None if resuming else pretrained(inputs.folder)
     )
     measured = _measurements(config, inputs, context, fingerprint, None if resuming else model)
     reference = inputs.domains.reference or measured.reference
     trainer, rule = _assemble(config, inputs, model, context, measured, reference)
+    trainer.teacher = teacher
     trainer.fit()
     if not trainer.stopping:
         finish(trainer, rule, config, inputs.folder, inputs.target, measured.held_out, reference)
     return trainer
+
+
+def _settle_target(
+    config: ShearConfig, context: DistributedContext
+) -> tuple[ShearConfig, dict[str, Any] | None]:
+    """`config` with the shape that a budget comes to, and what OUTPUT/target.json says of it.
+
+    A target that names its shape stays as it is, and None. Data is opened first, so that nothing
+    is measured for a run that cannot start.
+    """
+    budget = parse_budget(config.target)
+    if budget is None:
+        return config, None
+    with context.rank_zero_first():
+        folder, model = _find_source(config)
+        open_data(config.data, config.train, model, folder)
+    dtype = parallel.compute_dtype(config.train.precision, context.device)
+    proposal = settle_together(budget, model, Path(config.output), context, dtype)
+    return replace(config, target=proposal["shape"]), proposal
 
 
 def open_inputs(config: ShearConfig) -> Inputs:
@@ -95,19 +125,14 @@ def open_inputs(config: ShearConfig) -> Inputs:
         reference=config.reference_losses,
         reference_fit=config.reference_fit,
     )
-    name = config.source
-    folder = find_model_with_data(
-        lambda: resolve_model(name, weights=False, option="--source"),
-        config.data,
-        config.train.seq_len,
-        local_folder(name) if is_hub_id(name) else name,
-    )
-    model = load_config(folder)
+    folder, model = _find_source(config)
     source = shape_of(model)
     target = parse_target(config.target, source)
     pruned = config_of(target, model)
     pruned.to_hf()
+    require_reachable(families(target, source), config.masks)
     reader, held_out = open_data(config.data, config.train, model, folder)
+    check_teacher("the source", model, config.distillation, config.train, model)
     domains = starting_domains(
         reader.sizes,
         options,
@@ -115,8 +140,20 @@ def open_inputs(config: ShearConfig) -> Inputs:
         sheared=None,
         needs_reference=False,
     )
-    folder = resolve_model(name, option="--source")
+    folder = resolve_model(config.source, option="--source")
     return Inputs(folder, model, source, target, reader, held_out, domains)
+
+
+def _find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:
+    """The source's folder, where weights may still be missing, and its architecture."""
+    name = config.source
+    folder = find_model_with_data(
+        lambda: resolve_model(name, weights=False, option="--source"),
+        config.data,
+        config.train.seq_len,
+        local_folder(name) if is_hub_id(name) else name,
+    )
+    return folder, load_config(folder)
 
 
 def _identity(
@@ -135,7 +172,13 @@ def _identity(
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference,
         **{f"masks.{name}": value for name, value in asdict(config.masks).items()},
+        **teacher_identity(config.distillation, _teacher(config, inputs)),
     )
+
+
+def _teacher(config: ShearConfig, inputs: Inputs) -> TeacherSource | None:
+    """The untouched source; None when distillation is off."""
+    return TeacherSource(inputs.folder, inputs.model) if config.distillation.weight else None
 
 
 def _measurements(
@@ -171,6 +214,7 @@ def _assemble(
     seed = config.train.seed
     scores = initial_scores(members, config.masks, measured.importance, seed, context.device)
     rule = make_rule(members, scores, config.masks, config.train.steps, seed)
+    shear_callback = ShearCallback(rule, inputs.source)
     trainer = build_trainer(
         model,
         config.train,
@@ -181,7 +225,7 @@ def _assemble(
         weights=inputs.domains.weights,
         reference=reference,
         mixture=config.mixture,
-        callbacks=[ShearCallback(rule, inputs.source)],
+        callbacks=[shear_callback, HistoryCallback(shear_callback, Path(config.output))],
         description="shear",
     )
     return trainer, rule

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from data.batches import Batch, BatchStream
 from trainer.callbacks.base import Callback
 from trainer.config import TrainConfig
+from trainer.distillation import Teacher
 from trainer.memory import explain_out_of_memory
 from trainer.models.llama import CausalLM
 from trainer.models.masks import Masks
@@ -49,7 +50,11 @@ class Trainer:
         self.loss = float("nan")
         """Training loss of the last step, per target token."""
         self.masks: Masks | None = None
-        """Masks of the current step, set by a callback in on_step_start."""
+        """Masks of the current pass, set by a callback in on_step_start or on_micro_batch."""
+        self.micro_batch = 0
+        """Number of the current micro-batch of this rank, from 0, within its step."""
+        self.teacher: Teacher | None = None
+        """The frozen model that training follows besides the text."""
         self.record: dict[str, Any] = {}
         """Metrics of the current step."""
         self.bar_fields: dict[str, str] = {}
@@ -60,6 +65,11 @@ class Trainer:
         """Number of the step's target tokens per domain, over all ranks."""
         self.stopping = False
         """Set (on every rank) by a callback to leave the loop after the current step."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of each rank in a step."""
+        return self.config.global_batch // (self.context.world * self.config.micro_batch)
 
     def fit(self) -> None:
         """Trains from `self.step` to the configured steps, or until a callback sets `stopping`."""
@@ -106,9 +116,10 @@ class Trainer:
         starts = range(0, len(ids), micro)
         # A matrix product adds in a fixed order, which scattered additions on a GPU do not.
         owners = F.one_hot(domains, len(self.stream.domains)).double()
-        sums = torch.zeros(2, len(self.stream.domains), dtype=torch.float64, device=device)
+        sums = torch.zeros(3, len(self.stream.domains), dtype=torch.float64, device=device)
         assert isinstance(self.model, FSDPModule)
-        for start in starts:
+        for self.micro_batch, start in enumerate(starts):
+            self._call("on_micro_batch")
             rows = slice(start, start + micro)
             last = start == starts[-1]
             self.model.set_is_last_backward(last)
@@ -117,11 +128,17 @@ class Trainer:
             # Weights stay gathered from one micro-batch to the next unless memory is to be saved.
             self.model.set_reshard_after_backward(last or self.config.reshard_after_forward)
             output = self.model(
-                ids[rows], masks=self.masks, targets=targets[rows], weights=weights[rows]
+                ids[rows],
+                masks=self.masks,
+                targets=targets[rows],
+                weights=weights[rows],
+                teaching=self.teacher(ids[rows]) if self.teacher else None,
             )
             output.loss.backward()
             sums[0] += output.token_loss.double().sum(dim=1) @ owners[rows]
             sums[1] += valid[rows].double().sum(dim=1) @ owners[rows]
+            if output.token_kl is not None:
+                sums[2] += output.token_kl.double().sum(dim=1) @ owners[rows]
         self._record_losses(self.context.all_reduce_sum(sums).cpu().numpy())
 
     def _record_losses(self, sums: np.ndarray) -> None:
@@ -135,6 +152,10 @@ class Trainer:
             for name, count in self.domain_tokens.items()
             if count
         }
+        if self.teacher is not None:
+            divergence = float(sums[2].sum() / sums[1].sum())
+            self.record["distill_kl"] = divergence
+            self.bar_fields["kl"] = f"{divergence:.3f}"
 
     def _set_learning_rate(self) -> float:
         config = self.config

@@ -131,7 +131,7 @@ def build_model(
     network.checkpoint_activations = config.activation_checkpointing
     shard(
         network,
-        list(network.model.layers),
+        network.blocks,
         context.mesh,
         dtype=compute_dtype(config.precision, context.device),
         reshard_after_forward=config.reshard_after_forward,
@@ -174,7 +174,7 @@ def build_trainer(
     """
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
     stream = BatchStream(reader, sampler, config.global_batch, context.rank, context.world)
-    horizon = config.steps * config.global_batch * config.seq_len
+    horizon = max(1, config.steps) * config.global_batch * config.seq_len
     checkpointer = Checkpointer(output / "checkpoints", context, keep=config.keep_checkpoints)
     listed: list[Callback] = [
         *callbacks,
@@ -257,7 +257,7 @@ def save_tensors_of(
 def training_report(trainer: Trainer) -> dict[str, Any]:
     """What every finished run reports: losses, tokens, speed and the last domain weights."""
     training: dict[str, Any] = {
-        "final_loss": trainer.loss,
+        "final_loss": trainer.loss if trainer.step else None,
         "held_out": {},
         "steps": trainer.step,
         "tokens": trainer.tokens,

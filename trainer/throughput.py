@@ -1,6 +1,7 @@
 """Tokens per second over real time, and model FLOPs utilisation (MFU) in both conventions."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class Throughput:
         self._started = time.perf_counter()
         self._step_started = self._started
         self._rate = 0.0
+
+    def recount(self, flops: Callable[[bool], float]) -> None:
+        """Takes the FLOPs of a token from `flops(causal)`, where a step does not compute the whole
+        model; not called while MFU is unknown."""
+        if self._peak is not None:
+            self._flops = {"mfu_full": flops(False), "mfu_causal": flops(True)}
 
     def start_step(self) -> None:
         self._step_started = time.perf_counter()

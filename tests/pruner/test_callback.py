@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ MODEL = ModelConfig(
     head_dim=4,
     tie_embeddings=True,
 )
+MASK_OPTIONS = {field.name for field in dataclasses.fields(MaskConfig)}
 TARGET = Shape(layers=2, hidden=10, heads=2, kv_heads=2, head_dim=4, ffn=9)
 
 
@@ -63,7 +65,8 @@ class RandomStream:
 
 
 def make_trainer(**options: Any) -> tuple[Trainer, ShearCallback]:
-    masks = MaskConfig(init="flat", rule=options.pop("rule", "projection"))
+    of_masks = {name: options.pop(name) for name in MASK_OPTIONS & options.keys()}
+    masks = MaskConfig(**({"init": "flat"} | of_masks))
     fields = {"steps": 8, "seq_len": 8, "global_batch": 8, "micro_batch": 2, "lr": 1e-3}
     config = TrainConfig(**(fields | {"precision": "fp32"} | options))
     context = parallel.init(threads=1, replicas=config.replicas)

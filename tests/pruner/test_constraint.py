@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from pruner.config import MaskConfig
-from pruner.constraint import Paper, Projection, Rule, make_rule, threshold
+from pruner.constraint import Paper, Projection, Rule, make_rule, require_reachable, threshold
 from pruner.hard_concrete import gate
 from pruner.masks import Family, alive_counts, polarised
 
@@ -32,7 +32,8 @@ def train(rule: Rule, first: int, last: int) -> list[dict[str, Tensor]]:
         used.append({name: z.detach().clone() for name, z in masks.items()})
         trained = [name for name in masks if masks[name].requires_grad]
         if trained:
-            rule.update(step, [masks[n] for n in trained], [-wanted[n] for n in trained])
+            rule.backward([masks[n] for n in trained], [-wanted[n] for n in trained])
+            rule.update(step)
     return used
 
 
@@ -156,13 +157,15 @@ def test_paper_multipliers_rise_with_the_violation() -> None:
     masks = rule.masks(50)
     violation = rule.violations(50)["hidden"]
     assert violation.item() == pytest.approx(15 / 24 - 1 + (1 - 0.99798), abs=1e-4)
-    rule.update(50, list(masks.values()), [torch.zeros_like(z) for z in masks.values()])
+    rule.backward(list(masks.values()), [torch.zeros_like(z) for z in masks.values()])
+    rule.update(50)
     linear, quadratic = rule.multipliers["hidden"].tolist()
     # Too many units: the linear multiplier falls below zero, which raises the sparsity.
     assert linear < 0 < quadratic
     before = rule.scores["hidden"].detach().clone()
     masks = rule.masks(51)
-    rule.update(51, list(masks.values()), [torch.zeros_like(z) for z in masks.values()])
+    rule.backward(list(masks.values()), [torch.zeros_like(z) for z in masks.values()])
+    rule.update(51)
     assert (rule.scores["hidden"] < before).all()
 
 
@@ -181,3 +184,14 @@ def test_paper_multipliers_rise_with_the_violation() -> None:
 def test_impossible_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         MaskConfig(**options)
+
+
+@pytest.mark.parametrize(("target", "named"), [(4, "4 of 100"), (100, None), (5, None), (99, None)])
+def test_counts_that_the_paper_rule_cannot_hold_are_refused(target: int, named: str | None) -> None:
+    members = {"intermediate": Family("intermediate", 3, 100, target)} if target < 100 else {}
+    require_reachable(members, MaskConfig())
+    if named is None:
+        require_reachable(members, MaskConfig(rule="paper"))
+        return
+    with pytest.raises(InputError, match=f"rows of intermediate at {named} units"):
+        require_reachable(members, MaskConfig(rule="paper"))

@@ -3,17 +3,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pruner.config import MaskConfig
 from pruner.importance import initial_scores, measure, standardise
-from pruner.masks import families
-from pruner.shapes import Shape
+from pruner.masks import families, to_masks
+from pruner.shapes import Shape, shape_of
 from tests.distributed import run_ranks
 from tests.factories import write_model
 from trainer import parallel
 from trainer.config import TrainConfig
 from trainer.models.hf import load_config
+from trainer.models.llama import CausalLM
+from trainer.models.masks import Masks
 from trainer.run import build_model, pretrained
 
 
@@ -21,12 +24,16 @@ def sequences(count: int) -> Tensor:
     return torch.randint(0, 259, (count, 12), generator=torch.Generator().manual_seed(2))
 
 
-def measured(folder: Path, count: int, micro_batch: int = 2) -> dict[str, Tensor]:
+def measured(
+    folder: Path, count: int, micro_batch: int = 2, kind: str = "importance"
+) -> dict[str, Tensor]:
     context = parallel.init(threads=1)
     model = build_model(
         load_config(folder), TrainConfig(precision="fp32"), context, load=pretrained(folder)
     )
-    return measure(model, sequences(count), context, micro_batch)
+    found = measure(kind, model, sequences(count), context, micro_batch)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    return found
 
 
 @pytest.fixture
@@ -67,13 +74,94 @@ def test_importance_matches_activations_of_transformers(folder: Path) -> None:
         assert found["layer"][0, layer].item() == pytest.approx(turned.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("count", [4, 5])
-def test_ranks_share_the_work_and_agree(folder: Path, count: int) -> None:
-    (expected,) = run_ranks(measured, 1, folder, count)
+def mean_loss(model: CausalLM, ids: Tensor, masks: Masks) -> float:
+    """Mean loss per target token of one sequence [1, S] in the model's precision."""
+    log_probabilities = F.log_softmax(model(ids, masks=masks)[0, :-1], dim=-1)
+    return F.nll_loss(log_probabilities, ids[0, 1:]).item()
+
+
+def test_taylor_matches_finite_differences(folder: Path) -> None:
+    """Each unit's mask is moved up and down alone, on a plain model in fp64."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    model = CausalLM(load_config(folder)).double().eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    source, step, count = shape_of(model.config), 1e-6, 2
+    found = measured(folder, count, kind="taylor")
+    chosen = {
+        "hidden": [(0, 3), (0, 31)],
+        "layer": [(0, 0), (0, 2)],
+        "kv_group": [(0, 0), (2, 1)],
+        "query_head": [(0, 1), (5, 0)],
+        "intermediate": [(0, 7), (2, 47)],
+    }
+    with torch.no_grad():
+        for name, units in chosen.items():
+            for unit in units:
+                slopes = []
+                for ids in sequences(count).split(1):
+                    losses = []
+                    for change in (step, -step):
+                        z = torch.ones(found[name].shape, dtype=torch.float64)
+                        z[unit] += change
+                        losses.append(mean_loss(model, ids, to_masks({name: z}, source)))
+                    slopes.append(abs(losses[0] - losses[1]) / (2 * step))
+                expected = sum(slopes) / count
+                assert found[name][unit].item() == pytest.approx(expected, rel=1e-3, abs=1e-7), name
+
+
+def norm(*parts: Tensor) -> float:
+    return torch.cat([part.flatten() for part in parts]).norm().item()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_magnitudes_are_norms_of_what_removal_would_remove(tmp_path: Path, tied: bool) -> None:
+    folder = write_model(tmp_path / "model", tie_word_embeddings=tied)
+    found = measured(folder, 1, kind="magnitude")
+    tensors = {
+        name: tensor.double()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if tensor.ndim == 2
+    }
+    writers = ("o_proj.weight", "down_proj.weight")
+    for dim in (0, 31):
+        parts = [
+            tensor[dim] if name.endswith(writers) else tensor[:, dim]
+            for name, tensor in tensors.items()
+        ]
+        assert len(parts) == 2 * 7 + (1 if tied else 2)
+        assert found["hidden"][0, dim].item() == pytest.approx(norm(*parts))
+    for layer in range(2):
+        prefix = f"model.layers.{layer}."
+        own = {n.split(".")[-2]: m for n, m in tensors.items() if n.startswith(prefix)}
+        gate, up, down = (own[f"{name}_proj"] for name in ("gate", "up", "down"))
+        query, key, value, output = (own[f"{name}_proj"] for name in "qkvo")
+        assert found["layer"][0, layer].item() == pytest.approx(norm(*own.values()))
+        for channel in (0, 47):
+            expected = norm(gate[channel], up[channel], down[:, channel])
+            assert found["intermediate"][layer, channel].item() == pytest.approx(expected)
+        for group in range(2):
+            rows, queries = slice(group * 8, group * 8 + 8), slice(group * 16, group * 16 + 16)
+            expected = norm(query[queries], key[rows], value[rows], output[:, queries])
+            assert found["kv_group"][layer, group].item() == pytest.approx(expected)
+        for head in range(4):
+            rows = slice(head * 8, head * 8 + 8)
+            own_head = found["query_head"].view(2, 4)[layer, head]
+            assert own_head.item() == pytest.approx(norm(query[rows], output[:, rows]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [("importance", 4), ("importance", 5), ("taylor", 5), ("magnitude", 1)]
+)
+def test_ranks_share_the_work_and_agree(folder: Path, kind: str, count: int) -> None:
+    (expected,) = run_ranks(measured, 1, folder, count, 2, kind)
+    assert set(expected) == {"hidden", "layer", "kv_group", "query_head", "intermediate"}
     for world, micro_batch in ((2, 1), (3, 2)):
-        for found in run_ranks(measured, world, folder, count, micro_batch):
-            for name, values in expected.items():
-                assert torch.allclose(found[name], values, rtol=1e-5, atol=1e-12), name
+        first, *others = run_ranks(measured, world, folder, count, micro_batch, kind)
+        for name, values in expected.items():
+            assert torch.allclose(first[name], values, rtol=2e-5, atol=1e-8), name
+            assert all(torch.equal(first[name], other[name]) for other in others), name
 
 
 def test_standardised_rows() -> None:
@@ -97,6 +185,9 @@ def test_initial_scores_by_rule_and_kind() -> None:
     paper = MaskConfig(rule="paper", init="importance")
     shifted = initial_scores(members, paper, importance, 0, cpu)
     assert torch.allclose(shifted["hidden"], projection["hidden"] + 2)
+    for init in ("taylor", "magnitude"):
+        same = initial_scores(members, MaskConfig(init=init), importance, 0, cpu)
+        assert torch.equal(same["hidden"], projection["hidden"])
     flat = initial_scores(members, MaskConfig(init="flat"), None, 0, cpu)
     assert flat["intermediate"].abs().max() < 0.1 and flat["intermediate"].std() > 0
     published = initial_scores(members, MaskConfig(rule="paper"), None, 0, cpu)

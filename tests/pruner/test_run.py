@@ -20,7 +20,7 @@ from pruner.run import shear
 from pruner.shapes import config_of
 from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokens
-from trainer.config import TrainConfig
+from trainer.config import DistillationConfig, TrainConfig
 from trainer.loop import Trainer
 from trainer.models.hf import load_config
 
@@ -105,10 +105,57 @@ def test_a_run_writes_a_model_of_exactly_the_target_shape(
     assert set(modes.values()) == {(output / "shear.json").stat().st_mode}
 
 
-def test_a_stopped_run_resumes_without_measuring_again(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def reject_nan(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+@pytest.mark.parametrize("init", ["importance", "taylor", "magnitude"])
+def test_no_steps_prune_at_once_by_the_initial_scores(
+    init: str, inputs: Path, tmp_path: Path
 ) -> None:
-    shear(configure(inputs, tmp_path / "straight"))
+    output = tmp_path / "out"
+    trainer = shear(configure(inputs, output, steps=0, init=init))
+    assert trainer is not None and not trainer.optimizer.state
+    text = (output / "shear.json").read_text()
+    report = json.loads(text, parse_constant=reject_nan)
+    assert report["steps"] == report["tokens"] == 0
+    assert report["final_loss"] is None
+    assert report["polarised"] is True
+    assert report["kept"]["intermediate"] == report["alive"]["intermediate"] == [20] * 3
+    assert report["reload_difference"] <= 1e-5
+    assert set(report["held_out"]) == {"alpha", "beta"}
+    assert losses(output) == []
+    importance = load_file(output / "source.safetensors")
+    kept = load_file(output / "masks.safetensors")
+    for name, count in {"hidden": 24, "layer": 2, "intermediate": 20}.items():
+        best = importance[name].sort(descending=True, stable=True).indices[:, :count]
+        assert torch.equal(kept[f"kept.{name}"], best.sort().values), name
+    before = load_file(output / "model" / "model.safetensors")
+    source = load_file(inputs / "model" / "model.safetensors")
+    dims = kept["kept.hidden"][0]
+    rows = source["model.embed_tokens.weight"][:, dims]
+    assert torch.equal(before["model.embed_tokens.weight"], rows)
+
+
+def test_whole_blocks_are_removed_at_once(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shear(configure(inputs, output, steps=0, target="layers=1"))
+    (kept,) = load_file(output / "masks.safetensors")["kept.layer"][0].tolist()
+    source = load_file(inputs / "model" / "model.safetensors")
+    for name, tensor in load_file(output / "model" / "model.safetensors").items():
+        original = name.replace("layers.0.", f"layers.{kept}.")
+        assert torch.equal(tensor, source[original]), name
+    before = (output / "shear.json").read_bytes()
+    assert shear(configure(inputs, output, steps=0, target="layers=1")) is None
+    assert (output / "shear.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("weight", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
+def test_a_stopped_run_resumes_without_measuring_again(
+    weight: float, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distillation = DistillationConfig(weight=weight)
+    shear(configure(inputs, tmp_path / "straight", distillation=distillation))
     original = ShearCallback.on_step_end
 
     def stop_after_four(self: ShearCallback, t: Trainer) -> None:
@@ -118,13 +165,13 @@ def test_a_stopped_run_resumes_without_measuring_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(ShearCallback, "on_step_end", stop_after_four)
-        stopped = shear(configure(inputs, tmp_path / "resumed"))
+        stopped = shear(configure(inputs, tmp_path / "resumed", distillation=distillation))
     assert stopped is not None and stopped.step == 4
     assert not (tmp_path / "resumed" / "model").exists()
 
     monkeypatch.delattr(run_module, "pretrained")
     monkeypatch.setattr(run_module, "measure_source", None)
-    shear(configure(inputs, tmp_path / "resumed"))
+    shear(configure(inputs, tmp_path / "resumed", distillation=distillation))
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
     for name in ("masks.safetensors", "model/model.safetensors"):
         expected = load_file(tmp_path / "straight" / name)
@@ -215,13 +262,37 @@ def test_bf16_compute_and_16_bit_weights(inputs: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
-def shear_on_a_rank(inputs: Path, output: Path) -> None:
-    shear(configure(inputs, output))
+def divergences(output: Path) -> list[float]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["distill_kl"] for line in lines]
 
 
-def test_two_ranks_learn_the_same_masks(inputs: Path, tmp_path: Path) -> None:
-    run_ranks(shear_on_a_rank, 1, inputs, tmp_path / "one")
-    run_ranks(shear_on_a_rank, 2, inputs, tmp_path / "two")
+def test_distillation_keeps_the_model_near_its_source(inputs: Path, tmp_path: Path) -> None:
+    """What pruning takes away from the source's distributions, distillation wins back."""
+    sharp = write_model(
+        tmp_path / "sharp", inputs / "model", num_hidden_layers=3, initializer_range=0.2
+    )
+    options: dict[str, Any] = {"source": str(sharp), "target": "ffn=16", "lr": 3e-3, "steps": 20}
+    options |= {"target_warmup": 0.2, "harden": 0.3}
+    for weight in (1.0, 0.01):
+        distillation = DistillationConfig(weight=weight)
+        shear(configure(inputs, tmp_path / str(weight), distillation=distillation, **options))
+    distilled, free = divergences(tmp_path / "1.0"), divergences(tmp_path / "0.01")
+    assert len(distilled) == 20 and distilled[0] == free[0]
+    assert distilled[-1] < 0.8 * max(distilled) and distilled[-1] < 0.5 * free[-1]
+    with pytest.raises(InputError, match=r"distill\.weight was 1\.0, now None"):
+        (tmp_path / "1.0" / "shear.json").unlink()
+        shear(configure(inputs, tmp_path / "1.0", **options))
+
+
+def shear_on_a_rank(inputs: Path, output: Path, weight: float) -> None:
+    shear(configure(inputs, output, distillation=DistillationConfig(weight=weight)))
+
+
+@pytest.mark.parametrize("weight", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
+def test_two_ranks_learn_the_same_masks(weight: float, inputs: Path, tmp_path: Path) -> None:
+    run_ranks(shear_on_a_rank, 1, inputs, tmp_path / "one", weight)
+    run_ranks(shear_on_a_rank, 2, inputs, tmp_path / "two", weight)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     one = load_file(tmp_path / "one" / "masks.safetensors")
     two = load_file(tmp_path / "two" / "masks.safetensors")
@@ -293,12 +364,19 @@ def test_a_fit_is_evaluated_at_the_target(inputs: Path, tmp_path: Path) -> None:
         ({"target": "heads=3"}, r"heads=3 is not a multiple of its 2 KV heads.*use heads=4"),
         ({"target": "1.3b"}, r"preset 1\.3b is made for LLaMA-2-7B"),
         ({"target": "depth=1"}, r"'depth=1' is neither a preset"),
+        ({"target": "params=abc"}, r"params='abc' is not a number of parameters"),
+        ({"target": "params=1b"}, r"params=1,000,000,000 is not below the source's 31,552"),
+        ({"target": "params=10"}, r"params=10 is less than the smallest shape.*layers=1,hidden=8"),
         ({"source": "/nowhere/model"}, r"--source /nowhere/model: no such model"),
         ({"data": "/nowhere/tokens"}, r"(?s)no tokenized data there.*python -m data\.tokenize"),
         ({"micro_batch": 3}, r"--micro-batch 3 does not divide"),
         ({"seq_len": 512}, r"--seq-len 512 is longer than the model's 256"),
         ({"reference_fit": "/nowhere/fit.json"}, r"--reference-fit /nowhere/fit\.json cannot be"),
         ({"domain_weights": "gamma=1"}, r"--domain-weights names \['gamma'\]"),
+        (
+            {"distillation": DistillationConfig(weight=0.5, top_k=260)},
+            r"--distill-top-k 260 is more than the vocabulary of 259",
+        ),
     ],
 )
 def test_bad_calls_fail_before_any_weight_is_read(
@@ -312,3 +390,56 @@ def test_bad_calls_fail_before_any_weight_is_read(
     with pytest.raises(InputError, match=message):
         shear(configure(inputs, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_is_settled_before_training_and_kept_for_resumes(
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = load_config(inputs / "model")
+    limit = source.num_parameters() // 2
+    output, options = tmp_path / "out", {"target": f"params={limit}", "steps": 2}
+    shear(configure(inputs, output, **options))
+    record = json.loads((output / "target.json").read_text())
+    printed = capsys.readouterr().out
+    assert printed.index("why: ") < printed.index("measuring the source")
+    assert f"target {record['shape']}" in printed
+    found = load_config(output / "model").num_parameters()
+    assert found == record["parameters"]["target"] <= limit
+    assert found == json.loads((output / "shear.json").read_text())["parameters"]["target"]
+    assert json.loads((output / "run.json").read_text())["target"] == record["shape"]
+
+    # A finished, or a cut off, run takes the recorded shape: nothing is settled again.
+    monkeypatch.setattr("pruner.proposal.settle", None)
+    assert shear(configure(inputs, output, **options)) is None
+    assert f"target params={limit} is {record['shape']}" in capsys.readouterr().out
+    (output / "shear.json").unlink()
+    shear(configure(inputs, output, **options))
+    assert shear(configure(inputs, output, **options | {"target": record["shape"]})) is None
+
+
+def test_another_budget_does_not_resume(inputs: Path, tmp_path: Path) -> None:
+    shear(configure(inputs, tmp_path / "out", target="params=20k", steps=1))
+    with pytest.raises(InputError, match=r"another configuration: target was .*, now "):
+        shear(configure(inputs, tmp_path / "out", target="params=12k", steps=1))
+
+
+def test_a_speedup_is_measured_once_data_is_known_to_fit(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("pruner.proposal.decode_timer", None)
+        with pytest.raises(InputError, match="no tokenized data there"):
+            shear(configure(inputs, tmp_path / "out", target="speedup=1.2", data="/nowhere"))
+    sizes = {"steps": 1, "target": "speedup=1.5"}
+
+    def timer(configs: Any) -> list[float]:
+        return [float(1 + config.num_layers) for config in configs]
+
+    monkeypatch.setattr("pruner.proposal.decode_timer", lambda *_: timer)
+    shear(configure(inputs, tmp_path / "out", **sizes))
+    record = json.loads((tmp_path / "out" / "target.json").read_text())
+    assert record["shape"].startswith("layers=1,") or record["shape"].startswith("layers=2,")
+    assert record["latency"]["measured"]["source"] == 4.0

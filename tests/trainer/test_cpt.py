@@ -79,3 +79,13 @@ def test_learning_rate_and_evaluation_may_change_on_resume(
     rates = [json.loads(line)["lr"] for line in lines]
     assert min(rates[:4]) > 1e-3 > rates[4]
     assert json.loads((tmp_path / "run.json").read_text())["lr"] == 1e-3
+
+
+def test_no_steps_are_refused(workspace: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--steps 0: must be at least 1 to train"):
+        continue_pretraining(
+            options(steps=0),
+            model=str(workspace / "model"),
+            data=str(workspace / "tokens"),
+            output=tmp_path,
+        )

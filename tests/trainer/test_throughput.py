@@ -79,3 +79,8 @@ def test_both_conventions(monkeypatch: pytest.MonkeyPatch) -> None:
         "mfu_full": pytest.approx(1000 * full / (2 * 989e12)),
         "mfu_causal": pytest.approx(1000 * causal / (2 * 989e12)),
     }
+    throughput.recount(lambda causal: 6.0 if causal else 12.0)
+    assert throughput.mfu() == {
+        "mfu_full": pytest.approx(1000 * 12 / (2 * 989e12)),
+        "mfu_causal": pytest.approx(1000 * 6 / (2 * 989e12)),
+    }

@@ -13,8 +13,8 @@ class Callback:
     communicates must do so on every rank. A callback reads and writes the trainer it is given:
 
     * `t.step`: completed optimizer steps; during a step its own zero-based number.
-    * `t.masks`: `trainer.models.masks.Masks` or None; set in `on_step_start`, used by every
-      forward of the step.
+    * `t.masks`: `trainer.models.masks.Masks` or None; set in `on_step_start` for every forward of
+      the step, or in `on_micro_batch` for the next one.
     * `t.record`: metrics of the step, JSON-able, written to metrics.jsonl as one line.
     * `t.bar_fields`: what the progress bar shows next to the loss, already formatted.
     * `t.context.all_reduce_sum(tensor)`: sums a tensor over ranks in place and returns it.
@@ -32,6 +32,9 @@ class Callback:
 
     def on_step_start(self, t: "Trainer") -> None:
         """Before the batch is drawn."""
+
+    def on_micro_batch(self, t: "Trainer") -> None:
+        """Before each forward pass; `t.micro_batch` is its number on this rank."""
 
     def on_backward(self, t: "Trainer") -> None:
         """After the last backward pass of the step.

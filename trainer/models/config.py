@@ -9,8 +9,10 @@ from data.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
 ROPE_TYPES = ("default", "linear", "llama3")
+ACTIVATIONS = {"gpt_neox": ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")}
+"""Activations of the families that have more than SwiGLU's; all but "gelu" are its tanh form."""
 # Keys of a Hugging Face config that ModelConfig owns or that describe one particular file.
 _DERIVED_KEYS = frozenset(
     {
@@ -23,6 +25,7 @@ _DERIVED_KEYS = frozenset(
         "hidden_act",
         "hidden_size",
         "intermediate_size",
+        "layer_norm_eps",
         "layer_types",
         "max_position_embeddings",
         "mlp_bias",
@@ -34,10 +37,13 @@ _DERIVED_KEYS = frozenset(
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
+        "rotary_emb_base",
+        "rotary_pct",
         "sliding_window",
         "tie_word_embeddings",
         "torch_dtype",
         "transformers_version",
+        "use_parallel_residual",
         "vocab_size",
     }
 )
@@ -45,7 +51,7 @@ _DERIVED_KEYS = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Shape and options of one decoder of the Llama family."""
+    """Shape and options of one decoder."""
 
     family: str
     """One of FAMILIES: the `model_type` of the Hugging Face config."""
@@ -54,7 +60,7 @@ class ModelConfig:
     hidden_size: int
     """Width of the residual stream."""
     intermediate_size: int
-    """Channels of the gated feed-forward layer."""
+    """Channels of the feed-forward layer."""
     num_layers: int
     """Number of blocks."""
     num_heads: int
@@ -64,11 +70,13 @@ class ModelConfig:
     head_dim: int
     """Width of one head; need not be hidden_size / num_heads."""
     norm_eps: float = 1e-5
-    """Epsilon of every RMSNorm."""
+    """Epsilon of every norm."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding."""
     rope_scaling: dict[str, Any] | None = None
     """None, or {"rope_type": "linear" | "llama3", "factor": ..., ...}, as in Hugging Face."""
+    rotary_fraction: float = 1.0
+    """Share of each head, from its first channel on, that the rotary embedding turns."""
     max_position_embeddings: int = 4096
     """Longest sequence the model was made for, in tokens."""
     tie_embeddings: bool = False
@@ -78,9 +86,13 @@ class ModelConfig:
     output_bias: bool = False
     """Bias on the attention output projection."""
     mlp_bias: bool = False
-    """Biases on the three feed-forward projections."""
+    """Biases on the feed-forward projections."""
     qk_norm: bool = False
     """RMSNorm over head_dim on queries and keys before the rotary embedding."""
+    activation: str = "silu"
+    """Activation of the feed-forward layer, by transformers' name."""
+    parallel_residual: bool = False
+    """Attention and feed-forward layer of a block read the same input."""
     sliding_window: int | None = None
     """Each position sees only this many positions, itself included; None: all earlier ones."""
     hf: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -109,8 +121,11 @@ class ModelConfig:
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
                 f"{self.num_kv_heads}; every key/value head must serve equally many query heads"
             )
-        if self.head_dim % 2:
-            raise InputError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            raise InputError(
+                f"head_dim is {self.head_dim}, of which the rotary embedding turns "
+                f"{self.rotary_dim}; it needs an even number of at least 2"
+            )
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> "ModelConfig":
@@ -133,14 +148,14 @@ class ModelConfig:
             raise InputError(
                 f"rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
             )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise InputError(
-                f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; "
-                "only rotary embeddings over the whole head (1.0) are"
-            )
-        attention_bias = bool(getattr(config, "attention_bias", False))
         theta = float(rope.pop("rope_theta"))
-        head_dim = getattr(config, "head_dim", None)
+        fraction = float(rope.pop("partial_rotary_factor", 1.0))
+        if fraction != 1.0 and family != "gpt_neox":
+            raise InputError(
+                f"partial_rotary_factor {fraction} is not supported in {family}; only rotary "
+                "embeddings over the whole head (1.0) are"
+            )
+        read = _read_neox if family == "gpt_neox" else _read_llama
         return cls(
             family=family,
             vocab_size=config.vocab_size,
@@ -148,19 +163,13 @@ class ModelConfig:
             intermediate_size=config.intermediate_size,
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-            norm_eps=config.rms_norm_eps,
             rope_theta=theta,
             rope_scaling=None if rope_type == "default" else rope,
+            rotary_fraction=fraction,
             max_position_embeddings=config.max_position_embeddings,
             tie_embeddings=bool(config.tie_word_embeddings),
-            qkv_bias=attention_bias or family == "qwen2",
-            output_bias=attention_bias,
-            mlp_bias=bool(getattr(config, "mlp_bias", False)),
-            qk_norm=family == "qwen3",
-            sliding_window=config.sliding_window if family == "mistral" else None,
             hf=copy.deepcopy(values),
+            **read(config),
         )
 
     def to_hf(self) -> "PreTrainedConfig":
@@ -171,24 +180,32 @@ class ModelConfig:
         """
         self._require_expressible()
         values = {key: value for key, value in self.hf.items() if key not in _DERIVED_KEYS}
+        rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
         values |= {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": self.norm_eps,
-            "rope_parameters": {
-                "rope_type": "default",
-                **(self.rope_scaling or {}),
-                "rope_theta": self.rope_theta,
-            },
+            "hidden_act": self.activation,
+            "rope_parameters": rope,
             "max_position_embeddings": self.max_position_embeddings,
             "tie_word_embeddings": self.tie_embeddings,
+        }
+        if self.family == "gpt_neox":
+            rope["partial_rotary_factor"] = self.rotary_fraction
+            values |= {
+                "architectures": ["GPTNeoXForCausalLM"],
+                "attention_bias": self.qkv_bias,
+                "layer_norm_eps": self.norm_eps,
+                "use_parallel_residual": self.parallel_residual,
+            }
+            return _transformers_config(self.family, values)
+        values |= {
             "architectures": [f"{self.family.capitalize()}ForCausalLM"],
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": self.norm_eps,
         }
         if self.family in ("llama", "qwen3"):
             values["attention_bias"] = self.qkv_bias
@@ -206,24 +223,47 @@ class ModelConfig:
                 f"transformers refuses such a Llama config: use a hidden size of {nearest} or "
                 "another number of heads"
             )
+        self._require_expressible_neox()
         biases = (self.qkv_bias, self.output_bias)
         allowed = {
             "llama": ((False, False), (True, True)),
             "qwen3": ((False, False), (True, True)),
             "qwen2": ((True, False),),
             "mistral": ((False, False),),
+            "gpt_neox": ((False, False), (True, True)),
         }[self.family]
         if biases not in allowed:
             raise InputError(
                 f"{self.family} configs cannot express qkv_bias={self.qkv_bias} with "
                 f"output_bias={self.output_bias}; choose another family"
             )
-        if self.mlp_bias and self.family != "llama":
+        if self.mlp_bias and self.family not in ("llama", "gpt_neox"):
             raise InputError(f"{self.family} configs cannot express mlp_bias; use family llama")
-        if self.qk_norm != (self.family == "qwen3"):
-            raise InputError(f"{self.family} configs cannot express qk_norm={self.qk_norm}")
         if self.sliding_window is not None and self.family != "mistral":
             raise InputError(f"{self.family} configs cannot express a sliding window here")
+
+    def _require_expressible_neox(self) -> None:
+        if self.family != "gpt_neox":
+            if self.rotary_fraction != 1.0 or self.parallel_residual or self.activation != "silu":
+                raise InputError(
+                    f"{self.family} configs cannot express rotary_fraction, parallel_residual or "
+                    "another activation than 'silu'; use family gpt_neox"
+                )
+            return
+        if self.query_size != self.hidden_size:
+            raise InputError(
+                f"hidden size {self.hidden_size} is not {self.num_heads} heads of "
+                f"{self.head_dim}; GPT-NeoX configs have no other head dim than hidden size / "
+                f"heads: use a hidden size of {self.query_size} with heads={self.num_heads}, or "
+                "sizes of the same ratio"
+            )
+        if self.num_kv_heads != self.num_heads:
+            raise InputError(
+                f"GPT-NeoX configs cannot express {self.num_kv_heads} KV heads for "
+                f"{self.num_heads} query heads; they must be equal"
+            )
+        if not self.mlp_bias or self.qk_norm:
+            raise InputError("GPT-NeoX configs need mlp_bias, and cannot express qk_norm")
 
     @property
     def query_size(self) -> int:
@@ -235,14 +275,32 @@ class ModelConfig:
         """Width of all key (or value) heads together."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of each head that the rotary embedding turns."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer multiplies two projections (SwiGLU): three matrices, not
+        two."""
+        return self.family != "gpt_neox"
+
+    @property
+    def fused_qkv(self) -> bool:
+        """Whether one matrix holds query, key and value rows of head after head."""
+        return self.family == "gpt_neox"
+
     def num_parameters(self, embeddings: bool = True) -> int:
         """Number of parameters; `embeddings=False` leaves out the embedding and an untied head."""
-        block = self._block_matmul_parameters() + 2 * self.hidden_size
+        # A LayerNorm has a gain and a bias, an RMSNorm only a gain.
+        norm = (2 if self.family == "gpt_neox" else 1) * self.hidden_size
+        block = self._block_matmul_parameters() + 2 * norm
         block += self.qkv_bias * (self.query_size + 2 * self.kv_size)
         block += self.output_bias * self.hidden_size
-        block += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        block += self.mlp_bias * ((1 + self.gated) * self.intermediate_size + self.hidden_size)
         block += self.qk_norm * 2 * self.head_dim
-        total = self.num_layers * block + self.hidden_size
+        total = self.num_layers * block + norm
         if embeddings:
             total += (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
         return total
@@ -261,13 +319,52 @@ class ModelConfig:
 
     def _block_matmul_parameters(self) -> int:
         attention = 2 * self.hidden_size * (self.query_size + self.kv_size)
-        return attention + 3 * self.hidden_size * self.intermediate_size
+        return attention + (2 + self.gated) * self.hidden_size * self.intermediate_size
+
+
+def _read_llama(config: Any) -> dict[str, Any]:
+    """What Llama-like configs say beyond the sizes that all families share."""
+    family, attention_bias = config.model_type, bool(getattr(config, "attention_bias", False))
+    head_dim = getattr(config, "head_dim", None)
+    return {
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": head_dim or config.hidden_size // config.num_attention_heads,
+        "norm_eps": config.rms_norm_eps,
+        "qkv_bias": attention_bias or family == "qwen2",
+        "output_bias": attention_bias,
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        "qk_norm": family == "qwen3",
+        "sliding_window": config.sliding_window if family == "mistral" else None,
+    }
+
+
+def _read_neox(config: Any) -> dict[str, Any]:
+    """What GPT-NeoX configs say beyond the sizes that all families share."""
+    return {
+        "num_kv_heads": config.num_attention_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "norm_eps": config.layer_norm_eps,
+        "qkv_bias": config.attention_bias,
+        "output_bias": config.attention_bias,
+        "mlp_bias": True,
+        "activation": config.hidden_act,
+        "parallel_residual": config.use_parallel_residual,
+    }
 
 
 def _refuse_unsupported(family: str, values: dict[str, Any]) -> None:
-    activation = values.get("hidden_act") or "silu"
-    if activation != "silu":
-        raise InputError(f"hidden_act {activation!r} is not supported; only 'silu' is")
+    known = ACTIVATIONS.get(family, ("silu",))
+    activation = values.get("hidden_act") or known[0]
+    if activation not in known:
+        raise InputError(
+            f"hidden_act {activation!r} is not supported in {family}; only "
+            f"{', '.join(map(repr, known))} is"
+        )
+    if family == "gpt_neox" and values.get("head_dim") is not None:
+        raise InputError(
+            f"head_dim {values['head_dim']} in a gpt_neox config is not supported: its heads are "
+            "hidden_size / num_attention_heads wide; remove the key"
+        )
     if values.get("quantization_config"):
         raise InputError(
             "the model is quantized (quantization_config is set) and cannot be trained; "

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from data.errors import InputError
 from trainer.files import replace_folder, save_tensors
 from trainer.models.config import ModelConfig
 from trainer.models.llama import CausalLM
+from trainer.models.names import Role, names_of
 from trainer.models.sources import INDEX_FILE, convert_gguf, resolve_model
 
 __all__ = [
+    "check_weights",
     "convert_gguf",
     "init_weights",
     "load_config",
@@ -44,7 +47,8 @@ _COMPANIONS = (
     "vocab.json",
 )
 # Checkpoints of old transformers versions store these buffers; they follow from the config.
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
+_COMPARED_ROWS = 4096
 _SINGLE = "model.safetensors"
 
 
@@ -80,44 +84,101 @@ def load_model(
     return model
 
 
+def check_weights(path: Path, config: ModelConfig) -> None:
+    """Refuse a folder whose tensors are not those of `config`; loads none of them.
+
+    Raises:
+        InputError: as load_sharded.
+    """
+    with torch.device("meta"):
+        model = CausalLM(config)
+    _stored_tensors(model, path)
+
+
 @torch.no_grad()
 def load_sharded(model: CausalLM, path: Path) -> None:
     """Fill a model's parameters from folder `path`; every rank reads only the rows it holds.
 
     Works on plain parameters and on the DTensors that fully_shard leaves (build on the meta device,
     shard, to_empty, then this). No collective is called. Values are converted to the parameters'
-    dtype. With tied embeddings a stored head is ignored, as transformers does.
+    dtype. With tied embeddings a stored head must equal the embedding.
 
     Raises:
-        InputError: tensors are missing, unexpected or of another shape, or a file is damaged.
+        InputError: before anything is loaded, tensors are missing, unexpected or of another shape,
+            the config ties embedding and head and the files do not, or the other way round; or a
+            file is damaged.
     """
     expected = dict(model.named_parameters())
+    for file, names in _stored_tensors(model, path).items():
+        with _open(file) as stored:
+            for name in names:
+                local, region = _local_region(expected[name])
+                if local.numel():
+                    local.copy_(stored.get_slice(name)[region])
+
+
+def _stored_tensors(model: CausalLM, path: Path) -> dict[Path, list[str]]:
+    """The tensors of `model` that each file of folder `path` stores; all of them are there."""
+    expected = dict(model.named_parameters())
     locations = _tensor_files(path)
+    _require_same_tie(model, locations, path)
     if model.config.tie_embeddings:
-        locations.pop("lm_head.weight", None)
+        locations.pop(f"{model.names.head}.weight", None)
     locations = {k: file for k, file in locations.items() if not k.endswith(_IGNORED_SUFFIXES)}
     _require_same_names(expected, locations, path)
     by_file: dict[Path, list[str]] = {}
     for name, file in locations.items():
         by_file.setdefault(file, []).append(name)
     for file, names in by_file.items():
-        try:
-            with safe_open(file, framework="pt") as stored:
-                for name in names:
-                    _copy_slice(expected[name], stored.get_slice(name), name, file)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot read {file}: {error}; fetch the file again") from error
+        with _open(file) as stored:
+            for name in names:
+                shape, wanted = tuple(stored.get_slice(name).get_shape()), expected[name].shape
+                if shape != tuple(wanted):
+                    raise InputError(
+                        f"{name} has shape {shape} in {file}, but config.json gives "
+                        f"{tuple(wanted)}; the folder mixes two models"
+                    )
+    return by_file
 
 
-def _copy_slice(parameter: nn.Parameter, stored: Any, name: str, file: Path) -> None:
-    if tuple(stored.get_shape()) != tuple(parameter.shape):
+def _require_same_tie(model: CausalLM, locations: dict[str, Path], path: Path) -> None:
+    """A stored head that differs from a tied embedding would be used by transformers, and a missing
+    one drawn at random."""
+    head, embedding = f"{model.names.head}.weight", f"{model.names.embedding}.weight"
+    stored, tied = head in locations, model.config.tie_embeddings
+    if not tied and not stored and embedding in locations:
         raise InputError(
-            f"{name} has shape {tuple(stored.get_shape())} in {file}, but config.json gives "
-            f"{tuple(parameter.shape)}; the folder mixes two models"
+            f"{path} stores no {head}, but its config.json does not tie it to the embedding: fetch "
+            "the missing tensor, or set tie_word_embeddings to true there if the model shares them"
         )
-    local, region = _local_region(parameter)
-    if local.numel():
-        local.copy_(stored[region])
+    if tied and stored and embedding in locations:
+        with _open(locations[head]) as first, _open(locations[embedding]) as second:
+            same = _same_values(first.get_slice(head), second.get_slice(embedding))
+        if not same:
+            raise InputError(
+                f"{path} stores a {head} other than {embedding}, but its config.json ties the two: "
+                "set tie_word_embeddings to false there if the model has a head of its own"
+            )
+
+
+def _same_values(first: Any, second: Any) -> bool:
+    """Whether two stored matrices are equal, without holding either."""
+    if first.get_shape() != second.get_shape():
+        return False
+    return all(
+        bool((first[start : start + _COMPARED_ROWS] == second[start : start + _COMPARED_ROWS]).all())
+        for start in range(0, first.get_shape()[0], _COMPARED_ROWS)
+    )
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """A safetensors file; raises InputError for one that cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {file}: {error}; fetch the file again") from error
 
 
 def _local_region(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
@@ -151,11 +212,8 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         raise InputError(f"{path} holds no *.safetensors; give a Hugging Face model folder")
     locations = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as stored:
-                locations |= dict.fromkeys(stored.keys(), file)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot read {file}: {error}; fetch the file again") from error
+        with _open(file) as stored:
+            locations |= dict.fromkeys(stored.keys(), file)
     return locations
 
 
@@ -264,14 +322,17 @@ def _write_tensors(
 
 def _config_from_shapes(config: ModelConfig, shapes: dict[str, torch.Size]) -> ModelConfig:
     """`config` with the sizes of the given tensors; every block must have the same ones."""
-    prefix = "model.layers."
-    indices = {int(name.split(".")[2]) for name in shapes if name.startswith(prefix)}
+    names = names_of(config)
+    prefix = f"{names.blocks}."
+    indices = {int(name[len(prefix) :].split(".")[0]) for name in shapes if name.startswith(prefix)}
     try:
         block = f"{prefix}{min(indices)}."
-        query_rows = shapes[f"{block}self_attn.q_proj.weight"][0]
-        key_rows = shapes[f"{block}self_attn.k_proj.weight"][0]
-        channels = shapes[f"{block}mlp.gate_proj.weight"][0]
-        vocabulary, hidden = shapes["model.embed_tokens.weight"]
+        query_channels = shapes[f"{block}{names.with_role(Role.ATTENTION_OUTPUT)}.weight"][1]
+        key_channels = query_channels
+        if not config.fused_qkv:
+            key_channels = shapes[f"{block}{names.with_role(Role.KEYS)}.weight"][0]
+        channels = shapes[f"{block}{names.with_role(Role.FEED_FORWARD_OUTPUT)}.weight"][1]
+        vocabulary, hidden = shapes[f"{names.embedding}.weight"]
     except (KeyError, ValueError) as error:
         raise InputError(f"the tensors to save are no whole decoder: {error} is missing") from error
     derived = dataclasses.replace(
@@ -280,9 +341,9 @@ def _config_from_shapes(config: ModelConfig, shapes: dict[str, torch.Size]) -> M
         hidden_size=hidden,
         intermediate_size=channels,
         num_layers=len(indices),
-        num_heads=query_rows // config.head_dim,
-        num_kv_heads=key_rows // config.head_dim,
-        tie_embeddings="lm_head.weight" not in shapes,
+        num_heads=query_channels // config.head_dim,
+        num_kv_heads=key_channels // config.head_dim,
+        tie_embeddings=f"{names.head}.weight" not in shapes,
     )
     with torch.device("meta"):
         expected = {name: p.shape for name, p in CausalLM(derived).named_parameters()}

@@ -1,4 +1,5 @@
-"""The Llama family of decoders, with the one masked forward used to train, evaluate and extract."""
+"""Decoders of all families with the one masked forward used to train, evaluate and extract, and the
+blocks of the Llama family."""
 
 from typing import NamedTuple
 
@@ -7,10 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.loss import linear_cross_entropy
+from trainer.loss import Teaching, linear_cross_entropy, linear_distillation
+from trainer.models import gpt_neox
 from trainer.models.config import ModelConfig
-from trainer.models.layers import Linear, RMSNorm
-from trainer.models.masks import LayerMasks, Masks
+from trainer.models.folding import Fold, fold_weight
+from trainer.models.layers import Linear, RMSNorm, skip_block
+from trainer.models.masks import LayerMasks, Masks, StreamMasks
+from trainer.models.names import names_of
 from trainer.models.rope import inverse_frequencies, rotary_tables, rotate
 
 _NO_MASKS = LayerMasks()
@@ -23,6 +27,8 @@ class LossOutput(NamedTuple):
     """Scalar fp32: sum over tokens of weight * token loss."""
     token_loss: Tensor
     """[B, S] fp32, detached: cross-entropy in nats, 0 where the weight is 0."""
+    token_kl: Tensor | None = None
+    """[B, S] fp32, detached: divergence from the teacher in nats; None without one."""
 
 
 class Attention(nn.Module):
@@ -41,12 +47,16 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: LayerMasks) -> Tensor:
-        """x [B, S, d] -> [B, S, d]. Head masks scale columns of o_proj; q, k, v stay unscaled."""
+        """x [B, S, m] -> [B, S, m] for m computed residual dimensions.
+
+        Head masks scale columns of o_proj; q, k, v stay unscaled.
+        """
         batch, length, _ = x.shape
         head_dim = self.config.head_dim
-        query = self.q_proj(x).view(batch, length, -1, head_dim)
-        key = self.k_proj(x).view(batch, length, -1, head_dim)
-        value = self.v_proj(x).view(batch, length, -1, head_dim)
+        queries, keys = masks.units.queries, masks.units.keys
+        query = self.q_proj(x, masks.reading(queries)).view(batch, length, -1, head_dim)
+        key = self.k_proj(x, masks.reading(keys)).view(batch, length, -1, head_dim)
+        value = self.v_proj(x, masks.reading(keys)).view(batch, length, -1, head_dim)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
@@ -57,10 +67,10 @@ class Attention(nn.Module):
             value.transpose(1, 2),
             attn_mask=window,
             is_causal=window is None,
-            enable_gqa=self.config.num_kv_heads != self.config.num_heads,
+            enable_gqa=key.shape[2] != query.shape[2],
         )
         context = context.transpose(1, 2).reshape(batch, length, -1)
-        output: Tensor = self.o_proj(context, masks.residual, masks.head_columns(head_dim))
+        output: Tensor = self.o_proj(context, masks.writing(queries, masks.head_columns(head_dim)))
         return output
 
     def _window_mask(self, length: int, device: torch.device) -> Tensor | None:
@@ -82,9 +92,11 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, masks: LayerMasks) -> Tensor:
-        """x [B, S, d] -> [B, S, d]."""
-        channels = F.silu(self.gate_proj(x)) * self.up_proj(x)
-        output: Tensor = self.down_proj(channels, masks.residual, masks.intermediate)
+        """x [B, S, m] -> [B, S, m]."""
+        reading = masks.reading(masks.units.channels)
+        channels = F.silu(self.gate_proj(x, reading)) * self.up_proj(x, reading)
+        writing = masks.writing(masks.units.channels, masks.intermediate)
+        output: Tensor = self.down_proj(channels, writing)
         return output
 
 
@@ -99,10 +111,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: LayerMasks = _NO_MASKS) -> Tensor:
-        """x [B, S, d] -> [B, S, d]; cos and sin [S, head_dim / 2] in x's dtype."""
-        norm_masks = (masks.hidden, masks.hidden_scale)
-        x = x + self.self_attn(self.input_layernorm(x, *norm_masks), cos, sin, masks)
-        return x + self.mlp(self.post_attention_layernorm(x, *norm_masks), masks)
+        """x [B, S, m] -> [B, S, m]; cos and sin [S, head_dim / 2] in x's dtype."""
+        if masks.units.skipped:
+            return skip_block(self, x, masks.stream)
+        x = x + self.self_attn(self.input_layernorm(x, masks.stream), cos, sin, masks)
+        return x + self.mlp(self.post_attention_layernorm(x, masks.stream), masks)
 
 
 class Decoder(nn.Module):
@@ -121,15 +134,21 @@ class CausalLM(nn.Module):
     Masks are folded into weights: they scale the embedding's output, the gain of every norm (whose
     statistics run over the live dimensions), the rows of what writes to the residual stream and the
     columns of what reads heads or channels. The final norm's gain carries the hidden mask once, the
-    head none. Slicing and scaling weights by the same masks therefore gives the same function.
+    head none. Slicing and scaling weights by the same masks therefore gives the same function, and
+    compact masks (Masks.compact) compute only the slices that are not zero.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.names = names_of(config)
+        if config.family == "gpt_neox":
+            self.gpt_neox = gpt_neox.Decoder(config)
+        else:
+            self.model = Decoder(config)
         if not config.tie_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.add_module(self.names.head, head)
         self.checkpoint_activations = False
         # A plain attribute, not a buffer: FSDP would cast a buffer to bf16.
         self.frequencies = inverse_frequencies(config)
@@ -137,28 +156,40 @@ class CausalLM(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """[V, d] weight of the output head; the embedding's when they are tied."""
-        if self.config.tie_embeddings:
-            return self.model.embed_tokens.weight
-        return self.lm_head.weight
+        names = self.names
+        module = self.get_submodule(names.embedding if self.config.tie_embeddings else names.head)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
-    def _hidden_states(self, ids: Tensor, masks: Masks | None = None) -> Tensor:
-        """ids [B, S] -> output of the final norm [B, S, d]."""
-        masks = masks or Masks()
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, first to last."""
+        return list(self.get_submodule(self.names.blocks).children())
+
+    def _embed(self, ids: Tensor, stream: StreamMasks) -> Tensor:
+        """ids [B, S] -> [B, S, m], the computed dimensions of the embeddings times their masks."""
+        x: Tensor = self.get_submodule(self.names.embedding)(ids)
+        fold = Fold(columns=stream.units, column_scale=stream.mask)
+        return fold_weight(x.flatten(0, 1), fold, self).unflatten(0, ids.shape)
+
+    def _hidden_states(self, ids: Tensor, masks: Masks) -> Tensor:
+        """ids [B, S] -> output of the final norm [B, S, m]."""
         for name, z in masks.tensors().items():
             assert z.dtype in (torch.float32, torch.float64), f"{name} masks are {z.dtype}"
-        x = self.model.embed_tokens(ids)
-        if masks.hidden is not None:
-            x = (x * masks.hidden).to(x.dtype)
+        x = self._embed(ids, masks.stream)
         if self.frequencies.device != ids.device:
             self.frequencies = self.frequencies.to(ids.device)
         cos, sin = rotary_tables(self.frequencies, ids.shape[1], x.dtype)
-        for index, layer in enumerate(self.model.layers):
-            arguments = (x, cos, sin, masks.for_layer(index))
-            if self.checkpoint_activations and torch.is_grad_enabled():
+        for index, layer in enumerate(self.blocks):
+            block = masks.for_layer(index)
+            arguments = (x, cos, sin, block)
+            recompute = self.checkpoint_activations and not block.units.skipped
+            if recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
-        output: Tensor = self.model.norm(x, masks.hidden, masks.hidden_scale)
+        output: Tensor = self.get_submodule(self.names.final_norm)(x, masks.stream)
         return output
 
     def forward(
@@ -167,6 +198,7 @@ class CausalLM(nn.Module):
         masks: Masks | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
+        teaching: Teaching | None = None,
     ) -> Tensor | LossOutput:
         """Logits, or the weighted sum of token losses when targets are given.
 
@@ -175,16 +207,22 @@ class CausalLM(nn.Module):
             masks: masks of the units; None for the plain model.
             targets: [B, S] ids to predict, already shifted by the caller; ignored at weight 0.
             weights: [B, S] fp32 weight of each token's loss; None for ones.
+            teaching: what a teacher says about the same ids (states [B, S, d_t]); mixes its
+                divergence into the loss.
 
         Returns:
             Logits [B, S, V] in the parameters' dtype, or LossOutput.
         """
+        masks = masks or Masks()
         states = self._hidden_states(ids, masks)
+        head = fold_weight(self.head_weight, masks.stream.reading, "head")
         if targets is None:
-            return F.linear(states, self.head_weight)
+            return F.linear(states, head)
         if weights is None:
             weights = torch.ones(targets.shape, dtype=torch.float32, device=targets.device)
-        loss, token_loss = linear_cross_entropy(
-            states.flatten(0, 1), self.head_weight, targets.flatten(), weights.flatten()
-        )
-        return LossOutput(loss, token_loss.view(targets.shape))
+        arguments = (states.flatten(0, 1), head, targets.flatten(), weights.flatten())
+        if teaching is None:
+            loss, token_loss = linear_cross_entropy(*arguments)
+            return LossOutput(loss, token_loss.view(targets.shape))
+        loss, token_loss, token_kl = linear_distillation(*arguments, teaching)
+        return LossOutput(loss, token_loss.view(targets.shape), token_kl.view(targets.shape))

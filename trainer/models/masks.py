@@ -1,33 +1,69 @@
 """Multiplicative masks over a decoder's units: residual dimensions, blocks, heads, channels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from trainer.models.config import ModelConfig
+from trainer.models.folding import Fold, Reuse
+from trainer.models.live import ALL_UNITS, LayerUnits, LiveUnits, find_live_units
+
+FAMILIES = ("hidden", "layer", "head", "intermediate")
+"""Names of the masks of a model."""
+
+
+@dataclass(frozen=True)
+class StreamMasks:
+    """The masks of the residual stream, as embeddings and norms need them."""
+
+    mask: Tensor | None = None
+    """[d] residual dimensions, None for ones."""
+    units: Tensor | None = None
+    """[m] int64: the dimensions that are computed; None: all d."""
+    scale: Tensor | None = None
+    """Scalar m / n with n the number of live dimensions (z > 0) among the m that are computed."""
+    reuse: Reuse | None = None
+
+    @property
+    def reading(self) -> Fold:
+        """How a weight is folded whose columns read the residual stream behind a norm."""
+        return Fold(columns=self.units, reuse=self.reuse)
+
+    @property
+    def live(self) -> Tensor | None:
+        """[m] bool: which of the computed dimensions are live; None: all."""
+        if self.mask is None:
+            return None
+        mask = self.mask.detach()
+        return (mask if self.units is None else mask[self.units]) > 0
 
 
 @dataclass(frozen=True)
 class LayerMasks:
     """The masks one block needs. Every field may be None, which means all ones."""
 
-    hidden: Tensor | None = None
-    """[d] residual dimensions, shared by all blocks."""
-    hidden_scale: Tensor | None = None
-    """Scalar d / n with n the number of live residual dimensions (z > 0)."""
-    layer: Tensor | None = None
-    """Scalar of the whole block."""
+    stream: StreamMasks = StreamMasks()
+    residual: Tensor | None = None
+    """[d] or scalar: factor of everything the block adds to the residual stream."""
     head: Tensor | None = None
     """[H] query heads."""
     intermediate: Tensor | None = None
     """[F] channels of the feed-forward layer."""
+    units: LayerUnits = ALL_UNITS
+    """What is computed of the block."""
 
-    @property
-    def residual(self) -> Tensor | None:
-        """[d] or scalar: factor of everything the block adds to the residual stream."""
-        if self.hidden is None or self.layer is None:
-            return self.layer if self.hidden is None else self.hidden
-        return self.hidden * self.layer
+    def reading(self, rows: Tensor | None) -> Fold:
+        """Fold of a weight that reads the residual stream; `rows` are the outputs computed."""
+        return self.stream.reading._replace(rows=rows)
+
+    def writing(self, columns: Tensor | None, column_scale: Tensor | None) -> Fold:
+        """Fold of a weight that writes to the residual stream; `columns` are the inputs computed,
+        `column_scale` the factors of all inputs."""
+        return Fold(
+            self.stream.units, self.residual, columns, column_scale, reuse=self.stream.reuse
+        )
 
     def head_columns(self, head_dim: int) -> Tensor | None:
         """[H * head_dim]: the head mask for each input column of the output projection."""
@@ -52,31 +88,66 @@ class Masks:
     """[L, H] query heads."""
     intermediate: Tensor | None = None
     """[L, F] channels of the feed-forward layers."""
+    live: LiveUnits | None = None
+    """The units that are computed (`compact`); None: all, dense."""
+    reuse: Reuse | None = None
+    """Keeps folded weights between the forward passes of one draw (`compact`)."""
+
+    def compact(self, config: ModelConfig, *, multiple: int, passes: int = 1) -> "Masks":
+        """The same masks, with the forward pass restricted to the units that are not zero.
+
+        Loss and gradients stay those of the dense masked model: a unit whose mask is exactly 0 adds
+        nothing, and what it would receive is 0. Only the gradient of a mask that is 0 itself is
+        another, and it does not matter: a clipped mask has no slope there. Waits once for the
+        device.
+
+        Args:
+            config: the model's architecture.
+            multiple: numbers of dimensions and channels are padded with dead units to this.
+            passes: forward and backward passes this draw is made for. Each weight is then folded
+                once, and receives its gradient in the last of them.
+        """
+        live = find_live_units(self.tensors(), config, multiple)
+        return replace(self, live=live, reuse=Reuse(passes) if passes > 1 else None)
 
     @cached_property
-    def hidden_scale(self) -> Tensor | None:
-        """Scalar d / n, n = number of residual dimensions with z > 0; a tensor, so no host sync."""
+    def stream(self) -> StreamMasks:
+        """The masks of the residual stream; the number of live dimensions stays a tensor, so that
+        the host does not wait for it."""
+        units = None if self.live is None else self.live.hidden
         if self.hidden is None:
-            return None
+            return StreamMasks(units=units, reuse=self.reuse)
         live = (self.hidden.detach() > 0).sum().clamp(min=1)
+        computed = self.hidden.shape[0] if units is None else units.shape[0]
         # A tensor divided by a tensor: number / tensor is a rounded reciprocal, 1 only nearly.
-        return self.hidden.new_full((), self.hidden.shape[0]) / live
+        scale = self.hidden.new_full((), computed) / live
+        return StreamMasks(self.hidden, units, scale, self.reuse)
 
     def for_layer(self, index: int) -> LayerMasks:
-        """The masks of block `index`, as views of this object's tensors."""
+        """The masks of block `index`."""
+        layer = None if self.layer is None else self.layer[index]
+        residual = self.hidden if layer is None else layer
+        if self.hidden is not None and layer is not None:
+            residual = self.hidden * layer
         return LayerMasks(
-            hidden=self.hidden,
-            hidden_scale=self.hidden_scale,
-            layer=None if self.layer is None else self.layer[index],
+            stream=self.stream,
+            residual=residual,
             head=None if self.head is None else self.head[index],
             intermediate=None if self.intermediate is None else self.intermediate[index],
+            units=ALL_UNITS if self.live is None else self.live.layers[index],
         )
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "Masks":
+        """Dense masks from tensors by family name, as `tensors` gives them."""
+        assert tensors.keys() <= set(FAMILIES), sorted(tensors)
+        hidden, layer, head, intermediate = (tensors.get(name) for name in FAMILIES)
+        return cls(hidden, layer, head, intermediate)
 
     def tensors(self) -> dict[str, Tensor]:
         """The masks that are present, by family name."""
-        families = ("hidden", "layer", "head", "intermediate")
-        return {name: z for name in families if (z := getattr(self, name)) is not None}
+        return {name: z for name in FAMILIES if (z := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str) -> "Masks":
-        """The same masks on another device."""
-        return Masks(**{name: z.to(device) for name, z in self.tensors().items()})
+        """The same masks on another device, dense."""
+        return Masks.of({name: z.to(device) for name, z in self.tensors().items()})

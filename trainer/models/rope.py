@@ -1,4 +1,4 @@
-"""Rotary position embedding in Hugging Face's layout: dimensions i and i + head_dim / 2 pair up."""
+"""Rotary position embedding in Hugging Face's layout: channels i and i + rotary_dim / 2 pair up."""
 
 import math
 
@@ -9,13 +9,13 @@ from trainer.models.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """[head_dim / 2] angular frequencies in radians per token, fp32 on the CPU.
+    """[rotary_dim / 2] angular frequencies in radians per token, fp32 on the CPU.
 
-    theta^(-2i / head_dim) (RoFormer, arXiv 2104.09864, section 3.2.2), divided by `factor` for
+    theta^(-2i / rotary_dim) (RoFormer, arXiv 2104.09864, section 3.2.2), divided by `factor` for
     linear scaling, or interpolated by wavelength for Llama 3 (arXiv 2407.21783, section 3.2).
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device="cpu")
-    frequencies = 1.0 / (config.rope_theta ** (exponents / config.head_dim))
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float, device="cpu")
+    frequencies = 1.0 / (config.rope_theta ** (exponents / config.rotary_dim))
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
@@ -33,14 +33,16 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotary_tables(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [length, head_dim / 2], computed in fp32 and rounded to `dtype` once."""
+    """cos and sin, each [length, rotary_dim / 2], computed in fp32 and rounded to `dtype` once."""
     positions = torch.arange(length, dtype=torch.float, device=frequencies.device)
     angles = torch.outer(positions, frequencies)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, S, heads, head_dim] by the angles of its positions; cos, sin [S, head_dim/2]."""
-    first, second = x.chunk(2, dim=-1)
+    """Rotate the first rotary_dim channels of x [B, S, heads, head_dim] by the angles of its
+    positions; cos, sin [S, rotary_dim / 2]."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

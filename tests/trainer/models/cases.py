@@ -4,18 +4,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from trainer.models.config import ModelConfig
+from trainer.models.llama import CausalLM
 from trainer.models.masks import Masks
 
-_BASE: dict[str, Any] = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+_BASE = _SIZES | {"num_key_value_heads": 2}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -23,7 +26,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-CASES: dict[str, dict[str, Any]] = {
+LLAMA_CASES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rms_norm_eps": 1e-2},
     "llama-mha": {"model_type": "llama", "num_key_value_heads": 6},
     "llama-tied-head-dim": {"model_type": "llama", "tie_word_embeddings": True, "head_dim": 20},
@@ -42,7 +45,47 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 20},
     "qwen3-biases": {"model_type": "qwen3", "attention_bias": True, "tie_word_embeddings": True},
 }
-CASES = {name: _BASE | values for name, values in CASES.items()}
+LLAMA_CASES = {name: _BASE | values for name, values in LLAMA_CASES.items()}
+NEOX_CASES: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.25, "layer_norm_eps": 1e-2},
+    "gpt_neox-sequential": {
+        "model_type": "gpt_neox",
+        "use_parallel_residual": False,
+        "rotary_pct": 1.0,
+        "rotary_emb_base": 5000,
+        "tie_word_embeddings": True,
+    },
+    "gpt_neox-no-bias": {
+        "model_type": "gpt_neox",
+        "attention_bias": False,
+        "hidden_act": "gelu_new",
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "rotary_pct": 0.5,
+    },
+}
+NEOX_CASES = {name: _SIZES | values for name, values in NEOX_CASES.items()}
+CASES = LLAMA_CASES | NEOX_CASES
+
+
+def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Any]:
+    """Our model and transformers' with the same weights, gains and biases not at their defaults."""
+    torch.manual_seed(0)
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CASES[name]), dtype=dtype)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.normal_(std=0.3)
+    config = ModelConfig.from_hf(CASES[name])
+    model = CausalLM(config).to(dtype)
+    state = {stored_name(key, config): value for key, value in reference.state_dict().items()}
+    if config.tie_embeddings:
+        state.pop(f"{model.names.head}.weight")
+    model.load_state_dict(state, strict=True)
+    return model, reference
+
+
+def stored_name(name: str, config: ModelConfig) -> str:
+    """The name in files of a parameter of transformers' model, which calls every head lm_head."""
+    return name.replace("lm_head", "embed_out") if config.family == "gpt_neox" else name
 
 
 def random_masks(seed: int, dtype: torch.dtype = torch.float32) -> Masks:

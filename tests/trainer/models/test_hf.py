@@ -13,10 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.errors import InputError
 from tests.distributed import run_ranks
-from tests.trainer.models.cases import CASES, random_masks
+from tests.trainer.models.cases import CASES, NEOX_CASES, random_masks
 from trainer.models import hf
 from trainer.models.config import ModelConfig
-from trainer.models.hf import init_weights, load_config, load_model, load_sharded, save_model
+from trainer.models.hf import (
+    check_weights,
+    init_weights,
+    load_config,
+    load_model,
+    load_sharded,
+    save_model,
+)
 from trainer.models.llama import CausalLM
 
 
@@ -42,7 +49,7 @@ def test_folders_written_by_transformers_load(name: str, tmp_path: Path) -> None
     assert (load_model(path)(ids) - reference(ids).logits).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama-tied-head-dim", "llama-biases", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-tied-head-dim", "llama-biases", "qwen2", "qwen3", *NEOX_CASES])
 @pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
 def test_saved_folders_load_in_transformers(
     name: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -169,6 +176,62 @@ def test_old_rotary_buffers_and_a_tied_head_in_the_file_are_ignored(tmp_path: Pa
     assert (load_model(path)(ids) - reference(ids).logits).abs().max() <= 1e-5
 
 
+def test_the_buffers_of_published_pythia_files_are_ignored(tmp_path: Path) -> None:
+    path, reference = _folder("gpt_neox", tmp_path / "model")
+    state = load_file(path / "model.safetensors")
+    for layer in range(3):
+        attention = f"gpt_neox.layers.{layer}.attention"
+        state[f"{attention}.bias"] = torch.ones(1, 1, 128, 128, dtype=torch.bool)
+        state[f"{attention}.masked_bias"] = torch.tensor(-1e9)
+        state[f"{attention}.rotary_emb.inv_freq"] = torch.ones(1)
+    save_file(state, path / "model.safetensors")
+    ids = torch.randint(0, 61, (1, 9))
+    assert (load_model(path)(ids) - reference(ids).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt_neox"])
+def test_an_untied_config_without_a_stored_head_is_refused(name: str, tmp_path: Path) -> None:
+    path, _ = _folder(name, tmp_path / "model")
+    state = load_file(path / "model.safetensors")
+    head = "lm_head.weight" if name == "qwen2" else "embed_out.weight"
+    del state[head]
+    save_file(state, path / "model.safetensors")
+    with pytest.raises(InputError, match=rf"no {head}.*tie_word_embeddings to true"):
+        check_weights(path, load_config(path))
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "gpt_neox-sequential"])
+def test_a_tied_config_with_another_stored_head_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, reference = _folder(name, tmp_path / "model")
+    state = load_file(path / "model.safetensors")
+    head = "lm_head.weight" if name == "qwen2-tied" else "embed_out.weight"
+    state[head] = reference.get_input_embeddings().weight.detach().clone()
+    state[head][-1, -1] += 1
+    save_file(state, path / "model.safetensors")
+    monkeypatch.setattr(hf, "_COMPARED_ROWS", 7)
+    with pytest.raises(InputError, match=rf"{head} other than .*tie_word_embeddings to false"):
+        check_weights(path, load_config(path))
+    # transformers would not tie them, and so compute something else than a tied model.
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    assert not torch.equal(plain.get_output_embeddings().weight, plain.get_input_embeddings().weight)
+
+
+def test_nothing_is_loaded_from_a_folder_that_does_not_fit(tmp_path: Path) -> None:
+    path, _ = _folder("llama", tmp_path / "model", shard="40KB")
+    model = _new_model(path)
+    for parameter in model.parameters():
+        parameter.data.fill_(7)
+    last = sorted(path.glob("*.safetensors"))[-1]
+    state = load_file(last)
+    name = next(key for key, value in state.items() if value.ndim == 2)
+    save_file({**state, name: state[name][1:].clone()}, last)
+    with pytest.raises(InputError, match="mixes two models"):
+        load_sharded(model, path)
+    assert all(bool((parameter == 7).all()) for parameter in model.parameters())
+
+
 def _shard(model: CausalLM, policy: MixedPrecisionPolicy, replicas: int = 1) -> None:
     world = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
@@ -176,7 +239,7 @@ def _shard(model: CausalLM, policy: MixedPrecisionPolicy, replicas: int = 1) -> 
         mesh = init_device_mesh(
             "cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard")
         )
-    for layer in model.model.layers:
+    for layer in model.blocks:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
@@ -197,11 +260,13 @@ def _load_and_step(path: str, replicas: int) -> tuple[bool, float, float, dict[s
         equal &= torch.equal(parameter.full_tensor(), expected[name])
     ids = torch.arange(40).view(2, 20) % 61
     masks = random_masks(0)
-    output = model(ids, masks, ids.roll(-1, 1))
+    run = masks.compact(model.config, multiple=4) if model.config.fused_qkv else masks
+    output = model(ids, run, ids.roll(-1, 1))
     output.loss.backward()
     whole.bfloat16()
     reference_masks = random_masks(0)
-    reference = whole(ids, reference_masks, ids.roll(-1, 1))
+    run = reference_masks.compact(whole.config, multiple=4) if run is not masks else reference_masks
+    reference = whole(ids, run, ids.roll(-1, 1))
     reference.loss.backward()
     differences = {}
     for name, z in masks.tensors().items():
@@ -213,7 +278,7 @@ def _load_and_step(path: str, replicas: int) -> tuple[bool, float, float, dict[s
 
 @pytest.mark.parametrize(
     ("name", "world", "replicas", "shard"),
-    [("llama-tied-head-dim", 3, 1, "5GB"), ("qwen3", 4, 2, "40KB"), ("qwen2", 1, 1, "40KB")],
+    [("llama-tied-head-dim", 3, 1, "5GB"), ("qwen3", 4, 2, "40KB"), ("qwen2", 1, 1, "40KB"), ("gpt_neox", 2, 1, "40KB")],
 )
 def test_shards_load_from_bf16_files_and_run_the_masked_step(
     name: str, world: int, replicas: int, shard: str, tmp_path: Path

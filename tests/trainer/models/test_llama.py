@@ -1,38 +1,20 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from tests.trainer.models.cases import CASES, random_masks
-from trainer.models.config import ModelConfig
+from tests.trainer.models.cases import CASES, LLAMA_CASES, pair, random_masks, stored_name
 from trainer.models.hf import load_model
 from trainer.models.llama import CausalLM, LossOutput
 from trainer.models.masks import Masks
 
 
-def _pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Any]:
-    """Our model and transformers' with the same weights, gains and biases not at their defaults."""
-    torch.manual_seed(0)
-    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CASES[name]), dtype=dtype)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.normal_(std=0.3)
-    config = ModelConfig.from_hf(CASES[name])
-    model = CausalLM(config).to(dtype)
-    state = reference.state_dict()
-    if config.tie_embeddings:
-        state.pop("lm_head.weight")
-    model.load_state_dict(state, strict=True)
-    return model, reference
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_gradients_equal_transformers(name: str) -> None:
-    model, reference = _pair(name)
+    model, reference = pair(name)
     ids = torch.randint(0, 61, (2, 50))
     ours, theirs = model(ids), reference(ids).logits
     assert (ours - theirs).abs().max() <= 1e-5
@@ -43,21 +25,21 @@ def test_logits_and_gradients_equal_transformers(name: str) -> None:
     losses = F.cross_entropy(theirs.flatten(0, 1), targets.flatten(), reduction="none")
     (losses * weights.flatten()).sum().backward()
     torch.testing.assert_close(output.token_loss.flatten(), losses, rtol=1e-5, atol=1e-5)
-    expected = dict(reference.named_parameters())
+    expected = {stored_name(k, model.config): p for k, p in reference.named_parameters()}
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[key].grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama-3-rope", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-3-rope", "qwen3", "gpt_neox", "gpt_neox-sequential"])
 def test_bf16_logits_equal_transformers(name: str) -> None:
     # transformers keeps rotary frequencies in fp32 only if the model is built in bf16.
-    model, reference = _pair(name, torch.bfloat16)
+    model, reference = pair(name, torch.bfloat16)
     ids = torch.randint(0, 61, (2, 50))
     assert torch.equal(model(ids), reference(ids).logits)
 
 
 def test_sliding_window_hides_old_positions() -> None:
-    model, _ = _pair("mistral-window")
+    model, _ = pair("mistral-window")
     ids = torch.randint(0, 61, (1, 50))
     changed = ids.clone()
     changed[0, 0] = (ids[0, 0] + 1) % 61
@@ -118,9 +100,9 @@ def _activation_masked_loss(
     return (losses * weights.flatten()).sum()
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"mistral-window"}))
+@pytest.mark.parametrize("name", sorted(set(LLAMA_CASES) - {"mistral-window"}))
 def test_masked_loss_and_all_gradients_equal_activation_masking(name: str) -> None:
-    model, _ = _pair(name, torch.float64)
+    model, _ = pair(name, torch.float64)
     masks = random_masks(1, torch.float64)
     leaves = [*model.parameters(), *masks.tensors().values()]
     ids, targets = torch.randint(0, 61, (2, 2, 20))
@@ -141,20 +123,20 @@ def test_masked_loss_and_all_gradients_equal_activation_masking(name: str) -> No
 
 
 def test_masks_of_ones_change_nothing() -> None:
-    model, _ = _pair("llama-biases")
+    model, _ = pair("llama-biases")
     ones = Masks(torch.ones(48), torch.ones(3), torch.ones(3, 6), torch.ones(3, 80))
     ids = torch.randint(0, 61, (2, 20))
     assert torch.equal(model(ids, ones), model(ids))
 
 
 def test_rounded_masks_are_refused() -> None:
-    model, _ = _pair("llama")
+    model, _ = pair("llama")
     with pytest.raises(AssertionError, match=r"layer masks are torch\.bfloat16"):
         model(torch.randint(0, 61, (2, 20)), Masks(layer=torch.ones(3, dtype=torch.bfloat16)))
 
 
 def test_bf16_model_gives_masks_fp32_gradients_near_the_exact_ones() -> None:
-    model, _ = _pair("llama")
+    model, _ = pair("llama")
     masks = random_masks(2)
     ids, targets = torch.randint(0, 61, (2, 4, 30))
     exact = torch.autograd.grad(
@@ -171,7 +153,7 @@ def test_bf16_model_gives_masks_fp32_gradients_near_the_exact_ones() -> None:
 
 
 def test_checkpointed_activations_give_identical_gradients() -> None:
-    model, _ = _pair("qwen3")
+    model, _ = pair("qwen3")
     masks = random_masks(3)
     leaves = [*model.parameters(), *masks.tensors().values()]
     ids, targets = torch.randint(0, 61, (2, 2, 20))
@@ -182,7 +164,7 @@ def test_checkpointed_activations_give_identical_gradients() -> None:
 
 
 def test_weights_rounded_by_a_mixed_precision_policy_are_refused() -> None:
-    model, _ = _pair("llama")
+    model, _ = pair("llama")
     ids = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(AssertionError, match="cast_forward_inputs"):
         model(ids, targets=ids, weights=torch.ones(1, 4, dtype=torch.bfloat16))

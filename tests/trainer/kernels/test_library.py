@@ -1,0 +1,81 @@
+"""Which implementation runs, and that there always is one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.kernels import gather_scale, library
+
+ROOT = Path(__file__).resolve().parents[3]
+
+WITHOUT_LIBRARIES = """
+from pathlib import Path
+import sys
+import torch
+from trainer.kernels import library
+library.FOLDER = Path(sys.argv[1])
+from trainer.kernels.gather_scale import gather_scale
+print(library.which("cpu"))
+weight = torch.rand(4, 6, dtype=torch.float64, requires_grad=True)
+scale = torch.rand(6, dtype=torch.float64, requires_grad=True)
+arguments = (weight, torch.tensor([2, 0]), None, torch.tensor([1, 5]), scale)
+torch.autograd.gradcheck(gather_scale, arguments)
+torch.library.opcheck(torch.ops.shorn.gather_scale.default, arguments)
+try:
+    gather_scale(weight, torch.tensor([4]))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_reference_only_is_undone_after_errors() -> None:
+    before = library.which("cpu")
+    with pytest.raises(RuntimeError), library.reference_only():
+        assert library.which("cpu") == "reference"
+        raise RuntimeError
+    assert library.which("cpu") == before
+
+
+def test_other_devices_run_the_reference() -> None:
+    assert library.which("meta") == "reference"
+    weight = torch.empty(4, 6, device="meta")
+    assert gather_scale.gather_scale(
+        weight, torch.empty(3, dtype=torch.int64, device="meta")
+    ).shape == (3, 6)
+
+
+def test_runs_without_a_usable_library(tmp_path: Path) -> None:
+    (tmp_path / "_shorn_cpu.so").write_bytes(b"not a library")
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBRARIES, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines == ["reference", "gather_scale: row index 4 is out of range for 4 rows"]
+
+
+@pytest.mark.parametrize("level", ["default", "avx2"])
+def test_every_instruction_set_computes_the_same(level: str) -> None:
+    """The tests of the operator again, on a processor that could do less than this one."""
+    if library.which("cpu") == "reference":
+        pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
+    tests = ROOT / "tests" / "trainer" / "kernels" / "test_gather_scale.py"
+    chosen = "compiled and (equals or special or left_out or threads)"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests), "-k", chosen],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": level},
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert "14 passed" in result.stdout

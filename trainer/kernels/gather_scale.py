@@ -1,0 +1,305 @@
+"""Gather-scale: the live part of a weight with its masks folded in, and all gradients of it.
+
+W'[i, j] = W[r_i, c_j] * z_r[r_i] * z_c[c_j]. With y = W' x the gradients of the masks are the
+weighted row and column sums of W * dW', exact also where a mask is zero, so that no activation has
+to be kept for them. Units left out have mask 0 and receive a zero gradient.
+
+`shorn::gather_scale` and `shorn::gather_scale_backward` are PyTorch operators: the functions below
+the schemas here are their reference, csrc/gather_scale.{cpp,cu} their compiled implementations.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.kernels import library
+
+Needs = tuple[bool, bool, bool]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SELECTION = "Tensor weight, Tensor? rows, Tensor? row_scale, Tensor? columns, Tensor? column_scale"
+
+
+def gather_scale(
+    weight: Tensor,
+    rows: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    columns: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> Tensor:
+    """Selected rows and columns of a weight, scaled, in contiguous memory.
+
+    Args:
+        weight: [out, in], fp64, fp32, bf16 or fp16.
+        rows: [n] int64, unique, below out; None: all.
+        row_scale: [out], fp64 when the weight is and fp32 otherwise; None: ones.
+        columns: [m] int64, unique, below in; None: all.
+        column_scale: [in], dtype as `row_scale`; None: ones.
+
+    Returns:
+        [n, m] in the weight's dtype, multiplied in the dtype of the scales and rounded once.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or (on a CPU) an index is out of range.
+    """
+    _check(weight, rows, row_scale, columns, column_scale)
+    return _call(_forward, weight, rows, row_scale, columns, column_scale)
+
+
+def gather_scale_backward(
+    gradient: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    columns: Tensor | None,
+    column_scale: Tensor | None,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `gather_scale` for its weight, row scale and column scale.
+
+    Args:
+        gradient: [n, m] of the result, in the weight's dtype or fp32.
+        needs: which of the three are wanted; the others are None, as is that of an absent scale.
+
+    Returns:
+        d_weight [out, in] in the weight's dtype, and the gradients [out] and [in] of the scales in
+        theirs; 0 outside the selection.
+
+    Raises:
+        ValueError: as `gather_scale`.
+    """
+    _check(weight, rows, row_scale, columns, column_scale)
+    _check_gradient(gradient, weight, rows, columns)
+    wanted = (needs[0], needs[1] and row_scale is not None, needs[2] and column_scale is not None)
+    found = _call(_backward, gradient, weight, rows, row_scale, columns, column_scale, *wanted)
+    d_weight, d_row_scale, d_column_scale = (
+        tensor if want else None for tensor, want in zip(found, wanted, strict=True)
+    )
+    return d_weight, d_row_scale, d_column_scale
+
+
+def _call(reference: Callable[..., Any], *arguments: Tensor | bool | None) -> Any:
+    """The operator whose reference is given, or the reference itself where that is asked for."""
+    if library.reference_is_forced():
+        return reference(*arguments)
+    try:
+        return _OPERATORS[reference](*arguments)
+    except RuntimeError as error:
+        # Compiled code can only throw this; its first line is the message.
+        message = str(error).splitlines()[0]
+        if message.startswith("gather_scale: "):
+            raise ValueError(message) from None
+        raise
+
+
+def _forward(
+    weight: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    columns: Tensor | None,
+    column_scale: Tensor | None,
+) -> Tensor:
+    _check_indices(weight, rows, columns)
+    selected = _select(weight, rows, columns)
+    if row_scale is not None:
+        selected = selected * _select(row_scale, rows).unsqueeze(1)
+    if column_scale is not None:
+        selected = selected * _select(column_scale, columns)
+    if selected is weight:
+        return weight.clone(memory_format=torch.contiguous_format)
+    return selected.to(weight.dtype).contiguous()
+
+
+def _backward(
+    gradient: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    columns: Tensor | None,
+    column_scale: Tensor | None,
+    need_weight: bool,
+    need_row_scale: bool,
+    need_column_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients that are not needed are empty tensors [0]."""
+    _check_indices(weight, rows, columns)
+    dtype = _scale_dtype(weight)
+    gradient = gradient.to(dtype)
+    by_row = None if row_scale is None else _select(row_scale, rows)
+    by_column = None if column_scale is None else _select(column_scale, columns)
+    d_weight = weight.new_empty(0)
+    d_row_scale = d_column_scale = weight.new_empty(0, dtype=dtype)
+    if need_row_scale or need_column_scale:
+        product = gradient * _select(weight, rows, columns)
+        if need_row_scale:
+            sums = product.sum(1) if by_column is None else product @ by_column
+            d_row_scale = _spread(sums, rows, weight.shape[0])
+        if need_column_scale:
+            sums = product.sum(0) if by_row is None else by_row @ product
+            d_column_scale = _spread(sums, columns, weight.shape[1])
+    if need_weight:
+        inner = gradient if by_row is None else gradient * by_row.unsqueeze(1)
+        inner = inner if by_column is None else inner * by_column
+        spread = _spread(inner.to(weight.dtype), columns, weight.shape[1], 1)
+        d_weight = _spread(spread, rows, weight.shape[0])
+        if d_weight is gradient:
+            d_weight = gradient.clone()
+    return d_weight, d_row_scale, d_column_scale
+
+
+def _select(values: Tensor, *indices: Tensor | None) -> Tensor:
+    for dimension, index in enumerate(indices):
+        values = values if index is None else values.index_select(dimension, index)
+    return values
+
+
+def _spread(values: Tensor, index: Tensor | None, size: int, dimension: int = 0) -> Tensor:
+    """Zeros of length `size` along `dimension`, with `values` at `index`."""
+    if index is None:
+        return values
+    shape = list(values.shape)
+    shape[dimension] = size
+    return values.new_zeros(shape).index_copy(dimension, index, values)
+
+
+def _scale_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _check(
+    weight: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    columns: Tensor | None,
+    column_scale: Tensor | None,
+) -> None:
+    if weight.dim() != 2 or weight.dtype not in _DTYPES:
+        raise ValueError(
+            f"gather_scale: weight must be a floating-point matrix, got {_describe(weight)}"
+        )
+    dtype = _scale_dtype(weight)
+    for name, index, scale, size in (
+        ("row", rows, row_scale, weight.shape[0]),
+        ("column", columns, column_scale, weight.shape[1]),
+    ):
+        if index is not None and (index.dim() != 1 or index.dtype != torch.int64):
+            raise ValueError(f"gather_scale: {name}s must be [n] int64, got {_describe(index)}")
+        if scale is not None and (scale.shape != (size,) or scale.dtype != dtype):
+            raise ValueError(
+                f"gather_scale: {name}_scale must be [{size}] {dtype} for a weight "
+                f"{_describe(weight)}, got {_describe(scale)}"
+            )
+    for tensor in (rows, row_scale, columns, column_scale):
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(
+                f"gather_scale: all tensors must be on the weight's device {weight.device}, "
+                f"got one on {tensor.device}"
+            )
+
+
+def _check_gradient(
+    gradient: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None
+) -> None:
+    shape = (
+        weight.shape[0] if rows is None else rows.shape[0],
+        weight.shape[1] if columns is None else columns.shape[0],
+    )
+    fits = gradient.dtype in (weight.dtype, _scale_dtype(weight))
+    if gradient.shape != shape or not fits or gradient.device != weight.device:
+        raise ValueError(
+            f"gather_scale: gradient must be {list(shape)} {weight.dtype} or "
+            f"{_scale_dtype(weight)} on {weight.device}, got {_describe(gradient)} "
+            f"on {gradient.device}"
+        )
+
+
+def _check_indices(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+    """Refuses indices out of range where they can be read, and without synchronisation."""
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for name, index, size in (("row", rows, weight.shape[0]), ("column", columns, weight.shape[1])):
+        if index is not None and index.numel():
+            wrong = index[(index < 0) | (index >= size)]
+            if wrong.numel():
+                raise ValueError(
+                    f"gather_scale: {name} index {int(wrong[0])} is out of range for {size} {name}s"
+                )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
+
+
+def _fake_forward(
+    weight: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    columns: Tensor | None,
+    column_scale: Tensor | None,
+) -> Tensor:
+    return weight.new_empty(
+        weight.shape[0] if rows is None else rows.shape[0],
+        weight.shape[1] if columns is None else columns.shape[0],
+    )
+
+
+def _fake_backward(
+    gradient: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    columns: Tensor | None,
+    column_scale: Tensor | None,
+    need_weight: bool,
+    need_row_scale: bool,
+    need_column_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows_out, columns_out = weight.shape
+    dtype = _scale_dtype(weight)
+    return (
+        weight.new_empty((rows_out, columns_out) if need_weight else (0,)),
+        weight.new_empty(rows_out if need_row_scale else 0, dtype=dtype),
+        weight.new_empty(columns_out if need_column_scale else 0, dtype=dtype),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[4])
+    weight, rows, row_scale, columns, column_scale = ctx.saved_tensors
+    d_weight, d_row_scale, d_column_scale = gather_scale_backward(
+        gradient, weight, rows, row_scale, columns, column_scale, needs
+    )
+    return d_weight, None, d_row_scale, None, d_column_scale
+
+
+def _register() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Defines the operators; the reference of each runs on devices without a compiled one."""
+    _LIBRARY.define(f"gather_scale({_SELECTION}) -> Tensor")
+    _LIBRARY.define(
+        f"gather_scale_backward(Tensor gradient, {_SELECTION}, bool need_weight, "
+        "bool need_row_scale, bool need_column_scale) -> (Tensor, Tensor, Tensor)"
+    )
+    for name, reference, fake in (
+        ("gather_scale", _forward, _fake_forward),
+        ("gather_scale_backward", _backward, _fake_backward),
+    ):
+        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"shorn::{name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        "shorn::gather_scale", _differentiate, setup_context=_save, lib=_LIBRARY
+    )
+    library.load()
+    return {
+        _forward: torch.ops.shorn.gather_scale,
+        _backward: torch.ops.shorn.gather_scale_backward,
+    }
+
+
+_LIBRARY = torch.library.Library("shorn", "DEF")
+_OPERATORS = _register()
