@@ -86,6 +86,16 @@ class BatchStream:
         self._announce_epochs()
         return Batch(ids=ids, domains=rows[:, 0].copy(), step=step)
 
+    def order(self) -> dict[str, Any]:
+        """What tells the order of samples, and how many of each domain were drawn: JSON-able."""
+        sampler = self.sampler
+        return {
+            "data": sampler.fingerprint,
+            "seed": sampler.seed,
+            "sizes": dict(zip(sampler.domains, sampler.sizes, strict=True)),
+            "used": sampler.used,
+        }
+
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Changes the domain weights from the next batch on."""
         self.sampler.set_weights(weights)

@@ -113,6 +113,11 @@ class DomainSampler:
         """Samples drawn from each domain so far, over all epochs."""
         return dict(zip(self.domains, self._used, strict=True))
 
+    def start_after(self, used: Mapping[str, int]) -> None:
+        """Begins behind the first `used` samples of each domain, which another run has drawn."""
+        assert not self.step and used.keys() <= set(self.domains)
+        self._used = [int(used.get(domain, 0)) for domain in self.domains]
+
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Changes the weights from the next batch on. Raises InputError as the constructor does."""
         self._weights = self._quantised(weights)

@@ -1,5 +1,6 @@
 """Resumable stages: each runs once for its settings, is skipped when finished, prints its time."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ class Stages:
         self.started = 0
         self.identities: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
+        self.reused: set[str] = set()
 
     def run(
         self,
@@ -51,6 +53,7 @@ class Stages:
         title = f"[{self.started}/{self.number}] {name}"
         if known.get("identity") == identity and known.get("finished") and folder.exists():
             self.seconds[name] = known["seconds"]
+            self.reused.add(name)
             say(f"{title}: finished before in {known['seconds']:.0f} s, reused")
             return
         if known and known.get("identity") != identity:
@@ -108,7 +111,14 @@ def torchrun(ranks: int) -> list[str]:
     return [*launcher, "--standalone", "--nproc_per_node", str(ranks)]
 
 
-def command(words: Sequence[object], *, makes: Path, settings_file: Path | None = None) -> None:
+def command(
+    words: Sequence[object],
+    *,
+    makes: Path,
+    settings_file: Path | None = None,
+    log: Path | None = None,
+    running: set[subprocess.Popen[bytes]] | None = None,
+) -> None:
     """Print a command so that it can be copied, run it with its output streaming through.
 
     Args:
@@ -116,11 +126,18 @@ def command(words: Sequence[object], *, makes: Path, settings_file: Path | None 
         makes: file the command has made when it is finished.
         settings_file: a shorn.toml to use instead of the user's own; SHORN_* variables are dropped
             with it, so that the command does exactly what it prints.
+        log: file to which command and output are appended instead.
+        running: holds the process while it runs, for whoever wants to stop it.
 
     Raises InputError when the command fails or stops before `makes` exists.
     """
     line = [str(word) for word in words]
-    print(f"$ {shlex.join(line)}", flush=True)
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            print(f"$ {shlex.join(line)}", file=file)
+    else:
+        print(f"$ {shlex.join(line)}", flush=True)
     environment = dict(os.environ)
     if settings_file is not None:
         environment = {k: v for k, v in environment.items() if not k.startswith("SHORN_")}
@@ -132,15 +149,24 @@ def command(words: Sequence[object], *, makes: Path, settings_file: Path | None 
     if "--nproc_per_node" in line:
         # torchrun's default, set here so that it does not warn; the ranks set their threads.
         environment.setdefault("OMP_NUM_THREADS", "1")
-    with subprocess.Popen(line, env=environment) as process:
+    running = set() if running is None else running
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("ab")) if log is not None else None
+        process = stack.enter_context(
+            subprocess.Popen(line, env=environment, stdout=output, stderr=output)
+        )
+        running.add(process)
         try:
             status = process.wait()
         except KeyboardInterrupt:
             # The command got the same Ctrl-C and may be saving a checkpoint.
             process.wait()
             raise
+        finally:
+            running.discard(process)
     if status == 130:
         raise KeyboardInterrupt
     if status != 0 or not makes.exists():
         reason = f"exited with status {status}" if status else f"stopped before it made {makes}"
-        raise InputError(f"the command above {reason}; finished stages are kept: run this again")
+        which = "the command above" if log is None else f"the last command in {log}"
+        raise InputError(f"{which} {reason}; finished stages are kept: run this again")

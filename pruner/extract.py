@@ -1,11 +1,10 @@
 """From masks and the source's tensors to the tensors of an ordinary, smaller model.
 
 A unit is kept if its mask is above 0; a kept unit's mask value is multiplied into the weights, in
-the places where the masked forward pass multiplies it (trainer.models.llama). Tensors are handled
-one at a time.
+the places where the masked forward pass multiplies it. Which masks belong to a tensor's rows and
+columns is in trainer.models.names. Tensors are handled one at a time.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from trainer.models.config import ModelConfig
 from trainer.models.masks import Masks
-
-_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
+from trainer.models.names import Role, names_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +23,7 @@ class _Block:
     number: int
     queries: Tensor
     keys: Tensor
+    fused: Tensor
     channels: Tensor
     query_scale: Tensor
     channel_scale: Tensor
@@ -41,6 +40,7 @@ class Extraction:
     def __init__(self, config: ModelConfig, masks: Masks) -> None:
         masks = masks.to("cpu")
         self.source = config
+        self.names = names_of(config)
         self.hidden_scale = _values(masks.hidden, config.hidden_size)
         self.hidden = _live(self.hidden_scale)
         layer = _values(masks.layer, config.num_layers)
@@ -62,6 +62,7 @@ class Extraction:
             number=number,
             queries=_expand(queries, config.head_dim),
             keys=_expand(torch.nonzero(groups).flatten(), config.head_dim),
+            fused=_expand(queries, 3 * config.head_dim),
             channels=channels,
             query_scale=head[queries].repeat_interleave(config.head_dim),
             channel_scale=channel[channels],
@@ -95,15 +96,17 @@ class Extraction:
 
         Slices are new contiguous tensors of the input's dtype and device.
         """
+        prefix = f"{self.names.blocks}."
         for name, tensor in tensors:
-            match = _BLOCK.fullmatch(name)
-            if match is None:
-                if name == "lm_head.weight" and self.source.tie_embeddings:
+            if not name.startswith(prefix):
+                if name == f"{self.names.head}.weight" and self.source.tie_embeddings:
                     continue
                 yield name, self._outer(name, tensor)
-            elif (block := self.blocks.get(int(match[1]))) is not None:
-                part = match[2]
-                yield f"model.layers.{block.number}.{part}", self._inner(part, tensor, block)
+                continue
+            index, _, part = name.removeprefix(prefix).partition(".")
+            block = self.blocks.get(int(index))
+            if block is not None:
+                yield f"{prefix}{block.number}.{part}", self._inner(part, tensor, block)
 
     def _outer(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor outside the blocks.
@@ -112,42 +115,43 @@ class Extraction:
         otherwise the final norm carries it and the head stays as it is.
         """
         scale = self.hidden_scale[self.hidden]
-        if name == "model.embed_tokens.weight":
+        module = name.rpartition(".")[0]
+        if module == self.names.embedding:
             return _take(tensor, columns=self.hidden, column_scale=scale)
-        if name == "model.norm.weight":
+        if module == self.names.final_norm:
             tied = self.source.tie_embeddings
             return _take(tensor, rows=self.hidden, row_scale=None if tied else scale)
-        assert name == "lm_head.weight", f"unknown tensor {name}"
+        assert module == self.names.head, f"unknown tensor {name}"
         return _take(tensor, columns=self.hidden)
 
     def _inner(self, part: str, tensor: Tensor, block: _Block) -> Tensor:
         """A tensor of a kept block; `part` is its name inside the block."""
-        if part.endswith("layernorm.weight"):
+        module, _, kind = part.rpartition(".")
+        role = self.names.modules[module]
+        columns = kind == "weight"
+        if role is Role.NORM:
             scale = self.hidden_scale[self.hidden]
             return _take(tensor, rows=self.hidden, row_scale=scale)
-        if part in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+        if role is Role.HEAD_NORM:
             return tensor.clone()
-        module, _, kind = part.rpartition(".")
-        is_weight = kind == "weight"
-        if module in ("self_attn.o_proj", "mlp.down_proj"):
-            attention = module == "self_attn.o_proj"
-            columns = block.queries if attention else block.channels
+        if role in (Role.ATTENTION_OUTPUT, Role.FEED_FORWARD_OUTPUT):
+            attention = role is Role.ATTENTION_OUTPUT
+            units = block.queries if attention else block.channels
             scale = block.query_scale if attention else block.channel_scale
             return _take(
                 tensor,
                 rows=self.hidden,
                 row_scale=block.residual_scale,
-                columns=columns if is_weight else None,
-                column_scale=scale if is_weight else None,
+                columns=units if columns else None,
+                column_scale=scale if columns else None,
             )
         rows = {
-            "self_attn.q_proj": block.queries,
-            "self_attn.k_proj": block.keys,
-            "self_attn.v_proj": block.keys,
-            "mlp.gate_proj": block.channels,
-            "mlp.up_proj": block.channels,
-        }[module]
-        return _take(tensor, rows=rows, columns=self.hidden if is_weight else None)
+            Role.QUERIES: block.queries,
+            Role.KEYS: block.keys,
+            Role.FUSED: block.fused,
+            Role.CHANNELS: block.channels,
+        }[role]
+        return _take(tensor, rows=rows, columns=self.hidden if columns else None)
 
 
 def extract(

@@ -1,8 +1,12 @@
-"""Initial scores: one calibration pass that measures how strongly each unit is used.
+"""Initial scores: how important each unit of the source is, by one of three measures.
 
-Activations are measured as in Minitron (arXiv 2407.14679, section 2.2): the mean of |x| over the
-tokens of a sequence, then the sum of squares over sequences. Blocks are measured by how much they
-turn the residual stream: one minus the cosine of input and output (ShortGPT, arXiv 2403.03853).
+importance  Activations over a calibration set as in Minitron (arXiv 2407.14679, section 2.2): the
+            mean of |x| over the tokens of a sequence, then the sum of squares over sequences.
+            Blocks by how much they turn the residual stream: one minus the cosine of input and
+            output (ShortGPT, arXiv 2403.03853).
+taylor      First-order estimate of the loss without the unit (arXiv 1906.10771, section 3, with
+            the unit's mask as its weight): the mean over sequences of |d loss / d z| at z = 1.
+magnitude   Norm of the unit's weights; needs no text.
 """
 
 from collections.abc import Callable
@@ -13,16 +17,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruner.config import MaskConfig
-from pruner.masks import Family
-from pruner.shapes import shape_of
-from trainer.models.llama import CausalLM, DecoderLayer
+from pruner.masks import Family, to_masks
+from pruner.shapes import Shape, shape_of
+from trainer.loop import next_token_targets
+from trainer.models.llama import CausalLM
 from trainer.parallel import DistributedContext
+from trainer.run import full_tensors
 
 PAPER_FLAT_MEAN = 5.0
 PAPER_IMPORTANCE_MEAN = 2.0
 """log-alpha of an average unit that starts from importance: P(z = 1) is 0.6, and no unit is held at
 its bound."""
 FLAT_STD = 0.01
+_READERS = {
+    "q_proj": "query_head",
+    "k_proj": "kv_group",
+    "v_proj": "kv_group",
+    "query_key_value": "kv_group",
+    "gate_proj": "intermediate",
+    "up_proj": "intermediate",
+    "dense_h_to_4h": "intermediate",
+}
+"""Matrices whose columns read the residual stream, and the family of their rows."""
+_FIRST_READERS = ("q_proj", "query_key_value", "gate_proj", "dense_h_to_4h")
+"""One of the readers behind each norm."""
+_WRITERS = {
+    "o_proj": "query_head",
+    "dense": "query_head",
+    "down_proj": "intermediate",
+    "dense_4h_to_h": "intermediate",
+}
+"""Matrices whose rows write to the residual stream, and the family of their columns."""
 
 
 class ActivationStatistics:
@@ -44,12 +69,15 @@ class ActivationStatistics:
         self._handles: list[Any] = []
 
     def __enter__(self) -> "ActivationStatistics":
-        for index, block in enumerate(self.model.model.layers):
-            assert isinstance(block, DecoderLayer)
-            self._watch(block.self_attn.q_proj, self._add_hidden)
-            self._watch(block.mlp.gate_proj, self._add_hidden)
-            self._watch(block.self_attn.o_proj, self._add_heads, index)
-            self._watch(block.mlp.down_proj, self._add_channels, index)
+        for index, block in enumerate(self.model.blocks):
+            for name, module in block.named_modules():
+                matrix = name.rpartition(".")[2]
+                if matrix in _FIRST_READERS:
+                    self._watch(module, self._add_hidden)
+                elif _WRITERS.get(matrix) == "query_head":
+                    self._watch(module, self._add_heads, index)
+                elif _WRITERS.get(matrix) == "intermediate":
+                    self._watch(module, self._add_channels, index)
             self._handles.append(block.register_forward_hook(self._block_hook(index)))
         return self
 
@@ -99,15 +127,30 @@ class ActivationStatistics:
         return hook
 
 
-@torch.no_grad()
 def measure(
+    kind: str,
+    model: CausalLM,
+    sequences: Tensor,
+    context: DistributedContext,
+    micro_batch: int,
+) -> dict[str, Tensor]:
+    """Importance of the units of all families: [rows, units] fp64 on the CPU, non-negative.
+
+    `kind` is "importance", "taylor" or "magnitude"; `sequences` [n, S] is the calibration set.
+    Collective: every rank gets all sequences and runs its share; the result is the same on all.
+    """
+    if kind == "magnitude":
+        return magnitudes(model)
+    if kind == "taylor":
+        return taylor(model, sequences, context)
+    return activations(model, sequences, context, micro_batch)
+
+
+@torch.no_grad()
+def activations(
     model: CausalLM, sequences: Tensor, context: DistributedContext, micro_batch: int
 ) -> dict[str, Tensor]:
-    """Importance of the units of all families over `sequences` [n, S]; collective.
-
-    Every rank gets all sequences and runs its share; the result is the same on all ranks. Each
-    value is a sum over sequences, [rows, units] fp64 on the CPU, non-negative.
-    """
+    """Strength of the units' activations, summed over `sequences` [n, S]; see `measure`."""
     device = context.device
     with ActivationStatistics(model) as statistics:
         step = micro_batch * context.world
@@ -118,6 +161,95 @@ def measure(
             ids = sequences[own.clamp(max=len(sequences) - 1)].to(device)
             model(ids, targets=ids, weights=torch.zeros(ids.shape, device=device))
         return statistics.reduce(context)
+
+
+def taylor(model: CausalLM, sequences: Tensor, context: DistributedContext) -> dict[str, Tensor]:
+    """Mean over `sequences` [n, S] of |gradient of a sequence's mean token loss|, for the mask of
+    every unit; see `measure`.
+
+    One sequence per rank and pass, because absolute values are taken per sequence. No gradients of
+    weights are computed.
+    """
+    shape, device = shape_of(model.config), context.device
+    z = {
+        name: torch.ones(size, device=device, requires_grad=True)
+        for name, size in _family_sizes(shape).items()
+    }
+    sums = {
+        name: torch.zeros(size, dtype=torch.float64, device=device)
+        for name, size in _family_sizes(shape).items()
+    }
+    for start in range(0, len(sequences), context.world):
+        # Ranks without work left run a sequence that does not count: gathers are collective.
+        counts = start + context.rank < len(sequences)
+        ids = sequences[[start + context.rank if counts else 0]].to(device)
+        targets, valid = next_token_targets(ids)
+        weights = valid.float() / valid.sum()
+        loss = model(ids, masks=to_masks(z, shape), targets=targets, weights=weights).loss
+        gradients = torch.autograd.grad(loss, list(z.values()))
+        if counts:
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                total += gradient.double().abs()
+    return {
+        name: context.all_reduce_sum(total).cpu() / len(sequences) for name, total in sums.items()
+    }
+
+
+@torch.no_grad()
+def magnitudes(model: CausalLM) -> dict[str, Tensor]:
+    """Euclidean norm of the weights in matrices that a unit's removal would remove; see `measure`.
+
+    A query head's are its rows of q_proj and columns of o_proj; a KV group's those of all its query
+    heads and its rows of k_proj and v_proj. Every rank gathers the matrices one at a time.
+    """
+    shape = shape_of(model.config)
+    squares = {
+        name: torch.zeros(size, dtype=torch.float64) for name, size in _family_sizes(shape).items()
+    }
+    for name, tensor in full_tensors(model):
+        if tensor.ndim == 2:
+            rows, columns = (
+                torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.float64).square()
+                for dim in (1, 0)
+            )
+            _add_matrix(squares, name, rows, columns, shape)
+    return {name: values.sqrt() for name, values in squares.items()}
+
+
+def _add_matrix(
+    squares: dict[str, Tensor], name: str, rows: Tensor, columns: Tensor, shape: Shape
+) -> None:
+    """Adds the sums of squares of a matrix's rows [out] and columns [in] to its units."""
+    parts = name.split(".")
+    if "layers" not in parts:
+        # Embedding and head, [vocabulary, hidden].
+        squares["hidden"][0] += columns
+        return
+    layer, module = int(parts[parts.index("layers") + 1]), parts[-2]
+    reads = module in _READERS
+    family = _READERS[module] if reads else _WRITERS[module]
+    units, hidden = (rows, columns) if reads else (columns, rows)
+    squares["hidden"][0] += hidden
+    squares["layer"][0, layer] += units.sum()
+    if family == "intermediate":
+        squares[family][layer] += units
+        return
+    squares["kv_group"][layer] += units.view(shape.kv_heads, -1).sum(-1)
+    if family == "query_head":
+        first = layer * shape.kv_heads
+        heads = units.view(shape.kv_heads, shape.group, -1).sum(-1)
+        squares[family][first : first + shape.kv_heads] += heads
+
+
+def _family_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(rows, units) of every mask family of a source."""
+    return {
+        "hidden": (1, shape.hidden),
+        "layer": (1, shape.layers),
+        "kv_group": (shape.layers, shape.kv_heads),
+        "query_head": (shape.layers * shape.kv_heads, shape.group),
+        "intermediate": (shape.layers, shape.ffn),
+    }
 
 
 def standardise(importance: Tensor) -> Tensor:
@@ -140,7 +272,7 @@ def initial_scores(
     paper = config.rule == "paper"
     scores = {}
     for name, family in members.items():
-        if config.initial == "importance":
+        if config.initial != "flat":
             assert importance is not None
             values = standardise(importance[name]) + (PAPER_IMPORTANCE_MEAN if paper else 0.0)
         else:

@@ -97,9 +97,9 @@ def measure_source(
         losses = report(evaluate(model, held_out, held_out.domains, count, batch, context))
     reference = measured_reference(model, reader, config.reference_sequences, batch, context)
     importance = None
-    if config.masks.initial == "importance":
+    if config.masks.initial != "flat":
         sequences = calibration_set(reader, weights, config.masks.calibration_sequences)
-        importance = measure(model, sequences, context, batch)
+        importance = measure(config.masks.initial, model, sequences, context, batch)
         reshard(model)
     return Measurements(losses, reference, importance)
 

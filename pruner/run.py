@@ -25,7 +25,7 @@ from trainer.domains import DomainOptions, Domains, starting_domains
 from trainer.identity import claim_output, run_identity, weights_fingerprint
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
-from trainer.models.hf import load_config, resolve_model
+from trainer.models.hf import check_weights, load_config, resolve_model
 from trainer.models.llama import CausalLM
 from trainer.models.sources import is_hub_id, local_folder
 from trainer.parallel import DistributedContext
@@ -141,6 +141,7 @@ def open_inputs(config: ShearConfig) -> Inputs:
         needs_reference=False,
     )
     folder = resolve_model(config.source, option="--source")
+    check_weights(folder, model)
     return Inputs(folder, model, source, target, reader, held_out, domains)
 
 

@@ -2,7 +2,8 @@
 
 A shape is uniform: every layer of the target has the same sizes. Head dim, vocabulary and the
 number of matrices are never pruned. Presets are the sizes of Sheared LLaMA (arXiv 2310.06694,
-appendix D) for a LLaMA-2-7B source.
+appendix D) for a LLaMA-2-7B source, and those of Pythia-160m (arXiv 2304.01373, table 1) for a
+Pythia-410m source.
 """
 
 from collections.abc import Iterable
@@ -47,13 +48,31 @@ _FIELDS = {
     "ffn": "ffn",
 }
 
-PRESET_SOURCE = "LLaMA-2-7B (layers=32,hidden=4096,heads=32,kv-heads=32,ffn=11008, head dim 128)"
-PRESET_HEAD_DIM = 128
+_APART = ("attention-layers", "mlp-layers")
+"""Sizes that no Hugging Face config can express: docs/decisions/0004."""
+
+
+@dataclass(frozen=True, slots=True)
+class PresetSource:
+    """The model that presets are made for."""
+
+    description: str
+    head_dim: int
+
+
+_LLAMA_2_7B = PresetSource(
+    "LLaMA-2-7B (layers=32,hidden=4096,heads=32,kv-heads=32,ffn=11008, head dim 128)", 128
+)
+_PYTHIA_410M = PresetSource(
+    "Pythia-410m (layers=24,hidden=1024,heads=16,kv-heads=16,ffn=4096, head dim 64)", 64
+)
 PRESETS: dict[str, dict[str, int]] = {
     "1.3b": {"layers": 24, "hidden": 2048, "heads": 16, "ffn": 5504},
     "2.7b": {"layers": 32, "hidden": 2560, "heads": 20, "ffn": 6912},
     "370m": {"layers": 24, "hidden": 1024, "heads": 8, "ffn": 2816},
+    "pythia-160m": {"layers": 12, "hidden": 768, "heads": 12, "ffn": 3072},
 }
+PRESET_SOURCES = dict.fromkeys(PRESETS, _LLAMA_2_7B) | {"pythia-160m": _PYTHIA_410M}
 
 
 def shape_of(config: ModelConfig) -> Shape:
@@ -87,17 +106,19 @@ def parse_target(text: str, source: Shape) -> Shape:
     per query head keeps it so. Raises InputError naming value, limit and fix.
     """
     sizes = parse_sizes(text)
-    if text.strip().lower() not in PRESETS:
+    preset = PRESET_SOURCES.get(text.strip().lower())
+    if preset is None:
         target = _complete(sizes, source)
         validate(target, source)
         return target
-    if source.head_dim != PRESET_HEAD_DIM:
-        raise _preset_error(text, source, f"its head dim {PRESET_HEAD_DIM} is not the source's")
+    if source.head_dim != preset.head_dim:
+        reason = f"its head dim {preset.head_dim} is not the source's"
+        raise _preset_error(text, preset, source, reason)
     target = _complete(sizes, source)
     try:
         validate(target, source)
     except InputError as error:
-        raise _preset_error(text, source, str(error)) from None
+        raise _preset_error(text, preset, source, str(error)) from None
     return target
 
 
@@ -149,6 +170,12 @@ def parse_sizes(text: str) -> dict[str, int]:
     for pair in text.split(","):
         key, equals, value = (part.strip() for part in pair.partition("="))
         key = key.lower().replace("_", "-")
+        if key in _APART:
+            raise InputError(
+                f"target {pair.strip()!r}: attention and feed-forward layers cannot be removed "
+                "apart, because no Hugging Face class has blocks without one of them; use layers=, "
+                "which removes whole blocks"
+            )
         if not equals or key not in _FIELDS:
             raise InputError(
                 f"target {text!r}: {pair.strip()!r} is neither a preset ({', '.join(PRESETS)}) nor "
@@ -174,18 +201,22 @@ def _complete(sizes: dict[str, int], source: Shape) -> Shape:
     return Shape(**complete)
 
 
-def _preset_error(name: str, source: Shape, reason: str) -> InputError:
+def _preset_error(name: str, preset: PresetSource, source: Shape, reason: str) -> InputError:
     return InputError(
-        f"target preset {name} is made for {PRESET_SOURCE} and does not fit this source "
+        f"target preset {name} is made for {preset.description} and does not fit this source "
         f"({source.describe()}, head dim {source.head_dim}): {reason}. Give the sizes instead, "
         f"for example --target {_example(source)}"
     )
 
 
 def _example(source: Shape) -> str:
-    """A valid shape of about half the parameters of the source."""
-    heads = max(source.kv_heads, source.heads // 2 // source.kv_heads * source.kv_heads)
-    hidden = _nearest(source.hidden * 3 // 4, range(heads, source.hidden + 1, heads))
+    """A valid shape of about three quarters of the source's sizes, as wide as its heads together
+    where the source is (GPT-NeoX requires it)."""
+    step = 1 if source.kv_heads == source.heads else source.kv_heads
+    heads = max(step, source.heads * 3 // 4 // step * step)
+    hidden = heads * source.head_dim
+    if source.hidden != source.heads * source.head_dim:
+        hidden = _nearest(source.hidden * 3 // 4, range(heads, source.hidden + 1, heads))
     layers = max(1, source.layers * 3 // 4)
     example = _complete(
         {"layers": layers, "hidden": hidden, "heads": heads, "ffn": max(1, source.ffn * 3 // 4)},

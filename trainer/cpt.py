@@ -14,6 +14,7 @@ from trainer.distillation import TeacherSource, load_teacher, open_teacher, teac
 from trainer.domains import (
     DomainOptions,
     Domains,
+    samples_used,
     sheared_report,
     start_reference,
     starting_domains,
@@ -21,7 +22,7 @@ from trainer.domains import (
 from trainer.identity import claim_output, run_identity, weights_fingerprint
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
-from trainer.models.hf import load_config, resolve_model
+from trainer.models.hf import check_weights, load_config, resolve_model
 from trainer.models.llama import CausalLM
 from trainer.models.sources import fetch_advice, is_hub_id, local_folder
 from trainer.parallel import DistributedContext
@@ -53,6 +54,8 @@ class Inputs:
     reader: TokenReader
     held_out: TokenReader | None
     domains: Domains
+    used: dict[str, int]
+    """Samples of each domain that the shearing run has drawn, and that training passes over."""
     mixture: MixtureConfig
     """Fixed where the options ask for a dynamic one but no reference losses can be known; dynamic
     without any in `domains` means that the start model's are measured."""
@@ -84,9 +87,7 @@ def continue_pretraining(
     if config.steps < 1:
         raise InputError(f"--steps {config.steps}: must be at least 1 to train; use for example 20")
     check_layout(config, parallel.world_size())
-    options = DomainOptions(
-        weights=domain_weights, reference=reference_losses, reference_fit=reference_fit
-    )
+    options = DomainOptions(domain_weights, reference_losses, reference_fit)
     context = parallel.init(replicas=config.replicas, threads=config.threads)
     teaching = (teacher, distillation or DistillationConfig())
     mixture = mixture or MixtureConfig()
@@ -113,6 +114,7 @@ def continue_pretraining(
         weights=inputs.domains.weights,
         reference=_reference(inputs, output, None if resuming else network, config, context),
         mixture=inputs.mixture,
+        used=inputs.used,
         description="cpt",
         tensorboard=tensorboard,
     )
@@ -158,12 +160,17 @@ def open_inputs(
     teacher = open_teacher(name, distillation, config, shape, reader)
     if weights:
         source = find_model(model)
-    return Inputs(source, shape, reader, held_out, domains, mixture, distillation, teacher)
+        check_weights(source, shape)
+    used = samples_used(sheared, reader, config.seed) if weights else {}
+    return Inputs(source, shape, reader, held_out, domains, used, mixture, distillation, teacher)
 
 
 def _say_notes(inputs: Inputs, config: TrainConfig, data: str, context: DistributedContext) -> None:
     for message in inputs.domains.messages():
         say(context, message)
+    if any(inputs.used.values()):
+        total = sum(inputs.used.values())
+        say(context, f"data: goes on after the {total:,} samples that shearing has drawn")
     if config.eval_sequences and inputs.held_out is None:
         say(context, f"note: {data} has no held-out sequences: nothing will be evaluated")
 

@@ -21,7 +21,7 @@ REFERENCE_SEQUENCES = 32
 """Training sequences per domain on which a start model's loss is measured."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class DomainOptions:
     """What the user says about the domains; None leaves it to `starting_domains`."""
 
@@ -140,6 +140,17 @@ def _match(values: dict[str, float], sizes: Mapping[str, int], flag: str) -> dic
             "give each exactly once"
         )
     return values
+
+
+def samples_used(sheared: dict[str, Any] | None, reader: TokenReader, seed: int) -> dict[str, int]:
+    """Samples of each domain that the shearing run drew, in the order that `reader` and `seed` give
+    too; none where its data, sample length or seed was another."""
+    drawn = (sheared or {}).get("samples") or {}
+    known = (drawn.get("data"), drawn.get("sizes"), drawn.get("seed"))
+    if known != (reader.fingerprint, reader.sizes, seed):
+        return {}
+    used: dict[str, int] = drawn["used"]
+    return used
 
 
 def sheared_report(model: Path) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Assembly shared by every command that trains: checked inputs in, a trainer ready to fit out."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,7 @@ def build_trainer(
     weights: dict[str, float],
     reference: dict[str, float],
     mixture: MixtureConfig,
+    used: Mapping[str, int] | None = None,
     callbacks: Sequence[Callback] = (),
     description: str,
     tensorboard: bool = True,
@@ -170,9 +171,10 @@ def build_trainer(
     """Puts model, optimizer, data and callbacks together; restores the newest checkpoint, if any.
 
     `callbacks` run before the standard ones. `weights` are the initial domain weights; `reference`
-    the losses a dynamic mixture steers towards.
+    the losses a dynamic mixture steers towards; `used` samples of each domain are passed over.
     """
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
+    sampler.start_after(used or {})
     stream = BatchStream(reader, sampler, config.global_batch, context.rank, context.world)
     horizon = max(1, config.steps) * config.global_batch * config.seq_len
     checkpointer = Checkpointer(output / "checkpoints", context, keep=config.keep_checkpoints)
@@ -261,6 +263,7 @@ def training_report(trainer: Trainer) -> dict[str, Any]:
         "held_out": {},
         "steps": trainer.step,
         "tokens": trainer.tokens,
+        "samples": trainer.stream.order(),
         **trainer.throughput.summary(),
     }
     for callback in trainer.callbacks:

@@ -1,5 +1,6 @@
 """Stages run once per settings, resume when interrupted, start afresh when settings change."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,3 +89,18 @@ def test_command_prints_itself_and_ignores_the_users_settings(
 def test_a_failing_or_stopped_command_is_an_error(tmp_path: Path, code: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         command([sys.executable, "-c", code], makes=tmp_path / "made")
+
+
+def test_a_logged_command_prints_nothing_and_is_known_while_it_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    running: set[subprocess.Popen[bytes]] = set()
+    log = tmp_path / "logs" / "log"
+    code = f"import sys; print('out'); print('err', file=sys.stderr); open({str(log)!r})"
+    for _ in range(2):
+        command([sys.executable, "-c", code], makes=log, log=log, running=running)
+    assert capfd.readouterr().out == "" and not running
+    assert log.read_text().count(f"$ {sys.executable} -c ") == 2
+    assert log.read_text().count("\nout\n") == log.read_text().count("\nerr\n") == 2
+    with pytest.raises(InputError, match=rf"last command in {log} exited with status 3"):
+        command([sys.executable, "-c", "exit(3)"], makes=log, log=log)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.errors import InputError
 from pruner.extract import Extraction, extract
 from pruner.masks import families, to_masks
 from pruner.shapes import Shape, shape_of, validate
@@ -24,10 +25,18 @@ BASE: dict[str, Any] = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
     "llama-mha": {"model_type": "llama", "num_key_value_heads": 6},
+    "llama-3": {"model_type": "llama", "rope_scaling": LLAMA3_ROPE, "rope_theta": 5e5},
     "llama-mqa": {"model_type": "llama", "num_key_value_heads": 1},
     "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral", "sliding_window": None},
@@ -35,11 +44,26 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
 }
+NEOX_BASE: dict[str, Any] = {
+    "model_type": "gpt_neox",
+    "vocab_size": 53,
+    "hidden_size": 48,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+}
+NEOX_MODELS: dict[str, dict[str, Any]] = {
+    "pythia": NEOX_BASE,
+    "sequential-tied": NEOX_BASE | {"use_parallel_residual": False, "tie_word_embeddings": True},
+    "no-bias": NEOX_BASE | {"attention_bias": False, "rotary_pct": 1.0},
+}
 
 
 def random_model(**options: Any) -> CausalLM:
     """Every parameter random, gains and biases too, so that nothing can hide behind 0 or 1."""
-    model = CausalLM(ModelConfig.from_hf(BASE | options))
+    base = NEOX_BASE if options["model_type"] == "gpt_neox" else BASE
+    model = CausalLM(ModelConfig.from_hf(base | options))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
@@ -94,6 +118,46 @@ def test_masked_extracted_and_reloaded_models_agree(name: str, soft: bool, tmp_p
     assert shape_of(config) == target
 
 
+@pytest.mark.parametrize("name", NEOX_MODELS)
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize(
+    "target",
+    [
+        Shape(2, 32, 4, 4, 8, 11),
+        Shape(3, 32, 4, 4, 8, 20),
+        Shape(1, 48, 6, 6, 8, 20),
+        Shape(3, 48, 6, 6, 8, 7),
+        Shape(1, 8, 1, 1, 8, 1),
+    ],
+    ids=["all", "width", "layer", "ffn", "one-of-each"],
+)
+def test_gpt_neox_agrees(name: str, soft: bool, target: Shape, tmp_path: Path) -> None:
+    model = random_model(**NEOX_MODELS[name])
+    source = shape_of(model.config)
+    validate(target, source)
+    config = check_all_agree(model, random_masks(target, source, soft=soft), tmp_path / "model")
+    assert shape_of(config) == target
+
+
+@pytest.mark.parametrize("name", NEOX_MODELS)
+@pytest.mark.parametrize("sizes", [(17, 6), (48, 2)], ids=["hidden", "heads"])
+def test_gpt_neox_width_and_heads_alone_work_but_have_no_folder(
+    name: str, sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    model = random_model(**NEOX_MODELS[name])
+    source = shape_of(model.config)
+    masks = random_masks(Shape(3, sizes[0], sizes[1], sizes[1], 8, 20), source)
+    config, pairs = extract(model.config, masks, model.named_parameters())
+    tensors = {key: tensor.detach() for key, tensor in pairs}
+    with pytest.raises(InputError, match=r"is not \d heads of 8, and GPT-NeoX configs"):
+        save_model(config, tensors, tmp_path / "model")
+    extracted = CausalLM(config)
+    extracted.load_state_dict(tensors)
+    ids = torch.randint(0, 53, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert difference(extracted(ids), model(ids, masks=masks)) < 1e-5
+
+
 @pytest.mark.parametrize(
     "target",
     [
@@ -114,12 +178,12 @@ def test_single_families_and_single_units(name: str, target: Shape, tmp_path: Pa
     assert shape_of(config) == target
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "pythia", "sequential-tied"])
 def test_all_units_kept_with_soft_masks(name: str, tmp_path: Path) -> None:
-    model = random_model(**MODELS[name])
+    model = random_model(**(MODELS | NEOX_MODELS)[name])
     generator = torch.Generator().manual_seed(5)
     masks = Masks(
-        hidden=0.2 + 0.8 * torch.rand(24, generator=generator),
+        hidden=0.2 + 0.8 * torch.rand(model.config.hidden_size, generator=generator),
         layer=0.2 + 0.8 * torch.rand(3, generator=generator),
         head=0.2 + 0.8 * torch.rand(3, 6, generator=generator),
         intermediate=0.2 + 0.8 * torch.rand(3, 20, generator=generator),

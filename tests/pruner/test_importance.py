@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,3 +197,29 @@ def test_initial_scores_by_rule_and_kind() -> None:
     other = initial_scores(members, MaskConfig(init="flat"), None, 1, cpu)
     assert torch.equal(flat["hidden"], again["hidden"])
     assert not torch.equal(flat["hidden"], other["hidden"])
+
+
+def test_gpt_neox_is_measured_by_all_means(tmp_path: Path) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = GPTNeoXConfig(vocab_size=259, num_hidden_layers=2, **sizes)
+    plain = GPTNeoXForCausalLM(config).eval()
+    plain.save_pretrained(tmp_path)
+    block = plain.gpt_neox.layers[1]
+    inputs: list[Tensor] = []
+    for module in (block.attention.dense, block.mlp.dense_4h_to_h):
+        module.register_forward_pre_hook(lambda _, x: inputs.append(x[0].detach()))
+    with torch.no_grad():
+        plain(sequences(3))
+    heads, channels = (x.abs().mean(1).square().sum(0).double() for x in inputs)
+    found = measured(tmp_path, 3)
+    assert torch.allclose(found["kv_group"][1], heads.view(4, 8).sum(-1), rtol=1e-4)
+    assert torch.allclose(found["intermediate"][1], channels, rtol=1e-4)
+    found = measured(tmp_path, 1, kind="magnitude")
+    fused, output = block.attention.query_key_value.weight, block.attention.dense.weight
+    expected = norm(fused.detach()[24:48], output.detach()[:, 8:16])
+    assert found["kv_group"][1, 1].item() == pytest.approx(expected, rel=1e-5)
+    taylor = measured(tmp_path, 2, kind="taylor")
+    assert all(bool((values > 0).all()) for values in taylor.values())

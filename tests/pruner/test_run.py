@@ -21,6 +21,7 @@ from pruner.shapes import config_of
 from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokens
 from trainer.config import DistillationConfig, TrainConfig
+from trainer.cpt import continue_pretraining
 from trainer.loop import Trainer
 from trainer.models.hf import load_config
 
@@ -135,6 +136,34 @@ def test_no_steps_prune_at_once_by_the_initial_scores(
     dims = kept["kept.hidden"][0]
     rows = source["model.embed_tokens.weight"][:, dims]
     assert torch.equal(before["model.embed_tokens.weight"], rows)
+
+
+def test_continued_training_goes_on_after_the_samples_of_shearing(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shear(configure(inputs, tmp_path / "shear"))
+    report = json.loads((tmp_path / "shear" / "shear.json").read_text())
+    drawn = report["samples"]["used"]
+    train = configure(inputs, tmp_path).train
+    assert sum(drawn.values()) == train.steps * train.global_batch
+
+    def train_on(output: str, **changes: Any) -> dict[str, int]:
+        trainer = continue_pretraining(
+            replace(train, **changes),
+            model=str(tmp_path / "shear"),
+            data=configure(inputs, tmp_path).data,
+            output=tmp_path / output,
+            tensorboard=False,
+        )
+        assert trainer is not None
+        return trainer.stream.sampler.used
+
+    used = train_on("same")
+    assert "goes on after the" in capsys.readouterr().out
+    assert sum(used.values()) == 2 * sum(drawn.values())
+    assert all(used[domain] >= drawn[domain] for domain in drawn)
+    # Another seed gives another order, in which nothing is known to have been drawn.
+    assert sum(train_on("other", seed=train.seed + 1).values()) == sum(drawn.values())
 
 
 def test_whole_blocks_are_removed_at_once(inputs: Path, tmp_path: Path) -> None:

@@ -1,25 +1,56 @@
 import re
+from dataclasses import replace
 
 import pytest
 
 from data.errors import InputError
-from pruner.shapes import PRESETS, Shape, config_of, parse_target, shape_of, validate
+from pruner.shapes import (
+    PRESET_SOURCES,
+    PRESETS,
+    Shape,
+    config_of,
+    parse_target,
+    shape_of,
+    validate,
+)
 from trainer.models.config import ModelConfig
 
 LLAMA_7B = Shape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, ffn=11008)
 SMOLLM = Shape(layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536)
+PYTHIA_410M = Shape(layers=24, hidden=1024, heads=16, kv_heads=16, head_dim=64, ffn=4096)
 LLAMA3_8B = Shape(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336)
 
 
-def test_presets_of_the_7b_source() -> None:
+def test_presets_of_their_sources() -> None:
     expected = {
         "1.3b": Shape(24, 2048, 16, 16, 128, 5504),
         "2.7b": Shape(32, 2560, 20, 20, 128, 6912),
         "370m": Shape(24, 1024, 8, 8, 128, 2816),
     }
-    assert set(expected) == set(PRESETS)
     for name, shape in expected.items():
         assert parse_target(name, LLAMA_7B) == shape
+    assert parse_target("pythia-160m", PYTHIA_410M) == Shape(12, 768, 12, 12, 64, 3072)
+    assert set(expected) | {"pythia-160m"} == set(PRESETS) == set(PRESET_SOURCES)
+
+
+def test_preset_pythia_160m_has_the_published_size() -> None:
+    source = ModelConfig.from_hf(
+        {
+            "model_type": "gpt_neox",
+            "vocab_size": 50304,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "rotary_pct": 0.25,
+        }
+    )
+    assert shape_of(source) == PYTHIA_410M
+    # arXiv 2304.01373, table 1: parameters without embeddings.
+    assert source.num_parameters(embeddings=False) == 302_311_424
+    target = config_of(parse_target("pythia-160m", shape_of(source)), source)
+    assert target.num_parameters(embeddings=False) == 85_056_000
+    assert target.to_hf().hidden_size == 768
 
 
 def test_preset_on_a_grouped_query_source_keeps_its_kv_heads() -> None:
@@ -57,6 +88,12 @@ def test_described_shape_parses_back() -> None:
         ("ffn=many", r"ffn='many' is not a whole number"),
         ("ffn=3,ffn=4", r"gives ffn twice"),
         ("layers=30", r"the source's own shape.*smaller"),
+        (
+            "pythia-160m",
+            r"preset pythia-160m is made for Pythia-410m .*hidden=768 is outside 1\.\.576",
+        ),
+        ("attention-layers=3", r"'attention-layers=3'.*cannot be removed apart.*use layers="),
+        ("layers=3,mlp_layers=2", r"'mlp_layers=2'.*cannot be removed apart"),
         ("1.3b", r"preset 1\.3b is made for LLaMA-2-7B .*head dim 64.*--target layers="),
     ],
 )
@@ -71,12 +108,17 @@ def test_preset_larger_than_the_source() -> None:
         parse_target("2.7b", small)
 
 
-@pytest.mark.parametrize("source", [SMOLLM, Shape(2, 64, 4, 4, 16, 96), Shape(1, 8, 1, 1, 8, 3)])
+@pytest.mark.parametrize(
+    "source", [SMOLLM, PYTHIA_410M, Shape(2, 64, 4, 2, 16, 96), Shape(1, 8, 1, 1, 8, 3)]
+)
 def test_the_shape_an_error_proposes_is_valid(source: Shape) -> None:
     with pytest.raises(InputError) as error:
         parse_target("370m", source)
     proposal = str(error.value).rpartition("--target ")[2]
-    assert parse_target(proposal, source) != source
+    target = parse_target(proposal, source)
+    assert target != source
+    if source.hidden == source.heads * source.head_dim:
+        assert target.hidden == target.heads * target.head_dim
 
 
 def test_every_nearest_value_in_a_message_is_accepted() -> None:
@@ -118,3 +160,18 @@ def test_a_width_that_heads_do_not_divide_is_for_families_that_can_store_it() ->
     with pytest.raises(InputError, match=r"500 is not a multiple of the 6 heads.*size of 498"):
         config_of(target, config("llama")).to_hf()
     assert config_of(target, config("mistral")).to_hf().hidden_size == 500
+
+
+def test_gpt_neox_keeps_its_width_at_heads_times_head_dim() -> None:
+    source = replace(
+        config("gpt_neox"),
+        num_kv_heads=9,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        activation="gelu",
+    )
+    target = config_of(parse_target("hidden=500,heads=6", shape_of(source)), source)
+    with pytest.raises(InputError, match=r"500 is not 6 heads of 64.*384 with 6 .*448 with 7"):
+        target.to_hf()
+    assert config_of(parse_target("hidden=448,heads=7", shape_of(source)), source).to_hf()

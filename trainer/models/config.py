@@ -251,11 +251,12 @@ class ModelConfig:
                 )
             return
         if self.query_size != self.hidden_size:
+            fitting = max(1, self.hidden_size // self.head_dim)
             raise InputError(
-                f"hidden size {self.hidden_size} is not {self.num_heads} heads of "
-                f"{self.head_dim}; GPT-NeoX configs have no other head dim than hidden size / "
-                f"heads: use a hidden size of {self.query_size} with heads={self.num_heads}, or "
-                "sizes of the same ratio"
+                f"hidden size {self.hidden_size} is not {self.num_heads} heads of {self.head_dim}, "
+                "and GPT-NeoX configs have no head dim of their own: use a hidden size of "
+                f"{self.query_size} with {self.num_heads} heads, or {fitting * self.head_dim} with "
+                f"{fitting}"
             )
         if self.num_kv_heads != self.num_heads:
             raise InputError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -49,6 +49,7 @@ _COMPANIONS = (
 # Checkpoints of old transformers versions store these buffers; they follow from the config.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
 _COMPARED_ROWS = 4096
+"""Rows of head and embedding that are read at once to compare them."""
 _SINGLE = "model.safetensors"
 
 
@@ -165,10 +166,9 @@ def _same_values(first: Any, second: Any) -> bool:
     """Whether two stored matrices are equal, without holding either."""
     if first.get_shape() != second.get_shape():
         return False
-    return all(
-        bool((first[start : start + _COMPARED_ROWS] == second[start : start + _COMPARED_ROWS]).all())
-        for start in range(0, first.get_shape()[0], _COMPARED_ROWS)
-    )
+    rows = first.get_shape()[0]
+    parts = (slice(start, start + _COMPARED_ROWS) for start in range(0, rows, _COMPARED_ROWS))
+    return all(bool((first[part] == second[part]).all()) for part in parts)
 
 
 @contextmanager

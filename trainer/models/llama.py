@@ -131,10 +131,10 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """Decoder language model; parameter names and layouts are exactly Hugging Face's.
 
-    Masks are folded into weights: they scale the embedding's output, the gain of every norm (whose
-    statistics run over the live dimensions), the rows of what writes to the residual stream and the
-    columns of what reads heads or channels. The final norm's gain carries the hidden mask once, the
-    head none. Slicing and scaling weights by the same masks therefore gives the same function, and
+    Masks are folded into weights: they scale the embedding's output, gain and bias of every norm
+    (its statistics run over the live dimensions), the rows of what writes to the residual stream
+    and the columns of what reads heads or channels. The final norm carries the hidden mask once,
+    the head none. Slicing and scaling weights by the same masks therefore gives the same function, and
     compact masks (Masks.compact) compute only the slices that are not zero.
     """
 

@@ -1,4 +1,4 @@
-"""The quality benchmark's documents: the first of each domain measured, the next trained on."""
+"""Documents of a comparison: the first of each domain measured, the next trained on."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from data.errors import InputError
-from launch.quality import split_documents
+from launch.text_split import split_documents
 
 
 def write(path: Path, *domains: str) -> None:

@@ -1,0 +1,186 @@
+"""What a comparison consists of: its options, methods and targets."""
+
+import re
+import shlex
+from dataclasses import dataclass, replace
+
+from data.errors import InputError
+
+TARGETS = {
+    "half": "layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152",
+    "quarter": "layers=22,hidden=336,heads=6,kv-heads=2,ffn=768",
+}
+"""Named targets: 44% and 23% of SmolLM2-135M's parameters without embeddings."""
+OURS = "ours"
+METHODS = (OURS, "paper", "blocks", "activation", "magnitude", "random")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig:
+    """Compare pruning methods on one model at equal tokens. Resumable."""
+
+    source: str
+    """Model to prune: a Hugging Face folder or hub id."""
+    input: tuple[str, ...]
+    """Documents with domains, as for data.tokenize."""
+    output: str = "runs/compare"
+    """Folder of everything this makes."""
+    json: str | None = None
+    """Write the table to this file, anew after every finished run."""
+    methods: tuple[str, ...] = METHODS
+    """ours: masks learned by projection; paper: by Sheared LLaMA's rule; blocks: whole blocks
+    removed at once; activation, magnitude: the same shape cut at once, by strength of activations
+    or norm of weights; random: that shape trained from scratch."""
+    variant: tuple[str, ...] = ()
+    """Further methods as NAME=FLAGS: ours with these flags of pruner.shear and, after a |, of
+    launch/cpt.py; {seed} stands for the seed, and --steps N leaves the other steps to training."""
+    targets: tuple[str, ...] = ("half", "quarter")
+    """Shapes as NAME=SIZES, or half and quarter, which fit SmolLM2-135M."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of data order and masks."""
+    jobs: int = 1
+    """Stages run at once."""
+    threads: int | None = None
+    """CPU threads of a stage. None: one where several run at once, else all cores."""
+    dead_units: bool = False
+    """Instead of comparing losses, shear under both rules and count kept units that are dead."""
+    sparsities: tuple[float, ...] = (0.5, 0.75, 0.95)
+    """With --dead-units: fraction of the units that is removed of every mask family."""
+    domain_weights: str = "c4=0.6,stackexchange=0.25,github=0.15"
+    """Domains and their share of the training tokens; documents of others are left out."""
+    held_out_documents: int = 60
+    """First documents of each domain, kept for measuring."""
+    train_documents: int = 340
+    """Documents of each domain after those, for training."""
+    sequences: int = 24
+    """Held-out sequences measured per domain."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    batch: int = 8
+    """Sequences per step."""
+    shear_steps: int = 16
+    """Steps of mask learning; methods that cut at once train that much longer instead."""
+    cpt_steps: int = 24
+    """Steps of continued pre-training after them."""
+    shear_lr: float = 3e-4
+    """Peak learning rate while shearing."""
+    cpt_lr: float = 6e-4
+    """Peak learning rate of continued pre-training."""
+    random_lr: float = 1e-3
+    """Peak learning rate from scratch."""
+    precision: str = "bf16"
+    """Compute precision."""
+
+    def __post_init__(self) -> None:
+        counts = ("shear_steps", "cpt_steps", "sequences", "batch", "jobs", "held_out_documents")
+        for name in (*counts, "train_documents"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {getattr(self, name)}: must be at least 1")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"--seeds {list(self.seeds)}: give at least one, and each once")
+        outside = [value for value in self.sparsities if not 0 < value < 1]
+        if outside:
+            raise InputError(f"--sparsities {outside[0]}: must lie between 0 and 1, such as 0.5")
+        methods_of(self)
+        targets_of(self)
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains."""
+        return [part.split("=")[0] for part in self.domain_weights.split(",")]
+
+    @property
+    def steps(self) -> int:
+        """Training steps of every method."""
+        return self.shear_steps + self.cpt_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How one row of the table is made. All methods train for the same number of steps in all."""
+
+    name: str
+    shear_steps: int
+    """Of them, steps of mask learning; 0 cuts at once."""
+    shear_flags: tuple[str, ...] = ()
+    cpt_flags: tuple[str, ...] = ()
+    seeded: bool = True
+    """Whether pruning depends on the seed; otherwise all seeds share it."""
+    whole_blocks: bool = False
+    """Remove whole blocks, to about as many parameters as the target has."""
+    random: bool = False
+    """Train the shape from scratch instead of the pruned weights."""
+
+    def pruned(self) -> "Method":
+        """The method whose pruned models this one starts from."""
+        return _AT_ONCE["activation"] if self.random else self
+
+
+_AT_ONCE = {
+    "blocks": Method("blocks", 0, seeded=False, whole_blocks=True),
+    "activation": Method("activation", 0, ("--init", "importance"), seeded=False),
+    "magnitude": Method("magnitude", 0, ("--init", "magnitude"), seeded=False),
+    "random": Method("random", 0, random=True, seeded=False),
+}
+
+
+def methods_of(config: CompareConfig) -> list[Method]:
+    """The methods that `config` names. Raises InputError for unknown, repeated or bad ones."""
+    ours = Method(OURS, config.shear_steps)
+    paper = Method("paper", config.shear_steps, ("--rule", "paper"))
+    known = {OURS: ours, "paper": paper, **_AT_ONCE}
+    found: list[Method] = []
+    for name in config.methods:
+        if name not in known:
+            raise InputError(f"--methods {name}: unknown; known are {', '.join(known)}")
+        found.append(known[name])
+    found += [_variant(text, ours, config.steps) for text in config.variant]
+    names = [method.name for method in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two methods are called {name!r}: give each name once")
+    if not found:
+        raise InputError(f"no method to compare: give --methods, some of {', '.join(known)}")
+    return found
+
+
+def _variant(text: str, ours: Method, steps: int) -> Method:
+    name, equals, flags = text.partition("=")
+    if not equals or not _NAME.fullmatch(name):
+        raise InputError(
+            f"--variant {text!r} is not NAME=FLAGS: write for example 'taylor=--init taylor'"
+        )
+    shear, _, cpt = flags.partition("|")
+    words = shlex.split(shear)
+    method = replace(ours, name=name, cpt_flags=tuple(shlex.split(cpt)))
+    if "--steps" in words:
+        place = words.index("--steps")
+        value = (words[place + 1 : place + 2] or [""])[0]
+        if not value.isdecimal() or int(value) >= steps:
+            raise InputError(
+                f"--variant {text!r}: --steps {value} must be a number from 0 to {steps - 1}, "
+                f"because shearing and training take {steps} steps together"
+            )
+        method = replace(method, shear_steps=int(value))
+        del words[place : place + 2]
+    return replace(method, shear_flags=tuple(words))
+
+
+def targets_of(config: CompareConfig) -> dict[str, str]:
+    """Shapes as --target takes them, by name. Raises InputError for bad or repeated names."""
+    found: dict[str, str] = {}
+    for text in config.targets:
+        name, _, sizes = text.partition("=")
+        if not sizes and name not in TARGETS:
+            raise InputError(
+                f"--targets {text!r} is neither {' nor '.join(TARGETS)} nor NAME=SIZES: write for "
+                f"example small={TARGETS['half']}"
+            )
+        if not _NAME.fullmatch(name) or name in found:
+            raise InputError(f"--targets {text!r}: the name {name!r} is not usable, or given twice")
+        found[name] = sizes or TARGETS[name]
+    if not found:
+        raise InputError(f"no target: give --targets, such as {' '.join(TARGETS)}")
+    return found

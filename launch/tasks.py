@@ -1,0 +1,160 @@
+"""Stages that depend on one another, several at once, with the time left."""
+
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import InputError
+from launch.stages import Stages, say
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One stage (launch.stages) and what it waits for."""
+
+    name: str
+    kind: str
+    """Tasks of one kind take about equally long."""
+    settings: Mapping[str, Any]
+    after: tuple[str, ...]
+    """Names of the tasks it builds on."""
+    folder: Path
+    action: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Tasks, and what to make of them."""
+
+    tasks: list[Task]
+    """In the order in which they should start."""
+    results: Callable[[set[str]], dict[str, Any] | None]
+    """The results so far, JSON-able, from the names of the finished tasks; None while there are
+    none."""
+    show: Callable[[dict[str, Any]], None]
+    """Prints results."""
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    stages: Stages,
+    *,
+    jobs: int,
+    running: set[subprocess.Popen[bytes]],
+    finished: Callable[[Task], None],
+) -> None:
+    """Runs all tasks, `jobs` at once and earlier ones first, and calls `finished` after each.
+
+    Where a task fails, the ones that do not build on it still run; then InputError names those that
+    failed. On Ctrl-C or SIGTERM the processes in `running` are asked to stop and waited for.
+    """
+    waiting = {task.name: task for task in tasks}
+    done: set[str] = set()
+    failed: dict[str, str] = {}
+    active: dict[Future[None], Task] = {}
+    stopping = threading.Event()
+    with _terminate_as_interrupt(), ThreadPoolExecutor(jobs) as pool:
+        try:
+            while True:
+                ready = [task for task in waiting.values() if done.issuperset(task.after)]
+                for task in ready[: jobs - len(active)]:
+                    del waiting[task.name]
+                    active[pool.submit(_run, task, stages, stopping)] = task
+                if not active:
+                    break
+                for future in wait(active, return_when=FIRST_COMPLETED).done:
+                    task = active.pop(future)
+                    try:
+                        future.result()
+                    except InputError as error:
+                        failed[task.name] = str(error)
+                        say(f"{task.name} failed: {error}")
+                        continue
+                    done.add(task.name)
+                    finished(task)
+                    if task.name not in stages.reused:
+                        unfinished = [*waiting.values(), *active.values()]
+                        _say_time_left(tasks, unfinished, stages, jobs)
+        except BaseException:
+            stopping.set()
+            _stop(active, running)
+            raise
+    if failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise InputError(
+            f"{len(failed)} of {len(tasks)} stages failed, and {len(waiting)} that build on them "
+            f"were left out: {reasons}"
+        )
+
+
+def seconds_left(
+    tasks: Sequence[Task], unfinished: Sequence[Task], seconds: Mapping[str, float], jobs: int
+) -> float | None:
+    """Estimate for `unfinished` tasks from the `seconds` of finished ones of their kinds, and from
+    all finished ones where no such is known; None where none is finished."""
+    left = {task.name for task in unfinished}
+    known: dict[str, list[float]] = {}
+    for task in tasks:
+        if task.name in seconds and task.name not in left:
+            known.setdefault(task.kind, []).append(seconds[task.name])
+    everything = [value for values in known.values() for value in values]
+    if not everything:
+        return None
+    total = 0.0
+    for task in unfinished:
+        values = known.get(task.kind, everything)
+        total += sum(values) / len(values)
+    return total / min(jobs, max(1, len(unfinished)))
+
+
+def _run(task: Task, stages: Stages, stopping: threading.Event) -> None:
+    if not stopping.is_set():
+        stages.run(
+            task.name,
+            settings=task.settings,
+            after=task.after,
+            folder=task.folder,
+            action=task.action,
+        )
+
+
+def _say_time_left(
+    tasks: Sequence[Task], unfinished: Sequence[Task], stages: Stages, jobs: int
+) -> None:
+    seconds = seconds_left(tasks, unfinished, stages.seconds, jobs)
+    if unfinished and seconds is not None:
+        hours, minutes = divmod(round(seconds / 60), 60)
+        spelled = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+        print(f"{len(unfinished)} of {len(tasks)} stages left, about {spelled}", flush=True)
+
+
+def _stop(active: Mapping[Future[None], Task], running: set[subprocess.Popen[bytes]]) -> None:
+    asked: set[subprocess.Popen[bytes]] = set()
+    while not all(future.done() for future in active):
+        for process in set(running) - asked:
+            process.terminate()
+            asked.add(process)
+        wait(active, timeout=0.2)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Makes SIGTERM end this process as Ctrl-C does, where signals can be handled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

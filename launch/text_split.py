@@ -1,0 +1,52 @@
+"""Text for comparisons: documents of each domain split into those to train on and those to measure
+on, in the order of the input."""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from data.errors import InputError
+from data.sources import Document, Fields, find_files, iterate_documents
+
+
+def split_documents(
+    patterns: Iterable[str], domains: list[str], held_out: int, train: int, folder: Path
+) -> None:
+    """Writes train.jsonl.zst and held_out.jsonl.zst: the first `held_out` documents of each domain,
+    and the `train` that follow them.
+
+    Reads no further than the last document it needs. Raises InputError when a domain has too few
+    documents to measure and train on.
+    """
+    wanted = held_out + train
+    found: dict[str, list[Document]] = {domain: [] for domain in domains}
+    others: set[str] = set()
+    for document in _documents(patterns):
+        kept = found.get(document.domain)
+        if kept is None:
+            others.add(document.domain)
+        elif len(kept) < wanted:
+            kept.append(document)
+            if all(len(part) == wanted for part in found.values()):
+                break
+    for domain in domains:
+        if len(found[domain]) <= held_out:
+            known = sorted(others | {name for name, part in found.items() if part})
+            raise InputError(
+                f"domain {domain!r} has {len(found[domain])} documents and --held-out-documents is "
+                f"{held_out}, which leaves none to train on; the input has {known}"
+            )
+    for name, part in {"held_out": slice(held_out), "train": slice(held_out, None)}.items():
+        chosen = itertools.chain.from_iterable(found[domain][part] for domain in domains)
+        with pa.output_stream(str(folder / f"{name}.jsonl.zst"), compression="zstd") as stream:
+            for document in chosen:
+                record = {"text": document.text, "meta": {"domain": document.domain}}
+                stream.write(json.dumps(record).encode() + b"\n")
+
+
+def _documents(patterns: Iterable[str]) -> Iterator[Document]:
+    for path in find_files(list(patterns)):
+        yield from iterate_documents(path, Fields())
