@@ -24,10 +24,11 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# torch goes first and pinned, so that no extra can pull another version in.
-$(INSTALLED): pyproject.toml setup.py | $(BIN)/python
-	$(BIN)/python -m pip install "$(TORCH)"
-	$(BIN)/python -m pip install -e ".[demo,dev]" "$(TORCH)"
+# torch goes first and pinned, so that no extra can pull another version in. Without isolation the
+# build sees it and compiles the operators of csrc/, if there is a compiler.
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*) | $(BIN)/python
+	$(BIN)/python -m pip install "$(TORCH)" "setuptools>=77"
+	$(BIN)/python -m pip install --no-build-isolation -e ".[demo,dev]" "$(TORCH)"
 	@touch $@
 
 demo: $(INSTALLED)
@@ -50,4 +51,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info trainer/kernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

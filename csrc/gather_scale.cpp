@@ -4,24 +4,19 @@
 // rows are formed in blocks of kBlockRows, which are then added in order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <numeric>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
-#include "gather_scale.h"
+#include "gather_scale_torch.h"
 
 // One build serves every x86-64 processor: the loops are compiled for three instruction sets.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -34,22 +29,9 @@
 namespace shorn {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr std::int64_t kBlockRows = 32;
 constexpr std::int64_t kMinimumRun = 16;
 constexpr std::int64_t kGrain = 1 << 14;  // elements worth a thread
-
-template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  message << "gather_scale: ";
-  ((message << parts), ...);
-  throw std::runtime_error(message.str());
-}
 
 struct Run {
   std::int64_t start, length, target;
@@ -180,9 +162,7 @@ bool has_avx512() { return false; }
 std::vector<std::int32_t> read_index(const OptionalTensor& tensor, std::int64_t size,
                                      const char* name) {
   if (!tensor) return {};
-  require(tensor->is_cpu() && tensor->dim() == 1 && tensor->scalar_type() == ScalarType::Long,
-          name, "s must be [n] int64 on the weight's device");
-  const auto* values = tensor->const_data_ptr<std::int64_t>();
+  const auto* values = data<std::int64_t>(*tensor);
   const std::int64_t count = tensor->size(0), stride = tensor->stride(0);
   std::vector<std::int32_t> index(count);
   for (std::int64_t i = 0; i < count; ++i) {
@@ -242,16 +222,9 @@ Selection read_columns(const OptionalTensor& tensor, std::int64_t size, bool vec
 }
 
 template <typename T>
-constexpr ScalarType kScaleType =
-    std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-
-template <typename T>
-Scale<T> read_scale(const OptionalTensor& tensor, std::int64_t size, const char* name) {
+Scale<T> read_scale(const OptionalTensor& tensor) {
   if (!tensor) return {};
-  require(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == size &&
-              tensor->scalar_type() == kScaleType<T>,
-          name, "_scale must be [", size, "] in fp32, or fp64 where the weight is");
-  return {static_cast<const Wide<T>*>(tensor->const_data_ptr()), tensor->stride(0)};
+  return {data<Wide<T>>(*tensor), tensor->stride(0)};
 }
 
 // The scales of the selected columns; for kVectors those of all columns, padded.
@@ -269,38 +242,30 @@ std::vector<Wide<T>> scales(const Scale<T>& scale, const Selection& columns) {
 template <typename T>
 constexpr bool kMayUseVectors = !std::is_same_v<T, double>;
 
-// The weight with consecutive elements along its rows.
-Tensor with_rows(const Tensor& weight) {
-  require(weight.is_cpu() && weight.dim() == 2, "weight must be a matrix");
-  require(std::max(weight.size(0), weight.size(1)) <= std::numeric_limits<std::int32_t>::max(),
-          "weight must have fewer than 2^31 rows and columns");
-  const bool consecutive = weight.stride(1) == 1 || weight.size(1) <= 1;
-  return consecutive ? weight : torch::stable::contiguous(weight);
-}
-
 std::int64_t grain(std::int64_t elements) {
   return std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(1, elements));
 }
 
-template <typename T>
-Tensor run_forward(const Tensor& weight, const OptionalTensor& rows,
-                   const OptionalTensor& row_scale, const OptionalTensor& columns,
-                   const OptionalTensor& column_scale) {
-  Forward<T> task;
-  task.weight = static_cast<const T*>(weight.const_data_ptr());
-  task.stride = weight.stride(0);
-  task.rows = read_rows(rows, weight.size(0), false);
-  task.columns = read_columns(columns, weight.size(1), kMayUseVectors<T> && has_avx512());
-  task.row_scale = read_scale<T>(row_scale, weight.size(0), "row");
-  task.column_scale =
-      scales(read_scale<T>(column_scale, weight.size(1), "column"), task.columns);
-  const std::int64_t n = task.rows.count, m = task.columns.count;
-  Tensor result = torch::stable::new_empty(weight, {n, m});
-  task.result = static_cast<T*>(result.mutable_data_ptr());
-  torch::stable::parallel_for(0, n, grain(m), [&](std::int64_t begin, std::int64_t end) {
-    SHORN_BEST(forward_rows, task, begin, end);
+Tensor gather_scale(Tensor weight, OptionalTensor rows, OptionalTensor row_scale,
+                    OptionalTensor columns, OptionalTensor column_scale) {
+  weight = check(weight, rows, row_scale, columns, column_scale);
+  return dispatch(weight, [&](auto element) {
+    using T = decltype(element);
+    Forward<T> task;
+    task.weight = data<T>(weight);
+    task.stride = weight.stride(0);
+    task.rows = read_rows(rows, weight.size(0), false);
+    task.columns = read_columns(columns, weight.size(1), kMayUseVectors<T> && has_avx512());
+    task.row_scale = read_scale<T>(row_scale);
+    task.column_scale = scales(read_scale<T>(column_scale), task.columns);
+    const std::int64_t n = task.rows.count, m = task.columns.count;
+    Tensor result = torch::stable::new_empty(weight, {n, m});
+    task.result = mutable_data<T>(result);
+    torch::stable::parallel_for(0, n, grain(m), [&](std::int64_t begin, std::int64_t end) {
+      SHORN_BEST(forward_rows, task, begin, end);
+    });
+    return result;
   });
-  return result;
 }
 
 // Adds the blocks' column sums [blocks, width] and puts them where their columns stand.
@@ -326,68 +291,21 @@ void add_blocks(const Wide<T>* sums, std::int64_t blocks, std::int64_t width,
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
+// Fills the gradients of `task` that are wanted, with room for them already in place.
 template <typename T, typename G>
-Gradients run_backward(const Tensor& gradient, const Tensor& weight, const OptionalTensor& rows,
-                       const OptionalTensor& row_scale, const OptionalTensor& columns,
-                       const OptionalTensor& column_scale, bool need_weight,
-                       bool need_row_scale, bool need_column_scale) {
-  const std::int64_t size = weight.size(0), width = weight.size(1);
-  Backward<T, G> task;
-  task.weight = static_cast<const T*>(weight.const_data_ptr());
-  task.stride = weight.stride(0);
-  task.rows = read_rows(rows, size, true);
-  task.columns = read_columns(columns, width, kMayUseVectors<T> && has_avx512());
-  task.row_scale = read_scale<T>(row_scale, size, "row");
-  task.column_scale = scales(read_scale<T>(column_scale, width, "column"), task.columns);
-  const std::int64_t n = task.rows.count, m = task.columns.count;
-  require(gradient.is_cpu() && gradient.dim() == 2 && gradient.size(0) == n &&
-              gradient.size(1) == m,
-          "gradient must be [", n, ", ", m, "]");
-  const Tensor values = torch::stable::contiguous(gradient);
-  task.gradient = static_cast<const G*>(values.const_data_ptr());
-
-  const std::int64_t none = 0;
-  Tensor d_weight = need_weight ? torch::stable::new_empty(weight, {size, width})
-                                : torch::stable::new_empty(weight, {none});
-  Tensor d_row_scale =
-      torch::stable::new_empty(weight, {need_row_scale ? size : none}, kScaleType<T>);
-  Tensor d_column_scale =
-      torch::stable::new_empty(weight, {need_column_scale ? width : none}, kScaleType<T>);
-  auto wanted = [](bool needed, const Tensor& tensor) {
-    return needed ? tensor.mutable_data_ptr() : nullptr;
-  };
-  task.d_weight = static_cast<T*>(wanted(need_weight, d_weight));
-  task.d_row_scale = static_cast<Wide<T>*>(wanted(need_row_scale, d_row_scale));
-  const bool reduce = need_row_scale || need_column_scale;
-  if (!need_weight && !reduce) return {d_weight, d_row_scale, d_column_scale};
-  const std::int64_t blocks = (size + kBlockRows - 1) / kBlockRows;
+void run_backward(Backward<T, G>& task, bool reduce, Wide<T>* d_column_scale) {
+  const std::int64_t blocks = (task.rows.size + kBlockRows - 1) / kBlockRows;
+  const std::int64_t elements = kBlockRows * task.columns.size;
   task.sums_width = static_cast<std::int64_t>(task.column_scale.size());
   // Every block fills its own part before it adds to it.
   std::unique_ptr<Wide<T>[]> sums(reduce ? new Wide<T>[blocks * task.sums_width] : nullptr);
   task.sums = sums.get();
   torch::stable::parallel_for(
-      0, blocks, grain(kBlockRows * width), [&](std::int64_t begin, std::int64_t end) {
+      0, blocks, grain(elements), [&](std::int64_t begin, std::int64_t end) {
         SHORN_BEST(backward_blocks, task, begin, end);
       });
-  if (need_column_scale) {
-    auto* target = static_cast<Wide<T>*>(d_column_scale.mutable_data_ptr());
-    add_blocks<T>(task.sums, blocks, task.sums_width, task.columns, target);
-  }
-  return {d_weight, d_row_scale, d_column_scale};
-}
-
-Tensor gather_scale(Tensor weight, OptionalTensor rows, OptionalTensor row_scale,
-                    OptionalTensor columns, OptionalTensor column_scale) {
-  weight = with_rows(weight);
-  auto run = [&](auto element) {
-    return run_forward<decltype(element)>(weight, rows, row_scale, columns, column_scale);
-  };
-  switch (weight.scalar_type()) {
-    case ScalarType::Double: return run(double());
-    case ScalarType::Float: return run(float());
-    case ScalarType::BFloat16: return run(BFloat16());
-    case ScalarType::Half: return run(Half());
-    default: throw std::runtime_error("gather_scale: weight must be a floating-point matrix");
+  if (d_column_scale != nullptr) {
+    add_blocks<T>(task.sums, blocks, task.sums_width, task.columns, d_column_scale);
   }
 }
 
@@ -395,26 +313,38 @@ Gradients gather_scale_backward(Tensor gradient, Tensor weight, OptionalTensor r
                                 OptionalTensor row_scale, OptionalTensor columns,
                                 OptionalTensor column_scale, bool need_weight,
                                 bool need_row_scale, bool need_column_scale) {
-  weight = with_rows(weight);
-  const bool same = gradient.scalar_type() == weight.scalar_type();
-  require(same || (gradient.scalar_type() == ScalarType::Float &&
-                   weight.scalar_type() != ScalarType::Double),
-          "gradient must have the weight's dtype or fp32");
-  auto run = [&](auto element) {
+  weight = check(weight, rows, row_scale, columns, column_scale);
+  gradient = check_gradient(gradient, weight, rows, columns);
+  const std::int64_t out = weight.size(0), in = weight.size(1);
+  Tensor d_weight = need_weight ? torch::stable::new_empty(weight, {out, in})
+                                : torch::stable::new_empty(weight, {std::int64_t(0)});
+  Tensor d_row_scale = gradient_like(weight, need_row_scale, out);
+  Tensor d_column_scale = gradient_like(weight, need_column_scale, in);
+  const bool reduce = need_row_scale || need_column_scale;
+  auto run = [&](auto element, auto gradient_element) {
     using T = decltype(element);
-    auto call = [&](auto* backward) {
-      return backward(gradient, weight, rows, row_scale, columns, column_scale, need_weight,
-                      need_row_scale, need_column_scale);
-    };
-    return same ? call(run_backward<T, T>) : call(run_backward<T, Wide<T>>);
+    using G = decltype(gradient_element);
+    Backward<T, G> task;
+    task.gradient = data<G>(gradient);
+    task.weight = data<T>(weight);
+    task.stride = weight.stride(0);
+    task.rows = read_rows(rows, out, true);
+    task.columns = read_columns(columns, in, kMayUseVectors<T> && has_avx512());
+    task.row_scale = read_scale<T>(row_scale);
+    task.column_scale = scales(read_scale<T>(column_scale), task.columns);
+    task.d_weight = need_weight ? mutable_data<T>(d_weight) : nullptr;
+    task.d_row_scale = need_row_scale ? mutable_data<Wide<T>>(d_row_scale) : nullptr;
+    auto* sums = need_column_scale ? mutable_data<Wide<T>>(d_column_scale) : nullptr;
+    if (need_weight || reduce) run_backward(task, reduce, sums);
   };
-  switch (weight.scalar_type()) {
-    case ScalarType::Double: return run(double());
-    case ScalarType::Float: return run(float());
-    case ScalarType::BFloat16: return run(BFloat16());
-    case ScalarType::Half: return run(Half());
-    default: throw std::runtime_error("gather_scale: weight must be a floating-point matrix");
-  }
+  dispatch(weight, [&](auto element) {
+    if (gradient.scalar_type() == weight.scalar_type()) {
+      run(element, element);
+    } else {
+      run(element, Wide<decltype(element)>());
+    }
+  });
+  return {d_weight, d_row_scale, d_column_scale};
 }
 
 }  // namespace

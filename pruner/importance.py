@@ -21,6 +21,7 @@ from pruner.masks import Family, to_masks
 from pruner.shapes import Shape, shape_of
 from trainer.loop import next_token_targets
 from trainer.models.llama import CausalLM
+from trainer.models.names import Names, Role
 from trainer.parallel import DistributedContext
 from trainer.run import full_tensors
 
@@ -30,23 +31,13 @@ PAPER_IMPORTANCE_MEAN = 2.0
 its bound."""
 FLAT_STD = 0.01
 _READERS = {
-    "q_proj": "query_head",
-    "k_proj": "kv_group",
-    "v_proj": "kv_group",
-    "query_key_value": "kv_group",
-    "gate_proj": "intermediate",
-    "up_proj": "intermediate",
-    "dense_h_to_4h": "intermediate",
+    Role.QUERIES: "query_head",
+    Role.KEYS: "kv_group",
+    Role.FUSED: "kv_group",
+    Role.CHANNELS: "intermediate",
 }
 """Matrices whose columns read the residual stream, and the family of their rows."""
-_FIRST_READERS = ("q_proj", "query_key_value", "gate_proj", "dense_h_to_4h")
-"""One of the readers behind each norm."""
-_WRITERS = {
-    "o_proj": "query_head",
-    "dense": "query_head",
-    "down_proj": "intermediate",
-    "dense_4h_to_h": "intermediate",
-}
+_WRITERS = {Role.ATTENTION_OUTPUT: "query_head", Role.FEED_FORWARD_OUTPUT: "intermediate"}
 """Matrices whose rows write to the residual stream, and the family of their columns."""
 
 
@@ -70,14 +61,12 @@ class ActivationStatistics:
 
     def __enter__(self) -> "ActivationStatistics":
         for index, block in enumerate(self.model.blocks):
-            for name, module in block.named_modules():
-                matrix = name.rpartition(".")[2]
-                if matrix in _FIRST_READERS:
-                    self._watch(module, self._add_hidden)
-                elif _WRITERS.get(matrix) == "query_head":
-                    self._watch(module, self._add_heads, index)
-                elif _WRITERS.get(matrix) == "intermediate":
-                    self._watch(module, self._add_channels, index)
+            # One of the readers behind each of the two norms.
+            attention = Role.FUSED if self.model.config.fused_qkv else Role.QUERIES
+            self._watch(block, attention, self._add_hidden)
+            self._watch(block, Role.CHANNELS, self._add_hidden)
+            self._watch(block, Role.ATTENTION_OUTPUT, self._add_heads, index)
+            self._watch(block, Role.FEED_FORWARD_OUTPUT, self._add_channels, index)
             self._handles.append(block.register_forward_hook(self._block_hook(index)))
         return self
 
@@ -102,11 +91,16 @@ class ActivationStatistics:
     def _zeros(self, *size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.float64, device=self.device)
 
-    def _watch(self, module: nn.Module, add: Callable[..., None], *arguments: int) -> None:
+    def _watch(
+        self, block: nn.Module, role: Role, add: Callable[..., None], *arguments: int
+    ) -> None:
+        """Has `add` called with the strength of the inputs of a block's first module of `role`."""
+
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             per_sequence = inputs[0].detach().float().abs().mean(1).double().square()
             add((per_sequence * self.weights[:, None]).sum(0), *arguments)
 
+        module = block.get_submodule(self.model.names.with_role(role))
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def _add_hidden(self, squares: Tensor) -> None:
@@ -212,22 +206,28 @@ def magnitudes(model: CausalLM) -> dict[str, Tensor]:
                 torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.float64).square()
                 for dim in (1, 0)
             )
-            _add_matrix(squares, name, rows, columns, shape)
+            _add_matrix(squares, model.names, name, rows, columns, shape)
     return {name: values.sqrt() for name, values in squares.items()}
 
 
 def _add_matrix(
-    squares: dict[str, Tensor], name: str, rows: Tensor, columns: Tensor, shape: Shape
+    squares: dict[str, Tensor],
+    names: Names,
+    name: str,
+    rows: Tensor,
+    columns: Tensor,
+    shape: Shape,
 ) -> None:
     """Adds the sums of squares of a matrix's rows [out] and columns [in] to its units."""
-    parts = name.split(".")
-    if "layers" not in parts:
+    prefix = f"{names.blocks}."
+    if not name.startswith(prefix):
         # Embedding and head, [vocabulary, hidden].
         squares["hidden"][0] += columns
         return
-    layer, module = int(parts[parts.index("layers") + 1]), parts[-2]
-    reads = module in _READERS
-    family = _READERS[module] if reads else _WRITERS[module]
+    index, _, part = name.removeprefix(prefix).partition(".")
+    layer, role = int(index), names.modules[part.rpartition(".")[0]]
+    reads = role in _READERS
+    family = _READERS[role] if reads else _WRITERS[role]
     units, hidden = (rows, columns) if reads else (columns, rows)
     squares["hidden"][0] += hidden
     squares["layer"][0, layer] += units.sum()

@@ -31,7 +31,15 @@ fp32 and the saved folder, by the type of the saved weights. A wrong extraction 
 rounding alone makes up to 1e-4 in fp32 where a model has outlier dimensions."""
 UNCHECKED = "model.unchecked"
 """Name of the saved folder until it has passed the check."""
-CONSTANTS = ("norm_eps", "rope_theta", "rope_scaling", "head_dim")
+CONSTANTS = (
+    "norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rotary_fraction",
+    "head_dim",
+    "activation",
+    "parallel_residual",
+)
 """Fields of the config that pruning never changes, and whose change may move logits little."""
 
 

@@ -35,6 +35,7 @@ def which(device: torch.device | str = "cpu") -> Backend:
 
 
 def reference_is_forced() -> bool:
+    """Whether this is inside `reference_only`."""
     return _reference_only
 
 

@@ -134,8 +134,8 @@ class CausalLM(nn.Module):
     Masks are folded into weights: they scale the embedding's output, gain and bias of every norm
     (its statistics run over the live dimensions), the rows of what writes to the residual stream
     and the columns of what reads heads or channels. The final norm carries the hidden mask once,
-    the head none. Slicing and scaling weights by the same masks therefore gives the same function, and
-    compact masks (Masks.compact) compute only the slices that are not zero.
+    the head none. Slicing and scaling weights by the same masks therefore gives the same function,
+    and compact masks (Masks.compact) compute only the slices that are not zero.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -62,7 +62,7 @@ def test_runs_without_a_usable_library(tmp_path: Path) -> None:
     assert lines == ["reference", "gather_scale: row index 4 is out of range for 4 rows"]
 
 
-@pytest.mark.parametrize("level", ["default", "avx2"])
+@pytest.mark.parametrize("level", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_every_instruction_set_computes_the_same(level: str) -> None:
     """The tests of the operator again, on a processor that could do less than this one."""
     if library.which("cpu") == "reference":

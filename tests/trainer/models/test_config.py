@@ -61,6 +61,64 @@ def test_sizes_and_flops_of_llama_2_7b() -> None:
     assert config.flops_per_token(4096, causal=True) == pytest.approx(42.87e9, rel=1e-3)
 
 
+def test_sizes_and_flops_of_pythia_410m() -> None:
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "gpt_neox",
+            "vocab_size": 50304,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "rotary_pct": 0.25,
+            "rotary_emb_base": 10000,
+            "use_parallel_residual": True,
+            "max_position_embeddings": 2048,
+        }
+    )
+    assert (config.rotary_dim, config.rope_theta, config.parallel_residual) == (16, 10_000.0, True)
+    assert config.num_parameters() == 405_334_016  # arXiv 2304.01373, table 1
+    weights = 24 * (4 + 2 * 4) * 1024**2 + 50304 * 1024
+    assert config.flops_per_token(2048, causal=False) == 6 * weights + 12 * 24 * 1024 * 2048
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu"}, r"'relu' is not supported in gpt_neox; only 'gelu', 'gelu_new'"),
+        ({"head_dim": 16}, r"head_dim 16 in a gpt_neox config .*remove the key"),
+        ({"rotary_pct": 0.4}, r"head_dim is 8, of which .* turns 3; it needs an even number"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"hidden_size": 50}, "not divisible by the number of attention heads"),
+    ],
+)
+def test_unsupported_gpt_neox_configs_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ModelConfig.from_hf({**CASES["gpt_neox"], **change})
+
+
+def test_what_only_gpt_neox_can_express_is_refused_elsewhere() -> None:
+    sizes = {**_SIZES, "num_heads": 8, "num_kv_heads": 8}
+    for change in ({"rotary_fraction": 0.5}, {"parallel_residual": True}, {"activation": "gelu"}):
+        with pytest.raises(InputError, match="use family gpt_neox"):
+            ModelConfig(family="mistral", **sizes, **change).to_hf()
+    options: dict[str, Any] = {
+        "activation": "gelu",
+        "mlp_bias": True,
+        "qkv_bias": True,
+        "output_bias": True,
+    }
+    sizes |= {"head_dim": 512}
+    assert ModelConfig(family="gpt_neox", **sizes, **options).to_hf().rope_parameters is not None
+    with pytest.raises(InputError, match="4 KV heads for 8"):
+        ModelConfig(family="gpt_neox", **{**sizes, "num_kv_heads": 4}, **options).to_hf()
+    with pytest.raises(InputError, match=r"4096 is not 4 heads of 512.*2048 with 4 .*4096 with 8"):
+        small = {**sizes, "num_heads": 4, "num_kv_heads": 4}
+        ModelConfig(family="gpt_neox", **small, **options).to_hf()
+    with pytest.raises(InputError, match="need mlp_bias"):
+        ModelConfig(family="gpt_neox", **sizes, **{**options, "mlp_bias": False}).to_hf()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -40,7 +40,9 @@ def test_gradients_equal_autograd_of_the_formula(rows: bool, columns: bool, sele
     result = fold(*inputs)
     torch.testing.assert_close(result, expected)
     theirs = torch.autograd.grad(expected, used, upstream)
-    for gradient, reference in zip(torch.autograd.grad(result, used, upstream), theirs, strict=True):
+    for gradient, reference in zip(
+        torch.autograd.grad(result, used, upstream), theirs, strict=True
+    ):
         torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
 
 

@@ -88,9 +88,10 @@ def test_dead_dimensions_stay_zero_and_their_weights_do_not_matter() -> None:
         states = model._hidden_states(ids, masks)
         assert not states[..., dead].any()
         before = model(ids, masks)
-        model.gpt_neox.embed_in.weight[:, dead] += 100
-        model.gpt_neox.layers[0].input_layernorm.bias[dead] += 100  # type: ignore[union-attr,operator]
-        model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias[dead] += 100  # type: ignore[union-attr,index]
+        tensors = dict(model.named_parameters())
+        tensors["gpt_neox.embed_in.weight"][:, dead] += 100
+        tensors["gpt_neox.layers.0.input_layernorm.bias"][dead] += 100
+        tensors["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"][dead] += 100
         assert torch.equal(model(ids, masks), before)
 
 

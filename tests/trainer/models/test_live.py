@@ -37,7 +37,10 @@ def test_padded_units_hold_all_live_ones_and_as_few_dead_as_fit(
 
 
 @given(
-    kv_heads=st.integers(1, 5), group=st.integers(1, 4), seed=st.integers(0, 10_000), p=st.floats(0, 1)
+    kv_heads=st.integers(1, 5),
+    group=st.integers(1, 4),
+    seed=st.integers(0, 10_000),
+    p=st.floats(0, 1),
 )
 def test_live_heads_are_the_smallest_uniform_set(
     kv_heads: int, group: int, seed: int, p: float

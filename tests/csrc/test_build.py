@@ -1,0 +1,75 @@
+"""setup.py builds what it can, and never fails for want of a compiler or of PyTorch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BUILD = """
+import sys
+hide_torch, target = sys.argv[1:]
+if hide_torch == "yes":
+    sys.modules["torch"] = None
+sys.argv = ["setup.py", "build_ext", "--build-lib", target, "--build-temp", target]
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+"""
+
+# The CUDA library asks for symbols that only a PyTorch with CUDA has: they are left unresolved.
+REGISTER = """
+import ctypes, os, sys
+import torch
+import trainer.kernels.gather_scale
+ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)
+for name in ("shorn::gather_scale", "shorn::gather_scale_backward"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+print("registered")
+"""
+
+
+def build(target: Path, hide_torch: bool = False, **environment: str) -> tuple[set[str], str]:
+    """Names of the libraries that a build leaves in `target`, and what it printed."""
+    result = subprocess.run(
+        [sys.executable, "-c", BUILD, "yes" if hide_torch else "no", str(target)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    return {path.name for path in target.rglob("*.so")}, result.stdout + result.stderr
+
+
+def test_without_pytorch_nothing_is_compiled(tmp_path: Path) -> None:
+    assert build(tmp_path, hide_torch=True)[0] == set()
+
+
+def test_failing_compiler_is_only_a_warning(tmp_path: Path) -> None:
+    false = shutil.which("false")
+    assert false is not None
+    # A path without nvcc: only the C++ operator is tried.
+    libraries, output = build(tmp_path, CXX=false, PATH=str(tmp_path))
+    assert libraries == set()
+    assert "warning: csrc/gather_scale.cpp was not built" in output
+
+
+@pytest.mark.slow
+def test_both_operators_are_built_where_nvcc_is(tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    libraries, _ = build(tmp_path, SHORN_CUDA="1")
+    assert libraries == {"_shorn_cpu.so", "_shorn_cuda.so"}
+    (library,) = tmp_path.rglob("_shorn_cuda.so")
+    result = subprocess.run(
+        [sys.executable, "-c", REGISTER, str(library)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert result.stdout.strip() == "registered", result.stderr
