@@ -1,6 +1,7 @@
 """Mask learning as a callback of the training loop."""
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,8 +12,10 @@ from pruner.constraint import Rule
 from pruner.masks import alive_counts, to_masks
 from pruner.shapes import Shape
 from trainer.callbacks.base import Callback
-from trainer.models.live import computed_flops
+from trainer.models.folding import Reuse
+from trainer.models.live import LiveUnits, computed_flops
 from trainer.models.masks import Masks
+from trainer.parallel import compute_dtype
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
@@ -38,9 +41,11 @@ class ShearCallback(Callback):
 
     name: ClassVar[str] = "shear"
 
-    def __init__(self, rule: Rule, source: Shape) -> None:
+    def __init__(self, rule: Rule, source: Shape, room: float = math.inf) -> None:
         self.rule = rule
         self.source = source
+        self.room = room
+        """Bytes of each rank that gathered weights and their gradient sums may take."""
         self.z: dict[str, Tensor] = {}
         """[rows, units] masks of each family in this rank's last draw."""
         self._outputs: list[Tensor] = []
@@ -53,12 +58,12 @@ class ShearCallback(Callback):
 
     def on_step_start(self, t: "Trainer") -> None:
         self._outputs, self._leaves = [], []
-        draws = self.rule.config.mask_draws
+        draws = self.rule.config.draws
         if draws != "micro-batch":
             self._draw(t, t.context.rank if draws == "rank" else 0, t.micro_batches)
 
     def on_micro_batch(self, t: "Trainer") -> None:
-        if self.rule.config.mask_draws == "micro-batch":
+        if self.rule.config.draws == "micro-batch":
             self._draw(t, t.context.rank * t.micro_batches + t.micro_batch, 1)
 
     def _draw(self, t: "Trainer", draw: int, passes: int) -> None:
@@ -70,20 +75,34 @@ class ShearCallback(Callback):
         trained = [name for name, z in outputs.items() if z.requires_grad]
         self._outputs += [outputs[name] for name in trained]
         self._leaves += [leaves[name] for name in trained]
-        # Replicas (HSDP) must reduce the same parameters in each pass, so nothing is put off there.
-        shared = 1 if t.config.replicas > 1 else passes
-        t.masks = self._compact(Masks.of(leaves), t, shared)
+        t.masks = self._compact(Masks.of(leaves), t)
+        live = t.masks.live
+        if live is not None:
+            model, seq_len = t.model.config, t.config.seq_len
+            t.throughput.recount(lambda causal: computed_flops(model, live, seq_len, causal))
+            if passes > 1 and self._may_share(live, t):
+                t.masks = replace(t.masks, reuse=Reuse(passes))
 
-    def _compact(self, masks: Masks, t: "Trainer", passes: int = 1) -> Masks:
+    def _compact(self, masks: Masks, t: "Trainer") -> Masks:
         if not self.rule.config.compact:
             return masks
-        model, seq_len = t.model.config, t.config.seq_len
         padding = PADDING.get(t.context.device.type, 16)
-        compacted = masks.compact(model, multiple=padding, passes=passes)
-        live = compacted.live
-        if live is not None:
-            t.throughput.recount(lambda causal: computed_flops(model, live, seq_len, causal))
-        return compacted
+        return masks.compact(t.model.config, multiple=padding)
+
+    def _may_share(self, live: LiveUnits, t: "Trainer") -> bool:
+        """Whether the passes of this draw share their gathered weights.
+
+        That puts off the gradients of what is gathered to the last pass, and FSDP reduces in each
+        pass what has a gradient: ranks with different live units would disagree about it, and
+        replicas (HSDP) must reduce the same parameters every time.
+        """
+        if self.rule.config.draws != "step" or t.config.replicas > 1:
+            return False
+        model = t.model.config
+        share = computed_flops(model, live, 0, True) / model.flops_per_token(0, True)
+        itemsize = compute_dtype(t.config.precision, t.context.device).itemsize
+        # The gathered weights, and the fp32 sums of their gradients.
+        return model.num_parameters() * share * (itemsize + 4) <= self.room
 
     def on_backward(self, t: "Trainer") -> None:
         self._steered = bool(self._outputs)

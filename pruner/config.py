@@ -7,6 +7,9 @@ from data.errors import InputError
 from data.mixture import MixtureConfig
 from trainer.config import DistillationConfig, TrainConfig
 
+COLDEST = 1e-4
+"""Lowest temperature at which rounding of the scores leaves the count exact."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskConfig:
@@ -40,8 +43,9 @@ class MaskConfig:
     compact: bool = True
     """Run each pass on the units whose mask is not zero. The result is that of the dense masked
     model; off, every pass computes the whole source."""
-    mask_draws: Literal["step", "rank", "micro-batch"] = "step"
-    """Which passes share a draw of the masks: all of a step, all of a rank in a step, or none."""
+    mask_draws: Literal["step", "rank", "micro-batch"] | None = None
+    """Which passes share a draw of the masks: all of a step, all of a rank in a step, or none.
+    Default: step for projection, micro-batch (as published) for paper."""
     implicit_gradient: bool = True
     """Differentiate through the threshold, so that the gradient cannot change the count
     (projection)."""
@@ -58,9 +62,9 @@ class MaskConfig:
                 f"target-warmup={self.warmup} is later than harden={self.harden}: the count must "
                 "reach the target before masks harden, lower target-warmup or raise harden"
             )
-        if not 0 < self.final_temperature <= self.temperature:
+        if not COLDEST <= self.final_temperature <= self.temperature:
             raise InputError(
-                f"final-temperature={self.final_temperature} must lie in (0, temperature="
+                f"final-temperature={self.final_temperature} must lie in [{COLDEST}, temperature="
                 f"{self.temperature}]: use for example 0.02"
             )
         positive = {"mask-lr": self.learning_rate, "mask-clip": self.mask_clip}
@@ -79,6 +83,11 @@ class MaskConfig:
     def initial(self) -> str:
         """The initialisation in force: a value of `init`."""
         return self.init or ("importance" if self.rule == "projection" else "flat")
+
+    @property
+    def draws(self) -> str:
+        """What shares a draw of the masks, in force."""
+        return self.mask_draws or ("step" if self.rule == "projection" else "micro-batch")
 
     @property
     def learning_rate(self) -> float:

@@ -11,6 +11,7 @@ paper       Sheared LLaMA (arXiv 2310.06694): a penalty on the expected L0 norm 
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -158,7 +159,9 @@ class Projection(Rule):
 
     def masks(self, step: int, draw: int | None = 0) -> dict[str, Tensor]:
         levels = self.solve(step)
-        self.levels = {name: level.detach() for name, level in levels.items()}
+        fixed = {name: level.detach() for name, level in levels.items()}
+        if draw is not None:
+            self.levels = fixed
         if self.hardened(step):
             return self.final()
         temperature = self.temperature(step)
@@ -167,7 +170,7 @@ class Projection(Rule):
         z = {}
         for name in self.members:
             scores = self.scores[name].double()
-            level = levels[name] if self.config.implicit_gradient else self.levels[name]
+            level = levels[name] if self.config.implicit_gradient else fixed[name]
             logit = (scores - level) / temperature
             z[name] = gate(logit + scale * noise[name] if noise else logit).float()
         return z
@@ -277,8 +280,8 @@ class Paper(Rule):
     """Sheared LLaMA's rule: hard-concrete masks, penalty on expected sparsity, dual ascent.
 
     Constants are those of the published code (beta 2/3, log-alpha within ln 0.01 .. ln 100, one
-    pair of multipliers per family, mean over rows). At the end the top-k soft values of each row
-    are kept, whatever they are.
+    pair of multipliers per family, mean over rows); its weight decay of 0 is the run's to set. At
+    the end the top-k soft values of each row are kept, whatever they are.
     """
 
     BETA = 2 / 3
@@ -310,17 +313,22 @@ class Paper(Rule):
         )
 
     def masks(self, step: int, draw: int | None = 0) -> dict[str, Tensor]:
+        if draw is None:
+            return self.kept({n: self.current_target(f, step) for n, f in self.members.items()})
         noise = self.noise(step, draw)
         return {
-            name: gate((scores + noise[name] if noise else scores) / self.BETA)
-            for name, scores in self.scores.items()
+            name: gate((scores + noise[name]) / self.BETA) for name, scores in self.scores.items()
         }
 
     def final(self) -> dict[str, Tensor]:
+        return self.kept({name: family.target for name, family in self.members.items()})
+
+    def kept(self, targets: Mapping[str, float]) -> dict[str, Tensor]:
+        """The published masks of evaluation: soft values of each row's top scores, else 0."""
         return {
-            name: torch.sigmoid(self.EVAL_SHARPNESS / self.BETA * self.scores[name].detach())
-            * indicator(self.scores[name].detach(), family.target)
-            for name, family in self.members.items()
+            name: torch.sigmoid(self.EVAL_SHARPNESS / self.BETA * scores.detach())
+            * indicator(scores.detach(), round(targets[name]))
+            for name, scores in self.scores.items()
         }
 
     def duals(self) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ PAPER_IMPORTANCE_MEAN = 2.0
 """log-alpha of an average unit that starts from importance: P(z = 1) is 0.6, and no unit is held at
 its bound."""
 FLAT_STD = 0.01
+FLOOR = 1e-3
+"""Least importance that is told apart, relative to the median of a row."""
 _READERS = {
     Role.QUERIES: "query_head",
     Role.KEYS: "kv_group",
@@ -253,8 +255,14 @@ def _family_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def standardise(importance: Tensor) -> Tensor:
-    """ln(importance) with mean 0 and standard deviation 1 in each row, fp32; 0 in constant rows."""
-    logs = importance.double().clamp(min=1e-30).log()
+    """ln(importance) with mean 0 and standard deviation 1 in each row, fp32; 0 in constant rows.
+
+    Values below a thousandth of the row's median count as that: an unused unit, whose logarithm has
+    no bound, would flatten the differences of all others.
+    """
+    values = importance.double()
+    floor = values.median(-1, keepdim=True).values * FLOOR
+    logs = torch.maximum(values, floor).clamp(min=1e-30).log()
     centred = logs - logs.mean(-1, keepdim=True)
     deviation = centred.square().mean(-1, keepdim=True).sqrt()
     return torch.where(deviation > 1e-9, centred / deviation.clamp(min=1e-9), 0.0).float()

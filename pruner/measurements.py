@@ -101,7 +101,18 @@ def measure_source(
         sequences = calibration_set(reader, weights, config.masks.calibration_sequences)
         importance = measure(config.masks.initial, model, sequences, context, batch)
         reshard(model)
+        _require_finite(importance)
     return Measurements(losses, reference, importance)
+
+
+def _require_finite(importance: dict[str, Tensor]) -> None:
+    for name, values in importance.items():
+        rows = torch.nonzero(~values.isfinite().all(-1)).flatten().tolist()
+        if rows:
+            raise InputError(
+                f"the importance of {name} row {rows[0]} is not finite: the source's weights are "
+                "damaged, or --precision does not suit it; use --precision fp32"
+            )
 
 
 def calibration_set(reader: TokenReader, weights: dict[str, float], count: int) -> Tensor:

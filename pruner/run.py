@@ -24,6 +24,7 @@ from trainer.distillation import TeacherSource, check_teacher, load_teacher, tea
 from trainer.domains import DomainOptions, Domains, starting_domains
 from trainer.identity import claim_output, run_identity, weights_fingerprint
 from trainer.loop import Trainer
+from trainer.memory import room_bytes
 from trainer.models.config import ModelConfig
 from trainer.models.hf import check_weights, load_config, resolve_model
 from trainer.models.llama import CausalLM
@@ -215,7 +216,9 @@ def _assemble(
     seed = config.train.seed
     scores = initial_scores(members, config.masks, measured.importance, seed, context.device)
     rule = make_rule(members, scores, config.masks, config.train.steps, seed)
-    shear_callback = ShearCallback(rule, inputs.source)
+    teacher = inputs.model if config.distillation.weight else None
+    room = room_bytes(inputs.model, config.train, context, teacher)
+    shear_callback = ShearCallback(rule, inputs.source, room)
     trainer = build_trainer(
         model,
         config.train,

@@ -12,6 +12,8 @@ from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext, compute_dtype
 
+ROOM_SHARE = 0.7
+"""Share of a device's memory that may be filled before activations by what merely saves time."""
 STATE_BYTES = 16
 """Per parameter: weight, gradient and both Adam moments in fp32, divided over the shards."""
 
@@ -80,6 +82,23 @@ def check_memory(
             ),
         )
     )
+
+
+def room_bytes(
+    model: ModelConfig,
+    config: TrainConfig,
+    context: DistributedContext,
+    teacher: ModelConfig | None = None,
+) -> float:
+    """Bytes that every rank can spare for weights kept from one micro-batch to the next; 0 where
+    memory is to be saved (--reshard-after-forward). Collective."""
+    if config.reshard_after_forward:
+        return 0.0
+    shards = context.mesh.get_group("shard").size()
+    itemsize = compute_dtype(config.precision, context.device).itemsize
+    held = model.num_parameters() * (STATE_BYTES / shards + itemsize)
+    held += teacher_bytes(teacher, itemsize, shards, whole=True)
+    return min(context.gather(ROOM_SHARE * total_memory(context.device) - held))
 
 
 def teacher_bytes(teacher: ModelConfig | None, itemsize: int, shards: int, *, whole: bool) -> int:

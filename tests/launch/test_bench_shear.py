@@ -78,7 +78,9 @@ def test_the_timed_steps_run_at_the_sparsity_they_name(monkeypatch: pytest.Monke
     def watch(self: shear_timing.Variant, clock: shear_timing.Clock) -> tuple[float, float]:
         taken = run(self, clock)
         if self.shear is not None:
-            seen.setdefault(self.step, set()).add(int((self.shear.z["intermediate"] > 0).sum(-1)[0]))
+            seen.setdefault(self.step, set()).add(
+                int((self.shear.z["intermediate"] > 0).sum(-1)[0])
+            )
         return taken
 
     monkeypatch.setattr(shear_timing.Variant, "run", watch)
@@ -90,7 +92,7 @@ def test_the_timed_steps_run_at_the_sparsity_they_name(monkeypatch: pytest.Monke
 
 
 def test_the_command_writes_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: dict[str, Any] = {name: 1.0 for name in RATIOS}
+    written: dict[str, Any] = dict.fromkeys(RATIOS, 1.0)
     monkeypatch.setattr(shear_timing, "measure", lambda config: written)
     monkeypatch.setattr(shear_timing, "print_result", lambda result: None)
     flags = ["bench_shear", "--json", str(tmp_path / "out.json"), "--repeats", "1"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch
+from data.errors import InputError
 from pruner.callback import ShearCallback
 from pruner.config import MaskConfig
 from pruner.constraint import make_rule
@@ -212,6 +213,24 @@ def test_scores_stay_when_the_gradient_is_not_finite() -> None:
     trainer.callbacks.append(type("Guard", (), {"__getattr__": lambda *_: lambda t: None})())
     trainer.callbacks[-1].on_gradients = refuse  # type: ignore[method-assign]
     with pytest.raises(Stop):
+        trainer.train_step()
+    after = callback.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_row_whose_gradient_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, callback = make_trainer()
+    trainer.train_step()
+    backward = callback.rule.backward
+
+    def poisoned(outputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        soft = torch.nonzero((outputs[0] > 0.1) & (outputs[0] < 0.9)).flatten()
+        gradients[0][soft[0]] = float("nan")
+        return backward(outputs, gradients)
+
+    monkeypatch.setattr(callback.rule, "backward", poisoned)
+    before = {key: value.clone() for key, value in callback.state_dict().items()}
+    with pytest.raises(InputError, match="gradients of hidden row 0 are not finite at step 2"):
         trainer.train_step()
     after = callback.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)

@@ -172,7 +172,11 @@ def test_standardised_rows() -> None:
     assert scores.mean(-1).abs().max() < 1e-6
     assert scores[0].square().mean().item() == pytest.approx(1.0, abs=1e-5)
     assert torch.equal(scores[1], torch.zeros(20))
-    assert torch.isfinite(standardise(torch.tensor([[0.0, 1.0, 2.0]]))).all()
+    unused = torch.cat([torch.zeros(5), torch.linspace(1, 50, 200)])
+    scores = standardise(unused[None])[0]
+    assert torch.equal(scores[:5], scores[:1].expand(5)) and scores[0] < scores[5:].min()
+    assert scores[5:].std() > 0.5, "units that are never used flatten the rest"
+    assert torch.equal(standardise(torch.zeros(1, 3)), torch.zeros(1, 3))
 
 
 def test_initial_scores_by_rule_and_kind() -> None:

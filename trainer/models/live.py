@@ -140,7 +140,8 @@ def computed_flops(config: ModelConfig, live: LiveUnits, seq_len: int, causal: b
 
 
 def _to_host(masks: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    joined = torch.cat([(z.detach() > 0).flatten() for z in masks.values()]).cpu().numpy()
+    # Not z > 0: a NaN must reach the loss, where it is noticed.
+    joined = torch.cat([~(z.detach() <= 0).flatten() for z in masks.values()]).cpu().numpy()
     ends = np.cumsum([z.numel() for z in masks.values()])
     parts = np.split(joined, ends[:-1])
     return {name: part.reshape(masks[name].shape) for name, part in zip(masks, parts, strict=True)}
