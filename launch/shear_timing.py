@@ -1,4 +1,4 @@
-"""What `python -m launch.bench_shear` measures: steps of the source, masked, compact, and target."""
+"""What `python -m launch.bench_shear` measures: source, masked, compact and target steps."""
 
 import platform
 import statistics
@@ -257,7 +257,10 @@ def _result(
 ) -> dict[str, Any]:
     names = ("forward_backward", "step")
     medians = {
-        name: {kind: statistics.median(times) for kind, times in zip(names, zip(*taken))}
+        name: {
+            kind: statistics.median(times)
+            for kind, times in zip(names, zip(*taken, strict=True), strict=True)
+        }
         for name, taken in seconds.items()
     }
 
