@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.errors import InputError
 from launch.comparison import METHODS, OURS, CompareConfig, Method, methods_of, targets_of
 from launch.comparison_stages import EVALUATION, StageMaker
 from launch.stages import say
@@ -19,6 +20,11 @@ CLOSE = 0.02
 """Relative difference of parameters up to which whole blocks match a target closely."""
 ALL = "all"
 """Name of the mean over domains among the domains."""
+BEYOND = {
+    True: "more than the spread over seeds",
+    False: "not more than the spread over seeds",
+    None: "one seed: no spread",
+}
 WIDTH = 120
 """Columns of the table where there is no terminal."""
 
@@ -46,12 +52,20 @@ class Row:
 def losses_plan(maker: StageMaker, source: ModelConfig) -> Plan:
     """Rows seed by seed, so that a table of all methods is there early.
 
-    Raises InputError for a target that the source cannot give.
+    Raises InputError for a target that the source cannot give, and for whole blocks of a source
+    that has a single one.
     """
     config = maker.config
     shapes = {
-        name: parse_target(sizes, shape_of(source)) for name, sizes in targets_of(config).items()
+        name: _target_shape(source, name, sizes) for name, sizes in targets_of(config).items()
     }
+    whole = [method.name for method in methods_of(config) if method.whole_blocks]
+    if whole and source.num_layers == 1:
+        others = " ".join(name for name in METHODS if name not in whole)
+        raise InputError(
+            f"--methods {whole[0]}: {config.source} has a single block, which cannot be removed; "
+            f"leave it out: --methods {others}"
+        )
     _describe(config, source, shapes)
     tasks = {task.name: task for task in maker.inputs()}
     measured = maker.measure("source", None, "measure source")
@@ -76,6 +90,15 @@ def block_count(source: ModelConfig, parameters: int) -> int:
         range(1, source.num_layers),
         key=lambda layers: abs(_non_embedding(source, _blocks(source, layers)) - parameters),
     )
+
+
+def _target_shape(source: ModelConfig, name: str, sizes: str) -> Shape:
+    try:
+        shape = parse_target(sizes, shape_of(source))
+        config_of(shape, source).to_hf()
+    except InputError as error:
+        raise InputError(f"--targets {name}: {error}") from None
+    return shape
 
 
 def _blocks(source: ModelConfig, layers: int) -> Shape:
@@ -150,6 +173,7 @@ def results_of(
     if not finished or measured.name not in done:
         return None
     tokens = config.batch * config.seq_len
+    summary = summaries(finished)
     return {
         "source": config.source,
         "source_non_embedding_parameters": source.num_parameters(embeddings=False),
@@ -158,23 +182,34 @@ def results_of(
         "tokens_per_step": tokens,
         "targets": {name: shape.describe() for name, shape in shapes.items()},
         "rows": finished,
-        "summary": (summary := summaries(finished)),
-        "leads": leads(summary),
+        "summary": summary,
+        "leads": leads(finished),
         "missing_rows": len(rows) - len(finished),
     }
 
 
 def _numbers(config: CompareConfig, row: Row) -> dict[str, Any]:
     report = json.loads((row.shear.folder / "shear.json").read_text("utf-8"))
-    learned = 0 if row.method.random else row.method.shear_steps
+    trained = json.loads((row.cpt.folder / "cpt.json").read_text("utf-8"))
+    # From scratch, nothing that shearing learned is used.
+    learned, fed = (0, 0) if row.method.random else (report["steps"], report["tokens"])
+    steps, tokens = learned + trained["steps"], fed + trained["tokens"]
+    expected = config.steps * config.batch * config.seq_len
+    if (steps, tokens) != (config.steps, expected):
+        raise InputError(
+            f"{row.shear.folder} and {row.cpt.folder} took {steps} steps and {tokens:,} tokens "
+            f"together, and every method must take {config.steps} and {expected:,}: delete the two "
+            "folders and run this again"
+        )
     return {
         "target": row.target,
         "method": row.method.name,
         "seed": row.seed,
-        "shape": report["target"],
+        "shape": report["target_shape"],
         "non_embedding_parameters": report["parameters"]["target_non_embedding"],
         "shear_steps": learned,
-        "cpt_steps": config.steps - learned,
+        "cpt_steps": trained["steps"],
+        "tokens": tokens,
         "kept_not_alive": None if row.method.random else report["kept_not_alive"],
         "pruned": None if row.pruned is None else _losses(row.pruned),
         "trained": _losses(row.trained),
@@ -211,30 +246,39 @@ def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def leads(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per target and domain, how far `ours` lies below the best other method after training, in
-    the mean, and whether its worst seed is still below that method's best. Variants are no others.
+    the mean over the seeds that both have, and whether the losses of the two do not overlap over
+    those seeds: None for a single one. Variants are no others.
     """
+    grouped: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in rows:
+        grouped.setdefault((row["target"], row["method"]), {})[row["seed"]] = row["trained"]
     found = []
-    for ours in (entry for entry in summary if entry["method"] == OURS):
-        others = [
-            entry
-            for entry in summary
-            if entry["target"] == ours["target"] and entry["method"] in set(METHODS) - {OURS}
-        ]
-        for domain, spread in ours["trained"].items() if others else ():
-            best = min(others, key=lambda entry: entry["trained"][domain]["mean"])
-            rival = best["trained"][domain]
-            found.append(
-                {
-                    "target": ours["target"],
-                    "domain": domain,
-                    "best_other": best["method"],
-                    "lower_by": rival["mean"] - spread["mean"],
-                    "beyond_spread": spread["max"] < rival["min"],
-                }
-            )
+    for target in dict.fromkeys(row["target"] for row in rows):
+        ours = grouped.get((target, OURS), {})
+        others = {name: grouped.get((target, name), {}) for name in METHODS if name != OURS}
+        shared = {name: theirs for name, theirs in others.items() if theirs.keys() & ours.keys()}
+        for domain in next(iter(ours.values())) if shared else ():
+            compared = [_lead(ours, theirs, domain) for theirs in shared.values()]
+            named = zip(shared, compared, strict=True)
+            best, lead = min(named, key=lambda entry: entry[1]["lower_by"])
+            found.append({"target": target, "domain": domain, "best_other": best, **lead})
     return found
+
+
+def _lead(
+    ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, float]], domain: str
+) -> dict[str, Any]:
+    seeds = [seed for seed in ours if seed in theirs]
+    own = _spread([ours[seed][domain] for seed in seeds])
+    rival = _spread([theirs[seed][domain] for seed in seeds])
+    apart = own["max"] < rival["min"] or rival["max"] < own["min"]
+    return {
+        "seeds": seeds,
+        "lower_by": rival["mean"] - own["mean"],
+        "beyond_spread": apart if len(seeds) > 1 else None,
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -263,10 +307,10 @@ def print_results(results: dict[str, Any]) -> None:
         console.print(table)
         for lead in results["leads"]:
             if lead["target"] == target:
-                beyond = "more" if lead["beyond_spread"] else "not more"
                 console.print(
-                    f"{lead['domain']}: {OURS} is {lead['lower_by']:.3f} below the best other, "
-                    f"{lead['best_other']}, {beyond} than the spread over seeds",
+                    f"{lead['domain']}: {OURS} is {abs(lead['lower_by']):.3f} "
+                    f"{'below' if lead['lower_by'] >= 0 else 'above'} the best other, "
+                    f"{lead['best_other']}, {BEYOND[lead['beyond_spread']]}",
                     highlight=False,
                 )
     if results["missing_rows"]:

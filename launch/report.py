@@ -28,9 +28,9 @@ class ReportConfig:
 
     runs: Annotated[tuple[str, ...], Positional, arg(metavar="[RUN ...]")] = ("runs/shear",)
     """Output folders of pruner.shear and launch/cpt.py, in the order in which they trained; at most
-    one of pruner.shear."""
+    one of pruner.shear, which is shown first wherever it is named."""
     output: str | None = None
-    """File to write. None: report.html in the first folder."""
+    """File to write. None: report.html in the folder of the run that is shown first."""
     json: str | None = None
     """File for the page's numbers as JSON."""
 

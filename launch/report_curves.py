@@ -1,7 +1,7 @@
 """Pictures of the report page about training: losses, domain weights, learning rate, speed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,16 @@ def training_groups(runs: Sequence[Run]) -> list[Group]:
     if not any(points):
         return []
     names = domain_names(points)
-    groups = [losses(runs, points), domains(runs, points, names), pace(points)]
+    groups = [losses(runs, points), domains(runs, points, names), pace(runs, points)]
+    if any(points[:-1]):
+        line_between = " A vertical line marks where one run ends and the next begins."
+        groups = [replace(group, caption=group.caption + line_between) for group in groups]
     return [group for group in groups if group.pictures]
+
+
+def _shears(runs: Sequence[Run], points: Sequence[Sequence[Point]]) -> bool:
+    """Whether any of the points are of shearing."""
+    return any(run.command == "shear" for run, drawn in zip(runs, points, strict=True) if drawn)
 
 
 def joined(runs: Sequence[Run]) -> list[list[Point]]:
@@ -82,7 +90,7 @@ def losses(runs: Sequence[Run], points: Sequence[Sequence[Point]]) -> Group:
     caption = (
         "Loss over training tokens. While units are being removed the loss rises; it should fall "
         "again once the shape is reached, and held-out text should follow training text."
-        if any(run.command == "shear" for run in runs)
+        if _shears(runs, points)
         else "Loss over training tokens; held-out text should follow training text down."
     )
     picture = draw(paint, title="all domains", alt=alt, size=WIDE)
@@ -175,7 +183,7 @@ def _domain_style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": style, "linewidth": 1.4}
 
 
-def pace(points: Sequence[Sequence[Point]]) -> Group:
+def pace(runs: Sequence[Run], points: Sequence[Sequence[Point]]) -> Group:
     """Learning rate, speed and gradient norm over tokens."""
     pictures = []
     for key, title, unit in (
@@ -188,9 +196,10 @@ def pace(points: Sequence[Sequence[Point]]) -> Group:
             paint = _painter(points, key, unit)
             alt = f"{title.capitalize()} over tokens, {values[0]:.3g} first, {values[-1]:.3g} last"
             pictures.append(draw(paint, title=title, alt=alt))
-    caption = (
-        "Speed should be level; steps that are much slower than their neighbours waited for "
-        "something. A gradient norm that climbs announces divergence: lower the learning rate."
+    level = "Shearing usually gets faster as it removes units; otherwise speed should be level"
+    caption = (level if _shears(runs, points) else "Speed should be level") + (
+        "; steps that are much slower than their neighbours waited for something. A gradient "
+        "norm that climbs announces divergence: lower the learning rate."
     )
     return Group("Learning rate and speed", caption, pictures)
 

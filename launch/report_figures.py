@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from launch.plots import FAMILIES
-from launch.report_run import Run, family_states
+from launch.report_run import Run, family_states, removed_layers
 from pruner.history import BINS, COLUMNS, decode_mask, group_means
-from pruner.masks import DEAD
 
 BLUE, ORANGE, INK, FAINT = "#2f6f9f", "#c8553d", "#4a5561", "#e4e8ec"
 COLOURS = (BLUE, "#d1812b", "#3d8f6a", "#b0457b", "#7d6bb0", "#8a7a2e", "#4fa7b8", "#6b7580")
@@ -127,7 +126,8 @@ def kept_units(run: Run) -> Group | None:
     """The newest masks of every family, by layer where it has one row or more per layer."""
     if not run.masks:
         return None
-    dropped = _dropped_layers(run)
+    dropped = removed_layers(run)
+    finished = run.masks_step is None
     layered = _layered(run)
     pictures = []
     for name, (values, units) in sorted(layered.items(), key=lambda item: len(item[1][0])):
@@ -135,7 +135,8 @@ def kept_units(run: Run) -> Group | None:
             pictures.append(_strip(name, values, units))
         else:
             pictures.append(_heat_map(name, values, units, dropped))
-    when = "of the extracted model" if run.masks_step is None else f"at step {run.masks_step:,}"
+    when = "of the extracted model" if finished else f"at step {run.masks_step:,}"
+    marked = "were removed whole" if finished else "are switched off at this step"
     wide = any(units > COLUMNS for _, units in layered.values())
     caption = (
         f"Masks {when}, one column per unit"
@@ -145,8 +146,12 @@ def kept_units(run: Run) -> Group | None:
             else ". "
         )
         + "Look for layers that keep other units than their neighbours. "
-        + ("Layers marked × are removed whole." if dropped else "")
+        + (f"Layers marked × {marked}." if dropped else "")
     )
+    if run.report is not None and not run.report["polarised"]:
+        caption += (
+            " Units that were kept with a mask near 0 look removed here; the tables count them."
+        )
     legend = [("ramp", "mask 0 (removed) to 1 (kept)")]
     return Group("Kept units", caption, pictures, legend, wide=True)
 
@@ -167,12 +172,6 @@ def _layered(run: Run) -> dict[str, tuple[np.ndarray, int]]:
     if heads is not None:
         layered["query heads per layer"] = (heads, heads.shape[1])
     return layered
-
-
-def _dropped_layers(run: Run) -> list[int]:
-    if "layer" not in run.masks:
-        return []
-    return [int(index) for index in np.flatnonzero(run.masks["layer"][0] <= DEAD)]
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:
@@ -196,7 +195,7 @@ def _strip(name: str, values: np.ndarray, units: int) -> Picture:
         axis.spines["left"].set_visible(False)
         whole_numbers(axis.xaxis)
 
-    alt = f"Strip of {units} {name}, {values.mean():.0%} kept"
+    alt = f"Strip of {units} {name}, average mask {values.mean():.2f}"
     return draw(paint, title=name, alt=alt, size=(WIDE[0], 0.85), grid=False)
 
 
@@ -218,7 +217,7 @@ def _heat_map(name: str, values: np.ndarray, units: int, dropped: list[int]) -> 
         whole_numbers(axis.xaxis)
         whole_numbers(axis.yaxis)
 
-    alt = f"Heat map of {name}: {layers} layers, on average {values.mean():.0%} kept"
+    alt = f"Heat map of {name}: {layers} layers, average mask {values.mean():.2f}"
     if dropped:
         alt += f"; removed layers: {', '.join(map(str, dropped))}"
     height = min(max(0.7 + 0.105 * layers, 1.6), 7.0)
@@ -312,9 +311,10 @@ def settling(run: Run) -> Group | None:
     if not snapshots:
         return None
     edges = step_edges([record["step"] for record in snapshots])
-    pictures = []
+    pictures, averaged = [], []
     for family, sizes in snapshots[-1]["families"].items():
         if snapshots[-1]["masks"][family]["columns"] < sizes["units"]:
+            averaged.append(label(family))
             continue
         masks = [decode_mask(record["masks"][family]).ravel() for record in snapshots]
         units = np.stack(masks, axis=1)
@@ -338,6 +338,11 @@ def settling(run: Run) -> Group | None:
         "One line per unit, from its first mask on the left to its last on the right. Lines that "
         "keep their colour were decided early; lines that change late are close calls."
     )
+    if averaged:
+        caption += (
+            f" Not shown: {' and '.join(averaged)}. There are too many of them to record each; the "
+            "history holds averages of neighbours."
+        )
     return Group("How units settled", caption, pictures, [("ramp", "mask 0 to 1")])
 
 

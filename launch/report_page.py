@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from data.errors import InputError
 from launch.report_curves import training_groups
 from launch.report_figures import Group, Picture, label, mask_groups
-from launch.report_run import FamilyState, Run, facts, family_states, read_run
+from launch.report_run import FamilyState, Run, facts, family_states, read_run, removed_layers
 from launch.report_style import STYLE_SHEET
 from trainer.files import write_report
 
@@ -37,6 +37,7 @@ def run(config: "ReportConfig") -> dict[str, Any]:
     runs = [read_run(Path(folder)) for folder in config.runs]
     if sum(one.command == "shear" for one in runs) > 1:
         raise InputError("more than one run of pruner.shear is named; write one page for each")
+    runs.sort(key=lambda one: one.command != "shear")
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the page's pictures need matplotlib: pip install -e '.[demo]'")
     path = Path(config.output) if config.output else runs[0].folder / "report.html"
@@ -133,7 +134,9 @@ def _key_figures(run: Run, numbers: dict[str, Any]) -> list[tuple[str, str, str]
     else:
         note = f"{counts['source_non_embedding']:,} without embeddings"
         rows.append(("parameters", f"{counts['source']:,}", note))
-    share = numbers["step"] / max(1, numbers["steps"])
+    if numbers["steps"] == 0:
+        return [*rows, ("steps", "none", "nothing was trained")]
+    share = numbers["step"] / numbers["steps"]
     written = run.written
     when = datetime.fromtimestamp(written).astimezone() if written is not None else None
     rows.append(
@@ -188,12 +191,7 @@ def _shapes(numbers: dict[str, Any]) -> str:
 def _units(run: Run) -> str:
     """The tables of kept units: by family, and by layer to fold out."""
     states = family_states(run)
-    note = ""
-    if not run.history:
-        note = (
-            '<p class="note">No history of the masks is on record (history.jsonl), so their '
-            "distribution, how units settled and the multipliers cannot be shown.</p>"
-        )
+    note = "" if run.history else _no_history(run)
     if not states:
         return f"<section><h2>Units</h2>{note}</section>"
     header = ("family", "rows", "source", "target", "target now", "alive", "kept, not alive")
@@ -219,16 +217,32 @@ def _units(run: Run) -> str:
     )
 
 
+def _no_history(run: Run) -> str:
+    if run.steps == 0:
+        return (
+            "<p>The run had no training steps: units were chosen once, by their initial scores.</p>"
+        )
+    if run.report is None and not run.metrics:
+        return "<p>No step is on record yet.</p>"
+    return (
+        '<p class="note">No history of the masks is on record (history.jsonl), so their '
+        "distribution, how units settled and the multipliers cannot be shown.</p>"
+    )
+
+
 def _by_layer(run: Run, states: dict[str, FamilyState]) -> str:
     layers = run.model.num_layers
     split = {n: s for n, s in states.items() if s.rows > 1 and s.rows % layers == 0}
-    removed = run.masks["layer"][0] if "layer" in run.masks else None
-    if not split and removed is None:
+    own = run.masks["layer"][0] if "layer" in run.masks else None
+    if not split and own is None:
         return ""
-    header = ["layer", *(["mask"] if removed is not None else []), *(label(name) for name in split)]
+    removed = removed_layers(run) if run.masks_step is None else []
+    header = ["layer", *(["mask"] if own is not None else []), *(label(name) for name in split)]
     rows = []
     for layer in range(layers):
-        row = [str(layer), *([f"{removed[layer]:.2f}"] if removed is not None else [])]
+        row = [str(layer)]
+        if own is not None:
+            row.append("removed" if layer in removed else _mask(own[layer]))
         for state in split.values():
             each = state.rows // layers
             counts = state.alive[layer * each : (layer + 1) * each]
@@ -238,6 +252,10 @@ def _by_layer(run: Run, states: dict[str, FamilyState]) -> str:
         "<details><summary>Alive units of every layer</summary><p>Alive / target in each layer; a "
         "layer whose own mask is 0 is removed whole.</p>" + _table(header, rows) + "</details>"
     )
+
+
+def _mask(value: float) -> str:
+    return f"{value:.2f}" if value == 0 or value >= 0.005 else "< 0.01"
 
 
 def _span(counts: Sequence[int]) -> str:

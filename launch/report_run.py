@@ -13,6 +13,7 @@ from data.errors import InputError
 from launch.plots import first_step_on_target
 from pruner.history import FILE as HISTORY
 from pruner.history import decode_mask, read_records
+from pruner.masks import DEAD
 from pruner.shapes import Shape, config_of, parse_target, shape_of
 from trainer.identity import FILE as IDENTITY
 from trainer.identity import read_identity
@@ -139,6 +140,15 @@ def _newest_masks(
     return {}, None
 
 
+def removed_layers(run: Run) -> list[int]:
+    """Layers without a place in the extracted model, which keeps every mask above 0; before there
+    is one, layers whose newest mask is at most DEAD."""
+    if "layer" not in run.masks:
+        return []
+    limit = 0.0 if run.masks_step is None else DEAD
+    return [int(index) for index in np.flatnonzero(run.masks["layer"][0] <= limit)]
+
+
 def family_states(run: Run) -> dict[str, FamilyState]:
     """The newest counts of each family: those of the extracted model once there is one, else of the
     last record; none for a run without either."""
@@ -200,7 +210,7 @@ def facts(run: Run) -> dict[str, Any]:
         "held_out": {name: row["loss"] for name, row in held_out.items()},
         "parameters": parameters(run),
     }
-    if run.report is not None and "tokens_per_second" in run.report:
+    if run.report is not None and run.report.get("tokens_per_second"):
         result["tokens_per_second"] = run.report["tokens_per_second"]
     return result | (_mask_facts(run) if run.command == "shear" else {})
 

@@ -144,6 +144,7 @@ def _units(rule: Rule, z: dict[str, Tensor]) -> dict[str, Any]:
     alive = {name: alive_counts(values) for name, values in z.items()}
     return {
         "families": {name: asdict(family) for name, family in rule.members.items()},
+        "target": {name: [family.target] * family.rows for name, family in rule.members.items()},
         "kept": {name: counts.tolist() for name, counts in kept.items()},
         "alive": {name: counts.tolist() for name, counts in alive.items()},
         "kept_not_alive": {name: int((kept[name] - alive[name]).sum()) for name in z},
@@ -154,7 +155,7 @@ def _units(rule: Rule, z: dict[str, Tensor]) -> dict[str, Any]:
 def _sizes(source: ModelConfig, target: ModelConfig) -> dict[str, Any]:
     return {
         "source_shape": asdict(shape_of(source)),
-        "target": asdict(shape_of(target)),
+        "target_shape": asdict(shape_of(target)),
         "parameters": {
             "source": source.num_parameters(),
             "target": target.num_parameters(),

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from data.errors import InputError
 from launch.report import main
 from launch.report_curves import smoothed
 from launch.report_figures import step_edges
+from launch.report_run import facts, read_run
 from pruner.history import encode_mask
 from pruner.run import shear
 from tests.factories import write_model, write_tokens
@@ -136,9 +138,11 @@ def test_the_page_of_shearing_and_what_followed(runs: Path, tmp_path: Path) -> N
     assert set(page.headings) == {*SHOWN, "Multipliers and temperature", *TRAINING}
     report = json.loads((runs / "shear" / "shear.json").read_text())
     first, second = numbers["runs"]
-    for key in ("target", "polarised", "alive", "kept_not_alive", "parameters"):
+    for key in ("polarised", "alive", "kept_not_alive", "parameters"):
         assert first[key] == report[key], key
     assert first["source"] == report["source_shape"]
+    assert first["target"] == report["target_shape"]
+    assert report["target"]["layer"] == [2]
     assert (first["finished"], first["step"], first["steps"]) == (True, 8, 8)
     assert first["loss"] == pytest.approx(report["final_loss"])
     assert second["parameters"]["source"] == report["parameters"]["target"]
@@ -157,7 +161,46 @@ def test_the_page_of_shearing_and_what_followed(runs: Path, tmp_path: Path) -> N
     (removed,) = np.flatnonzero(load_file(runs / "shear" / "masks.safetensors")["z.layer"][0] == 0)
     maps = [str(i["alt"]) for i in page.images if str(i["alt"]).startswith("Heat map")]
     assert len(maps) == 2 and all(alt.endswith(f"removed layers: {removed}") for alt in maps)
-    assert "marked ×" in page.text
+    assert "Layers marked × were removed whole." in page.text
+    assert "Shearing usually gets faster" in page.text and "Not shown" not in page.text
+    assert "look removed here" not in page.text
+    assert page.text.count("A vertical line marks where one run ends") == len(TRAINING)
+
+
+def test_the_order_in_which_runs_are_named_does_not_matter(runs: Path, tmp_path: Path) -> None:
+    page, numbers = make(tmp_path, runs / "cpt", runs / "shear")
+    assert [one["command"] for one in numbers["runs"]] == ["shear", "cpt"]
+    assert page.text.index("Shearing: shear") < page.text.index("Continued pre-training: cpt")
+
+
+def test_reports_whose_target_is_a_shape_are_shown_too(runs: Path, tmp_path: Path) -> None:
+    folder = copy(runs, tmp_path)
+    expected = facts(read_run(folder))
+    report = json.loads((folder / "shear.json").read_text())
+    report["target"] = report.pop("target_shape")
+    (folder / "shear.json").write_text(json.dumps(report))
+    assert facts(read_run(folder)) == expected
+
+
+def test_a_layer_that_is_kept_with_a_small_mask_is_not_marked(runs: Path, tmp_path: Path) -> None:
+    """The published rule keeps as many layers as the target has, however small their masks."""
+    output = tmp_path / "paper"
+    shear(configure(runs, output, rule="paper"))
+    stored = load_file(output / "masks.safetensors")
+    kept = stored["kept.layer"][0].tolist()
+    (removed,) = set(range(3)) - set(kept)
+    stored["z.layer"][0, kept[0]] = 0.004
+    save_file(stored, output / "masks.safetensors")
+    page, numbers = make(tmp_path, output)
+    assert numbers["runs"][0]["polarised"] is False
+    assert "kept with a mask near 0 look removed here" in page.text
+    maps = [str(i["alt"]) for i in page.images if str(i["alt"]).startswith("Heat map")]
+    assert len(maps) == 2 and all(alt.endswith(f"removed layers: {removed}") for alt in maps)
+    table = page.source.split("Alive units of every layer")[1].split("</table>")[0]
+    cells = re.findall(r'<th scope="row">(\d)</th><td>(.*?)</td>', table)
+    found = {int(layer): unescape(cell) for layer, cell in cells}
+    assert found[removed] == "removed" and found[kept[0]] == "< 0.01"
+    assert found[kept[1]] != "removed"
 
 
 def test_a_run_that_is_going_on(runs: Path, tmp_path: Path) -> None:
@@ -168,12 +211,15 @@ def test_a_run_that_is_going_on(runs: Path, tmp_path: Path) -> None:
     cut(folder / "history.jsonl", 5)
     page, numbers = make(tmp_path, folder)
     check_self_contained(page)
-    (facts,) = numbers["runs"]
+    (found,) = numbers["runs"]
     last = json.loads((folder / "history.jsonl").read_text().splitlines()[4])
-    assert (facts["finished"], facts["step"], facts["polarised"]) == (False, 5, False)
+    assert (found["finished"], found["step"], found["polarised"]) == (False, 5, False)
     soft = {n: sum(f["nonzero"]) - sum(f["alive"]) for n, f in last["families"].items()}
-    assert facts["kept_not_alive"] == soft and sum(soft.values()) > 0
+    assert found["kept_not_alive"] == soft and sum(soft.values()) > 0
     assert set(SHOWN) < set(page.headings)
+    (folder / "history.jsonl").write_text((folder / "history.jsonl").read_text() + '{"st')
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text() + "\n{")
+    assert json.loads(json.dumps(facts(read_run(folder)))) == numbers["runs"][0]
     for words in ("not finished", "5 of 8", "Masks at step 5", "not yet"):
         assert words in page.text, words
 
@@ -185,6 +231,7 @@ def test_a_run_that_has_just_started(runs: Path, tmp_path: Path) -> None:
     main([str(folder)])
     page = Page(folder / "report.html")
     assert not page.wrong and "0 of 8" in page.text and "not known yet" in page.text
+    assert "No step is on record yet." in page.text and 'class="note"' not in page.source
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "run.json"]
 
 
@@ -198,20 +245,22 @@ def test_a_run_without_history(runs: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_of_no_steps(runs: Path, tmp_path: Path) -> None:
-    folder = copy(runs, tmp_path)
-    identity = json.loads((folder / "run.json").read_text()) | {"steps": 0}
-    (folder / "run.json").write_text(json.dumps(identity))
-    for name in ("metrics.jsonl", "history.jsonl"):
-        (folder / name).write_text("")
-    page, _ = make(tmp_path, folder)
+    folder = tmp_path / "none"
+    shear(configure(runs, folder, steps=0, init="magnitude"))
+    page, numbers = make(tmp_path, folder)
     check_self_contained(page)
-    assert "0 of 0" in page.text and page.headings == ["Units", "Kept units"]
+    assert page.headings == ["Units", "Kept units"]
+    assert numbers["runs"][0]["tokens_per_second"] is None
+    assert "no training steps: units were chosen once" in page.text
+    for words in ("0 of 0", "tokens/s", "training tokens", 'class="note"'):
+        assert words not in page.source, words
 
 
 def test_continued_pretraining_alone(runs: Path, tmp_path: Path) -> None:
     page, numbers = make(tmp_path, runs / "cpt")
     check_self_contained(page)
     assert tuple(page.headings) == TRAINING
+    assert "Speed should be level;" in page.text and "vertical line" not in page.text
     assert "target" not in numbers["runs"][0]
 
 
@@ -347,3 +396,4 @@ def test_the_page_of_a_large_run_stays_small(tmp_path: Path) -> None:
     assert numbers["bytes"] < 5e6
     assert numbers["runs"][0]["parameters"]["target"] == pytest.approx(1.3e9, rel=0.05)
     assert "smoothed" in page.text
+    assert "Not shown: FFN channels per layer. There are too many" in page.text

@@ -72,7 +72,7 @@ def test_a_run_writes_a_model_of_exactly_the_target_shape(
     shear(configure(inputs, output, json=str(tmp_path / "copy.json")))
     report = json.loads((output / "shear.json").read_text())
     assert json.loads((tmp_path / "copy.json").read_text()) == report
-    assert report["target"] == {
+    assert report["target_shape"] == {
         "layers": 2,
         "hidden": 24,
         "heads": 2,
@@ -81,7 +81,7 @@ def test_a_run_writes_a_model_of_exactly_the_target_shape(
         "ffn": 20,
     }
     expected = {"hidden": [24], "layer": [2], "kv_group": [1] * 3, "intermediate": [20] * 3}
-    assert report["kept"] == report["alive"] == expected
+    assert report["kept"] == report["alive"] == report["target"] == expected
     assert report["polarised"] is True
     assert report["reload_difference"] <= 1e-5
     assert set(report["reference"]) == set(report["held_out"]) == {"alpha", "beta"}
@@ -396,6 +396,7 @@ def test_a_fit_is_evaluated_at_the_target(inputs: Path, tmp_path: Path) -> None:
         ({"target": "params=abc"}, r"params='abc' is not a number of parameters"),
         ({"target": "params=1b"}, r"params=1,000,000,000 is not below the source's 31,552"),
         ({"target": "params=10"}, r"params=10 is less than the smallest shape.*layers=1,hidden=8"),
+        ({"json": "/", "source": "/nowhere/model"}, r"--json / is a folder; name a file in it"),
         ({"source": "/nowhere/model"}, r"--source /nowhere/model: no such model"),
         ({"data": "/nowhere/tokens"}, r"(?s)no tokenized data there.*python -m data\.tokenize"),
         ({"micro_batch": 3}, r"--micro-batch 3 does not divide"),
