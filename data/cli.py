@@ -106,17 +106,15 @@ def run(main: Callable[[], None]) -> None:
             message = f"error (rank {rank()}): {error}"
         sys.stdout.flush()
         print(message, file=sys.stderr, flush=True)
+        if _has_process_group():
+            _exit_at_once(2)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Communication threads now and then abort a rank while the interpreter takes itself down,
-        # and the launcher would report the finished run as failed.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        _exit_at_once(0)
 
 
 def rank() -> int:
@@ -135,6 +133,22 @@ def warn(message: str) -> None:
     """Prints a warning once, on rank 0."""
     if rank() == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _has_process_group() -> bool:
+    # Nobody who has not imported torch has one, and importing it takes seconds.
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(
+        distributed.is_available() and distributed.is_initialized()
+    )
+
+
+def _exit_at_once(status: int) -> None:
+    # Communication threads now and then abort or hang a rank while the interpreter takes itself
+    # down, and the launcher would report a finished run as failed.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _wait_for_rank_zero() -> None:

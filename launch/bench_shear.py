@@ -18,15 +18,18 @@ from data.errors import InputError
 EXAMPLES = """
 python -m launch.bench_shear --json shear-timing.json
 python -m launch.bench_shear --precision bf16 --seq-len 1024 --repeats 15
-python -m launch.bench_shear --hidden 4096 --layers 32 --heads 32 --ffn 11008 --vocabulary 32000 \\
-    --target 1.3b --precision bf16 --batch 2 --seq-len 4096
-    on a GPU
+python -m launch.bench_shear --hidden 2048 --layers 24 --heads 16 --ffn 5504 --vocabulary 32000 \\
+    --target 370m --precision bf16 --batch 2 --seq-len 4096
+    on a GPU of 80 GB, of which weights, gradients and Adam's moments of both models take 28 GB
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
-    """Time a shearing step at several sparsities against the source's and the target's own step."""
+    """Time a shearing step at several sparsities against the source's and the target's own step.
+
+    "compact, 50% of the way": on as many units as lie halfway from the source's to the target's.
+    """
 
     hidden: int = 512
     """Width of the source."""
@@ -56,22 +59,21 @@ class BenchConfig:
     """Write the result to this file."""
 
     def __post_init__(self) -> None:
+        least = dict.fromkeys(("hidden", "layers", "heads", "ffn", "vocabulary", "batch"), 1)
+        least |= {"micro_batch": 1, "seq_len": 2, "threads": 1, "repeats": 1}
+        for name, limit in least.items():
+            value = getattr(self, name)
+            if value is not None and value < limit:
+                raise InputError(f"--{name.replace('_', '-')} {value} must be at least {limit}")
         if self.hidden % self.heads:
             raise InputError(f"--hidden {self.hidden} is not a multiple of --heads {self.heads}")
-        for name in ("repeats", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
 
 
 def main() -> None:
     config = cli.parse(BenchConfig, section="bench_shear", examples=EXAMPLES)
-    from launch.shear_timing import measure, print_result
-    from trainer.files import write_report
+    from launch.shear_timing import run
 
-    result = measure(config)
-    print_result(result)
-    if config.json is not None:
-        write_report(Path(config.json), result)
+    run(config)
 
 
 if __name__ == "__main__":

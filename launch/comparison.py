@@ -1,10 +1,13 @@
 """What a comparison consists of: its options, methods and targets."""
 
+import math
 import re
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
 from data.errors import InputError
+from pruner.budget import BUDGETS, parse_budget
 
 TARGETS = {
     "half": "layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152",
@@ -14,6 +17,11 @@ TARGETS = {
 OURS = "ours"
 METHODS = (OURS, "paper", "blocks", "activation", "magnitude", "random")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
+_EQUAL_FLAGS = (
+    *("source", "target", "model", "data", "output", "domain-weights", "seed", "precision"),
+    *("seq-len", "global-batch", "micro-batch"),
+)
+"""What the comparison gives all methods alike, or takes care of: no variant may change it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +42,7 @@ class CompareConfig:
     or norm of weights; random: that shape trained from scratch."""
     variant: tuple[str, ...] = ()
     """Further methods as NAME=FLAGS: ours with these flags of pruner.shear and, after a |, of
-    launch/cpt.py; {seed} stands for the seed, and --steps N leaves the other steps to training."""
+    launch/cpt.py; --steps N leaves the other steps to training, and {seed} stands for the seed."""
     targets: tuple[str, ...] = ("half", "quarter")
     """Shapes as NAME=SIZES, or half and quarter, which fit SmolLM2-135M."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -69,15 +77,24 @@ class CompareConfig:
     """Peak learning rate of continued pre-training."""
     random_lr: float = 1e-3
     """Peak learning rate from scratch."""
-    precision: str = "bf16"
-    """Compute precision."""
+    precision: Literal["auto", "bf16", "fp32"] = "bf16"
+    """Compute precision. auto: bf16 on a GPU, fp32 on a CPU."""
 
     def __post_init__(self) -> None:
         counts = ("shear_steps", "cpt_steps", "sequences", "batch", "jobs", "held_out_documents")
         for name in (*counts, "train_documents"):
             if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {getattr(self, name)}: must be at least 1")
+                raise InputError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
+        if self.seq_len < 2:
+            raise InputError(
+                f"--seq-len {self.seq_len}: must be at least 2 (a token and its successor)"
+            )
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"--threads {self.threads}: must be at least 1, or left out")
+        for name in ("shear_lr", "cpt_lr", "random_lr"):
+            rate = getattr(self, name)
+            if not (math.isfinite(rate) and rate > 0):
+                raise InputError(f"{_flag(name)} {rate}: must be above 0 and finite, such as 3e-4")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds {list(self.seeds)}: give at least one, and each once")
         outside = [value for value in self.sparsities if not 0 < value < 1]
@@ -153,19 +170,45 @@ def _variant(text: str, ours: Method, steps: int) -> Method:
             f"--variant {text!r} is not NAME=FLAGS: write for example 'taylor=--init taylor'"
         )
     shear, _, cpt = flags.partition("|")
-    words = shlex.split(shear)
-    method = replace(ours, name=name, cpt_flags=tuple(shlex.split(cpt)))
-    if "--steps" in words:
-        place = words.index("--steps")
-        value = (words[place + 1 : place + 2] or [""])[0]
+    try:
+        shear_words, cpt_words = shlex.split(shear), shlex.split(cpt)
+    except ValueError as error:
+        raise InputError(f"--variant {text!r}: {error}; quote it as for a shell") from None
+    for word in (*shear_words, *cpt_words):
+        if _option(word) in _EQUAL_FLAGS:
+            raise InputError(
+                f"--variant {text!r}: --{_option(word)} is the comparison's to set, because every "
+                "method must get the same; leave it out"
+            )
+    if "steps" in map(_option, cpt_words):
+        raise InputError(
+            f"--variant {text!r}: training takes what shearing leaves of {steps} steps; give "
+            "--steps N before the | only"
+        )
+    shear_steps = ours.shear_steps
+    others = []
+    remaining = iter(shear_words)
+    for word in remaining:
+        if _option(word) != "steps":
+            others.append(word)
+            continue
+        value = word.partition("=")[2] if "=" in word else next(remaining, "")
         if not value.isdecimal() or int(value) >= steps:
             raise InputError(
                 f"--variant {text!r}: --steps {value} must be a number from 0 to {steps - 1}, "
                 f"because shearing and training take {steps} steps together"
             )
-        method = replace(method, shear_steps=int(value))
-        del words[place : place + 2]
-    return replace(method, shear_flags=tuple(words))
+        shear_steps = int(value)
+    return Method(name, shear_steps, tuple(others), tuple(cpt_words))
+
+
+def _option(word: str) -> str:
+    """The option that a word of a command line names; other words name none."""
+    return word.partition("=")[0][2:].replace("_", "-") if word.startswith("--") else ""
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def targets_of(config: CompareConfig) -> dict[str, str]:
@@ -173,6 +216,9 @@ def targets_of(config: CompareConfig) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in config.targets:
         name, _, sizes = text.partition("=")
+        if name.lower().replace("_", "-") in BUDGETS:
+            raise budget_error("--targets", text)
+        refuse_budget("--targets", sizes)
         if not sizes and name not in TARGETS:
             raise InputError(
                 f"--targets {text!r} is neither {' nor '.join(TARGETS)} nor NAME=SIZES: write for "
@@ -184,3 +230,16 @@ def targets_of(config: CompareConfig) -> dict[str, str]:
     if not found:
         raise InputError(f"no target: give --targets, such as {' '.join(TARGETS)}")
     return found
+
+
+def refuse_budget(option: str, sizes: str) -> None:
+    """Raises InputError where `sizes` leave a shape open, which only pruner.shear settles."""
+    if parse_budget(sizes) is not None:
+        raise budget_error(option, sizes)
+
+
+def budget_error(option: str, text: str) -> InputError:
+    """Says that `text` is a budget, and what to give instead."""
+    return InputError(
+        f"{option} {text!r}: budgets are resolved by pruner.shear only; give the sizes it prints"
+    )

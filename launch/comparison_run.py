@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from data.sources import find_files
 from launch.comparison import CompareConfig
 from launch.comparison_stages import StageMaker
 from launch.dead_units import dead_units_plan
 from launch.method_losses import losses_plan
 from launch.stages import Stages
 from launch.tasks import Task, run_tasks
-from trainer.files import write_report
+from trainer.files import require_writable, write_report
 from trainer.models.hf import load_config, resolve_model
 
 
@@ -18,9 +19,12 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     """Runs the stages that are not finished, prints the table and returns what --json writes.
 
     An interrupted comparison prints the rows it has. Raises InputError before anything runs for
-    targets that the source cannot give, and at the end for stages that failed.
+    options that cannot work with the source or the input, and at the end for stages that failed.
     """
     source = load_config(resolve_model(config.source, weights=False, option="--source"))
+    if config.json is not None:
+        require_writable(Path(config.json), "--json")
+    find_files(config.input)
     maker = StageMaker(config)
     plan = dead_units_plan(maker, source) if config.dead_units else losses_plan(maker, source)
     done: set[str] = set()

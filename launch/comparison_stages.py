@@ -73,7 +73,7 @@ class StageMaker:
         # A fixed mixture steers towards no losses, so measuring them would be lost time.
         flags += [*self._training_flags(seed), "--reference-sequences", 1]
         flags += ["--no-activation-checkpointing"]
-        flags += [word.format(seed=seed) for word in method.shear_flags]
+        flags += [word.replace("{seed}", str(seed)) for word in method.shear_flags]
         words = ["-m", "pruner.shear", "--source", config.source, *flags]
         return self._training_task(name, words, flags, "tokens", "shear.json", kind)
 
@@ -84,7 +84,7 @@ class StageMaker:
         flags = ["--steps", config.steps - method.shear_steps, "--lr", rate]
         flags += self._training_flags(seed)
         flags += ["--init", "random"] if method.random else []
-        flags += [word.format(seed=seed) for word in method.cpt_flags]
+        flags += [word.replace("{seed}", str(seed)) for word in method.cpt_flags]
         words = [ROOT / "launch" / "cpt.py", "--model", pruned.folder, *flags]
         return self._training_task(name, words, flags, pruned.name, "cpt.json", kind)
 

@@ -8,22 +8,25 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.errors import InputError
 from launch.comparison import CompareConfig, Method
 from launch.comparison_stages import StageMaker
 from launch.stages import say
 from launch.tasks import Plan, Task
-from pruner.shapes import Shape, shape_of, validate
+from pruner.shapes import Shape, config_of, shape_of, validate
 from trainer.models.config import ModelConfig
 
 RULES = ("projection", "paper")
 
 
-def sparse_shape(source: Shape, sparsity: float) -> Shape:
+def sparse_shape(model: ModelConfig, sparsity: float) -> Shape:
     """The valid shape whose families come nearest to losing `sparsity` of their units each.
 
     The hidden size is a multiple of 16 and of the number of heads, the feed-forward size of 16,
-    where the source is large enough.
+    where the source is large enough; GPT-NeoX is as wide as its heads together. Raises InputError
+    where no unit would go.
     """
+    source = shape_of(model)
     keep = 1 - sparsity
     pairs = [
         (kv * group, kv)
@@ -37,15 +40,21 @@ def sparse_shape(source: Shape, sparsity: float) -> Shape:
             abs(pair[1] - source.kv_heads * keep),
         ),
     )
+    step = math.lcm(16, heads)
+    hidden = _multiple(source.hidden, keep, step if step <= source.hidden else heads)
     target = Shape(
         layers=max(1, round(source.layers * keep)),
-        hidden=_multiple(source.hidden, keep, math.lcm(16, heads)),
+        hidden=heads * source.head_dim if model.family == "gpt_neox" else hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=source.head_dim,
         ffn=_multiple(source.ffn, keep, 16),
     )
-    validate(target, source)
+    try:
+        validate(target, source)
+        config_of(target, model).to_hf()
+    except InputError as error:
+        raise InputError(f"--sparsities {sparsity:g}: {error}") from None
     return target
 
 
@@ -62,11 +71,11 @@ def dead_units_plan(maker: StageMaker, source: ModelConfig) -> Plan:
     runs = []
     say(f"{config.source}: kept and alive units after {config.shear_steps} steps under both rules")
     for sparsity in config.sparsities:
-        shape = sparse_shape(shape_of(source), sparsity)
+        shape = sparse_shape(source, sparsity)
         print(f"{100 * sparsity:g}% of every family: {shape.describe()}")
     for seed in config.seeds:
         for sparsity in config.sparsities:
-            sizes = sparse_shape(shape_of(source), sparsity).describe()
+            sizes = sparse_shape(source, sparsity).describe()
             for rule in RULES:
                 method = Method(rule, config.shear_steps, ("--rule", rule))
                 name = f"dead-units/{100 * sparsity:g}/{rule}/seed-{seed}"

@@ -15,7 +15,7 @@ from data.tokenizers import load_tokenizer
 from launch.document import DocumentPerplexity, document_perplexity, resolve_bos, scored_rows
 from trainer import parallel
 from trainer.evaluate import DomainLoss, evaluate, overall, report
-from trainer.files import write_report
+from trainer.files import require_writable, write_report
 from trainer.models.config import ModelConfig
 from trainer.models.hf import load_config, load_model, resolve_model
 from trainer.models.llama import CausalLM
@@ -44,7 +44,7 @@ def run(config: "EvaluateConfig") -> dict[str, Any]:
     Everything that can be refused without the weights is refused before they are read.
     """
     if config.json is not None:
-        _check_writable(Path(config.json))
+        require_writable(Path(config.json), "--json")
     text = _read_text(Path(config.text)) if config.text is not None else None
     reader = _open_tokens(config) if config.data is not None else None
     context = parallel.init(threads=config.threads)
@@ -74,16 +74,6 @@ def run(config: "EvaluateConfig") -> dict[str, Any]:
         if config.json is not None:
             write_report(Path(config.json), result)
     return result
-
-
-def _check_writable(path: Path) -> None:
-    """Makes the folder of --json; raises InputError when no file can be written there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--json {path}: {error}; name a file in another folder") from error
-    if path.is_dir():
-        raise InputError(f"--json {path} is a folder; name a file in it")
 
 
 def _read_text(path: Path) -> str:

@@ -196,10 +196,11 @@ def _numbers(config: CompareConfig, row: Row) -> dict[str, Any]:
     steps, tokens = learned + trained["steps"], fed + trained["tokens"]
     expected = config.steps * config.batch * config.seq_len
     if (steps, tokens) != (config.steps, expected):
+        folders = dict.fromkeys(str(task.folder.parent) for task in (row.shear, row.cpt))
         raise InputError(
-            f"{row.shear.folder} and {row.cpt.folder} took {steps} steps and {tokens:,} tokens "
-            f"together, and every method must take {config.steps} and {expected:,}: delete the two "
-            "folders and run this again"
+            f"{row.cpt.folder} and what it starts from took {steps} steps and {tokens:,} tokens, "
+            f"and every method must take {config.steps} and {expected:,}: delete "
+            f"{' and '.join(folders)} and run this again"
         )
     return {
         "target": row.target,

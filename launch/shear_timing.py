@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from data.batches import Batch
 from data.errors import InputError
 from data.progress import Progress
+from launch.comparison import refuse_budget
 from pruner.callback import ShearCallback
 from pruner.config import MaskConfig
 from pruner.constraint import make_rule
@@ -25,6 +27,7 @@ from pruner.shapes import config_of, parse_target, shape_of
 from trainer import parallel
 from trainer.callbacks.base import Callback
 from trainer.config import TrainConfig
+from trainer.files import require_writable, write_report
 from trainer.kernels.library import which
 from trainer.loop import Trainer
 from trainer.models import folding
@@ -107,9 +110,20 @@ class Variant:
         return clock.backward - clock.start, clock.end - clock.start
 
 
+def run(config: "BenchConfig") -> None:
+    """Measures, prints the result and writes it to --json."""
+    if config.json is not None:
+        require_writable(Path(config.json), "--json")
+    result = measure(config)
+    print_result(result)
+    if config.json is not None:
+        write_report(Path(config.json), result)
+
+
 def measure(config: "BenchConfig") -> dict[str, Any]:
     """Times all variants in turns and returns medians, ratios and what they were measured on."""
     source = model_config(config)
+    refuse_budget("--target", config.target)
     target = parse_target(config.target, shape_of(source))
     pruned = config_of(target, source)
     train = TrainConfig(
@@ -133,7 +147,7 @@ def measure(config: "BenchConfig") -> dict[str, Any]:
     for progress in PROGRESS:
         step = max(0, round(progress * RUN_STEPS * MaskConfig().warmup) - 1)
         shear = _shear(source, config, context, polarised=False)
-        variants[f"compact {progress:.0%}"] = Variant(large, step, shear)
+        variants[f"compact, {progress:.0%} of the way"] = Variant(large, step, shear)
     at_target = _shear(source, config, context, polarised=True)
     variants["compact at target"] = Variant(large, last, at_target)
     variants["compact, hardened"] = Variant(large, RUN_STEPS - 2, at_target)

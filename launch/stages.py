@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,14 @@ from typing import Any
 from data.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class CommandError(InputError):
+    """A command failed; `reason` is what the command itself gave as its error."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Stages:
@@ -129,7 +138,8 @@ def command(
         log: file to which command and output are appended instead.
         running: holds the process while it runs, for whoever wants to stop it.
 
-    Raises InputError when the command fails or stops before `makes` exists.
+    Raises InputError when the command fails or stops before `makes` exists; CommandError with what
+    it printed to `log` after `error: `, if anything.
     """
     line = [str(word) for word in words]
     if log is not None:
@@ -167,6 +177,21 @@ def command(
     if status == 130:
         raise KeyboardInterrupt
     if status != 0 or not makes.exists():
-        reason = f"exited with status {status}" if status else f"stopped before it made {makes}"
-        which = "the command above" if log is None else f"the last command in {log}"
-        raise InputError(f"{which} {reason}; finished stages are kept: run this again")
+        raise _failure(status, makes, log)
+
+
+def _failure(status: int, makes: Path, log: Path | None) -> InputError:
+    outcome = f"exited with status {status}" if status else f"stopped before it made {makes}"
+    which = "the command above" if log is None else f"the last command in {log}"
+    advice = "finished stages are kept: run this again"
+    reason = ""
+    if log is not None:
+        for line in log.read_text("utf-8", errors="replace").splitlines():
+            # The log holds earlier commands too, and what they said does not count.
+            if line.startswith("$ "):
+                reason = ""
+            elif match := re.match(r"error(?: \(rank \d+\))?: (.*)", line):
+                reason = match[1]
+    if not reason:
+        return InputError(f"{which} {outcome}; {advice}")
+    return CommandError(f"{which} {outcome}: {reason}; {advice}", reason)

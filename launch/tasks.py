@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from launch.stages import Stages, say
+from launch.stages import CommandError, Stages, say
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,12 @@ def run_tasks(
     """Runs all tasks, `jobs` at once and earlier ones first, and calls `finished` after each.
 
     Where a task fails, the ones that do not build on it still run; then InputError names those that
-    failed. On Ctrl-C or SIGTERM the processes in `running` are asked to stop and waited for.
+    failed, and each reason once. On Ctrl-C or SIGTERM the processes in `running` are asked to stop
+    and waited for.
     """
     waiting = {task.name: task for task in tasks}
     done: set[str] = set()
-    failed: dict[str, str] = {}
+    failed: dict[str, list[str]] = {}
     active: dict[Future[None], Task] = {}
     stopping = threading.Event()
     with _terminate_as_interrupt(), ThreadPoolExecutor(jobs) as pool:
@@ -73,7 +74,8 @@ def run_tasks(
                     try:
                         future.result()
                     except InputError as error:
-                        failed[task.name] = str(error)
+                        reason = error.reason if isinstance(error, CommandError) else str(error)
+                        failed.setdefault(reason, []).append(task.name)
                         say(f"{task.name} failed: {error}")
                         continue
                     done.add(task.name)
@@ -86,9 +88,10 @@ def run_tasks(
             _stop(active, running)
             raise
     if failed:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        number = sum(len(names) for names in failed.values())
+        reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in failed.items())
         raise InputError(
-            f"{len(failed)} of {len(tasks)} stages failed, and {len(waiting)} that build on them "
+            f"{number} of {len(tasks)} stages failed, and {len(waiting)} that build on them "
             f"were left out: {reasons}"
         )
 

@@ -16,7 +16,8 @@ def split_documents(
     patterns: Iterable[str], domains: list[str], held_out: int, train: int, folder: Path
 ) -> None:
     """Writes train.jsonl.zst and held_out.jsonl.zst: the first `held_out` documents of each domain,
-    and the `train` that follow them.
+    and the `train` that follow them. A text that came before, in any domain, is passed over, so
+    that none is both trained on and measured.
 
     Reads no further than the last document it needs. Raises InputError when a domain has too few
     documents to measure and train on.
@@ -24,11 +25,15 @@ def split_documents(
     wanted = held_out + train
     found: dict[str, list[Document]] = {domain: [] for domain in domains}
     others: set[str] = set()
+    seen: set[str] = set()
     for document in _documents(patterns):
         kept = found.get(document.domain)
         if kept is None:
             others.add(document.domain)
         elif len(kept) < wanted:
+            if document.text in seen:
+                continue
+            seen.add(document.text)
             kept.append(document)
             if all(len(part) == wanted for part in found.values()):
                 break
@@ -36,8 +41,9 @@ def split_documents(
         if len(found[domain]) <= held_out:
             known = sorted(others | {name for name, part in found.items() if part})
             raise InputError(
-                f"domain {domain!r} has {len(found[domain])} documents and --held-out-documents is "
-                f"{held_out}, which leaves none to train on; the input has {known}"
+                f"domain {domain!r} has {len(found[domain])} different documents and "
+                f"--held-out-documents is {held_out}, which leaves none to train on; the input has "
+                f"{known}"
             )
     for name, part in {"held_out": slice(held_out), "train": slice(held_out, None)}.items():
         chosen = itertools.chain.from_iterable(found[domain][part] for domain in domains)

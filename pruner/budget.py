@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import InputError
-from pruner.shapes import PRESETS, Shape, config_of, parse_sizes, shape_of
+from pruner.shapes import PRESETS, Shape, check_sizes, config_of, parse_sizes, shape_of
 from trainer.models.config import ModelConfig
 
 PARAMETERS = "params"
@@ -173,11 +173,11 @@ class _Space:
         self.shape = shape_of(source)
         self.cost = cost
         self._expressible: dict[tuple[int, int, int], bool] = {}
-        _check_fixed(fixed, self.shape)
+        check_sizes(fixed, self.shape)
         step = multiple(self.shape)
         steps = {"layers": 1, "hidden": step, "heads": 1, "kv-heads": 1, "ffn": step}
         self.options = {
-            key: [fixed[key]] if key in fixed else _multiples(step, _size(self.shape, key))
+            key: [fixed[key]] if key in fixed else _multiples(step, self.shape.size(key))
             for key, step in steps.items()
         }
         self.layers = np.array(self.options["layers"], dtype=np.float64)
@@ -275,22 +275,6 @@ class _Space:
         return np.asarray(width + DEPTH_WEIGHT * depth**2)
 
 
-def _size(shape: Shape, key: str) -> int:
-    """The size that --target calls `key`."""
-    size: int = getattr(shape, key.replace("-", "_"))
-    return size
-
-
 def _multiples(step: int, size: int) -> list[int]:
     """Multiples of `step` below `size`, and `size` itself."""
     return [*range(step, size, step), size]
-
-
-def _check_fixed(fixed: Mapping[str, int], source: Shape) -> None:
-    for key, size in fixed.items():
-        limit = _size(source, key)
-        if not 1 <= size <= limit:
-            raise InputError(
-                f"target {key}={size} is outside 1..{limit} (the source has {limit}): pruning only "
-                f"removes units, use for example {key}={min(max(size, 1), limit)}"
-            )

@@ -129,8 +129,10 @@ class ShearCallback(Callback):
             more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
             raise InputError(
                 f"the mask gradients of {', '.join(rows[:3])}{more} are not finite at step "
-                f"{t.step + 1}; nothing was updated and the last checkpoint is kept. Run the same "
-                f"command with a lower --lr (now {t.config.lr:g}): it resumes from there"
+                f"{t.step + 1}; nothing was updated. Run the same command with a lower --lr (now "
+                f"{t.config.lr:g}): it resumes from the last checkpoint, if one was saved. A lower "
+                f"--mask-lr (now {self.rule.config.learning_rate:g}) is another run: give it "
+                "another --output"
             )
 
     def on_step_end(self, t: "Trainer") -> None:

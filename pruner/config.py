@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data.errors import InputError
 from data.mixture import MixtureConfig
-from trainer.config import DistillationConfig, TrainConfig
+from trainer.config import DistillationConfig, TrainConfig, require, require_finite
 
 COLDEST = 1e-4
 """Lowest temperature at which rounding of the scores leaves the count exact."""
@@ -51,33 +50,34 @@ class MaskConfig:
     (projection)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.harden <= 1:
-            raise InputError(f"harden={self.harden} is outside (0, 1]: use for example 0.8")
-        if self.target_warmup is not None and not 0 < self.target_warmup <= 1:
-            raise InputError(
-                f"target-warmup={self.target_warmup} is outside (0, 1]: use for example 0.6"
-            )
-        if self.rule == "projection" and self.warmup > self.harden:
-            raise InputError(
-                f"target-warmup={self.warmup} is later than harden={self.harden}: the count must "
-                "reach the target before masks harden, lower target-warmup or raise harden"
-            )
-        if not COLDEST <= self.final_temperature <= self.temperature:
-            raise InputError(
-                f"final-temperature={self.final_temperature} must lie in [{COLDEST}, temperature="
-                f"{self.temperature}]: use for example 0.02"
-            )
-        positive = {"mask-lr": self.learning_rate, "mask-clip": self.mask_clip}
-        for name, value in positive.items():
-            if value <= 0:
-                raise InputError(f"{name}={value} is not positive: use for example 1.0")
-        if self.mask_noise < 0:
-            raise InputError(f"mask-noise={self.mask_noise} is negative: use 0 for no noise")
-        if self.calibration_sequences < 1:
-            raise InputError(
-                f"calibration-sequences={self.calibration_sequences} must be at least 1: use for "
-                "example 32, or --init flat for no calibration pass"
-            )
+        require_finite(self)
+        require(0 < self.harden <= 1, "harden", self.harden, "in (0, 1]; use for example 0.8")
+        warmup, temperature = self.warmup, self.temperature
+        require(0 < warmup <= 1, "target_warmup", warmup, "in (0, 1]; use for example 0.6")
+        require(
+            self.rule != "projection" or warmup <= self.harden,
+            "target_warmup",
+            warmup,
+            f"at most --harden {self.harden}, because the count must reach the target before masks "
+            "harden; lower --target-warmup or raise --harden",
+        )
+        require(
+            COLDEST <= self.final_temperature <= temperature,
+            "final_temperature",
+            self.final_temperature,
+            f"in [{COLDEST}, --temperature {temperature}]; use for example 0.02",
+        )
+        require(
+            self.learning_rate > 0, "mask_lr", self.learning_rate, "above 0; use for example 0.05"
+        )
+        require(self.mask_clip > 0, "mask_clip", self.mask_clip, "above 0; use for example 1.0")
+        require(self.mask_noise >= 0, "mask_noise", self.mask_noise, "0 (no noise) or more")
+        require(
+            self.calibration_sequences >= 1,
+            "calibration_sequences",
+            self.calibration_sequences,
+            "at least 1; use for example 32, or --init flat for no calibration pass",
+        )
 
     @property
     def initial(self) -> str:
@@ -145,8 +145,9 @@ class ShearConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.reference_sequences < 1:
-            raise InputError(
-                f"reference-sequences={self.reference_sequences} must be at least 1: use for "
-                "example 32"
-            )
+        require(
+            self.reference_sequences >= 1,
+            "reference_sequences",
+            self.reference_sequences,
+            "at least 1; use for example 32",
+        )

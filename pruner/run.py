@@ -23,6 +23,7 @@ from trainer.config import check_layout
 from trainer.distillation import TeacherSource, check_teacher, load_teacher, teacher_identity
 from trainer.domains import DomainOptions, Domains, starting_domains
 from trainer.identity import claim_output, run_identity, weights_fingerprint
+from trainer.kernels.library import which
 from trainer.loop import Trainer
 from trainer.memory import room_bytes
 from trainer.models.config import ModelConfig
@@ -37,6 +38,7 @@ from trainer.run import (
     open_data,
     pretrained,
     publish,
+    require_copy,
     say,
     say_finished,
 )
@@ -64,6 +66,8 @@ def shear(config: ShearConfig) -> Trainer | None:
     """
     check_layout(config.train, parallel.world_size())
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
+    json_copy = Path(config.json) if config.json else None
+    require_copy(context, json_copy)
     config, proposal = _settle_target(config, context)
     with context.rank_zero_first():
         inputs = open_inputs(config)
@@ -74,13 +78,14 @@ def shear(config: ShearConfig) -> Trainer | None:
     identity = _identity(config, inputs, fingerprint, context)
     claim_output(output, identity, context, started=finished or resuming)
     if finished:
-        say_finished(context, output / "shear.json", Path(config.json) if config.json else None)
+        say_finished(context, output / "shear.json", json_copy)
         return None
     if proposal is not None:
         publish(context, proposal, [output / TARGET_FILE])
     for message in inputs.domains.messages():
         say(context, message)
     say(context, f"source {inputs.source.describe()}  target {inputs.target.describe()}")
+    say(context, f"gather-scale: {which(context.device)}")
     source = _teacher(config, inputs)
     teacher = load_teacher(source, config.distillation, config.train, inputs.model, context)
     model = build_model(

@@ -6,7 +6,7 @@ appendix D) for a LLaMA-2-7B source, and those of Pythia-160m (arXiv 2304.01373,
 Pythia-410m source.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 
 from data.errors import InputError
@@ -37,7 +37,12 @@ class Shape:
 
     def describe(self) -> str:
         """The shape in the notation of --target."""
-        return ",".join(f"{key}={getattr(self, _FIELDS[key])}" for key in _FIELDS)
+        return ",".join(f"{key}={self.size(key)}" for key in _FIELDS)
+
+    def size(self, key: str) -> int:
+        """The size that --target calls `key`."""
+        size: int = getattr(self, _FIELDS[key])
+        return size
 
 
 _FIELDS = {
@@ -124,14 +129,7 @@ def parse_target(text: str, source: Shape) -> Shape:
 
 def validate(target: Shape, source: Shape) -> None:
     """Refuse a target that no choice of units of the source can meet. Raises InputError."""
-    for key, field in _FIELDS.items():
-        size, limit = getattr(target, field), getattr(source, field)
-        if not 1 <= size <= limit:
-            nearest = min(max(size, 1), limit)
-            raise InputError(
-                f"target {key}={size} is outside 1..{limit} (the source has {limit}): "
-                f"pruning only removes units, use for example {key}={nearest}"
-            )
+    check_sizes({key: target.size(key) for key in _FIELDS}, source)
     if target.head_dim != source.head_dim:
         raise InputError(
             f"target head dim {target.head_dim} differs from the source's {source.head_dim}: "
@@ -143,6 +141,19 @@ def validate(target: Shape, source: Shape) -> None:
             f"target {target.describe()} is the source's own shape, so there is nothing to prune: "
             "make at least one of its sizes smaller"
         )
+
+
+def check_sizes(sizes: Mapping[str, int], source: Shape) -> None:
+    """Raises InputError unless each size, by its name in --target, is at least 1 and at most the
+    source's."""
+    for key, size in sizes.items():
+        limit = source.size(key)
+        if not 1 <= size <= limit:
+            nearest = min(max(size, 1), limit)
+            raise InputError(
+                f"target {key}={size} is outside 1..{limit} (the source has {limit}): "
+                f"pruning only removes units, use for example {key}={nearest}"
+            )
 
 
 def _validate_heads(target: Shape, source: Shape) -> None:
@@ -170,6 +181,11 @@ def parse_sizes(text: str) -> dict[str, int]:
     for pair in text.split(","):
         key, equals, value = (part.strip() for part in pair.partition("="))
         key = key.lower().replace("_", "-")
+        if key in PRESETS:
+            raise InputError(
+                f"target {text!r}: a preset stands alone, because {key} fixes every size: give "
+                f"--target {key}, or the sizes without it"
+            )
         if key in _APART:
             raise InputError(
                 f"target {pair.strip()!r}: attention and feed-forward layers cannot be removed "

@@ -21,7 +21,9 @@ python -m pruner.shear --source models/SmolLM2-135M --data runs/tokens --output 
 python -m pruner.shear --target ffn=8192 --output runs/narrow
     only the feed-forward channels are pruned
 python -m pruner.shear --target speedup=2 --output runs/fast
-    a shape that decodes twice as fast as the source on this device; params=1.3b bounds the size
+    a shape that decodes twice as fast as the source on this device
+python -m pruner.shear --target params=1.3b --output runs/budget
+    a shape of at most 1.3 billion parameters
 python -m pruner.shear --target 1.3b --rule paper --output runs/paper
 python -m pruner.shear --target layers=24 --steps 0 --output runs/blocks
     whole blocks are removed at once, by one calibration pass

@@ -1,8 +1,8 @@
 """Options of a training run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -87,6 +87,7 @@ class TrainConfig:
     """CPU threads per rank. None: cores of the machine divided by its ranks."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         for name in (
             "seq_len",
             "global_batch",
@@ -95,20 +96,20 @@ class TrainConfig:
             "keep_checkpoints",
             "log_interval",
         ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(
             self.seq_len >= 2, "seq_len", self.seq_len, "at least 2 (a token and its successor)"
         )
         not_negative = ("steps", "save_interval", "eval_interval", "eval_sequences")
         for name in (*not_negative, "weight_decay", "clip"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         for name in ("min_lr_ratio", "warmup_ratio"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
-        _require(self.lr > 0, "lr", self.lr, "above 0")
-        _require(self.eps > 0, "eps", self.eps, "above 0")
-        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        require(self.lr > 0, "lr", self.lr, "above 0")
+        require(self.eps > 0, "eps", self.eps, "above 0")
+        require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,14 +136,14 @@ class DistillationConfig:
     over them; 0 compares the whole vocabulary."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.weight <= 1, "distill_weight", self.weight, "in [0, 1]")
-        _require(
+        require(0 <= self.weight <= 1, "distill_weight", self.weight, "in [0, 1]")
+        require(
             self.temperature > 0 and isfinite(self.temperature),
             "distill_temperature",
             self.temperature,
             "above 0 and finite; use for example 1 or 2",
         )
-        _require(
+        require(
             self.top_k >= 0 and self.top_k != 1,
             "distill_top_k",
             self.top_k,
@@ -150,7 +151,16 @@ class DistillationConfig:
         )
 
 
-def _require(condition: bool, name: str, value: object, limit: str) -> None:
+def require_finite(config: Any) -> None:
+    """Raises InputError naming the flag when a number of the dataclass `config` is not finite."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float):
+            require(isfinite(value), field.name, value, "a finite number")
+
+
+def require(condition: bool, name: str, value: object, limit: str) -> None:
+    """Raises InputError naming the flag of the option `name` unless `condition` holds."""
     if not condition:
         raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
 

@@ -34,6 +34,7 @@ from trainer.run import (
     pretrained,
     publish,
     random_init,
+    require_copy,
     save_pretrained,
     say,
     say_finished,
@@ -89,6 +90,7 @@ def continue_pretraining(
     check_layout(config, parallel.world_size())
     options = DomainOptions(domain_weights, reference_losses, reference_fit)
     context = parallel.init(replicas=config.replicas, threads=config.threads)
+    require_copy(context, json_copy)
     teaching = (teacher, distillation or DistillationConfig())
     mixture = mixture or MixtureConfig()
     with context.rank_zero_first():

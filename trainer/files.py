@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from data.errors import InputError
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
@@ -16,6 +19,23 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Raises InputError, naming `option`, when `write_report` could not write `path`.
+
+    Leaves nothing behind; a file that exists stays as it is.
+    """
+    try:
+        if path.is_dir():
+            raise InputError(f"{option} {path} is a folder; name a file in it")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{option} {path}: cannot write there: {error.strerror}; name a file in another folder"
+        ) from None
 
 
 def save_tensors(

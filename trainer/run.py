@@ -25,7 +25,7 @@ from trainer.callbacks.progress import ProgressCallback
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
 from trainer.evaluate import report as held_out_report
-from trainer.files import write_report
+from trainer.files import require_writable, write_report
 from trainer.loop import Trainer
 from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
@@ -284,6 +284,12 @@ def publish(context: DistributedContext, report: dict[str, Any], paths: Sequence
         except OSError as error:
             problem = f"cannot write {path}: {error.strerror}; free space or choose another file"
     context.check(problem)
+
+
+def require_copy(context: DistributedContext, path: Path | None) -> None:
+    """Raises InputError on every rank when rank 0 could not write the report's copy (--json)."""
+    if path is not None:
+        context.together(lambda: require_writable(path, "--json") if context.is_main else None)
 
 
 def say_finished(context: DistributedContext, report: Path, copy: Path | None) -> None:

@@ -52,6 +52,8 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("SHORN_") or name == "RANK"]:
         monkeypatch.delenv(name)
+    # Tests before these may have left one, and `run` would end this process.
+    monkeypatch.setattr(cli, "_has_process_group", lambda: False)
 
 
 def get(*arguments: str) -> Outer:
@@ -221,6 +223,23 @@ def test_waiting_rank_obeys_sigterm_despite_a_graceful_handler() -> None:
     process.terminate()
     assert process.wait(10) < 0
     process.stdout.close()
+
+
+def test_an_error_with_a_process_group_skips_the_interpreters_teardown() -> None:
+    code = (
+        "import atexit; import torch.distributed as dist\n"
+        "from data.cli import run; from data.errors import InputError\n"
+        "atexit.register(print, 'teardown')\n"
+        "def main():\n"
+        "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "    print('buffered')\n    raise InputError('bad')\n"
+        "run(main)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout) == (2, "buffered\n")
+    assert result.stderr.endswith("error: bad\n")
 
 
 def test_help_keeps_no_rank_waiting(

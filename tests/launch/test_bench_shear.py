@@ -33,8 +33,9 @@ RATIOS = (
 def test_ratios_follow_from_the_measured_steps(capsys: pytest.CaptureFixture[str]) -> None:
     result = shear_timing.measure(BenchConfig(**TINY))
     assert set(result["seconds"]) == {
-        *("dense source", "target", "compact 0%", "compact 25%", "compact 50%", "compact 75%"),
-        *("compact at target", "compact, hardened", "dense masked"),
+        *("dense source", "target", "dense masked"),
+        *(f"compact, {percent}% of the way" for percent in (0, 25, 50, 75)),
+        *("compact at target", "compact, hardened"),
     }
     for times in result["seconds"].values():
         assert 0 < times["forward_backward"] < times["step"]
@@ -99,6 +100,10 @@ def test_the_command_writes_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.argv", flags)
     bench_shear.main()
     assert json.loads((tmp_path / "out.json").read_text()) == written
+    monkeypatch.setattr("sys.argv", ["bench_shear", "--json", str(tmp_path)])
+    monkeypatch.delattr(shear_timing, "measure")
+    with pytest.raises(InputError, match=r"--json .* is a folder"):
+        bench_shear.main()
 
 
 @pytest.mark.parametrize(
@@ -106,6 +111,10 @@ def test_the_command_writes_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ({"hidden": 60, "heads": 8}, "--hidden 60"),
         ({"repeats": 0}, "--repeats 0"),
+        ({"heads": 0}, "--heads 0"),
+        ({"seq_len": 1}, "--seq-len 1 must be at least 2"),
+        ({"micro_batch": 0}, "--micro-batch 0"),
+        ({"target": "speedup=2"}, "--target 'speedup=2': budgets are resolved by pruner.shear"),
         ({"batch": 2, "micro_batch": 4}, "--micro-batch 4"),
         ({"target": "ffn=1000"}, "ffn=1000"),
     ],

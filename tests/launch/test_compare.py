@@ -20,3 +20,5 @@ def test_impossible_calls_are_refused() -> None:
         main([*required, "--methods", "best"])
     with pytest.raises(InputError, match=r"--source /nowhere/model: no such"):
         main(required)
+    with pytest.raises(SystemExit):
+        main([*required, "--precision", "fp8"])

@@ -30,12 +30,14 @@ def test_every_method_trains_for_the_same_number_of_steps() -> None:
 
 
 def test_variants_are_ours_with_other_flags() -> None:
-    variants = ("taylor=--init taylor", "late=--steps 2 --mask-lr 1|--lr 3e-4 --seed 9{seed}")
+    variants = ("taylor=--init taylor", "late=--steps 2 --mask-lr 1|--lr 3e-4 --eps {seed}")
     found = methods_of(configure(methods=(), variant=variants, shear_steps=5))
     assert found == [
         Method("taylor", 5, ("--init", "taylor")),
-        Method("late", 2, ("--mask-lr", "1"), ("--lr", "3e-4", "--seed", "9{seed}")),
+        Method("late", 2, ("--mask-lr", "1"), ("--lr", "3e-4", "--eps", "{seed}")),
     ]
+    (joined,) = methods_of(configure(methods=(), variant=("late=--steps=0 --init=flat",)))
+    assert joined == Method("late", 0, ("--init=flat",))
 
 
 def test_targets_are_named_shapes() -> None:
@@ -54,6 +56,13 @@ def test_targets_are_named_shapes() -> None:
         ({"variant": ("a/b=--init flat",)}, r"is not NAME=FLAGS"),
         ({"variant": ("x=--steps 40",)}, r"--steps 40 must be a number from 0 to 39"),
         ({"variant": ("x=--steps",)}, r"--steps  must be a number"),
+        ({"variant": ("x=--steps=40",)}, r"--steps 40 must be a number from 0 to 39"),
+        ({"variant": ("x=--init flat|--steps 3",)}, r"give --steps N before the \| only"),
+        ({"variant": ("x=--seed 10{seed}",)}, r"--seed is the comparison's to set"),
+        ({"variant": ("x=|--global_batch=4",)}, r"--global-batch is the comparison's to set"),
+        ({"variant": ("x=--init 'flat",)}, r"--variant \"x=--init 'flat\": No closing quotation"),
+        ({"targets": ("params=10k",)}, r"--targets 'params=10k': budgets are resolved by pruner"),
+        ({"targets": ("a=speedup=2",)}, r"--targets 'speedup=2': budgets are resolved by pruner"),
         ({"targets": ("third",)}, r"'third' is neither half nor quarter nor NAME=SIZES"),
         ({"targets": ("half", "half=layers=2")}, r"the name 'half' is not usable, or given"),
         ({"targets": ()}, r"no target"),
@@ -62,6 +71,10 @@ def test_targets_are_named_shapes() -> None:
         ({"sparsities": (0.5, 95.0)}, r"--sparsities 95.0: must lie between 0 and 1"),
         ({"shear_steps": 0}, r"--shear-steps 0: must be at least 1"),
         ({"jobs": 0}, r"--jobs 0"),
+        ({"seq_len": 1}, r"--seq-len 1: must be at least 2"),
+        ({"threads": 0}, r"--threads 0: must be at least 1"),
+        ({"cpt_lr": 0.0}, r"--cpt-lr 0.0: must be above 0 and finite"),
+        ({"random_lr": float("nan")}, r"--random-lr nan: must be above 0 and finite"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data.errors import InputError
 from launch import comparison_stages, tasks
 from launch.comparison import CompareConfig
 from launch.comparison_run import run
@@ -70,16 +71,15 @@ def configure(tmp_path: Path) -> Callable[..., CompareConfig]:
     text = write_documents(tmp_path / "text.jsonl", number=12)
 
     def make(**options: Any) -> CompareConfig:
+        paths = {"input": (str(text),), "json": str(tmp_path / "out.json")}
         sizes: dict[str, Any] = {"held_out_documents": 3, "train_documents": 9, "sequences": 2}
         sizes |= {"seq_len": 32, "batch": 2, "shear_steps": 2, "cpt_steps": 2, "threads": 1}
         return CompareConfig(
             source=str(model),
-            input=(str(text),),
             output=str(tmp_path / "out"),
             domain_weights="alpha=0.5,beta=0.5",
             precision="fp32",
-            json=str(tmp_path / "out.json"),
-            **({"targets": (f"small={SIZES}",), "seeds": (0,)} | sizes | options),
+            **({"targets": (f"small={SIZES}",), "seeds": (0,)} | sizes | paths | options),
         )
 
     return make
@@ -102,7 +102,7 @@ def test_a_comparison_runs_resumes_and_grows(
     for name, row in rows.items():
         trained = held_out(small / name / "seed-0" / "trained")
         assert {domain: row["trained"][domain] for domain in trained} == trained
-        assert row["shear_steps"] + row["cpt_steps"] == 4
+        assert row["shear_steps"] + row["cpt_steps"] == 4 and row["tokens"] == 4 * 2 * 32
     assert rows["blocks"]["shape"]["hidden"] == 32 and rows["blocks"]["shape"]["layers"] == 1
     assert rows["ours"]["pruned"]["alpha"] == held_out(small / "ours/seed-0/pruned")["alpha"]
     assert rows["random"]["non_embedding_parameters"] == rows["ours"]["non_embedding_parameters"]
@@ -123,6 +123,25 @@ def test_a_comparison_runs_resumes_and_grows(
     commands.clear()
     run(configure(methods=("ours",), cpt_steps=3))
     assert commands == ["launch.cpt", "launch.evaluate"]
+
+
+def test_what_cannot_work_is_refused_before_any_stage(
+    commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    refused: dict[str, dict[str, Any]] = {
+        r"--input '/nowhere/\*.zst' matches no files": {"input": ("/nowhere/*.zst",)},
+        r"--json .*folder is a folder": {"json": str(tmp_path / "folder")},
+        r"--targets odd: hidden size 23 is not a multiple": {"targets": ("odd=hidden=23",)},
+        r"--sparsities 0.001: target .* is the source's own": {
+            "dead_units": True,
+            "sparsities": (0.001,),
+        },
+    }
+    for message, options in refused.items():
+        with pytest.raises(InputError, match=message):
+            run(configure(**options))
+    assert commands == [] and not (tmp_path / "out").exists()
 
 
 def test_dead_units_of_both_rules(

@@ -1,36 +1,59 @@
 """Shapes of the dead-unit report, and its counts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data.errors import InputError
 from launch.comparison import CompareConfig
 from launch.comparison_stages import StageMaker
 from launch.dead_units import dead_units_plan, sparse_shape
-from pruner.shapes import Shape, shape_of
+from pruner.shapes import Shape, config_of, shape_of
 from tests.launch.test_method_losses import SMOLLM2
 from trainer.models.config import ModelConfig
 
-SOURCE = shape_of(ModelConfig.from_hf(SMOLLM2))
+SOURCE = ModelConfig.from_hf(SMOLLM2)
+PYTHIA = {
+    "model_type": "gpt_neox",
+    "vocab_size": 50304,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "rotary_pct": 0.25,
+}
 
 
 def test_shapes_are_near_the_sparsity() -> None:
-    assert SOURCE.describe() == "layers=30,hidden=576,heads=9,kv-heads=3,ffn=1536"
+    assert shape_of(SOURCE).describe() == "layers=30,hidden=576,heads=9,kv-heads=3,ffn=1536"
     assert sparse_shape(SOURCE, 0.5) == Shape(15, 288, 4, 2, 64, 768)
     assert sparse_shape(SOURCE, 0.75) == Shape(8, 144, 2, 1, 64, 384)
     assert sparse_shape(SOURCE, 0.95) == Shape(2, 32, 1, 1, 64, 80)
 
 
 @pytest.mark.parametrize(
-    "source", [SOURCE, Shape(32, 4096, 32, 8, 128, 14336), Shape(3, 24, 4, 2, 8, 20)]
+    "source",
+    [
+        SOURCE,
+        config_of(Shape(32, 4096, 32, 8, 128, 14336), replace(SOURCE, head_dim=128)),
+        config_of(Shape(3, 24, 4, 2, 8, 20), replace(SOURCE, head_dim=8)),
+        ModelConfig.from_hf(PYTHIA),
+    ],
 )
-def test_every_shape_is_valid(source: Shape) -> None:
+def test_every_shape_is_valid(source: ModelConfig) -> None:
     for percent in range(20, 100, 5):
         target = sparse_shape(source, percent / 100)
+        config_of(target, source).to_hf()
         assert target.hidden % target.heads == 0
         assert target.heads % target.kv_heads == 0
-        assert target.group <= source.group
+        assert target.group <= shape_of(source).group
+
+
+def test_a_sparsity_that_removes_nothing_is_named() -> None:
+    with pytest.raises(InputError, match=r"--sparsities 0.001: target .* is the source's own"):
+        sparse_shape(SOURCE, 0.001)
 
 
 def test_counts_are_those_of_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,8 @@ import pytest
 from data.errors import InputError
 from launch.comparison import CompareConfig
 from launch.comparison_stages import StageMaker
-from launch.method_losses import block_count, leads, losses_plan, print_results, summaries
+from launch.method_losses import block_count, leads, losses_plan, print_results
+from launch.tasks import Task
 from trainer.models.config import ModelConfig
 
 SMOLLM2 = {
@@ -109,11 +110,20 @@ def write_stages(plan_tasks: list[Any], losses: dict[str, tuple[float, float]]) 
                 domains = dict(zip(("c4", "github"), ({"loss": v} for v in values), strict=True))
                 (task.folder / "evaluation.json").write_text(json.dumps({"domains": domains}))
         report = {
-            "target": {"layers": 24},
+            "target_shape": {"layers": 24},
+            **spent(task),
             "parameters": {"target_non_embedding": 46_469_808},
             "kept_not_alive": {"hidden": 1, "layer": 2},
         }
         (task.folder / "shear.json").write_text(json.dumps(report))
+        (task.folder / "cpt.json").write_text(json.dumps(spent(task)))
+
+
+def spent(task: Task) -> dict[str, int]:
+    """Steps and tokens of a stage, from its command; a measuring one has none."""
+    flags = [str(word) for word in task.settings.get("flags", ())]
+    steps = int(flags[flags.index("--steps") + 1]) if "--steps" in flags else 0
+    return {"steps": steps, "tokens": steps * 8 * 256}
 
 
 def test_numbers_are_those_of_the_stages(
@@ -147,6 +157,7 @@ def test_numbers_are_those_of_the_stages(
     assert rows["random", 0]["pruned"] is None and rows["random", 0]["kept_not_alive"] is None
     assert (rows["ours", 0]["shear_steps"], rows["ours", 0]["cpt_steps"]) == (16, 24)
     assert (rows["random", 0]["shear_steps"], rows["random", 0]["cpt_steps"]) == (0, 40)
+    assert {row["tokens"] for row in results["rows"]} == {results["tokens"]}
     ours, activation, random = results["summary"]
     assert ours["trained"]["c4"] == {"mean": pytest.approx(5.1), "min": 5.0, "max": 5.2}
     assert activation["pruned"]["c4"] == {"mean": 8.0, "min": 8.0, "max": 8.0}
@@ -164,21 +175,74 @@ def test_numbers_are_those_of_the_stages(
     assert "c4: ours is 0.300 below the best other, activation, more than the spread" in table
 
 
-def test_leads_need_ours_and_another() -> None:
-    row = {
-        "target": "half",
-        "method": "ours",
-        "seed": 0,
-        "non_embedding_parameters": 1,
-        "kept_not_alive": {},
-        "pruned": {"all": 2.0},
-        "trained": {"all": 1.0},
+def test_rows_of_other_lengths_are_refused(source: ModelConfig, tmp_path: Path) -> None:
+    plan = losses_plan(maker(tmp_path, methods=("ours",), targets=("half",), seeds=(0,)), source)
+    write_stages(plan.tasks, {"": (1.0, 1.0)})
+    done = {task.name for task in plan.tasks}
+    assert plan.results(done) is not None
+    report = tmp_path / "half/ours/seed-0/cpt/cpt.json"
+    report.write_text(json.dumps({"steps": 24, "tokens": 12 * 8 * 256}))
+    with pytest.raises(InputError, match=r"took 40 steps and 57,344 tokens.* 40 and 81,920: del"):
+        plan.results(done)
+
+
+def test_blocks_of_a_source_with_one_are_refused(tmp_path: Path) -> None:
+    source = ModelConfig.from_hf(SMOLLM2 | {"num_hidden_layers": 1})
+    sizes = "small=hidden=432,heads=6,kv-heads=2"
+    with pytest.raises(
+        InputError, match=r"--methods blocks: model has a single block.*ours paper a"
+    ):
+        losses_plan(maker(tmp_path, targets=(sizes,)), source)
+
+
+def lead_rows(method: str, losses: dict[int, float]) -> list[dict[str, Any]]:
+    return [
+        {"target": "half", "method": method, "seed": seed, "trained": {"all": loss}}
+        for seed, loss in losses.items()
+    ]
+
+
+def test_leads_compare_the_seeds_that_both_have() -> None:
+    ours = lead_rows("ours", {0: 2.0, 1: 3.0, 2: 1.0})
+    (lead,) = leads(ours + lead_rows("paper", {1: 2.5, 2: 2.0, 7: 0.5}))
+    assert lead["seeds"] == [1, 2] and lead["lower_by"] == 0.25 and lead["beyond_spread"] is False
+    (lead,) = leads(ours + lead_rows("paper", {0: 4.0, 1: 3.5}))
+    assert lead["lower_by"] == 1.25 and lead["beyond_spread"] is True
+    (lead,) = leads(ours + lead_rows("paper", {0: 1.0, 1: 1.5}))
+    assert lead["lower_by"] == -1.25 and lead["beyond_spread"] is True
+    (lead,) = leads(ours + lead_rows("paper", {0: 1.5}) + lead_rows("random", {0: 9.0, 1: 9.0}))
+    assert lead["best_other"] == "paper" and lead["lower_by"] == -0.5
+    assert lead["beyond_spread"] is None
+    assert leads(ours + lead_rows("paper", {8: 1.0})) == []
+
+
+def test_leads_are_printed_with_their_side(capsys: pytest.CaptureFixture[str]) -> None:
+    lead = {"target": "half", "domain": "all", "best_other": "paper"}
+    spread = {"all": {"mean": 1.0, "min": 1.0, "max": 1.0}}
+    entry = {"target": "half", "method": "ours", "non_embedding_parameters": 1}
+    results = {
+        "source_held_out": {"all": 1.0},
+        "source_non_embedding_parameters": 1,
+        "targets": {"half": "layers=1"},
+        "summary": [entry | {"kept_not_alive": [], "pruned": {}, "trained": spread}],
+        "leads": [
+            lead | {"lower_by": -0.066, "beyond_spread": None},
+            lead | {"lower_by": -0.5, "beyond_spread": True},
+        ],
+        "missing_rows": 0,
     }
-    assert leads(summaries([row])) == []
-    assert leads(summaries([row, row | {"method": "taylor"}])) == []
-    assert leads(summaries([row, row | {"method": "paper", "target": "quarter"}])) == []
-    (lead,) = leads(summaries([row, row | {"method": "paper"}]))
-    assert lead["lower_by"] == 0 and not lead["beyond_spread"]
+    print_results(results)
+    printed = capsys.readouterr().out
+    assert "all: ours is 0.066 above the best other, paper, one seed: no spread" in printed
+    assert "0.500 above the best other, paper, more than the spread over seeds" in printed
+
+
+def test_leads_need_ours_and_another() -> None:
+    ours = lead_rows("ours", {0: 1.0})
+    assert leads(ours) == [] and leads(lead_rows("paper", {0: 1.0})) == []
+    assert leads(ours + lead_rows("taylor", {0: 1.0})) == []
+    elsewhere = [row | {"target": "quarter"} for row in lead_rows("paper", {0: 1.0})]
+    assert leads(ours + elsewhere) == []
 
 
 def test_nothing_is_printed_of_a_target_without_rows(capsys: pytest.CaptureFixture[str]) -> None:

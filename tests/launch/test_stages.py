@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from launch.stages import Stages, command
+from launch.stages import CommandError, Stages, command
 
 
 class Recorder:
@@ -104,3 +104,12 @@ def test_a_logged_command_prints_nothing_and_is_known_while_it_runs(
     assert log.read_text().count("\nout\n") == log.read_text().count("\nerr\n") == 2
     with pytest.raises(InputError, match=rf"last command in {log} exited with status 3"):
         command([sys.executable, "-c", "exit(3)"], makes=log, log=log)
+    code = (
+        "import sys; print('no'); print('error: too hot\\nerror: too cold'); print('by'); exit(2)"
+    )
+    with pytest.raises(CommandError, match=r"status 2: too cold; finished stages") as caught:
+        command([sys.executable, "-c", code], makes=log, log=log)
+    assert caught.value.reason == "too cold"
+    with pytest.raises(InputError, match=r"status 3; finished") as later:
+        command([sys.executable, "-c", "exit(3)"], makes=log, log=log)
+    assert not isinstance(later.value, CommandError)

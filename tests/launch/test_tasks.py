@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from launch.stages import Stages, command
+from launch.stages import CommandError, Stages, command
 from launch.tasks import Task, run_tasks, seconds_left
 
 
@@ -31,7 +31,7 @@ class Runner:
     def act(self, name: str) -> None:
         self.started.append(name)
         if name in self.failing:
-            raise InputError("no luck")
+            raise CommandError(f"{name}.log says no luck", "no luck")
 
     def go(self, tasks: list[Task], jobs: int = 1) -> None:
         self.started, self.finished = [], []
@@ -61,6 +61,9 @@ def test_tasks_wait_for_what_they_build_on_and_are_reused(
 def test_a_failure_leaves_out_only_what_builds_on_it(tmp_path: Path) -> None:
     runner = Runner(tmp_path)
     tasks = [runner.task("a"), runner.task("b", "a"), runner.task("c", "b"), runner.task("d")]
+    runner.failing = {"a", "d"}
+    with pytest.raises(InputError, match=r"2 of 4 stages failed, .* left out: a, d: no luck$"):
+        runner.go(tasks)
     runner.failing = {"a"}
     with pytest.raises(InputError, match=r"1 of 4 stages failed, and 2 .* out: a: no luck"):
         runner.go(tasks)

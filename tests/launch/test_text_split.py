@@ -33,10 +33,21 @@ def test_each_domain_is_split_in_the_order_of_the_input(tmp_path: Path) -> None:
     assert texts(tmp_path / "train.jsonl.zst") == ["b 6", "b 7", "a 3", "a 4"]
 
 
+def test_no_text_is_both_measured_and_trained_on(tmp_path: Path) -> None:
+    content = [("a", "x"), ("b", "x"), ("a", "x"), ("a", "y"), ("b", "z"), ("b", "y"), ("b", "w")]
+    lines = [
+        json.dumps({"text": text, "meta": {"redpajama_set_name": name}}) for name, text in content
+    ]
+    (tmp_path / "0.jsonl").write_text("\n".join(lines))
+    split_documents([str(tmp_path / "0.jsonl")], ["a", "b"], 1, 1, tmp_path)
+    assert texts(tmp_path / "held_out.jsonl.zst") == ["x", "z"]
+    assert texts(tmp_path / "train.jsonl.zst") == ["y", "w"]
+
+
 def test_a_domain_without_documents_to_train_on_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "0.jsonl", "a", "a", "a", "b", "other")
     with pytest.raises(
-        InputError, match=r"'b' has 1 documents .* the input has \['a', 'b', 'other'"
+        InputError, match=r"'b' has 1 different documents .* the input has \['a', 'b', 'other'"
     ):
         split_documents([str(tmp_path / "0.jsonl")], ["a", "b"], 1, 2, tmp_path)
     assert not list(tmp_path.glob("*.zst"))

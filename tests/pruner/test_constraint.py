@@ -1,4 +1,5 @@
 import itertools
+import math
 from typing import Any, Literal
 
 import pytest
@@ -172,18 +173,38 @@ def test_paper_multipliers_rise_with_the_violation() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"harden": 1.5}, r"harden=1\.5 is outside \(0, 1\]"),
-        ({"target_warmup": 0.0}, r"target-warmup=0\.0 is outside"),
-        ({"target_warmup": 0.9}, r"target-warmup=0\.9 is later than harden=0\.8"),
-        ({"final_temperature": 0.6}, r"final-temperature=0\.6 must lie in"),
-        ({"mask_lr": 0.0}, r"mask-lr=0\.0 is not positive"),
-        ({"mask_noise": -1.0}, r"mask-noise=-1\.0 is negative"),
-        ({"calibration_sequences": 0}, r"calibration-sequences=0 must be at least 1"),
+        ({"harden": 1.5}, r"--harden 1\.5: must be in \(0, 1\]"),
+        ({"target_warmup": 0.0}, r"--target-warmup 0\.0: must be in"),
+        ({"target_warmup": 0.9}, r"--target-warmup 0\.9: must be at most --harden 0\.8"),
+        ({"final_temperature": 0.6}, r"--final-temperature 0\.6: must be in .*--temperature 0\.5"),
+        ({"mask_lr": 0.0}, r"--mask-lr 0\.0: must be above 0"),
+        ({"mask_clip": -1.0}, r"--mask-clip -1\.0: must be above 0"),
+        ({"mask_noise": -1.0}, r"--mask-noise -1\.0: must be 0 \(no noise\) or more"),
+        ({"calibration_sequences": 0}, r"--calibration-sequences 0: must be at least 1"),
     ],
 )
 def test_impossible_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         MaskConfig(**options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mask_lr",
+        "mask_clip",
+        "target_warmup",
+        "harden",
+        "temperature",
+        "final_temperature",
+        "mask_noise",
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(name: str, value: float) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(InputError, match=f"^{flag} {value}: must be a finite number"):
+        MaskConfig(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("target", "named"), [(4, "4 of 100"), (100, None), (5, None), (99, None)])

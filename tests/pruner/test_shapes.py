@@ -85,6 +85,8 @@ def test_described_shape_parses_back() -> None:
         ("ffn=-3", r"ffn=-3 is outside 1\.\.1536"),
         ("width=3", r"'width=3' is neither a preset .*key=size"),
         ("2b", r"'2b' is neither a preset \(1\.3b"),
+        ("1.3b,layers=1", r"a preset stands alone, because 1\.3b fixes every size"),
+        ("layers=1, 2.7B", r"a preset stands alone, because 2\.7b fixes every size"),
         ("ffn=many", r"ffn='many' is not a whole number"),
         ("ffn=3,ffn=4", r"gives ffn twice"),
         ("layers=30", r"the source's own shape.*smaller"),

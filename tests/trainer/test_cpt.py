@@ -81,6 +81,18 @@ def test_learning_rate_and_evaluation_may_change_on_resume(
     assert json.loads((tmp_path / "run.json").read_text())["lr"] == 1e-3
 
 
+def test_an_unwritable_copy_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--json .* is a folder; name a file in it"):
+        continue_pretraining(
+            options(steps=1),
+            model=str(tmp_path / "none"),
+            data=str(tmp_path / "none"),
+            output=tmp_path / "out",
+            json_copy=tmp_path,
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_steps_are_refused(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--steps 0: must be at least 1 to train"):
         continue_pretraining(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.files import follow_umask, replace_folder, save_tensors
+from data.errors import InputError
+from trainer.files import follow_umask, replace_folder, require_writable, save_tensors
 
 
 def mode(path: Path) -> int:
@@ -38,3 +39,25 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
         (tmp_path / name / name).touch()
     replace_folder(tmp_path / "new", tmp_path / "model")
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "new"]
+
+
+def test_a_writable_file_is_accepted_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text("kept")
+    before = old.stat().st_mtime_ns
+    for path in (old, tmp_path / "new.json", tmp_path / "a" / "b" / "new.json"):
+        require_writable(path, "--json")
+    assert list(tmp_path.iterdir()) == [old]
+    assert (old.read_text(), old.stat().st_mtime_ns) == ("kept", before)
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^--json .*: cannot write there: Not a directory; name"):
+        require_writable(tmp_path / "file" / "below" / "report.json", "--json")
+    with pytest.raises(InputError, match=r"^--copy .* is a folder; name a file in it"):
+        require_writable(tmp_path, "--copy")
+    with pytest.raises(InputError, match="cannot write there: File name too long"):
+        require_writable(tmp_path / ("x" * 300), "--json")
+    with pytest.raises(InputError, match="cannot write there"):
+        require_writable(Path("/proc/report.json"), "--json")

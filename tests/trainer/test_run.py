@@ -26,6 +26,7 @@ from trainer.run import (
     pretrained,
     publish,
     random_init,
+    require_copy,
     save_pretrained,
 )
 
@@ -134,3 +135,19 @@ def draw(shape: ModelConfig) -> float:
 
 def test_random_weights_do_not_depend_on_ranks(shape: ModelConfig) -> None:
     assert run_ranks(draw, 1, shape)[0] == run_ranks(draw, 3, shape)[2]
+
+
+def refused_copy(good: Path, bad: Path) -> str:
+    """The error on this rank when rank 0 cannot write its copy; other ranks' files do not count."""
+    context = parallel.init(threads=1)
+    require_copy(context, None)
+    require_copy(context, good if context.is_main else bad)
+    with pytest.raises(InputError) as error:
+        require_copy(context, bad if context.is_main else good)
+    return str(error.value)
+
+
+def test_every_rank_stops_when_rank_zero_cannot_write_the_copy(tmp_path: Path) -> None:
+    for message in run_ranks(refused_copy, 2, tmp_path / "copy.json", tmp_path):
+        assert message == f"--json {tmp_path} is a folder; name a file in it"
+    assert list(tmp_path.iterdir()) == []

@@ -66,7 +66,10 @@ def load_config(path: Path) -> ModelConfig:
         raise InputError(f"cannot read {file}: {error.strerror}; give a model folder") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is not valid JSON: {error}") from error
-    return ModelConfig.from_hf(values)
+    try:
+        return ModelConfig.from_hf(values)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def load_model(

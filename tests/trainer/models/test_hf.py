@@ -163,6 +163,9 @@ def test_damaged_or_foreign_folders_are_refused(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(InputError, match=r"no \*\.safetensors"):
         load_model(path)
+    (path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match=r"/config\.json: model family 'bert' is not supported"):
+        load_config(path)
     (path / "config.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         load_config(path)
