@@ -104,7 +104,7 @@ def print_results(results: dict[str, Any]) -> None:
     table = Table(title="units over all rows: kept, of them alive (z ≥ 0.99), and the rest")
     for heading in ("sparsity", "rule", "seed", "family", "target", "kept", "alive", "dead"):
         left = heading in ("rule", "family")
-        table.add_column(heading, justify="left" if left else "right")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
     for row in results["rows"]:
         for name, family in row["families"].items():
             kept, alive = sum(row["kept"][name]), sum(row["alive"][name])
