@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from pruner.constraint import Rule
-from pruner.masks import alive_counts, to_masks
+from pruner.masks import alive_counts, span, to_masks
 from pruner.shapes import Shape
 from trainer.callbacks.base import Callback
 from trainer.models.folding import Reuse
@@ -151,7 +151,7 @@ class ShearCallback(Callback):
         for name, family in self.rule.members.items():
             counts, label = alive[name], LABELS[name]
             low, high = min(counts), max(counts)
-            t.bar_fields[label] = f"{_range(low, high)}/{family.target}"
+            t.bar_fields[label] = f"{span(counts)}/{family.target}"
             t.record[f"alive_{name}"] = sum(counts) / len(counts)
             t.record[f"alive_{name}_min"] = low
             t.record[f"alive_{name}_max"] = high
@@ -171,7 +171,3 @@ class ShearCallback(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rule.load_state_dict(state)
-
-
-def _range(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low}..{high}"

@@ -86,6 +86,12 @@ def alive_counts(z: Tensor) -> Tensor:
     return (z >= ALIVE).sum(-1)
 
 
+def span(counts: list[int]) -> str:
+    """The smallest and the largest count, "3..5", or the one that all are."""
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}..{high}"
+
+
 def kept_indices(z: Tensor) -> Tensor:
     """Indices [rows, count] of the units with z > 0; all rows must hold the same number of them."""
     counts = (z > 0).sum(-1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from pruner.config import ShearConfig
 from pruner.constraint import Rule
 from pruner.extract import Extraction
-from pruner.masks import alive_counts, kept_indices, polarised, to_masks
+from pruner.masks import alive_counts, kept_indices, polarised, span, to_masks
 from pruner.shapes import Shape, shape_of
 from trainer.files import replace_folder, save_tensors
 from trainer.loop import Trainer
@@ -199,8 +199,8 @@ def print_tables(report: dict[str, Any]) -> None:
             str(family["rows"]),
             str(family["units"]),
             str(family["target"]),
-            _span(report["kept"][name]),
-            _span(report["alive"][name]),
+            span(report["kept"][name]),
+            span(report["alive"][name]),
         )
     console.print(shapes)
     parameters = report["parameters"]
@@ -222,8 +222,3 @@ def print_tables(report: dict[str, Any]) -> None:
             f"{report['weights'].get(domain, 0.0):.3f}",
         )
     console.print(losses)
-
-
-def _span(counts: list[int]) -> str:
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low}..{high}"
