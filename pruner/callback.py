@@ -70,18 +70,21 @@ class ShearCallback(Callback):
         """Makes masks for the next `passes` forward and backward passes of this rank."""
         masks = self.rule.masks(t.step, draw)
         self.z = {name: z.detach() for name, z in masks.items()}
-        outputs = to_masks(masks, self.source).tensors()
+        outputs = self._joined(masks).tensors()
         leaves = {name: z.detach().requires_grad_(z.requires_grad) for name, z in outputs.items()}
         trained = [name for name, z in outputs.items() if z.requires_grad]
         self._outputs += [outputs[name] for name in trained]
         self._leaves += [leaves[name] for name in trained]
-        t.masks = self._compact(Masks.of(leaves), t)
+        t.masks = self._compact(Masks.of(leaves, hold_scale=self.rule.config.holds_scale), t)
         live = t.masks.live
         if live is not None:
             model, seq_len = t.model.config, t.config.seq_len
             t.throughput.recount(lambda causal: computed_flops(model, live, seq_len, causal))
             if passes > 1 and self._may_share(live, t):
                 t.masks = replace(t.masks, reuse=Reuse(passes))
+
+    def _joined(self, masks: dict[str, Tensor]) -> Masks:
+        return to_masks(masks, self.source, hold_scale=self.rule.config.holds_scale)
 
     def _compact(self, masks: Masks, t: "Trainer") -> Masks:
         if not self.rule.config.compact:
@@ -143,7 +146,7 @@ class ShearCallback(Callback):
             # Equal on all ranks and free of noise, whatever the ranks drew for training.
             with torch.no_grad():
                 masks = self.rule.masks(t.step - 1, None)
-            t.masks = self._compact(to_masks(masks, self.source), t)
+            t.masks = self._compact(self._joined(masks), t)
 
     def _report(self, t: "Trainer", step: int) -> None:
         """Alive and target units, multipliers and temperature of the masks the step used."""
@@ -164,7 +167,7 @@ class ShearCallback(Callback):
 
     def final_masks(self, t: "Trainer") -> Masks:
         """The masks to evaluate."""
-        return self._compact(to_masks(self.rule.final(), self.source), t)
+        return self._compact(self._joined(self.rule.final()), t)
 
     def state_dict(self) -> dict[str, Any]:
         return self.rule.state_dict()

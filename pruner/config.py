@@ -21,6 +21,15 @@ class MaskConfig:
     """Initial scores: by the strength of activations (importance) or by gradients of the loss
     (taylor) in one calibration pass, by the norm of the weights (magnitude), or flat. Default:
     importance for projection, flat (as published) for paper."""
+    basis: Literal["principal", "source"] | None = None
+    """Basis in which residual dimensions are pruned. principal: the principal components of what
+    the norms read, to which the source is turned first without changing its function; source: its
+    own dimensions. Default: principal for projection where the family allows it, source (as
+    published) for paper."""
+    norm_scale: Literal["held", "live"] | None = None
+    """What the norms' outputs do while residual dimensions leave. held: those that stay keep their
+    scale; live: they are normed to that of a full stream, as in a smaller model with the same
+    gains. Default: held for projection, live (as published) for paper."""
     calibration_sequences: int = 32
     """Training sequences of the calibration pass."""
     mask_lr: float | None = None
@@ -83,6 +92,11 @@ class MaskConfig:
     def initial(self) -> str:
         """The initialisation in force: a value of `init`."""
         return self.init or ("importance" if self.rule == "projection" else "flat")
+
+    @property
+    def holds_scale(self) -> bool:
+        """Whether norms hold the scale of the dimensions that stay, in force."""
+        return (self.norm_scale or ("held" if self.rule == "projection" else "live")) == "held"
 
     @property
     def draws(self) -> str:

@@ -5,6 +5,7 @@ the places where the masked forward pass multiplies it. Which masks belong to a 
 columns is in trainer.models.names. Tensors are handled one at a time.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,9 @@ class Extraction:
         self.names = names_of(config)
         self.hidden_scale = _values(masks.hidden, config.hidden_size)
         self.hidden = _live(self.hidden_scale)
+        self.norm_gain = 1.0
+        if masks.hold_scale and masks.hidden is not None:
+            self.norm_gain = math.sqrt(config.hidden_size / self.hidden.numel())
         layer = _values(masks.layer, config.num_layers)
         self.blocks: dict[int, _Block] = {}
         for number, index in enumerate(_live(layer).tolist()):
@@ -120,9 +124,14 @@ class Extraction:
             return _take(tensor, columns=self.hidden, column_scale=scale)
         if module == self.names.final_norm:
             tied = self.source.tie_embeddings
-            return _take(tensor, rows=self.hidden, row_scale=None if tied else scale)
+            return self._norm(tensor, name, torch.ones_like(scale) if tied else scale)
         assert module == self.names.head, f"unknown tensor {name}"
         return _take(tensor, columns=self.hidden)
+
+    def _norm(self, tensor: Tensor, name: str, scale: Tensor) -> Tensor:
+        """Gain or bias of a norm over the residual stream."""
+        gain = self.norm_gain if name.endswith(".weight") else 1.0
+        return _take(tensor, rows=self.hidden, row_scale=scale * gain)
 
     def _inner(self, part: str, tensor: Tensor, block: _Block) -> Tensor:
         """A tensor of a kept block; `part` is its name inside the block."""
@@ -130,8 +139,7 @@ class Extraction:
         role = self.names.modules[module]
         columns = kind == "weight"
         if role is Role.NORM:
-            scale = self.hidden_scale[self.hidden]
-            return _take(tensor, rows=self.hidden, row_scale=scale)
+            return self._norm(tensor, part, self.hidden_scale[self.hidden])
         if role is Role.HEAD_NORM:
             return tensor.clone()
         if role in (Role.ATTENTION_OUTPUT, Role.FEED_FORWARD_OUTPUT):

@@ -9,7 +9,7 @@ taylor      First-order estimate of the loss without the unit (arXiv 1906.10771,
 magnitude   Norm of the unit's weights; needs no text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -147,16 +147,23 @@ def activations(
     model: CausalLM, sequences: Tensor, context: DistributedContext, micro_batch: int
 ) -> dict[str, Tensor]:
     """Strength of the units' activations, summed over `sequences` [n, S]; see `measure`."""
-    device = context.device
     with ActivationStatistics(model) as statistics:
-        step = micro_batch * context.world
-        for start in range(0, len(sequences), step):
-            own = start + context.rank * micro_batch + torch.arange(micro_batch)
-            # Ranks without work left run a sequence that does not count: gathers are collective.
-            statistics.weights = (own < len(sequences)).double().to(device)
-            ids = sequences[own.clamp(max=len(sequences) - 1)].to(device)
-            model(ids, targets=ids, weights=torch.zeros(ids.shape, device=device))
+        for weights, ids in calibration_batches(sequences, context, micro_batch):
+            statistics.weights = weights
+            model(ids, targets=ids, weights=torch.zeros(ids.shape, device=ids.device))
         return statistics.reduce(context)
+
+
+def calibration_batches(
+    sequences: Tensor, context: DistributedContext, micro_batch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of `sequences` [n, S]: fp64 weights [B], 1 or 0, and ids [B, S]; equally
+    many on every rank."""
+    for start in range(0, len(sequences), micro_batch * context.world):
+        own = start + context.rank * micro_batch + torch.arange(micro_batch)
+        # Ranks without work left run a sequence that does not count: gathers are collective.
+        weights = (own < len(sequences)).double().to(context.device)
+        yield weights, sequences[own.clamp(max=len(sequences) - 1)].to(context.device)
 
 
 def taylor(model: CausalLM, sequences: Tensor, context: DistributedContext) -> dict[str, Tensor]:

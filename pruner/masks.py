@@ -50,10 +50,10 @@ def families(target: Shape, source: Shape) -> dict[str, Family]:
     return {family.name: family for family in every if family.target < family.units}
 
 
-def to_masks(z: dict[str, Tensor], source: Shape) -> Masks:
+def to_masks(z: dict[str, Tensor], source: Shape, *, hold_scale: bool = False) -> Masks:
     """Join family masks z [rows, units] into the model's masks; differentiable.
 
-    A query head's mask is the product of its KV group's and its own.
+    A query head's mask is the product of its KV group's and its own. `hold_scale` as in Masks.
     """
     head = None
     if "kv_group" in z:
@@ -66,6 +66,7 @@ def to_masks(z: dict[str, Tensor], source: Shape) -> Masks:
         layer=z["layer"][0] if "layer" in z else None,
         head=head,
         intermediate=z.get("intermediate"),
+        hold_scale=hold_scale,
     )
 
 

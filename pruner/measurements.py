@@ -1,12 +1,12 @@
-"""What is measured on the source before it is trained: held-out losses and importance.
+"""What is measured on the source before it is trained: held-out losses, the principal components of
+its residual stream, and importance.
 
-Both are kept in the output folder, because after the first step the source is gone and a resumed
+All are kept in the output folder, because after the first step the source is gone and a resumed
 run must start from the same numbers.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.reader import TokenReader
+from pruner.basis import measure_basis, turn
 from pruner.config import ShearConfig
 from pruner.importance import measure
 from trainer.domains import measured_reference
@@ -26,6 +27,8 @@ from trainer.models.llama import CausalLM
 from trainer.parallel import DistributedContext, reshard
 
 FILE = "source.safetensors"
+BASIS = "basis"
+"""Name of the basis among the stored tensors."""
 _KEYS = ("held_out", "reference", "importance")
 
 
@@ -38,47 +41,44 @@ class Measurements:
     reference: dict[str, float]
     """Loss per domain on training text: what a dynamic mixture compares training losses with."""
     importance: dict[str, Tensor] | None
-    """[rows, units] of each family (pruner.importance.measure); None for flat initial scores."""
+    """[rows, units] of each family (pruner.importance.measure), of hidden dimensions in `basis`;
+    None for flat initial scores."""
+    basis: Tensor | None = None
+    """[d, d] fp64: what the residual stream is turned to before it is pruned (pruner.basis); None:
+    it stays as it is."""
 
 
-def measurements_key(config: ShearConfig, source: str, data: str) -> str:
+def measurements_key(config: ShearConfig, basis: str, source: str, data: str) -> str:
     """Hash of everything the measurements depend on.
 
-    `source` and `data` are fingerprints of weights and tokens.
+    `basis` is the one in force; `source` and `data` are fingerprints of weights and tokens.
     """
     train, masks = config.train, config.masks
     parts = [source, data, train.seq_len, train.eval_sequences, train.precision]
     parts += [masks.initial, masks.calibration_sequences, config.domain_weights]
-    parts += [config.reference_sequences]
+    parts += [config.reference_sequences, basis]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def load_or_measure(
-    output: Path,
-    key: str,
-    context: DistributedContext,
-    compute: Callable[[], Measurements] | None,
-) -> Measurements:
-    """The measurements kept in `output` under `key`, or else new ones, which are then kept.
+def load_kept(output: Path, key: str | None, context: DistributedContext) -> Measurements | None:
+    """The measurements kept in `output` under `key`; None where there are none.
 
-    `compute` is None once training has begun: then those that the run started from are taken,
-    whatever their key, because options that may change on resume enter it. Raises InputError when
-    they are lost.
+    `key` is None once training has begun: then those that the run started from are taken, because
+    options that may change on resume enter it. Raises InputError when they are lost.
     """
     path = output / FILE
-    wanted = None if compute is None else key
-    kept: Measurements | None = context.broadcast(_read(path, wanted) if context.is_main else None)
-    if kept is not None:
-        return kept
-    if compute is None:
+    kept: Measurements | None = context.broadcast(_read(path, key) if context.is_main else None)
+    if kept is None and key is None:
         raise InputError(
             f"{path} (the measurements of the untrained source) is missing or damaged, and "
             f"training has begun: restore the file, or delete {output} to start over"
         )
-    measurements = compute()
-    problem = _write(path, key, measurements) if context.is_main else None
-    context.check(problem)
-    return measurements
+    return kept
+
+
+def keep(measurements: Measurements, output: Path, key: str, context: DistributedContext) -> None:
+    """Writes the measurements for `load_kept`; collective. Raises InputError when it cannot."""
+    context.check(_write(output / FILE, key, measurements) if context.is_main else None)
 
 
 def measure_source(
@@ -88,21 +88,29 @@ def measure_source(
     reader: TokenReader,
     held_out: TokenReader | None,
     weights: dict[str, float],
+    basis: str,
 ) -> Measurements:
-    """Measure a loaded source; collective. `weights` are the initial domain weights."""
+    """Measure a loaded source, and turn it to its principal basis if `basis` says so; collective.
+
+    `weights` are the initial domain weights, `basis` is "principal" or "source".
+    """
     batch = config.train.micro_batch
     losses = {}
     if held_out is not None:
         count = config.train.eval_sequences
         losses = report(evaluate(model, held_out, held_out.domains, count, batch, context))
     reference = measured_reference(model, reader, config.reference_sequences, batch, context)
+    sequences = calibration_set(reader, weights, config.masks.calibration_sequences)
+    turned = None
+    if basis == "principal":
+        turned = measure_basis(model, sequences, context, batch)
+        turn(model, turned)
     importance = None
     if config.masks.initial != "flat":
-        sequences = calibration_set(reader, weights, config.masks.calibration_sequences)
         importance = measure(config.masks.initial, model, sequences, context, batch)
         reshard(model)
         _require_finite(importance)
-    return Measurements(losses, reference, importance)
+    return Measurements(losses, reference, importance, turned)
 
 
 def _require_finite(importance: dict[str, Tensor]) -> None:
@@ -136,7 +144,8 @@ def _read(path: Path, key: str | None) -> Measurements | None:
     except (OSError, SafetensorError):
         return None
     held_out, reference, importance = (json.loads(metadata[key]) for key in _KEYS)
-    return Measurements(held_out, reference, tensors if importance else None)
+    basis = tensors.pop(BASIS, None)
+    return Measurements(held_out, reference, tensors if importance else None, basis)
 
 
 def _write(path: Path, key: str, measurements: Measurements) -> str | None:
@@ -146,7 +155,9 @@ def _write(path: Path, key: str, measurements: Measurements) -> str | None:
         "reference": json.dumps(measurements.reference),
         "importance": json.dumps(measurements.importance is not None),
     }
-    tensors = measurements.importance or {"none": torch.zeros(0)}
+    tensors = dict(measurements.importance or {"none": torch.zeros(0)})
+    if measurements.basis is not None:
+        tensors[BASIS] = measurements.basis
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, path, metadata)

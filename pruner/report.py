@@ -15,6 +15,7 @@ from pruner.config import ShearConfig
 from pruner.constraint import Rule
 from pruner.extract import Extraction
 from pruner.masks import alive_counts, kept_indices, polarised, span, to_masks
+from pruner.measurements import Measurements
 from pruner.shapes import Shape, shape_of
 from trainer.files import replace_folder, save_tensors
 from trainer.loop import Trainer
@@ -49,18 +50,18 @@ def finish(
     config: ShearConfig,
     source: Path,
     target: Shape,
-    measured: dict[str, dict[str, float]],
+    measured: Measurements,
     reference: dict[str, float],
 ) -> dict[str, Any]:
     """Writes model, masks and then the report, whose presence marks the run as finished.
 
-    `measured` are the source's held-out losses, `reference` the losses that the mixture steered
-    towards. Collective. Raises InputError when a folder cannot be written, RuntimeError when the
-    saved model is not the masked one.
+    `measured` is what the source was measured to be, `reference` the losses that the mixture
+    steered towards. Collective. Raises InputError when a folder cannot be written, RuntimeError
+    when the saved model is not the masked one.
     """
     output, context = Path(config.output), trainer.context
     z = {name: values.cpu() for name, values in rule.final().items()}
-    masks = to_masks(z, shape_of(trainer.model.config))
+    masks = to_masks(z, shape_of(trainer.model.config), hold_scale=config.masks.holds_scale)
     extraction = Extraction(trainer.model.config, masks)
     assert shape_of(extraction.config) == target, extraction.config
     unchecked = output / UNCHECKED
@@ -77,10 +78,11 @@ def finish(
         **_sizes(trainer.model.config, extraction.config),
         **training_report(trainer),
         "reference": reference,
-        "source_held_out": measured,
+        "source_held_out": measured.held_out,
+        "basis": "source" if measured.basis is None else "principal",
         "reload_difference": difference,
     }
-    context.check(_put_in_place(z, output) if context.is_main else None)
+    context.check(_put_in_place(z, measured.basis, output) if context.is_main else None)
     copies = [Path(config.json)] if config.json is not None else []
     publish(context, report, [*copies, output / "shear.json"])
     if context.is_main:
@@ -165,10 +167,13 @@ def _sizes(source: ModelConfig, target: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _put_in_place(z: dict[str, Tensor], output: Path) -> str | None:
-    """Publishes the checked model and writes the masks; returns what went wrong, if anything."""
+def _put_in_place(z: dict[str, Tensor], basis: Tensor | None, output: Path) -> str | None:
+    """Publishes the checked model and writes masks and basis; returns what went wrong, if
+    anything."""
     tensors = {f"z.{name}": values for name, values in z.items()}
     tensors |= {f"kept.{name}": kept_indices(values) for name, values in z.items()}
+    if basis is not None:
+        tensors["basis"] = basis.float()
     try:
         save_tensors(tensors, output / "masks.safetensors")
         replace_folder(output / UNCHECKED, output / "model")

@@ -1,11 +1,11 @@
 """A shearing run, from validated options to the dense model and its report."""
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.reader import TokenReader
+from pruner.basis import basis_in_force, turn
 from pruner.budget import parse_budget
 from pruner.callback import ShearCallback
 from pruner.config import ShearConfig
@@ -13,7 +13,13 @@ from pruner.constraint import Rule, make_rule, require_reachable
 from pruner.history import HistoryCallback
 from pruner.importance import initial_scores
 from pruner.masks import families
-from pruner.measurements import Measurements, load_or_measure, measure_source, measurements_key
+from pruner.measurements import (
+    Measurements,
+    keep,
+    load_kept,
+    measure_source,
+    measurements_key,
+)
 from pruner.proposal import TARGET_FILE, settle_together
 from pruner.report import finish
 from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
@@ -56,6 +62,8 @@ class Inputs:
     reader: TokenReader
     held_out: TokenReader | None
     domains: Domains
+    basis: str
+    """The basis of the residual stream in force (pruner.basis)."""
 
 
 def shear(config: ShearConfig) -> Trainer | None:
@@ -97,7 +105,7 @@ def shear(config: ShearConfig) -> Trainer | None:
     trainer.teacher = teacher
     trainer.fit()
     if not trainer.stopping:
-        finish(trainer, rule, config, inputs.folder, inputs.target, measured.held_out, reference)
+        finish(trainer, rule, config, inputs.folder, inputs.target, measured, reference)
     return trainer
 
 
@@ -137,6 +145,7 @@ def open_inputs(config: ShearConfig) -> Inputs:
     pruned = config_of(target, model)
     pruned.to_hf()
     require_reachable(families(target, source), config.masks)
+    basis = basis_in_force(config.masks, model, target)
     reader, held_out = open_data(config.data, config.train, model, folder)
     check_teacher("the source", model, config.distillation, config.train, model)
     domains = starting_domains(
@@ -148,7 +157,7 @@ def open_inputs(config: ShearConfig) -> Inputs:
     )
     folder = resolve_model(config.source, option="--source")
     check_weights(folder, model)
-    return Inputs(folder, model, source, target, reader, held_out, domains)
+    return Inputs(folder, model, source, target, reader, held_out, domains, basis)
 
 
 def _find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:
@@ -195,14 +204,19 @@ def _measurements(
     fingerprint: str,
     model: CausalLM | None,
 ) -> Measurements:
-    """Kept measurements of the source, or those of `model` while it still is the source."""
-    compute = None
-    if model is not None:
+    """Kept measurements of the source, or those of `model` while it still is the source, which is
+    then turned to the basis in force."""
+    output = Path(config.output)
+    key = measurements_key(config, inputs.basis, fingerprint, inputs.reader.fingerprint)
+    measured = load_kept(output, None if model is None else key, context)
+    if measured is None:
+        assert model is not None
         say(context, "measuring the source: held-out loss and importance of its units")
-        data = (inputs.reader, inputs.held_out, inputs.domains.weights)
-        compute = partial(measure_source, model, config, context, *data)
-    key = measurements_key(config, fingerprint, inputs.reader.fingerprint)
-    measured = load_or_measure(Path(config.output), key, context, compute)
+        data = (inputs.reader, inputs.held_out, inputs.domains.weights, inputs.basis)
+        measured = measure_source(model, config, context, *data)
+        keep(measured, output, key, context)
+    elif model is not None and measured.basis is not None:
+        turn(model, measured.basis)
     for domain, values in measured.held_out.items():
         say(context, f"source, held-out {domain}: loss {values['loss']:.4f}")
     return measured

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from data.cli import available_cores
 from data.errors import InputError
@@ -230,3 +231,16 @@ def reshard(model: nn.Module) -> None:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_region(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """The part of a parameter stored on this rank, and where it lies in the whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, size) for size in parameter.shape)
+    sizes, offsets = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    region = tuple(
+        slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)
+    )
+    return parameter.to_local(), region

@@ -72,7 +72,9 @@ def random_model(**options: Any) -> CausalLM:
     return model.eval()
 
 
-def random_masks(target: Shape, source: Shape, *, soft: bool = True, seed: int = 0) -> Masks:
+def random_masks(
+    target: Shape, source: Shape, *, soft: bool = True, seed: int = 0, hold_scale: bool = False
+) -> Masks:
     """Random units of each row kept, with mid-range values when `soft`."""
     generator = torch.Generator().manual_seed(seed)
     z: dict[str, Tensor] = {}
@@ -80,7 +82,7 @@ def random_masks(target: Shape, source: Shape, *, soft: bool = True, seed: int =
         order = torch.rand(family.rows, family.units, generator=generator).argsort(-1)
         values = 0.2 + 0.75 * torch.rand(family.rows, family.units, generator=generator)
         z[name] = torch.where(order < family.target, values if soft else 1.0, 0.0)
-    return to_masks(z, source)
+    return to_masks(z, source, hold_scale=hold_scale)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -107,19 +109,24 @@ def check_all_agree(model: CausalLM, masks: Masks, path: Path) -> ModelConfig:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("soft", [True, False])
-def test_masked_extracted_and_reloaded_models_agree(name: str, soft: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hold_scale", [True, False])
+def test_masked_extracted_and_reloaded_models_agree(
+    name: str, soft: bool, hold_scale: bool, tmp_path: Path
+) -> None:
     model = random_model(**MODELS[name])
     source = shape_of(model.config)
     kv_heads = max(1, source.kv_heads - 1)
     group = max(1, source.group - 1)
     target = Shape(2, 20, kv_heads * group, kv_heads, 8, 11)
     validate(target, source)
-    config = check_all_agree(model, random_masks(target, source, soft=soft), tmp_path / "model")
+    masks = random_masks(target, source, soft=soft, hold_scale=hold_scale)
+    config = check_all_agree(model, masks, tmp_path / "model")
     assert shape_of(config) == target
 
 
 @pytest.mark.parametrize("name", NEOX_MODELS)
 @pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("hold_scale", [True, False])
 @pytest.mark.parametrize(
     "target",
     [
@@ -131,11 +138,14 @@ def test_masked_extracted_and_reloaded_models_agree(name: str, soft: bool, tmp_p
     ],
     ids=["all", "width", "layer", "ffn", "one-of-each"],
 )
-def test_gpt_neox_agrees(name: str, soft: bool, target: Shape, tmp_path: Path) -> None:
+def test_gpt_neox_agrees(
+    name: str, soft: bool, hold_scale: bool, target: Shape, tmp_path: Path
+) -> None:
     model = random_model(**NEOX_MODELS[name])
     source = shape_of(model.config)
     validate(target, source)
-    config = check_all_agree(model, random_masks(target, source, soft=soft), tmp_path / "model")
+    masks = random_masks(target, source, soft=soft, hold_scale=hold_scale)
+    config = check_all_agree(model, masks, tmp_path / "model")
     assert shape_of(config) == target
 
 

@@ -110,12 +110,13 @@ def reject_nan(name: str) -> None:
     raise AssertionError(f"{name} is not JSON")
 
 
+@pytest.mark.parametrize("basis", ["principal", "source"])
 @pytest.mark.parametrize("init", ["importance", "taylor", "magnitude"])
 def test_no_steps_prune_at_once_by_the_initial_scores(
-    init: str, inputs: Path, tmp_path: Path
+    init: str, basis: str, inputs: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    trainer = shear(configure(inputs, output, steps=0, init=init))
+    trainer = shear(configure(inputs, output, steps=0, init=init, basis=basis))
     assert trainer is not None and not trainer.optimizer.state
     text = (output / "shear.json").read_text()
     report = json.loads(text, parse_constant=reject_nan)
@@ -134,8 +135,26 @@ def test_no_steps_prune_at_once_by_the_initial_scores(
     before = load_file(output / "model" / "model.safetensors")
     source = load_file(inputs / "model" / "model.safetensors")
     dims = kept["kept.hidden"][0]
-    rows = source["model.embed_tokens.weight"][:, dims]
-    assert torch.equal(before["model.embed_tokens.weight"], rows)
+    embedding = source["model.embed_tokens.weight"]
+    assert report["basis"] == basis and ("basis" in kept) == (basis == "principal")
+    if basis == "principal":
+        embedding = (embedding.double() @ importance["basis"]).float()
+        torch.testing.assert_close(kept["basis"], importance["basis"].float())
+    assert torch.equal(before["model.embed_tokens.weight"], embedding[:, dims])
+
+
+def test_a_run_cut_off_after_measuring_starts_from_what_was_measured(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shear(configure(inputs, tmp_path / "straight"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_assemble", None)
+        with pytest.raises(TypeError):
+            shear(configure(inputs, tmp_path / "cut"))
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+    monkeypatch.setattr(run_module, "measure_source", None)
+    shear(configure(inputs, tmp_path / "cut"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
 
 
 def test_continued_training_goes_on_after_the_samples_of_shearing(

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from data.errors import InputError
 from trainer.files import replace_folder, save_tensors
@@ -20,6 +18,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.llama import CausalLM
 from trainer.models.names import Role, names_of
 from trainer.models.sources import INDEX_FILE, convert_gguf, resolve_model
+from trainer.parallel import local_region
 
 __all__ = [
     "check_weights",
@@ -116,7 +115,7 @@ def load_sharded(model: CausalLM, path: Path) -> None:
     for file, names in _stored_tensors(model, path).items():
         with _open(file) as stored:
             for name in names:
-                local, region = _local_region(expected[name])
+                local, region = local_region(expected[name])
                 if local.numel():
                     local.copy_(stored.get_slice(name)[region])
 
@@ -182,19 +181,6 @@ def _open(file: Path) -> Iterator[Any]:
             yield stored
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {file}: {error}; fetch the file again") from error
-
-
-def _local_region(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """The part of a parameter stored on this rank, and where it lies in the whole."""
-    if not isinstance(parameter, DTensor):
-        return parameter, tuple(slice(0, size) for size in parameter.shape)
-    sizes, offsets = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    region = tuple(
-        slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)
-    )
-    return parameter.to_local(), region
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
@@ -368,7 +354,7 @@ def init_weights(model: CausalLM, std: float = 0.02, seed: int = 0) -> None:
     keeps its part of the whole draw: the result does not depend on sharding or device.
     """
     for position, (name, parameter) in enumerate(model.named_parameters()):
-        local, region = _local_region(parameter)
+        local, region = local_region(parameter)
         if parameter.ndim >= 2:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
             values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)

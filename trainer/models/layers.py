@@ -54,7 +54,7 @@ class LayerNorm(nn.Module):
         centred = values - (values * share).sum(-1, keepdim=True)
         variance = (centred.square() * share).sum(-1, keepdim=True)
         normed = (centred * torch.rsqrt(variance + self.eps)).to(x.dtype)
-        gain = fold_vector(self.weight, stream.units, stream.mask)
+        gain = fold_vector(self.weight, stream.units, stream.norm_scale)
         bias = fold_vector(self.bias, stream.units, stream.mask)
         return torch.addcmul(bias, normed, gain)
 
@@ -79,5 +79,5 @@ class RMSNorm(nn.Module):
         if stream is not None:
             if stream.scale is not None:
                 mean_square = mean_square * stream.scale
-            gain = fold_vector(gain, stream.units, stream.mask)
+            gain = fold_vector(gain, stream.units, stream.norm_scale)
         return gain * (values * torch.rsqrt(mean_square + self.eps)).to(x.dtype)

@@ -24,12 +24,20 @@ class StreamMasks:
     """[m] int64: the dimensions that are computed; None: all d."""
     scale: Tensor | None = None
     """Scalar m / n with n the number of live dimensions (z > 0) among the m that are computed."""
+    gain: Tensor | None = None
+    """Scalar factor of the gains of all norms, None for 1."""
     reuse: Reuse | None = None
 
     @property
     def reading(self) -> Fold:
         """How a weight is folded whose columns read the residual stream behind a norm."""
         return Fold(columns=self.units, reuse=self.reuse)
+
+    @property
+    def norm_scale(self) -> Tensor | None:
+        """[d] factors of every norm's gain; None for ones. New each time: a graph that passes
+        shared would be gone after the first backward."""
+        return self.mask if self.mask is None or self.gain is None else self.mask * self.gain
 
     @property
     def live(self) -> Tensor | None:
@@ -92,6 +100,9 @@ class Masks:
     """The units that are computed (`compact`); None: all, dense."""
     reuse: Reuse | None = None
     """Keeps folded weights between the forward passes of one draw (`compact`)."""
+    hold_scale: bool = False
+    """Multiply the gains of all norms by sqrt(d / n) for n of d dimensions that are live, so that
+    these keep the scale they have behind a norm over all d; off, they shrink as others leave."""
 
     def compact(self, config: ModelConfig, *, multiple: int, passes: int = 1) -> "Masks":
         """The same masks, with the forward pass restricted to the units that are not zero.
@@ -121,7 +132,10 @@ class Masks:
         computed = self.hidden.shape[0] if units is None else units.shape[0]
         # A tensor divided by a tensor: number / tensor is a rounded reciprocal, 1 only nearly.
         scale = self.hidden.new_full((), computed) / live
-        return StreamMasks(self.hidden, units, scale, self.reuse)
+        gain = None
+        if self.hold_scale:
+            gain = (self.hidden.new_full((), self.hidden.shape[0]) / live).sqrt()
+        return StreamMasks(self.hidden, units, scale, gain, self.reuse)
 
     def for_layer(self, index: int) -> LayerMasks:
         """The masks of block `index`."""
@@ -138,11 +152,11 @@ class Masks:
         )
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> "Masks":
+    def of(cls, tensors: dict[str, Tensor], *, hold_scale: bool = False) -> "Masks":
         """Dense masks from tensors by family name, as `tensors` gives them."""
         assert tensors.keys() <= set(FAMILIES), sorted(tensors)
         hidden, layer, head, intermediate = (tensors.get(name) for name in FAMILIES)
-        return cls(hidden, layer, head, intermediate)
+        return cls(hidden, layer, head, intermediate, hold_scale=hold_scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """The masks that are present, by family name."""
@@ -150,4 +164,5 @@ class Masks:
 
     def to(self, device: torch.device | str) -> "Masks":
         """The same masks on another device, dense."""
-        return Masks.of({name: z.to(device) for name, z in self.tensors().items()})
+        tensors = {name: z.to(device) for name, z in self.tensors().items()}
+        return Masks.of(tensors, hold_scale=self.hold_scale)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,27 +33,30 @@ def test_scalar_rows_scale_weight_and_bias() -> None:
 MASK = torch.tensor([0.0, 0.5, 1.0, 0.0, 0.3, 0.9], dtype=torch.float64)
 
 
-def _stream(kind: str) -> StreamMasks:
+def _stream(kind: str, hold_scale: bool) -> StreamMasks:
     """Masks of six dimensions of which two are dead: all computed, or one dead one left out."""
-    stream = Masks(hidden=MASK).stream
+    stream = Masks(hidden=MASK, hold_scale=hold_scale).stream
     if kind == "dense":
         return stream
     units = torch.tensor([1, 2, 3, 4, 5])
-    return StreamMasks(MASK, units, torch.tensor(5 / 4, dtype=torch.float64))
+    return StreamMasks(MASK, units, torch.tensor(5 / 4, dtype=torch.float64), stream.gain)
 
 
 @pytest.mark.parametrize("kind", ["dense", "padded"])
+@pytest.mark.parametrize("hold_scale", [False, True])
 @pytest.mark.parametrize("ours", [RMSNorm, LayerNorm])
 def test_norm_over_live_dimensions_is_the_norm_of_the_smaller_model(
-    ours: type[RMSNorm | LayerNorm], kind: str
+    ours: type[RMSNorm | LayerNorm], hold_scale: bool, kind: str
 ) -> None:
     torch.manual_seed(0)
-    stream, live = _stream(kind), MASK > 0
+    stream, live = _stream(kind, hold_scale), MASK > 0
     norm, small = ours(6, 0.1).double(), ours(4, 0.1).double()
     with torch.no_grad():
         for large, part in zip(norm.parameters(), small.parameters(), strict=True):
             large.normal_()
             part.copy_((large * MASK)[live])
+        if hold_scale:
+            small.weight.mul_(math.sqrt(6 / 4))
     whole = (torch.randn(3, 4, 6, dtype=torch.float64) + 2) * live
     units = torch.arange(6) if stream.units is None else stream.units
     x = whole[..., units].requires_grad_()
@@ -66,6 +71,15 @@ def test_norm_over_live_dimensions_is_the_norm_of_the_smaller_model(
     expected.backward(upstream[..., kept])
     assert x.grad is not None and not x.grad[..., ~kept].any()
     torch.testing.assert_close(x.grad[..., kept], smaller.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_held_scale_is_that_of_a_norm_over_all_dimensions() -> None:
+    torch.manual_seed(0)
+    norm = RMSNorm(6, 0.0).double()
+    live = (MASK > 0).double()
+    x = torch.randn(5, 6, dtype=torch.float64) * live
+    found = norm(x, Masks(hidden=live, hold_scale=True).stream)
+    torch.testing.assert_close(found, norm(x), rtol=1e-12, atol=1e-12)
 
 
 def test_unmasked_layer_norm_is_torch_layer_norm() -> None:

@@ -88,7 +88,8 @@ def _draw(kind: str, seed: int, dtype: torch.dtype) -> Masks:
         alive = {kind: alive[kind]}
     if "hidden" in alive:
         alive["hidden"][5:9] = True
-    return Masks(**{name: _soft(generator, dtype, flags) for name, flags in alive.items()})  # type: ignore[arg-type]
+    masks = {name: _soft(generator, dtype, flags) for name, flags in alive.items()}
+    return Masks.of(masks, hold_scale=seed % 2 == 1)
 
 
 KINDS = ["random", "all kept", "one kept", "no block", "empty blocks", "uneven groups", *FULL]
