@@ -3,7 +3,7 @@
 import math
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from data.errors import InputError
@@ -15,7 +15,9 @@ TARGETS = {
 }
 """Named targets: 44% and 23% of SmolLM2-135M's parameters without embeddings."""
 OURS = "ours"
-METHODS = (OURS, "paper", "blocks", "activation", "magnitude", "random")
+METHODS = (
+    *(OURS, "paper", "blocks", "blocks+kl", "activation", "activation+kl", "magnitude", "random"),
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 _EQUAL_FLAGS = (
     *("source", "target", "model", "data", "output", "domain-weights", "seed", "precision"),
@@ -37,9 +39,10 @@ class CompareConfig:
     json: str | None = None
     """Write the table to this file, anew after every finished run."""
     methods: tuple[str, ...] = METHODS
-    """ours: masks learned by projection; paper: by Sheared LLaMA's rule; blocks: whole blocks
-    removed at once; activation, magnitude: the same shape cut at once, by strength of activations
-    or norm of weights; random: that shape trained from scratch."""
+    """ours: masks learned by projection, with all defaults, distilled from the source; paper: by
+    Sheared LLaMA's rule; blocks: whole blocks removed at once; activation, magnitude: the same
+    shape cut at once, by strength of activations or norm of weights; random: that shape trained
+    from scratch; blocks+kl, activation+kl: those distilled from the source as ours is."""
     variant: tuple[str, ...] = ()
     """Further methods as NAME=FLAGS: ours with these flags of pruner.shear and, after a |, of
     launch/cpt.py; --steps N leaves the other steps to training, and {seed} stands for the seed."""
@@ -129,25 +132,15 @@ class Method:
     """Remove whole blocks, to about as many parameters as the target has."""
     random: bool = False
     """Train the shape from scratch instead of the pruned weights."""
-
-    def pruned(self) -> "Method":
-        """The method whose pruned models this one starts from."""
-        return _AT_ONCE["activation"] if self.random else self
-
-
-_AT_ONCE = {
-    "blocks": Method("blocks", 0, seeded=False, whole_blocks=True),
-    "activation": Method("activation", 0, ("--init", "importance"), seeded=False),
-    "magnitude": Method("magnitude", 0, ("--init", "magnitude"), seeded=False),
-    "random": Method("random", 0, random=True, seeded=False),
-}
+    prunes_as: str | None = None
+    """Name of the method whose pruned models this one starts from; None: its own."""
 
 
 def methods_of(config: CompareConfig) -> list[Method]:
     """The methods that `config` names. Raises InputError for unknown, repeated or bad ones."""
-    ours = Method(OURS, config.shear_steps)
-    paper = Method("paper", config.shear_steps, ("--rule", "paper"))
-    known = {OURS: ours, "paper": paper, **_AT_ONCE}
+    taught = ("--teacher", config.source)
+    ours = Method(OURS, config.shear_steps, cpt_flags=taught)
+    known = {method.name: method for method in (ours, *_peers(config, taught))}
     found: list[Method] = []
     for name in config.methods:
         if name not in known:
@@ -161,6 +154,23 @@ def methods_of(config: CompareConfig) -> list[Method]:
     if not found:
         raise InputError(f"no method to compare: give --methods, some of {', '.join(known)}")
     return found
+
+
+def _peers(config: CompareConfig, taught: tuple[str, ...]) -> list[Method]:
+    """The other methods, as they were published, and two of them with `taught` as flags of
+    continued pre-training."""
+    blocks = Method("blocks", 0, seeded=False, whole_blocks=True)
+    published = ("--basis", "source", "--norm-scale", "live")
+    activation = Method("activation", 0, ("--init", "importance", *published), seeded=False)
+    return [
+        Method("paper", config.shear_steps, ("--rule", "paper")),
+        blocks,
+        replace(blocks, name="blocks+kl", cpt_flags=taught, prunes_as="blocks"),
+        activation,
+        replace(activation, name="activation+kl", cpt_flags=taught, prunes_as="activation"),
+        Method("magnitude", 0, ("--init", "magnitude", *published), seeded=False),
+        replace(activation, name="random", random=True, prunes_as="activation"),
+    ]
 
 
 def _variant(text: str, ours: Method, steps: int) -> Method:

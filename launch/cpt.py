@@ -18,7 +18,7 @@ torchrun --nproc_per_node 8 launch/cpt.py --model meta-llama/Llama-2-7b-hf --lr 
     --replicas 2 --activation-checkpointing
 python launch/cpt.py --model runs/shear --seq-len 256 --global-batch 8 --micro-batch 8 --steps 32
 torchrun --nproc_per_node 8 launch/cpt.py --init random --output runs/from-scratch
-torchrun --nproc_per_node 8 launch/cpt.py --teacher models/Llama-2-7b-hf --distill-weight 0.5
+torchrun --nproc_per_node 8 launch/cpt.py --teacher models/Llama-2-7b-hf
 """
 
 
@@ -44,7 +44,8 @@ class CptConfig:
     """JSON file {"sizes": {"6738415616": {"c4": 1.92, ...}, ...}} of held-out losses by number of
     parameters, from which the losses to steer towards are fitted at the model's number."""
     teacher: str | None = None
-    """Model to learn from at --distill-weight above 0, named like --model; same vocabulary."""
+    """Model to learn from besides the text, named like --model; same vocabulary. None: no such
+    model, or at a --distill-weight above 0 the one that --model was sheared from."""
     json: str | None = None
     """Copy the final report to this file."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)

@@ -124,15 +124,16 @@ def _row(
     method: Method,
     seed: int,
 ) -> Row:
-    start = method.pruned()
-    common = f"{target}/{start.name}" + (f"/seed-{seed}" if start.seeded else "")
+    common = f"{target}/{method.prunes_as or method.name}"
+    common += f"/seed-{seed}" if method.seeded else ""
     own = f"{target}/{method.name}/seed-{seed}"
-    sizes = _shape(source, shape, start).describe()
-    kind = f"{target} {'learned' if start.shear_steps else 'at once'}"
-    shear_seed = seed if start.seeded else 0
-    shear = maker.shear(f"{common}/shear", sizes, start, shear_seed, f"shear {kind}")
+    sizes = _shape(source, shape, method).describe()
+    kind = f"{target} {'learned' if method.shear_steps else 'at once'}"
+    shear_seed = seed if method.seeded else 0
+    shear = maker.shear(f"{common}/shear", sizes, method, shear_seed, f"shear {kind}")
     pruned = maker.measure(f"{common}/pruned", shear, f"measure {target}")
-    cpt = maker.train(f"{own}/cpt", shear, method, seed, f"cpt {kind}")
+    taught = " taught" if "--teacher" in method.cpt_flags else ""
+    cpt = maker.train(f"{own}/cpt", shear, method, seed, f"cpt {kind}{taught}")
     trained = maker.measure(f"{own}/trained", cpt, f"measure {target}")
     return Row(target, method, seed, shear, cpt, None if method.random else pruned, trained)
 

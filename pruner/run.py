@@ -76,7 +76,9 @@ def shear(config: ShearConfig) -> Trainer | None:
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
     json_copy = Path(config.json) if config.json else None
     require_copy(context, json_copy)
-    config, proposal = _settle_target(config, context)
+    learned = config.masks.rule == "projection" and config.train.steps > 0
+    distillation = config.distillation.in_force(learned)
+    config, proposal = _settle_target(replace(config, distillation=distillation), context)
     with context.rank_zero_first():
         inputs = open_inputs(config)
     output = Path(config.output)

@@ -1,12 +1,15 @@
 """Options of a training run."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import isfinite
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from data.errors import InputError
+
+DISTILL_WEIGHT = 0.9
+"""Weight of the divergence from a teacher when none is named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,9 +123,10 @@ class DistillationConfig:
     models' logits are divided by T in the divergence.
     """
 
-    weight: Annotated[float, tyro.conf.arg(name="distill-weight")] = 0.0
+    weight: Annotated[float | None, tyro.conf.arg(name="distill-weight")] = None
     """Weight a of the divergence, 0 to 1. 0 turns distillation off; 1 learns from the teacher
-    alone."""
+    alone. None: 0.9 where there is a teacher (in shearing by the projection rule, the source), else
+    0."""
 
     kind: Annotated[Literal["forward-kl"], tyro.conf.arg(name="distill-kind")] = "forward-kl"
     """forward-kl: the divergence of the student's distribution from the teacher's, weighted by the
@@ -136,7 +140,9 @@ class DistillationConfig:
     over them; 0 compares the whole vocabulary."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.weight <= 1, "distill_weight", self.weight, "in [0, 1]")
+        require(
+            self.weight is None or 0 <= self.weight <= 1, "distill_weight", self.weight, "in [0, 1]"
+        )
         require(
             self.temperature > 0 and isfinite(self.temperature),
             "distill_temperature",
@@ -149,6 +155,13 @@ class DistillationConfig:
             self.top_k,
             "0 (the whole vocabulary) or at least 2 (over a single id nothing is compared)",
         )
+
+    def in_force(self, teacher: bool) -> "DistillationConfig":
+        """The same options with a weight: DISTILL_WEIGHT where none was given and there is a
+        `teacher`."""
+        if self.weight is not None:
+            return self
+        return replace(self, weight=DISTILL_WEIGHT if teacher else 0.0)
 
 
 def require_finite(config: Any) -> None:

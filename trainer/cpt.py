@@ -16,6 +16,7 @@ from trainer.domains import (
     Domains,
     samples_used,
     sheared_report,
+    source_of,
     start_reference,
     starting_domains,
 )
@@ -91,7 +92,8 @@ def continue_pretraining(
     options = DomainOptions(domain_weights, reference_losses, reference_fit)
     context = parallel.init(replicas=config.replicas, threads=config.threads)
     require_copy(context, json_copy)
-    teaching = (teacher, distillation or DistillationConfig())
+    distillation = (distillation or DistillationConfig()).in_force(teacher is not None)
+    teaching = (teacher, distillation)
     mixture = mixture or MixtureConfig()
     with context.rank_zero_first():
         inputs = open_inputs(config, model, data, mixture, options, teaching, init == "pretrained")
@@ -159,6 +161,8 @@ def open_inputs(
     if not domains.reference and not measurable:
         mixture = replace(mixture, kind="fixed")
     name, distillation = teaching
+    if name is None and distillation.weight:
+        name = source_of(sheared)
     teacher = open_teacher(name, distillation, config, shape, reader)
     if weights:
         source = find_model(model)

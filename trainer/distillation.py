@@ -57,6 +57,7 @@ class Teacher:
         """What the teacher says about ids [B, S]; collective."""
         states, head_weight = self.network.states_and_head(ids)
         config = self.config
+        assert config.weight is not None
         return Teaching(states, head_weight, config.weight, config.temperature, config.top_k)
 
 

@@ -20,13 +20,21 @@ def test_every_method_trains_for_the_same_number_of_steps() -> None:
         "ours": 3,
         "paper": 3,
         "blocks": 0,
+        "blocks+kl": 0,
         "activation": 0,
+        "activation+kl": 0,
         "magnitude": 0,
         "random": 0,
     }
     assert methods["paper"].shear_flags == ("--rule", "paper")
-    assert methods["random"].pruned() == methods["activation"]
-    assert methods["ours"].pruned() == methods["ours"]
+    published = ("--basis", "source", "--norm-scale", "live")
+    for name, start in (("activation+kl", "activation"), ("random", "activation")):
+        assert methods[name].prunes_as == start
+        assert methods[name].shear_flags == methods[start].shear_flags
+        assert methods[name].shear_flags == ("--init", "importance", *published)
+    taught = {name for name, method in methods.items() if method.cpt_flags}
+    assert taught == {"ours", "blocks+kl", "activation+kl"}
+    assert methods["ours"].cpt_flags == ("--teacher", "model")
 
 
 def test_variants_are_ours_with_other_flags() -> None:

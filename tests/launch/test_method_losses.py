@@ -65,8 +65,9 @@ def test_plan_of_the_named_targets(
     shears = [name for name in names if name.endswith("/shear")]
     assert len(shears) == 2 * (2 * 3 + 3)
     cpts = [name for name in names if name.endswith("/cpt")]
-    assert len(cpts) == 2 * 6 * 3
+    assert len(cpts) == 2 * 8 * 3
     assert tasks["half/random/seed-1/cpt"].after == ("half/activation/shear",)
+    assert tasks["half/blocks+kl/seed-1/cpt"].after == ("half/blocks/shear",)
     assert names.index("half/magnitude/seed-0/cpt") < names.index("half/ours/seed-1/shear")
     flags = {
         name: task.settings["flags"] for name, task in tasks.items() if "flags" in task.settings

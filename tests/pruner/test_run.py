@@ -20,8 +20,9 @@ from pruner.run import shear
 from pruner.shapes import config_of
 from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokens
-from trainer.config import DistillationConfig, TrainConfig
+from trainer.config import DISTILL_WEIGHT, DistillationConfig, TrainConfig
 from trainer.cpt import continue_pretraining
+from trainer.identity import weights_fingerprint
 from trainer.loop import Trainer
 from trainer.models.hf import load_config
 
@@ -328,9 +329,50 @@ def test_distillation_keeps_the_model_near_its_source(inputs: Path, tmp_path: Pa
     distilled, free = divergences(tmp_path / "1.0"), divergences(tmp_path / "0.01")
     assert len(distilled) == 20 and distilled[0] == free[0]
     assert distilled[-1] < 0.8 * max(distilled) and distilled[-1] < 0.5 * free[-1]
-    with pytest.raises(InputError, match=r"distill\.weight was 1\.0, now None"):
-        (tmp_path / "1.0" / "shear.json").unlink()
-        shear(configure(inputs, tmp_path / "1.0", **options))
+    (tmp_path / "1.0" / "shear.json").unlink()
+    for rule, now in (("projection", DISTILL_WEIGHT), ("paper", None)):
+        with pytest.raises(InputError, match=rf"distill\.weight was 1\.0, now {now}"):
+            shear(configure(inputs, tmp_path / "1.0", rule=rule, **options))
+
+
+def test_learned_masks_are_distilled_unless_told_otherwise(inputs: Path, tmp_path: Path) -> None:
+    for output, changes in (
+        ("default", {}),
+        ("off", {"distillation": DistillationConfig(weight=0.0)}),
+        ("at-once", {"steps": 0}),
+        ("paper", {"rule": "paper", "target": "ffn=30"}),
+    ):
+        shear(configure(inputs, tmp_path / output, **changes))
+        identity = json.loads((tmp_path / output / "run.json").read_text())
+        expected = DISTILL_WEIGHT if output == "default" else None
+        assert identity.get("distill.weight") == expected, output
+
+
+def test_training_learns_from_the_source_of_its_shearing_when_asked(
+    inputs: Path, tmp_path: Path
+) -> None:
+    shear(configure(inputs, tmp_path / "shear"))
+
+    def teacher_of(output: str, distillation: DistillationConfig | None) -> str | None:
+        trainer = continue_pretraining(
+            configure(inputs, tmp_path).train,
+            model=str(tmp_path / "shear"),
+            data=str(inputs / "tokens"),
+            output=tmp_path / output,
+            distillation=distillation,
+        )
+        assert trainer is not None
+        identity: dict[str, str] = json.loads((tmp_path / output / "run.json").read_text())
+        return identity.get("distill.teacher")
+
+    assert teacher_of("plain", None) is None
+    half = DistillationConfig(weight=0.5)
+    assert teacher_of("taught", half) == weights_fingerprint(inputs / "model")
+    report = json.loads((tmp_path / "shear" / "shear.json").read_text())
+    gone = json.dumps(report | {"source": str(tmp_path / "gone")})
+    (tmp_path / "shear" / "shear.json").write_text(gone)
+    with pytest.raises(InputError, match="needs a model to learn from: add --teacher"):
+        teacher_of("again", half)
 
 
 def shear_on_a_rank(inputs: Path, output: Path, weight: float) -> None:

@@ -66,6 +66,7 @@ def single_process_step(folder: Path, config: DistillationConfig) -> tuple[Gradi
     student = (logits / config.temperature).log_softmax(1)
     teacher = (taught / config.temperature).softmax(1)
     divergence = F.kl_div(student, teacher, reduction="batchmean")
+    assert config.weight is not None
     factor = config.weight * config.temperature**2
     ((1 - config.weight) * cross_entropy + factor * divergence).backward()
     gradients = {
