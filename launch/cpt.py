@@ -44,8 +44,8 @@ class CptConfig:
     """JSON file {"sizes": {"6738415616": {"c4": 1.92, ...}, ...}} of held-out losses by number of
     parameters, from which the losses to steer towards are fitted at the model's number."""
     teacher: str | None = None
-    """Model to learn from besides the text, named like --model; same vocabulary. None: no such
-    model, or at a --distill-weight above 0 the one that --model was sheared from."""
+    """Model to learn from besides the text, named like --model; same vocabulary. None: for a
+    sheared model the source, at shearing's --distill-weight; else none."""
     json: str | None = None
     """Copy the final report to this file."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)

@@ -74,6 +74,7 @@ def finish(
     report = {
         "source": str(source),
         "rule": config.masks.rule,
+        "distillation": asdict(config.distillation),
         **_units(rule, z),
         **_sizes(trainer.model.config, extraction.config),
         **training_report(trainer),

@@ -125,8 +125,8 @@ class DistillationConfig:
 
     weight: Annotated[float | None, tyro.conf.arg(name="distill-weight")] = None
     """Weight a of the divergence, 0 to 1. 0 turns distillation off; 1 learns from the teacher
-    alone. None: 0.9 where there is a teacher (in shearing by the projection rule, the source), else
-    0."""
+    alone. None: 0.9 where there is a teacher (in shearing by the projection rule, the source); in
+    training that goes on after shearing, shearing's; else 0."""
 
     kind: Annotated[Literal["forward-kl"], tyro.conf.arg(name="distill-kind")] = "forward-kl"
     """forward-kl: the divergence of the student's distribution from the teacher's, weighted by the

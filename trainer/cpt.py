@@ -10,13 +10,18 @@ from data.reader import TokenReader
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
 from trainer.config import DistillationConfig, TrainConfig, check_layout
-from trainer.distillation import TeacherSource, load_teacher, open_teacher, teacher_identity
+from trainer.distillation import (
+    TeacherSource,
+    load_teacher,
+    open_teacher,
+    settle_teacher,
+    teacher_identity,
+)
 from trainer.domains import (
     DomainOptions,
     Domains,
     samples_used,
     sheared_report,
-    source_of,
     start_reference,
     starting_domains,
 )
@@ -64,6 +69,8 @@ class Inputs:
     distillation: DistillationConfig
     teacher: TeacherSource | None
     """None when distillation is off."""
+    note: str | None
+    """What to say about the teacher."""
 
 
 def continue_pretraining(
@@ -92,8 +99,7 @@ def continue_pretraining(
     options = DomainOptions(domain_weights, reference_losses, reference_fit)
     context = parallel.init(replicas=config.replicas, threads=config.threads)
     require_copy(context, json_copy)
-    distillation = (distillation or DistillationConfig()).in_force(teacher is not None)
-    teaching = (teacher, distillation)
+    teaching = (teacher, distillation or DistillationConfig())
     mixture = mixture or MixtureConfig()
     with context.rank_zero_first():
         inputs = open_inputs(config, model, data, mixture, options, teaching, init == "pretrained")
@@ -160,20 +166,22 @@ def open_inputs(
     )
     if not domains.reference and not measurable:
         mixture = replace(mixture, kind="fixed")
-    name, distillation = teaching
-    if name is None and distillation.weight:
-        name = source_of(sheared)
+    name, distillation, note = settle_teacher(*teaching, sheared if weights else None)
     teacher = open_teacher(name, distillation, config, shape, reader)
     if weights:
         source = find_model(model)
         check_weights(source, shape)
     used = samples_used(sheared, reader, config.seed) if weights else {}
-    return Inputs(source, shape, reader, held_out, domains, used, mixture, distillation, teacher)
+    return Inputs(
+        source, shape, reader, held_out, domains, used, mixture, distillation, teacher, note
+    )
 
 
 def _say_notes(inputs: Inputs, config: TrainConfig, data: str, context: DistributedContext) -> None:
     for message in inputs.domains.messages():
         say(context, message)
+    if inputs.note is not None:
+        say(context, inputs.note)
     if any(inputs.used.values()):
         total = sum(inputs.used.values())
         say(context, f"data: goes on after the {total:,} samples that shearing has drawn")

@@ -1,6 +1,6 @@
 """The frozen teacher of a run: opened and checked, loaded in shards, asked once per micro-batch."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,32 @@ class Teacher:
         config = self.config
         assert config.weight is not None
         return Teaching(states, head_weight, config.weight, config.temperature, config.top_k)
+
+
+def settle_teacher(
+    name: str | None, config: DistillationConfig, sheared: dict[str, Any] | None
+) -> tuple[str | None, DistillationConfig, str | None]:
+    """The teacher of continued pre-training, the options with a weight, and a note for the user.
+
+    Without options of their own, training goes on with what shearing learned from: the source, at
+    the same weight, as `sheared` (the report of the shearing run, None for other models) has them.
+    """
+    known = (sheared or {}).get("distillation") or {}
+    source, weight = (sheared or {}).get("source"), known.get("weight", 0.0)
+    there = source is not None and Path(source).is_dir()
+    if name is not None or config.weight is not None:
+        if name is None and config.weight and there:
+            name = source
+        return name, config.in_force(name is not None), None
+    if not weight:
+        return None, config.in_force(False), None
+    if not there:
+        note = (
+            f"note: {source}, which shearing learned from, is not there: training goes on without"
+        )
+        return None, config.in_force(False), f"{note}; --teacher names another place"
+    note = f"learns from {source} at weight {weight:g}, as in shearing (--distill-weight 0: not)"
+    return source, replace(config, weight=weight), note
 
 
 def open_teacher(

@@ -162,12 +162,6 @@ def sheared_report(model: Path) -> dict[str, Any] | None:
     return report
 
 
-def source_of(sheared: dict[str, Any] | None) -> str | None:
-    """The folder of the model that a shearing run started from, if it is known and still there."""
-    folder = (sheared or {}).get("source")
-    return folder if folder is not None and Path(folder).is_dir() else None
-
-
 def measured_reference(
     model: CausalLM, reader: TokenReader, sequences: int, batch: int, context: DistributedContext
 ) -> dict[str, float]:

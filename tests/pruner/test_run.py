@@ -20,9 +20,8 @@ from pruner.run import shear
 from pruner.shapes import config_of
 from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokens
-from trainer.config import DISTILL_WEIGHT, DistillationConfig, TrainConfig
+from trainer.config import DistillationConfig, TrainConfig
 from trainer.cpt import continue_pretraining
-from trainer.identity import weights_fingerprint
 from trainer.loop import Trainer
 from trainer.models.hf import load_config
 
@@ -309,70 +308,6 @@ def test_bf16_compute_and_16_bit_weights(inputs: Path, tmp_path: Path) -> None:
     assert report["reload_difference"] < 0.05
     weights = load_file(output / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-
-
-def divergences(output: Path) -> list[float]:
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["distill_kl"] for line in lines]
-
-
-def test_distillation_keeps_the_model_near_its_source(inputs: Path, tmp_path: Path) -> None:
-    """What pruning takes away from the source's distributions, distillation wins back."""
-    sharp = write_model(
-        tmp_path / "sharp", inputs / "model", num_hidden_layers=3, initializer_range=0.2
-    )
-    options: dict[str, Any] = {"source": str(sharp), "target": "ffn=16", "lr": 3e-3, "steps": 20}
-    options |= {"target_warmup": 0.2, "harden": 0.3}
-    for weight in (1.0, 0.01):
-        distillation = DistillationConfig(weight=weight)
-        shear(configure(inputs, tmp_path / str(weight), distillation=distillation, **options))
-    distilled, free = divergences(tmp_path / "1.0"), divergences(tmp_path / "0.01")
-    assert len(distilled) == 20 and distilled[0] == free[0]
-    assert distilled[-1] < 0.8 * max(distilled) and distilled[-1] < 0.5 * free[-1]
-    (tmp_path / "1.0" / "shear.json").unlink()
-    for rule, now in (("projection", DISTILL_WEIGHT), ("paper", None)):
-        with pytest.raises(InputError, match=rf"distill\.weight was 1\.0, now {now}"):
-            shear(configure(inputs, tmp_path / "1.0", rule=rule, **options))
-
-
-def test_learned_masks_are_distilled_unless_told_otherwise(inputs: Path, tmp_path: Path) -> None:
-    for output, changes in (
-        ("default", {}),
-        ("off", {"distillation": DistillationConfig(weight=0.0)}),
-        ("at-once", {"steps": 0}),
-        ("paper", {"rule": "paper", "target": "ffn=30"}),
-    ):
-        shear(configure(inputs, tmp_path / output, **changes))
-        identity = json.loads((tmp_path / output / "run.json").read_text())
-        expected = DISTILL_WEIGHT if output == "default" else None
-        assert identity.get("distill.weight") == expected, output
-
-
-def test_training_learns_from_the_source_of_its_shearing_when_asked(
-    inputs: Path, tmp_path: Path
-) -> None:
-    shear(configure(inputs, tmp_path / "shear"))
-
-    def teacher_of(output: str, distillation: DistillationConfig | None) -> str | None:
-        trainer = continue_pretraining(
-            configure(inputs, tmp_path).train,
-            model=str(tmp_path / "shear"),
-            data=str(inputs / "tokens"),
-            output=tmp_path / output,
-            distillation=distillation,
-        )
-        assert trainer is not None
-        identity: dict[str, str] = json.loads((tmp_path / output / "run.json").read_text())
-        return identity.get("distill.teacher")
-
-    assert teacher_of("plain", None) is None
-    half = DistillationConfig(weight=0.5)
-    assert teacher_of("taught", half) == weights_fingerprint(inputs / "model")
-    report = json.loads((tmp_path / "shear" / "shear.json").read_text())
-    gone = json.dumps(report | {"source": str(tmp_path / "gone")})
-    (tmp_path / "shear" / "shear.json").write_text(gone)
-    with pytest.raises(InputError, match="needs a model to learn from: add --teacher"):
-        teacher_of("again", half)
 
 
 def shear_on_a_rank(inputs: Path, output: Path, weight: float) -> None:
