@@ -39,7 +39,7 @@ class CompareConfig:
     json: str | None = None
     """Write the table to this file, anew after every finished run."""
     methods: tuple[str, ...] = METHODS
-    """ours: masks learned by projection, with all defaults, distilled from the source; paper: by
+    """ours: masks learned by projection with all defaults, so distilled from the source; paper: by
     Sheared LLaMA's rule; blocks: whole blocks removed at once; activation, magnitude: the same
     shape cut at once, by strength of activations or norm of weights; random: that shape trained
     from scratch; blocks+kl, activation+kl: those distilled from the source as ours is."""
@@ -74,10 +74,12 @@ class CompareConfig:
     """Steps of mask learning; methods that cut at once train that much longer instead."""
     cpt_steps: int = 24
     """Steps of continued pre-training after them."""
+    ours_lr: float = 8e-4
+    """Learning rate of ours, held from shearing on into training, where it falls."""
     shear_lr: float = 3e-4
-    """Peak learning rate while shearing."""
+    """Peak learning rate while shearing by the paper's rule."""
     cpt_lr: float = 6e-4
-    """Peak learning rate of continued pre-training."""
+    """Peak learning rate of continued pre-training after other methods."""
     random_lr: float = 1e-3
     """Peak learning rate from scratch."""
     precision: Literal["auto", "bf16", "fp32"] = "bf16"
@@ -94,7 +96,7 @@ class CompareConfig:
             )
         if self.threads is not None and self.threads < 1:
             raise InputError(f"--threads {self.threads}: must be at least 1, or left out")
-        for name in ("shear_lr", "cpt_lr", "random_lr"):
+        for name in ("ours_lr", "shear_lr", "cpt_lr", "random_lr"):
             rate = getattr(self, name)
             if not (math.isfinite(rate) and rate > 0):
                 raise InputError(f"{_flag(name)} {rate}: must be above 0 and finite, such as 3e-4")
@@ -138,9 +140,9 @@ class Method:
 
 def methods_of(config: CompareConfig) -> list[Method]:
     """The methods that `config` names. Raises InputError for unknown, repeated or bad ones."""
-    taught = ("--teacher", config.source)
-    ours = Method(OURS, config.shear_steps, cpt_flags=taught)
-    known = {method.name: method for method in (ours, *_peers(config, taught))}
+    rate = ("--lr", str(config.ours_lr))
+    ours = Method(OURS, config.shear_steps, rate, (*rate, "--warmup-ratio", "0.03"))
+    known = {method.name: method for method in (ours, *_peers(config))}
     found: list[Method] = []
     for name in config.methods:
         if name not in known:
@@ -156,14 +158,14 @@ def methods_of(config: CompareConfig) -> list[Method]:
     return found
 
 
-def _peers(config: CompareConfig, taught: tuple[str, ...]) -> list[Method]:
-    """The other methods, as they were published, and two of them with `taught` as flags of
-    continued pre-training."""
+def _peers(config: CompareConfig) -> list[Method]:
+    """The other methods, as they were published, and two of them distilled."""
+    taught = ("--teacher", config.source)
     blocks = Method("blocks", 0, seeded=False, whole_blocks=True)
     published = ("--basis", "source", "--norm-scale", "live")
     activation = Method("activation", 0, ("--init", "importance", *published), seeded=False)
     return [
-        Method("paper", config.shear_steps, ("--rule", "paper")),
+        Method("paper", config.shear_steps, ("--rule", "paper", "--min-lr-ratio", "0.1")),
         blocks,
         replace(blocks, name="blocks+kl", cpt_flags=taught, prunes_as="blocks"),
         activation,
@@ -209,7 +211,9 @@ def _variant(text: str, ours: Method, steps: int) -> Method:
                 f"because shearing and training take {steps} steps together"
             )
         shear_steps = int(value)
-    return Method(name, shear_steps, tuple(others), tuple(cpt_words))
+    # The last of two equal options counts.
+    shear_flags, cpt_flags = (*ours.shear_flags, *others), (*ours.cpt_flags, *cpt_words)
+    return Method(name, shear_steps, shear_flags, cpt_flags)
 
 
 def _option(word: str) -> str:

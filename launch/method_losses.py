@@ -132,8 +132,7 @@ def _row(
     shear_seed = seed if method.seeded else 0
     shear = maker.shear(f"{common}/shear", sizes, method, shear_seed, f"shear {kind}")
     pruned = maker.measure(f"{common}/pruned", shear, f"measure {target}")
-    taught = " taught" if "--teacher" in method.cpt_flags else ""
-    cpt = maker.train(f"{own}/cpt", shear, method, seed, f"cpt {kind}{taught}")
+    cpt = maker.train(f"{own}/cpt", shear, method, seed, f"cpt {target} {method.name}")
     trained = maker.measure(f"{own}/trained", cpt, f"measure {target}")
     return Row(target, method, seed, shear, cpt, None if method.random else pruned, trained)
 

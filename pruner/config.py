@@ -38,8 +38,8 @@ class MaskConfig:
     """Largest norm of the score gradient of each mask family."""
     target_warmup: float | None = None
     """Fraction of the steps over which the count falls linearly from the source's to the target's.
-    Default: 0.6 for projection, 0.2 for paper."""
-    harden: float = 0.8
+    Default: 0.5 for projection, 0.2 for paper."""
+    harden: float = 0.75
     """Fraction of the steps after which masks are exactly 0 or 1 and only weights train
     (projection)."""
     temperature: float = 0.5
@@ -60,9 +60,9 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        require(0 < self.harden <= 1, "harden", self.harden, "in (0, 1]; use for example 0.8")
+        require(0 < self.harden <= 1, "harden", self.harden, "in (0, 1]; use for example 0.75")
         warmup, temperature = self.warmup, self.temperature
-        require(0 < warmup <= 1, "target_warmup", warmup, "in (0, 1]; use for example 0.6")
+        require(0 < warmup <= 1, "target_warmup", warmup, "in (0, 1]; use for example 0.5")
         require(
             self.rule != "projection" or warmup <= self.harden,
             "target_warmup",
@@ -112,7 +112,7 @@ class MaskConfig:
     @property
     def warmup(self) -> float:
         """The fraction of the steps in force over which the count falls."""
-        default = 0.6 if self.rule == "projection" else 0.2
+        default = 0.5 if self.rule == "projection" else 0.2
         return default if self.target_warmup is None else self.target_warmup
 
 
@@ -154,6 +154,7 @@ class ShearConfig:
             global_batch=32,
             micro_batch=4,
             warmup_ratio=0.1,
+            min_lr_ratio=1.0,
             activation_checkpointing=True,
         )
     )

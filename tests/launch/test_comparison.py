@@ -26,26 +26,28 @@ def test_every_method_trains_for_the_same_number_of_steps() -> None:
         "magnitude": 0,
         "random": 0,
     }
-    assert methods["paper"].shear_flags == ("--rule", "paper")
+    assert methods["paper"].shear_flags == ("--rule", "paper", "--min-lr-ratio", "0.1")
     published = ("--basis", "source", "--norm-scale", "live")
     for name, start in (("activation+kl", "activation"), ("random", "activation")):
         assert methods[name].prunes_as == start
         assert methods[name].shear_flags == methods[start].shear_flags
         assert methods[name].shear_flags == ("--init", "importance", *published)
-    taught = {name for name, method in methods.items() if method.cpt_flags}
-    assert taught == {"ours", "blocks+kl", "activation+kl"}
-    assert methods["ours"].cpt_flags == ("--teacher", "model")
+    taught = {name for name, method in methods.items() if "--teacher" in method.cpt_flags}
+    assert taught == {"blocks+kl", "activation+kl"}
+    assert methods["ours"].shear_flags == ("--lr", "0.0008")
+    assert methods["ours"].cpt_flags == ("--lr", "0.0008", "--warmup-ratio", "0.03")
 
 
 def test_variants_are_ours_with_other_flags() -> None:
     variants = ("taylor=--init taylor", "late=--steps 2 --mask-lr 1|--lr 3e-4 --eps {seed}")
     found = methods_of(configure(methods=(), variant=variants, shear_steps=5))
+    rate, after = ("--lr", "0.0008"), ("--lr", "0.0008", "--warmup-ratio", "0.03")
     assert found == [
-        Method("taylor", 5, ("--init", "taylor")),
-        Method("late", 2, ("--mask-lr", "1"), ("--lr", "3e-4", "--eps", "{seed}")),
+        Method("taylor", 5, (*rate, "--init", "taylor"), after),
+        Method("late", 2, (*rate, "--mask-lr", "1"), (*after, "--lr", "3e-4", "--eps", "{seed}")),
     ]
     (joined,) = methods_of(configure(methods=(), variant=("late=--steps=0 --init=flat",)))
-    assert joined == Method("late", 0, ("--init=flat",))
+    assert joined == Method("late", 0, (*rate, "--init=flat"), after)
 
 
 def test_targets_are_named_shapes() -> None:
