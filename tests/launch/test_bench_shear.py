@@ -86,10 +86,10 @@ def test_the_timed_steps_run_at_the_sparsity_they_name(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(shear_timing.Variant, "run", watch)
     shear_timing.measure(BenchConfig(**TINY))
-    # 598 and later steps of 1,000 are held at the target; 0% is the first.
+    # 499 and later steps of 1,000 are held at the target; 0% is the first.
     assert min(seen[0]) > 80
-    assert seen[798] == {48} and seen[998] == {48}
-    assert min(seen[149]) > min(seen[449]) > 48
+    assert seen[748] == {48} and seen[998] == {48}
+    assert min(seen[124]) > min(seen[374]) > 48
 
 
 def test_the_command_writes_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
