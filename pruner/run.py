@@ -178,6 +178,8 @@ def _identity(
     config: ShearConfig, inputs: Inputs, fingerprint: str, context: DistributedContext
 ) -> dict[str, Any]:
     precision = parallel.compute_dtype(config.train.precision, context.device)
+    scale = "held" if config.masks.holds_scale else "live"
+    masks = asdict(config.masks) | {"basis": inputs.basis, "norm_scale": scale}
     return run_identity(
         config.train,
         inputs.model,
@@ -189,7 +191,7 @@ def _identity(
         mixture=asdict(config.mixture),
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference,
-        **{f"masks.{name}": value for name, value in asdict(config.masks).items()},
+        **{f"masks.{name}": value for name, value in masks.items()},
         **teacher_identity(config.distillation, _teacher(config, inputs)),
     )
 
