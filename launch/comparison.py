@@ -165,7 +165,7 @@ def _peers(config: CompareConfig) -> list[Method]:
     published = ("--basis", "source", "--norm-scale", "live")
     activation = Method("activation", 0, ("--init", "importance", *published), seeded=False)
     return [
-        Method("paper", config.shear_steps, ("--rule", "paper", "--min-lr-ratio", "0.1")),
+        Method("paper", config.shear_steps, ("--rule", "paper")),
         blocks,
         replace(blocks, name="blocks+kl", cpt_flags=taught, prunes_as="blocks"),
         activation,

@@ -17,7 +17,7 @@ EVALUATION = "evaluation.json"
 class StageMaker:
     """Makes the tasks of a comparison; a task's name is its folder below the output folder.
 
-    Settings leave out where things lie and how many threads work, so that neither makes a finished
+    Settings leave out where outputs lie and how many threads work, so that neither makes a finished
     stage run again.
     """
 

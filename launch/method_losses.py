@@ -191,6 +191,7 @@ def results_of(
 def _numbers(config: CompareConfig, row: Row) -> dict[str, Any]:
     report = json.loads((row.shear.folder / "shear.json").read_text("utf-8"))
     trained = json.loads((row.cpt.folder / "cpt.json").read_text("utf-8"))
+    trained_as = json.loads((row.cpt.folder / "run.json").read_text("utf-8"))
     # From scratch, nothing that shearing learned is used.
     learned, fed = (0, 0) if row.method.random else (report["steps"], report["tokens"])
     steps, tokens = learned + trained["steps"], fed + trained["tokens"]
@@ -211,6 +212,7 @@ def _numbers(config: CompareConfig, row: Row) -> dict[str, Any]:
         "shear_steps": learned,
         "cpt_steps": trained["steps"],
         "tokens": tokens,
+        "distill_weight": trained_as.get("distill.weight", 0.0),
         "kept_not_alive": None if row.method.random else report["kept_not_alive"],
         "pruned": None if row.pruned is None else _losses(row.pruned),
         "trained": _losses(row.trained),

@@ -18,7 +18,7 @@ from pruner.shapes import Shape
 from trainer.models.config import ModelConfig
 from trainer.models.llama import CausalLM
 from trainer.models.names import Role
-from trainer.parallel import DistributedContext, local_region, reshard
+from trainer.parallel import DistributedContext, local_region, reshard, whole
 
 GAIN_TOLERANCE = 0.2
 """Largest relative distance of a final gain from the median at which a dimension of a model with
@@ -90,11 +90,13 @@ def measure_basis(
             "the residual stream of the source is not finite: its weights are damaged, or "
             "--precision does not suit it; use --precision fp32"
         )
-    (gain,) = model.get_submodule(model.names.final_norm).parameters()
-    whole = _whole(gain)
+    # What is gathered may be rounded to the compute dtype.
+    reshard(model)
+    (parameter,) = model.get_submodule(model.names.final_norm).parameters()
+    gain = whole(parameter)
     basis = None
     if context.is_main:
-        basis = principal_basis(total, whole, tied=model.config.tie_embeddings).cpu()
+        basis = principal_basis(total, gain, tied=model.config.tie_embeddings).cpu()
     found: Tensor = context.broadcast(basis)
     return found
 
@@ -144,12 +146,14 @@ def turn(model: CausalLM, basis: Tensor) -> None:
         _turn_norm(feed_forward, _with_roles(model, block, Role.CHANNELS), basis)
         for module in _with_roles(model, block, Role.ATTENTION_OUTPUT, Role.FEED_FORWARD_OUTPUT):
             for parameter in module.parameters():
-                _assign(parameter, basis.t() @ _whole(parameter).double())
+                full = whole(parameter).double()
+                own, region = local_region(parameter)
+                own.copy_(basis[:, region[0]].t() @ full)
     names = model.names
     final = model.get_submodule(names.final_norm)
     if model.config.tie_embeddings:
         (gain,) = final.parameters()
-        _assign(gain, torch.einsum("ij,i,ij->j", basis, _whole(gain).double(), basis))
+        _assign(gain, torch.einsum("ij,i,ij->j", basis, whole(gain).double(), basis))
     else:
         _turn_norm(final, [model.get_submodule(names.head)], basis)
     (embedding,) = model.get_submodule(names.embedding).parameters()
@@ -170,14 +174,15 @@ def _with_roles(model: CausalLM, block: nn.Module, *roles: Role) -> list[nn.Modu
 def _turn_norm(norm: nn.Module, readers: list[nn.Module], basis: Tensor) -> None:
     """Moves the norm's gain into the weights of its readers and turns these."""
     (gain,) = norm.parameters()
-    values = _whole(gain).double()
+    values = whole(gain).double()
     size = values.square().mean().sqrt()
+    # Zeros stay in the weights: a gain of 0 in front of weights of 0 could never be trained again.
+    size = torch.where(size > 0, size, 1.0)
+    factor = (values / size)[:, None] * basis
     for reader in readers:
         weight = reader.weight
         assert isinstance(weight, Tensor)
-        _multiply(
-            weight, (values / size.clamp(min=torch.finfo(torch.float32).tiny))[:, None] * basis
-        )
+        _multiply(weight, factor)
     _assign(gain, size.expand(values.shape))
 
 
@@ -185,12 +190,6 @@ def _multiply(weight: Tensor, factor: Tensor) -> None:
     """weight [n, d] @ factor [d, d], row by row: no rank needs another's."""
     own, _ = local_region(weight)
     own.copy_(own.double() @ factor)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """The whole of a sharded parameter; collective."""
-    full: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return full
 
 
 def _assign(parameter: Tensor, values: Tensor) -> None:

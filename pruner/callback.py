@@ -70,12 +70,13 @@ class ShearCallback(Callback):
         """Makes masks for the next `passes` forward and backward passes of this rank."""
         masks = self.rule.masks(t.step, draw)
         self.z = {name: z.detach() for name, z in masks.items()}
-        outputs = self._joined(masks).tensors()
+        joined = self._joined(masks)
+        outputs = joined.tensors()
         leaves = {name: z.detach().requires_grad_(z.requires_grad) for name, z in outputs.items()}
         trained = [name for name, z in outputs.items() if z.requires_grad]
         self._outputs += [outputs[name] for name in trained]
         self._leaves += [leaves[name] for name in trained]
-        t.masks = self._compact(Masks.of(leaves, hold_scale=self.rule.config.holds_scale), t)
+        t.masks = self._compact(joined.with_tensors(leaves), t)
         live = t.masks.live
         if live is not None:
             model, seq_len = t.model.config, t.config.seq_len

@@ -1,6 +1,6 @@
 """Options of a shearing run."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from data.mixture import MixtureConfig
@@ -154,10 +154,25 @@ class ShearConfig:
             global_batch=32,
             micro_batch=4,
             warmup_ratio=0.1,
-            min_lr_ratio=1.0,
             activation_checkpointing=True,
         )
     )
+
+    def in_force(self) -> "ShearConfig":
+        """The same options with those settled that depend on others.
+
+        The projection rule distils, and holds the learning rate for the training after it; the
+        paper's does neither.
+        """
+        learned = self.masks.rule == "projection" and self.train.steps > 0
+        ratio = self.train.min_lr_ratio
+        if ratio is None and learned:
+            ratio = 1.0
+        return replace(
+            self,
+            train=replace(self.train, min_lr_ratio=ratio),
+            distillation=self.distillation.in_force(learned),
+        )
 
     def __post_init__(self) -> None:
         require(

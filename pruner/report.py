@@ -18,6 +18,7 @@ from pruner.masks import alive_counts, kept_indices, polarised, span, to_masks
 from pruner.measurements import Measurements
 from pruner.shapes import Shape, shape_of
 from trainer.files import replace_folder, save_tensors
+from trainer.identity import weights_fingerprint
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.hf import load_config
@@ -72,7 +73,8 @@ def finish(
     difference = reload_difference(trainer, masks, unchecked)
     _require_same_function(difference, config)
     report = {
-        "source": str(source),
+        "source": str(source.absolute()),
+        "source_weights": weights_fingerprint(source),
         "rule": config.masks.rule,
         "distillation": asdict(config.distillation),
         **_units(rule, z),

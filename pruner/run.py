@@ -76,9 +76,7 @@ def shear(config: ShearConfig) -> Trainer | None:
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
     json_copy = Path(config.json) if config.json else None
     require_copy(context, json_copy)
-    learned = config.masks.rule == "projection" and config.train.steps > 0
-    distillation = config.distillation.in_force(learned)
-    config, proposal = _settle_target(replace(config, distillation=distillation), context)
+    config, proposal = _settle_target(config.in_force(), context)
     with context.rank_zero_first():
         inputs = open_inputs(config)
     output = Path(config.output)
@@ -215,12 +213,21 @@ def _measurements(
     measured = load_kept(output, None if model is None else key, context)
     if measured is None:
         assert model is not None
-        say(context, "measuring the source: held-out loss and importance of its units")
+        say(
+            context,
+            "measuring the source: held-out loss, principal components, importance of its units",
+        )
         data = (inputs.reader, inputs.held_out, inputs.domains.weights, inputs.basis)
         measured = measure_source(model, config, context, *data)
         keep(measured, output, key, context)
     elif model is not None and measured.basis is not None:
         turn(model, measured.basis)
+    if measured.basis is not None:
+        turned = int(((measured.basis != 0).sum(0) > 1).sum())
+        say(
+            context,
+            f"turned to principal components: {turned} of {inputs.source.hidden} dimensions",
+        )
     for domain, values in measured.held_out.items():
         say(context, f"source, held-out {domain}: loss {values['loss']:.4f}")
     return measured

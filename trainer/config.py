@@ -32,8 +32,9 @@ class TrainConfig:
     lr: float = 1e-4
     """Peak learning rate."""
 
-    min_lr_ratio: float = 0.1
-    """Learning rate at the last step, as a fraction of the peak."""
+    min_lr_ratio: float | None = None
+    """Learning rate at the last step, as a fraction of the peak. None: 0.1; in shearing by the
+    projection rule 1, because training goes on after it."""
 
     warmup_ratio: float = 0.03
     """Fraction of the steps over which the learning rate rises linearly."""
@@ -108,11 +109,17 @@ class TrainConfig:
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in ("min_lr_ratio", "warmup_ratio"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        ratio = self.min_lr_ratio
+        require(ratio is None or 0 <= ratio <= 1, "min_lr_ratio", ratio, "in [0, 1]")
+        require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         require(self.lr > 0, "lr", self.lr, "above 0")
         require(self.eps > 0, "eps", self.eps, "above 0")
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+
+    @property
+    def final_lr_ratio(self) -> float:
+        """`min_lr_ratio` in force."""
+        return 0.1 if self.min_lr_ratio is None else self.min_lr_ratio
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -103,6 +103,7 @@ def continue_pretraining(
     mixture = mixture or MixtureConfig()
     with context.rank_zero_first():
         inputs = open_inputs(config, model, data, mixture, options, teaching, init == "pretrained")
+    _require_one_teacher(inputs, context)
     finished = context.broadcast((output / "cpt.json").exists())
     resuming = Checkpointer(output / "checkpoints", context).latest() is not None
     identity = _identity(config, inputs, init, context)
@@ -177,11 +178,22 @@ def open_inputs(
     )
 
 
+def _require_one_teacher(inputs: Inputs, context: DistributedContext) -> None:
+    """Says who teaches. Raises InputError on every rank when some have no teacher."""
+    if inputs.note is not None:
+        say(context, inputs.note)
+    found = context.gather(inputs.teacher is not None)
+    ranks = [rank for rank, own in enumerate(found) if own]
+    if 0 < len(ranks) < len(found):
+        raise InputError(
+            f"the model to learn from is there on ranks {ranks} only: copy it to every "
+            "machine, name another place with --teacher, or use --distill-weight 0"
+        )
+
+
 def _say_notes(inputs: Inputs, config: TrainConfig, data: str, context: DistributedContext) -> None:
     for message in inputs.domains.messages():
         say(context, message)
-    if inputs.note is not None:
-        say(context, inputs.note)
     if any(inputs.used.values()):
         total = sum(inputs.used.values())
         say(context, f"data: goes on after the {total:,} samples that shearing has drawn")

@@ -64,27 +64,35 @@ class Teacher:
 def settle_teacher(
     name: str | None, config: DistillationConfig, sheared: dict[str, Any] | None
 ) -> tuple[str | None, DistillationConfig, str | None]:
-    """The teacher of continued pre-training, the options with a weight, and a note for the user.
+    """The teacher of continued pre-training, its options with a weight, and a note for the user.
 
-    Without options of their own, training goes on with what shearing learned from: the source, at
-    the same weight, as `sheared` (the report of the shearing run, None for other models) has them.
+    What the options leave open goes on as in shearing, whose report is `sheared` (None for other
+    models): the source as teacher, the weight, and the temperature and ids that are compared.
     """
     known = (sheared or {}).get("distillation") or {}
-    source, weight = (sheared or {}).get("source"), known.get("weight", 0.0)
-    there = source is not None and Path(source).is_dir()
-    if name is not None or config.weight is not None:
-        if name is None and config.weight and there:
-            name = source
-        return name, config.in_force(name is not None), None
-    if not weight:
-        return None, config.in_force(False), None
-    if not there:
-        note = (
-            f"note: {source}, which shearing learned from, is not there: training goes on without"
-        )
-        return None, config.in_force(False), f"{note}; --teacher names another place"
-    note = f"learns from {source} at weight {weight:g}, as in shearing (--distill-weight 0: not)"
-    return source, replace(config, weight=weight), note
+    asked = name is not None or config.weight is not None
+    if known.get("weight"):
+        default = asdict(DistillationConfig())
+        options = asdict(config).items()
+        config = replace(config, **{key: known[key] for key, v in options if v == default[key]})
+    config = config.in_force(name is not None)
+    if name is not None or not config.weight or not sheared:
+        return name, config, None
+    source = sheared["source"]
+    if _holds(source, sheared.get("source_weights")):
+        return source, config, f"learns from {source} at weight {config.weight:g}, as in shearing"
+    if asked:
+        return None, config, None
+    note = f"note: the model that shearing learned from is no longer {source}; --teacher names it"
+    return None, replace(config, weight=0.0), f"{note}. Training goes on without a teacher"
+
+
+def _holds(folder: str, fingerprint: str | None) -> bool:
+    """Whether `folder` holds the weights of this fingerprint (None: any)."""
+    path = Path(folder)
+    if not any(path.glob("*.safetensors")):
+        return False
+    return fingerprint in (None, weights_fingerprint(path))
 
 
 def open_teacher(

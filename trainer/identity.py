@@ -44,6 +44,7 @@ def run_identity(
     options = asdict(config)
     return {
         **{name: options[name] for name in SCHEDULE_FIELDS},
+        "min_lr_ratio": config.final_lr_ratio,
         "precision": precision,
         "data": data,
         **{f"model.{name}": value for name, value in shape.items()},

@@ -164,7 +164,7 @@ class Trainer:
             steps=config.steps,
             peak=config.lr,
             warmup_ratio=config.warmup_ratio,
-            min_ratio=config.min_lr_ratio,
+            min_ratio=config.final_lr_ratio,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -244,3 +244,8 @@ def local_region(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ..
         slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)
     )
     return parameter.to_local(), region
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a sharded tensor, gathered; collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

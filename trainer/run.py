@@ -33,7 +33,7 @@ from trainer.models.hf import init_weights, load_sharded, save_model
 from trainer.models.llama import CausalLM
 from trainer.models.sources import TOKENIZER_FILES
 from trainer.optimizer import build_optimizer
-from trainer.parallel import DistributedContext, compute_dtype, shard
+from trainer.parallel import DistributedContext, compute_dtype, shard, whole
 from trainer.throughput import Throughput
 
 TEXT_FOLDER = "SlimPajama-627B"
@@ -216,8 +216,7 @@ def build_trainer(
 def full_tensors(model: CausalLM) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole fp32 tensor on the CPU), gathered one at a time; every rank must exhaust it."""
     for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        yield name, (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()
+        yield name, whole(parameter.detach()).cpu()
 
 
 def save_pretrained(

@@ -26,7 +26,7 @@ def test_every_method_trains_for_the_same_number_of_steps() -> None:
         "magnitude": 0,
         "random": 0,
     }
-    assert methods["paper"].shear_flags == ("--rule", "paper", "--min-lr-ratio", "0.1")
+    assert methods["paper"].shear_flags == ("--rule", "paper")
     published = ("--basis", "source", "--norm-scale", "live")
     for name, start in (("activation+kl", "activation"), ("random", "activation")):
         assert methods[name].prunes_as == start

@@ -1,6 +1,8 @@
 """Shearing and the training after it with the source as teacher."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,10 @@ import pytest
 
 from data.errors import InputError
 from pruner.run import shear
+from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokens
 from tests.pruner.test_run import configure
+from trainer import distillation
 from trainer.config import DISTILL_WEIGHT, DistillationConfig
 from trainer.cpt import continue_pretraining
 from trainer.identity import weights_fingerprint
@@ -37,11 +41,12 @@ def test_distillation_keeps_the_model_near_its_source(inputs: Path, tmp_path: Pa
     options: dict[str, Any] = {"source": str(sharp), "target": "ffn=16", "lr": 3e-3, "steps": 20}
     options |= {"target_warmup": 0.2, "harden": 0.3}
     for weight in (1.0, 0.01):
-        distillation = DistillationConfig(weight=weight)
-        shear(configure(inputs, tmp_path / str(weight), distillation=distillation, **options))
+        options["distillation"] = DistillationConfig(weight=weight)
+        shear(configure(inputs, tmp_path / str(weight), **options))
     distilled, free = divergences(tmp_path / "1.0"), divergences(tmp_path / "0.01")
     assert len(distilled) == 20 and distilled[0] == free[0]
     assert distilled[-1] < 0.8 * max(distilled) and distilled[-1] < 0.5 * free[-1]
+    del options["distillation"]
     (tmp_path / "1.0" / "shear.json").unlink()
     for rule, now in (("projection", DISTILL_WEIGHT), ("paper", None)):
         with pytest.raises(InputError, match=rf"distill\.weight was 1\.0, now {now}"):
@@ -61,33 +66,94 @@ def test_learned_masks_are_distilled_unless_told_otherwise(inputs: Path, tmp_pat
         assert identity.get("distill.weight") == expected, output
 
 
+def train_on(inputs: Path, shear_run: Path, output: Path, **options: Any) -> dict[str, Any]:
+    """What run.json says of the teacher after training on a sheared model."""
+    distillation = DistillationConfig(**options.pop("distillation", {}))
+    continue_pretraining(
+        configure(inputs, output).train,
+        model=str(shear_run),
+        data=str(inputs / "tokens"),
+        output=output,
+        distillation=distillation,
+        **options,
+    )
+    identity = json.loads((output / "run.json").read_text())
+    return {name: value for name, value in identity.items() if name.startswith("distill.")}
+
+
+@pytest.fixture(scope="module")
+def sheared(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("sheared") / "shear"
+    options = DistillationConfig(weight=0.7, temperature=2.0, top_k=50)
+    shear(configure(inputs, output, distillation=options, steps=2))
+    return output
+
+
 def test_training_goes_on_learning_from_the_source(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    inputs: Path, sheared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shear(configure(inputs, tmp_path / "shear"))
+    same = {
+        "distill.teacher": weights_fingerprint(inputs / "model"),
+        "distill.weight": 0.7,
+        "distill.kind": "forward-kl",
+        "distill.temperature": 2.0,
+        "distill.top_k": 50,
+    }
+    assert train_on(inputs, sheared, tmp_path / "default") == same
+    assert "at weight 0.7, as in shearing" in capsys.readouterr().out
+    named = {"teacher": str(inputs / "model")}
+    assert train_on(inputs, sheared, tmp_path / "named", **named) == same
+    half = train_on(inputs, sheared, tmp_path / "half", distillation={"weight": 0.5})
+    assert half == same | {"distill.weight": 0.5}
+    off = {"distillation": {"weight": 0.0}}
+    assert train_on(inputs, sheared, tmp_path / "off", **off) == {}
+    assert train_on(inputs, sheared, tmp_path / "random", init="random") == {}
 
-    def taught(output: str, weight: float | None = None) -> dict[str, Any]:
-        continue_pretraining(
-            configure(inputs, tmp_path).train,
-            model=str(tmp_path / "shear"),
-            data=str(inputs / "tokens"),
-            output=tmp_path / output,
-            distillation=DistillationConfig(weight=weight),
-        )
-        identity = json.loads((tmp_path / output / "run.json").read_text())
-        return {name: value for name, value in identity.items() if name.startswith("distill.")}
 
-    source = weights_fingerprint(inputs / "model")
-    found = taught("default")
-    assert (found["distill.teacher"], found["distill.weight"]) == (source, DISTILL_WEIGHT)
-    assert "as in shearing (--distill-weight 0: not)" in capsys.readouterr().out
-    assert taught("half", 0.5)["distill.weight"] == 0.5
-    assert taught("off", 0.0) == {}
-    report = json.loads((tmp_path / "shear" / "shear.json").read_text())
-    gone = json.dumps(report | {"source": str(tmp_path / "gone")})
-    (tmp_path / "shear" / "shear.json").write_text(gone)
-    capsys.readouterr()
-    assert taught("alone") == {}
-    assert "gone, which shearing learned from, is not there" in capsys.readouterr().out
-    with pytest.raises(InputError, match="needs a model to learn from: add --teacher"):
-        taught("asked", 0.5)
+def test_training_says_that_the_source_is_gone_or_another(
+    inputs: Path, sheared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "shear"
+    shutil.copytree(sheared, moved)
+    report = json.loads((moved / "shear.json").read_text())
+    for change in ({"source": str(tmp_path / "gone")}, {"source_weights": "another"}):
+        (moved / "shear.json").write_text(json.dumps(report | change))
+        output = tmp_path / next(iter(change))
+        assert train_on(inputs, moved, output) == {}
+        assert "is no longer" in capsys.readouterr().out
+        with pytest.raises(InputError, match="needs a model to learn from: add --teacher"):
+            train_on(inputs, moved, tmp_path / "asked", distillation={"weight": 0.5})
+    (moved / "shear.json").write_text(json.dumps(report))
+    with pytest.raises(InputError, match=r"distill\.weight was None, now 0\.7"):
+        train_on(inputs, moved, output)
+
+
+def train_where_one_rank_lacks_the_source(inputs: Path, sheared: Path, output: Path) -> str:
+    if os.environ["RANK"] == "1":
+        distillation._holds = lambda *_: False
+    try:
+        train_on(inputs, sheared, output)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_a_teacher_that_some_ranks_lack_is_refused_on_all(
+    inputs: Path, sheared: Path, tmp_path: Path
+) -> None:
+    arguments = (inputs, sheared, tmp_path / "out")
+    messages = run_ranks(train_where_one_rank_lacks_the_source, 2, *arguments)
+    assert len(set(messages)) == 1 and "is there on ranks [0] only" in messages[0]
+
+
+def test_a_distilled_run_holds_its_learning_rate(inputs: Path) -> None:
+    for options, expected in (
+        ({}, (1.0, DISTILL_WEIGHT)),
+        ({"rule": "paper"}, (None, 0.0)),
+        ({"steps": 0}, (None, 0.0)),
+        ({"rule": "paper", "min_lr_ratio": 0.3}, (0.3, 0.0)),
+        ({"min_lr_ratio": 0.3}, (0.3, DISTILL_WEIGHT)),
+    ):
+        config = configure(inputs, inputs, **options).in_force()
+        assert (config.train.min_lr_ratio, config.distillation.weight) == expected
+    assert configure(inputs, inputs, rule="paper").in_force().train.final_lr_ratio == 0.1

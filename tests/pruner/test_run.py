@@ -23,7 +23,7 @@ from tests.factories import write_model, write_tokens
 from trainer.config import DistillationConfig, TrainConfig
 from trainer.cpt import continue_pretraining
 from trainer.loop import Trainer
-from trainer.models.hf import load_config
+from trainer.models.hf import load_config, load_model
 
 PUBLISHED = ("model/model.safetensors", "masks.safetensors", "source.safetensors")
 TARGET = "layers=2,hidden=24,heads=2,kv-heads=1,ffn=20"
@@ -141,6 +141,21 @@ def test_no_steps_prune_at_once_by_the_initial_scores(
         embedding = (embedding.double() @ importance["basis"]).float()
         torch.testing.assert_close(kept["basis"], importance["basis"].float())
     assert torch.equal(before["model.embed_tokens.weight"], embedding[:, dims])
+
+
+@pytest.mark.parametrize("rule", ["projection", "paper"])
+def test_the_saved_model_is_the_one_that_was_trained(
+    rule: str, inputs: Path, tmp_path: Path
+) -> None:
+    """Under the masks of the last step, in the norms too."""
+    trainer = shear(configure(inputs, tmp_path, rule=rule))
+    assert trainer is not None and trainer.masks is not None
+    assert trainer.masks.hold_scale == (rule == "projection")
+    ids = torch.arange(20, 50).unsqueeze(0)
+    with torch.no_grad():
+        trained = trainer.model(ids, masks=trainer.masks)
+        saved = load_model(tmp_path / "model")(ids)
+    assert (trained - saved).norm() < 1e-5 * saved.norm()
 
 
 def test_a_run_cut_off_after_measuring_starts_from_what_was_measured(

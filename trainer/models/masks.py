@@ -164,5 +164,8 @@ class Masks:
 
     def to(self, device: torch.device | str) -> "Masks":
         """The same masks on another device, dense."""
-        tensors = {name: z.to(device) for name, z in self.tensors().items()}
+        return self.with_tensors({name: z.to(device) for name, z in self.tensors().items()})
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> "Masks":
+        """The same options with other values, dense."""
         return Masks.of(tensors, hold_scale=self.hold_scale)

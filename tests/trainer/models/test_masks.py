@@ -59,7 +59,7 @@ def _soft(generator: torch.Generator, dtype: torch.dtype, alive: Tensor) -> Tens
     return (values.clamp(max=1.0) * alive).requires_grad_()
 
 
-def _draw(kind: str, seed: int, dtype: torch.dtype) -> Masks:
+def _draw(kind: str, seed: int, dtype: torch.dtype, *, hold_scale: bool) -> Masks:
     """Masks of CASES' shape: `kind` says which units live."""
     generator = torch.Generator().manual_seed(seed)
     alive = {
@@ -89,7 +89,7 @@ def _draw(kind: str, seed: int, dtype: torch.dtype) -> Masks:
     if "hidden" in alive:
         alive["hidden"][5:9] = True
     masks = {name: _soft(generator, dtype, flags) for name, flags in alive.items()}
-    return Masks.of(masks, hold_scale=seed % 2 == 1)
+    return Masks.of(masks, hold_scale=hold_scale)
 
 
 KINDS = ["random", "all kept", "one kept", "no block", "empty blocks", "uneven groups", *FULL]
@@ -150,7 +150,8 @@ def _require_compact_equal(name: str, dtype: torch.dtype, tolerance: float) -> N
     batches = _batches(1, dtype)
     number = list(CASES).index(name)
     for seed, kind in enumerate(KINDS):
-        masks = _draw(kind, seed, dtype)
+        # Over the cases, every kind of masks meets both kinds of norms.
+        masks = _draw(kind, seed, dtype, hold_scale=(number + seed) % 2 == 0)
         # Over the cases, every kind of masks meets every multiple.
         compact = masks.compact(model.config, multiple=(1, 4, 16)[(number + seed) % 3])
         dense = _run(model, masks, batches)
@@ -168,12 +169,15 @@ def test_compact_passes_equal_dense_ones_in_fp32(name: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("hold_scale", [False, True])
 @pytest.mark.parametrize("name", ["llama-biases", "llama-tied-head-dim", "qwen3", "gpt_neox"])
-def test_reuse_over_three_passes_gives_the_sum_of_three(name: str, checkpointed: bool) -> None:
+def test_reuse_over_three_passes_gives_the_sum_of_three(
+    name: str, hold_scale: bool, checkpointed: bool
+) -> None:
     model, _ = pair(name, torch.float64)
     batches = _batches(3, torch.float64)
     for seed, kind in enumerate(("random", "no block", "empty blocks")):
-        masks = _draw(kind, 200 + seed, torch.float64)
+        masks = _draw(kind, 200 + seed, torch.float64, hold_scale=hold_scale)
         model.checkpoint_activations = False
         dense = _run(model, masks, batches)
         model.checkpoint_activations = checkpointed
