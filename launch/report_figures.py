@@ -39,6 +39,8 @@ STYLE: dict[Any, Any] = {
 }
 MARKED_POINTS = 3
 """A line of fewer points than this is drawn with markers, without which one cannot be seen."""
+INDEX = "index in the source model"
+COMPONENT = "principal component of the source's residual stream"
 LINED_COLUMNS = 64
 """Most columns of a heat map with lines between its cells."""
 SETTLE_ROWS = 240
@@ -132,7 +134,8 @@ def kept_units(run: Run) -> Group | None:
     pictures = []
     for name, (values, units) in sorted(layered.items(), key=lambda item: len(item[1][0])):
         if values.shape[0] == 1:
-            pictures.append(_strip(name, values, units))
+            turned = name == label("hidden") and run.identity.get("masks.basis") == "principal"
+            pictures.append(_strip(name, values, units, COMPONENT if turned else INDEX))
         else:
             pictures.append(_heat_map(name, values, units, dropped))
     when = "of the extracted model" if finished else f"at step {run.masks_step:,}"
@@ -184,18 +187,18 @@ def _cells(axis: Any, edges: Any, rows: Any, cells: np.ndarray) -> None:
     axis.pcolormesh(edges, rows, cells, cmap=ramp(), vmin=0, vmax=1, **lines)
 
 
-def _strip(name: str, values: np.ndarray, units: int) -> Picture:
+def _strip(name: str, values: np.ndarray, units: int, axis_label: str) -> Picture:
     """A family of one row as a strip of cells."""
     cells = _narrow(values)
 
     def paint(axis: Any) -> None:
         edges = np.linspace(0, units, cells.shape[1] + 1) - 0.5
         _cells(axis, edges, [0, 1], cells)
-        axis.set(yticks=[], xlabel="index in the source model")
+        axis.set(yticks=[], xlabel=axis_label)
         axis.spines["left"].set_visible(False)
         whole_numbers(axis.xaxis)
 
-    alt = f"Strip of {units} {name}, average mask {values.mean():.2f}"
+    alt = f"Strip of {units} {name}, average mask {values.mean():.2f}, by {axis_label}"
     return draw(paint, title=name, alt=alt, size=(WIDE[0], 0.85), grid=False)
 
 
@@ -213,7 +216,7 @@ def _heat_map(name: str, values: np.ndarray, units: int, dropped: list[int]) -> 
             where = axis.get_yaxis_transform()
             style = {"color": ORANGE, "va": "center", "fontsize": 8}
             axis.text(1.015, layer, "×", transform=where, **style)
-        axis.set(xlabel="index in the source model", ylabel="layer", ylim=(layers - 0.5, -0.5))
+        axis.set(xlabel=INDEX, ylabel="layer", ylim=(layers - 0.5, -0.5))
         whole_numbers(axis.xaxis)
         whole_numbers(axis.yaxis)
 

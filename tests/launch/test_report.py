@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from data.errors import InputError
 from launch.report import main
 from launch.report_curves import smoothed
-from launch.report_figures import step_edges
+from launch.report_figures import COMPONENT, INDEX, step_edges
 from launch.report_run import facts, read_run
 from pruner.history import encode_mask
 from pruner.run import shear
@@ -180,6 +180,17 @@ def test_reports_whose_target_is_a_shape_are_shown_too(runs: Path, tmp_path: Pat
     report["target"] = report.pop("target_shape")
     (folder / "shear.json").write_text(json.dumps(report))
     assert facts(read_run(folder)) == expected
+
+
+def test_residual_dimensions_are_counted_in_their_basis(runs: Path, tmp_path: Path) -> None:
+    folder = copy(runs, tmp_path)
+    identity = json.loads((folder / "run.json").read_text())
+    for basis, axis in (("principal", COMPONENT), ("source", INDEX)):
+        (folder / "run.json").write_text(json.dumps(identity | {"masks.basis": basis}))
+        page, _ = make(tmp_path, folder)
+        alts = [image["alt"] or "" for image in page.images]
+        (strip,) = [alt for alt in alts if re.match(r"Strip of \d+ hidden", alt)]
+        assert strip.endswith(f"by {axis}")
 
 
 def test_a_layer_that_is_kept_with_a_small_mask_is_not_marked(runs: Path, tmp_path: Path) -> None:
