@@ -1,4 +1,4 @@
-"""What is compiled of the Triton kernels: arguments, tile sizes and traffic, at a 7B model's shapes.
+"""What is compiled of the Triton kernels: arguments, tiles and traffic at a 7B model's shapes.
 
 Every Triton module lists its kernels in COMPILATIONS, exactly as it launches them at these shapes,
 so that they can be compiled ahead of time, without a GPU, for any architecture.
@@ -18,7 +18,12 @@ ENABLE_FP_FUSION = True
 """Option of every launch: multiplications and additions become fused multiply-adds. Triton's
 default differs between versions."""
 
-MODULES: tuple[str, ...] = ()
+MODULES = (
+    "trainer.kernels.gather_scale_triton",
+    "trainer.kernels.rms_norm_triton",
+    "trainer.kernels.rope_triton",
+    "trainer.kernels.swiglu_triton",
+)
 """The Triton modules, each with a tuple COMPILATIONS."""
 
 
