@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer.kernels.backends import INTERPRETED, running
 from tests.trainer.kernels.cases import (
     DTYPES,
     Case,
@@ -22,8 +23,12 @@ from trainer.kernels import library
 from trainer.kernels.gather_scale import gather_scale, gather_scale_backward
 
 
-@pytest.fixture(params=["reference", "compiled"])
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "compiled"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "triton":
+        with running("triton"):
+            yield request.param
+        return
     if request.param == "compiled" and library.which("cpu") == "reference":
         pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
     with library.reference_only() if request.param == "reference" else nullcontext():
