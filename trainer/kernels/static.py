@@ -226,12 +226,12 @@ def make_record(
 def occupancy_of(registers: int, shared_bytes: int, threads: int, arch: int) -> tuple[float, str]:
     """Resident warps over the most there can be, and what limits them.
 
-    Registers are given to warps in units of 256, and to blocks by four warps at a time.
+    Registers are given to warps in units of 256, and to four warps at a time.
     """
     warps = -(-threads // 32)
     per_warp = -(-max(registers, 1) * 32 // 256) * 256
     blocks = {
-        "registers": REGISTERS // per_warp // 4 * 4 // (-(-warps // 4) * 4),
+        "registers": REGISTERS // per_warp // 4 * 4 // warps,
         "shared memory": GPUS[arch].shared_bytes // (-(-(shared_bytes + 1024) // 128) * 128),
         "threads": THREADS // (warps * 32),
         "blocks": BLOCKS,
