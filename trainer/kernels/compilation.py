@@ -46,8 +46,8 @@ class Compilation:
     num_warps: int
     num_stages: int
     bytes_moved: int
-    """Bytes the launch reads and writes in device memory; what every program reads again (masks,
-    gains, tables) counts once."""
+    """Bytes that are read and written in device memory, partial sums both ways; what every program
+    reads again (masks, gains, tables) counts once."""
     minimum_bytes: int
     """Bytes of the operator's inputs and outputs, each counted once: without partial sums."""
     shape: str

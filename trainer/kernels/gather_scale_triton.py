@@ -1,11 +1,13 @@
 """Gather-scale in Triton: weights with masks folded in, and both mask gradients in one pass.
 
-Backward, each program walks its share of the selected rows in one block of columns. It adds up its
-part of the column mask's gradient in registers and writes its part of the row mask's; one reduction
-over the programs follows for each. There are no atomics, and the number of programs depends on the
-shape alone, so results are the same bits every time.
+Backward, each program walks its share of the weight's rows in one block of columns, and writes
+zeros for what was left out. It adds up its part of the column mask's gradient in registers and
+writes its part of the row mask's; one reduction over the programs follows for each. There are no
+atomics, and the number of programs depends on the shape alone, so results are the same bits every
+time.
 
-An index out of range reads nothing and gives NaN: there is no way to raise without waiting.
+Strides have no declared type, so that one that is 1 becomes a constant and neighbours are read at
+once. An index out of range reads nothing and gives NaN: there is no way to raise without waiting.
 """
 
 import torch
@@ -46,8 +48,8 @@ def forward_kernel(
     m: tl.int32,
     height: tl.int32,
     width: tl.int32,
-    row_stride: tl.int64,
-    column_stride: tl.int64,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
     DOUBLE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
@@ -88,10 +90,10 @@ def backward_kernel(
     height: tl.int32,
     width: tl.int32,
     steps: tl.int32,
-    gradient_row_stride: tl.int64,
-    gradient_column_stride: tl.int64,
-    row_stride: tl.int64,
-    column_stride: tl.int64,
+    gradient_row_stride: tl.tensor,
+    gradient_column_stride: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
     DOUBLE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
@@ -279,7 +281,7 @@ _COMMON = {
     "column_scale": "*fp32",
     "height": "i32",
     "width": "i32",
-    "row_stride": "i64",
+    "row_stride": "i32",
 }
 _CONSTANTS: dict[str, int | float | bool] = {
     "DOUBLE": False,
@@ -321,7 +323,7 @@ COMPILATIONS = (
             "row_places": "*i32",
             **dict.fromkeys(("row_partial", "column_partial"), "*fp32"),
             "steps": "i32",
-            "gradient_row_stride": "i64",
+            "gradient_row_stride": "i32",
         },
         aligned=("height", "width", "steps", "row_stride", "gradient_row_stride"),
         constants={
@@ -335,7 +337,7 @@ COMPILATIONS = (
         },
         num_warps=_OPTIONS["num_warps"],
         num_stages=_OPTIONS["num_stages"],
-        bytes_moved=3 * _WEIGHT + _MASKS + 2 * (4 + 8) * WIDTH + 2 * _PARTIAL,
+        bytes_moved=3 * _WEIGHT + _MASKS + 4 * WIDTH + 2 * _PARTIAL,
         minimum_bytes=3 * _WEIGHT + 2 * _MASKS + 8 * WIDTH,
         shape=_SHAPE,
     ),

@@ -95,12 +95,13 @@ def choose(choice: Choice, device: torch.device | str) -> dict[str, Backend]:
 def chosen(choice: Choice, device: torch.device | str) -> Iterator[dict[str, Backend]]:
     """`choose`, undone at the end."""
     global _choice
-    before = _choice
+    operators()
+    before, running = _choice, dict(_running)
     try:
         yield choose(choice, device)
     finally:
         _choice = before
-        _decide()
+        _running.update(running)
 
 
 def which(name: str, device: torch.device | str) -> Backend:

@@ -120,7 +120,9 @@ class StrictBuilder(interpreter.InterpreterBuilder):  # type: ignore[misc]
         if other is None:
             # A GPU leaves in such a register whatever it held before.
             element = pointers.get_element_ty()
-            undefined = np.full(pointers.data.shape, 255, np.uint8).repeat(element.itemsize)
+            undefined = np.full(pointers.data.shape, 255, np.uint8).repeat(
+                max(1, element.primitive_bitwidth // 8)
+            )
             undefined = undefined.view(interpreter._get_np_dtype(element))
             other = interpreter.TensorHandle(undefined.reshape(pointers.data.shape), element)
         return super().create_masked_load(pointers, mask, other, *rest)

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.trainer.kernels.comparison import (
     DTYPES,
@@ -119,6 +120,19 @@ def test_same_bits_every_time(backend: str) -> None:
         results.append([normed, *torch.autograd.grad(normed.square().sum(), leaves)])
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def test_activation_checkpointing_changes_nothing(backend: str) -> None:
+    torch.manual_seed(5)
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((6, 10), (10,), (10,))]
+
+    def loss(x: Tensor, gain: Tensor, mask: Tensor) -> Tensor:
+        normed, total = rms_norm(x * 2, gain, EPS, mask=mask, residual=x)
+        return (normed * total).square().sum()
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    found = torch.autograd.grad(checkpoint(loss, *leaves, use_reentrant=False), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("complete", [True, False])
