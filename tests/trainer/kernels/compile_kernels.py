@@ -41,7 +41,7 @@ def compile_kernel(compilation: Compilation, architecture: int) -> Any:
 
 def variants(compilation: Compilation) -> Iterator[Compilation]:
     """Other ways in which the same kernel is launched."""
-    flags = [name for name in compilation.constants if name.startswith(("HAS_", "NEED_"))]
+    flags = [name for name in compilation.constants if name.startswith("HAS_")]
     off: dict[str, int | float | bool] = dict.fromkeys(flags, False)
     yield replace(compilation, constants={**compilation.constants, **off}, aligned=())
     for dtype in ("fp16", "fp32"):
