@@ -30,10 +30,8 @@ def draw_rows(shape: Sequence[int], dtype: torch.dtype, generator: random.Random
     return torch.randn(*shape).to(dtype)
 
 
-def differentiable(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+def differentiable(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The same values as a leaf with the same strides, or without them in another dtype."""
-    if tensor is None:
-        return None
     if dtype is not None:
         return tensor.to(dtype).requires_grad_()
     leaf = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
@@ -54,16 +52,16 @@ def compare(
     Both take `inputs`, of which None are absent. The gradients of their results are random, the
     same for both, and have gaps between their rows.
     """
-    leaves = [differentiable(tensor) for tensor in inputs]
-    exact = [differentiable(tensor, torch.float64) for tensor in inputs]
+    leaves = [None if tensor is None else differentiable(tensor) for tensor in inputs]
+    exact = [None if tensor is None else differentiable(tensor, torch.float64) for tensor in inputs]
     found, expected = _tuple(operator(*leaves)), _tuple(formula(*exact))
     for result, wanted in zip(found, expected, strict=True):
         close(result, wanted, tolerance)
     gradients = [_with_gaps(torch.randn(result.shape).to(result.dtype)) for result in found]
     present = [index for index, tensor in enumerate(inputs) if tensor is not None]
-    received = torch.autograd.grad(found, [leaves[i] for i in present], gradients)
+    received = torch.autograd.grad(found, [x for x in leaves if x is not None], gradients)
     wide = [gradient.double() for gradient in gradients]
-    correct = torch.autograd.grad(expected, [exact[i] for i in present], wide)
+    correct = torch.autograd.grad(expected, [x for x in exact if x is not None], wide)
     for index, gradient, wanted in zip(present, received, correct, strict=True):
         source = inputs[index]
         assert source is not None

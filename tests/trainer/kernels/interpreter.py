@@ -76,7 +76,7 @@ def _bytes(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-class StrictBuilder(interpreter.InterpreterBuilder):  # type: ignore[misc]
+class StrictBuilder(interpreter.InterpreterBuilder):
     """bf16 as on a GPU; bounds, races and undefined values are errors; order is random."""
 
     memory = Memory(())

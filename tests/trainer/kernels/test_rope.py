@@ -65,8 +65,8 @@ def test_heads_before_positions(backend: str) -> None:
     torch.manual_seed(0)
     query, key = (torch.randn(2, heads, 9, 16).transpose(1, 2) for heads in (4, 2))
     angles = torch.rand(9, 8)
-    leaves = [tensor.detach().requires_grad_() for tensor in (query, key)]
-    found = rope(*leaves, angles.cos(), angles.sin())
+    leaves = (query.detach().requires_grad_(), key.detach().requires_grad_())
+    found = rope(leaves[0], leaves[1], angles.cos(), angles.sin())
     gradients = [torch.randn_like(tensor) for tensor in (query, key)]
     assert gradients[0].stride() == query.stride()
     received = torch.autograd.grad(found, leaves, gradients)
