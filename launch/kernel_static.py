@@ -34,7 +34,8 @@ prediction, not a measurement: no kernel ran. Short kernels take longer than thi
 TRAFFIC_NOTES = """\
 eager: of each aten kernel its distinct inputs and its outputs, on fake tensors, views excepted.
 torch.compile: Inductor's own count over the kernels that its CPU scheduler fuses. A lower bound \
-for a GPU, where sums over rows and sums over columns do not fuse.
+for a GPU, where sums over rows and sums over columns do not fuse; but what is accessed by index \
+counts whole, however little of it is.
 ours: what the Triton kernel of the pass moves, as declared; reductions of partial sums are in it.
 """
 
