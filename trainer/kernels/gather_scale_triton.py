@@ -77,6 +77,34 @@ def forward_kernel(
 
 
 @triton.jit
+def _placed(
+    places: tl.tensor, index: tl.tensor, size: tl.tensor, HAS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Where in the result rows or columns are, and which of them are in it."""
+    place = index
+    present = index < size
+    if HAS:
+        place = tl.load(places + index, mask=present, other=-1)
+        present = place >= 0
+    return place, present
+
+
+@triton.jit
+def _factors(
+    scale: tl.tensor,
+    index: tl.tensor,
+    present: tl.tensor,
+    DOUBLE: tl.constexpr,
+    HAS: tl.constexpr,
+) -> tl.tensor:
+    """Masks of rows or columns, ones where there are none."""
+    factors = tl.full(index.shape, 1.0, tl.float64 if DOUBLE else tl.float32)
+    if HAS:
+        factors = tl.load(scale + index, mask=present, other=0.0)
+    return factors
+
+
+@triton.jit
 def backward_kernel(
     gradient: tl.tensor,
     weight: tl.tensor,
@@ -105,60 +133,38 @@ def backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Gradients for `steps` groups of ROWS rows and COLUMNS columns of the weight: its own, and
-    parts of the masks', row_partial [blocks of columns, height] and column_partial [programs,
-    width]. `row_places` [height] and `column_places` [width] say where in the result a row or
-    column is, -1 for those left out."""
+    """Gradients for `steps` groups of ROWS rows and COLUMNS columns of the weight: its own, parts
+    of the masks', row_partial [blocks of columns, height] and column_partial [programs, width].
+    row_places [height] and column_places [width] are places in the result, -1 if left out."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    in_width = column < width
-    j = column
-    has_column = in_width
-    if HAS_COLUMNS:
-        j = tl.load(column_places + column, mask=in_width, other=-1)
-        has_column = j >= 0
-    if HAS_COLUMN_SCALE:
-        by_column = tl.load(column_scale + column, mask=has_column, other=0.0)[None, :]
-    across = column[None, :].to(tl.int64) * column_stride
-    gradient_across = j[None, :].to(tl.int64) * gradient_column_stride
+    j, has_column = _placed(column_places, column, width, HAS_COLUMNS)
+    by_column = _factors(column_scale, column, has_column, DOUBLE, HAS_COLUMN_SCALE)[None, :]
     sums = tl.zeros((ROWS, COLUMNS), tl.float64 if DOUBLE else tl.float32)
     for step in range(steps):
         row = (tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)
-        in_height = row < height
-        i = row
-        has_row = in_height
-        if HAS_ROWS:
-            i = tl.load(row_places + row, mask=in_height, other=-1)
-            has_row = i >= 0
+        i, has_row = _placed(row_places, row, height, HAS_ROWS)
+        by_row = _factors(row_scale, row, has_row, DOUBLE, HAS_ROW_SCALE)[:, None]
         inside = has_row[:, None] & has_column[None, :]
-        source = gradient + i[:, None].to(tl.int64) * gradient_row_stride + gradient_across
+        start = row[:, None].to(tl.int64)
+        source = gradient + i[:, None].to(tl.int64) * gradient_row_stride
+        source += j[None, :].to(tl.int64) * gradient_column_stride
         outer = tl.load(source, mask=inside, other=0.0).to(tl.float64 if DOUBLE else tl.float32)
-        if HAS_ROW_SCALE:
-            by_row = tl.load(row_scale + row, mask=has_row, other=0.0)[:, None]
         if NEED_ROW_SCALE or NEED_COLUMN_SCALE:
-            source = weight + row[:, None].to(tl.int64) * row_stride + across
+            source = weight + start * row_stride + column[None, :].to(tl.int64) * column_stride
             values = tl.load(source, mask=inside, other=0.0)
             product = outer * values.to(tl.float64 if DOUBLE else tl.float32)
             if NEED_ROW_SCALE:
-                along = product
-                if HAS_COLUMN_SCALE:
-                    along = along * by_column
                 target = row_partial + tl.program_id(1).to(tl.int64) * height + row
-                tl.store(target, tl.sum(along, 1), mask=in_height)
+                tl.store(target, tl.sum(product * by_column, 1), mask=row < height)
             if NEED_COLUMN_SCALE:
-                if HAS_ROW_SCALE:
-                    product = product * by_row
-                sums += product
+                sums += product * by_row
         if NEED_WEIGHT:
-            if HAS_ROW_SCALE:
-                outer = outer * by_row
-            if HAS_COLUMN_SCALE:
-                outer = outer * by_column
-            target = d_weight + row[:, None].to(tl.int64) * width + column[None, :]
-            within = in_height[:, None] & in_width[None, :]
-            tl.store(target, outer.to(d_weight.dtype.element_ty), mask=within)
+            result = (outer * by_row * by_column).to(d_weight.dtype.element_ty)
+            within = (row < height)[:, None] & (column < width)[None, :]
+            tl.store(d_weight + start * width + column[None, :], result, mask=within)
     if NEED_COLUMN_SCALE:
         target = column_partial + tl.program_id(0).to(tl.int64) * width + column
-        tl.store(target, tl.sum(sums, 0), mask=in_width)
+        tl.store(target, tl.sum(sums, 0), mask=column < width)
 
 
 def forward(

@@ -19,29 +19,36 @@ _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": ENABLE_FP_FUSIO
 def _turn(
     source: tl.tensor,
     target: tl.tensor,
-    cosine: tl.tensor,
-    sine: tl.tensor,
-    position: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
     block: tl.tensor,
     length: tl.tensor,
     heads: tl.tensor,
     head_dim: tl.tensor,
     half: tl.tensor,
-    batch_stride: tl.tensor,
     position_stride: tl.tensor,
     head_stride: tl.tensor,
+    cos_stride: tl.tensor,
+    sin_stride: tl.tensor,
+    INVERSE: tl.constexpr,
     REST: tl.constexpr,
+    POSITIONS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ) -> None:
-    """One tile [positions, BLOCK_HEADS, BLOCK_HALF] of pairs, and the channels that stay."""
-    batch = tl.program_id(2).to(tl.int64)
-    place = position[:, None, None].to(tl.int64)
-    head = (block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[None, :, None]
-    present = (position < length)[:, None, None] & (head < heads)
-    source += batch * batch_stride + place * position_stride + head * head_stride
-    target += ((batch * length + place) * heads + head) * head_dim
+    """One tile [POSITIONS, BLOCK_HEADS, BLOCK_HALF] of pairs, and the channels that stay."""
+    position = (tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS))[:, None, None]
     channel = tl.arange(0, BLOCK_HALF)[None, None, :]
+    inside = (position < length) & (channel < half)
+    place = position.to(tl.int64)
+    cosine = tl.load(cos + place * cos_stride + channel, mask=inside, other=0.0).to(tl.float32)
+    sine = tl.load(sin + place * sin_stride + channel, mask=inside, other=0.0).to(tl.float32)
+    if INVERSE:
+        sine = -sine
+    head = (block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[None, :, None]
+    present = (position < length) & (head < heads)
+    source += place * position_stride + head.to(tl.int64) * head_stride
+    target += ((tl.program_id(2).to(tl.int64) * length + place) * heads + head) * head_dim
     inside = present & (channel < half)
     first = tl.load(source + channel, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + half + channel, mask=inside, other=0.0).to(tl.float32)
@@ -83,54 +90,39 @@ def rotate_kernel(
     BLOCK_HALF: tl.constexpr,
 ) -> None:
     """POSITIONS positions and BLOCK_HEADS heads; blocks of keys follow the blocks of queries."""
-    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    channel = tl.arange(0, BLOCK_HALF)[None, None, :]
-    inside = (position < length)[:, None, None] & (channel < half)
-    row = position[:, None, None].to(tl.int64)
-    cosine = tl.load(cos + row * cos_stride + channel, mask=inside, other=0.0).to(tl.float32)
-    sine = tl.load(sin + row * sin_stride + channel, mask=inside, other=0.0).to(tl.float32)
-    if INVERSE:
-        sine = -sine
     block = tl.program_id(1)
     query_blocks = tl.cdiv(heads, BLOCK_HEADS)
-    if block < query_blocks:
-        _turn(
-            query,
-            query_result,
-            cosine,
-            sine,
-            position,
-            block,
-            length,
-            heads,
-            head_dim,
-            half,
-            query_batch_stride,
-            query_position_stride,
-            query_head_stride,
-            REST,
-            BLOCK_HEADS,
-            BLOCK_HALF,
-        )
-    else:
-        _turn(
-            key,
-            key_result,
-            cosine,
-            sine,
-            position,
-            block - query_blocks,
-            length,
-            key_heads,
-            head_dim,
-            half,
-            key_batch_stride,
-            key_position_stride,
-            key_head_stride,
-            REST,
-            BLOCK_HEADS,
-            BLOCK_HALF,
-        )
+    source = query + tl.program_id(2) * query_batch_stride
+    target = query_result
+    position_stride = query_position_stride
+    head_stride = query_head_stride
+    if block >= query_blocks:
+        block -= query_blocks
+        source = key + tl.program_id(2) * key_batch_stride
+        target = key_result
+        position_stride = key_position_stride
+        head_stride = key_head_stride
+        heads = key_heads
+    _turn(
+        source,
+        target,
+        cos,
+        sin,
+        block,
+        length,
+        heads,
+        head_dim,
+        half,
+        position_stride,
+        head_stride,
+        cos_stride,
+        sin_stride,
+        INVERSE,
+        REST,
+        POSITIONS,
+        BLOCK_HEADS,
+        BLOCK_HALF,
+    )
 
 
 def supports(query: Tensor) -> bool:

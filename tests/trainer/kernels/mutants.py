@@ -29,9 +29,9 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
-    Mutant("rms_norm", "forward: mask of another column", "mask + column,", "mask + column * 0,"),
+    Mutant("rms_norm", "forward: another column's mask", "mask + column,", "mask + column * 0,"),
     Mutant(
-        "rms_norm", "backward: mask of another column", "mask + column,", "mask + column * 0,", 1
+        "rms_norm", "backward: another column's mask", "mask + column,", "mask + column * 0,", 1
     ),
     Mutant("rms_norm", "forward: one row too many", "(row < rows)[:", "(row < rows + 1)[:"),
     Mutant("rms_norm", "no bound on the last rows", "root, mask=row < rows)", "root)"),
@@ -39,12 +39,7 @@ MUTANTS = (
     Mutant("rms_norm", "eps forgotten", "weight + eps", "weight"),
     Mutant("rms_norm", "backward: scale forgotten", "* tl.load(scale)", "* 1.0", 1),
     Mutant("rms_norm", "wrong sign in the gradient", "inner - normalised", "inner + normalised"),
-    Mutant(
-        "rms_norm",
-        "programs share a partial sum",
-        "tl.int64) * width + column\n",
-        "tl.int64) * 0 + column\n",
-    ),
+    Mutant("rms_norm", "programs share a partial sum", ") * width + column\n", ") * 0 + column\n"),
     Mutant("swiglu", "wrong derivative", "values - activated", "values - sigmoid"),
     Mutant("swiglu", "dropped accumulation", "sums += outer", "sums = outer"),
     Mutant("swiglu", "mask gradient times the mask", "sums += outer", "sums += outer * scale"),
@@ -54,31 +49,15 @@ MUTANTS = (
     Mutant("swiglu", "backward: last step left out", "in range(steps)", "in range(steps - 1)"),
     Mutant("rope", "wrong sign", "first * cosine - second", "first * cosine + second"),
     Mutant("rope", "inverse forgotten", "sine = -sine", "sine = sine"),
-    Mutant(
-        "rope", "one channel too many", "present & (channel < half)", "present & (channel <= half)"
-    ),
+    Mutant("rope", "one channel too many", "present & (channel <", "present & (channel <="),
     Mutant("rope", "other channels kept", "kept = 2 * half", "kept = half"),
-    Mutant(
-        "rope",
-        "heads of the queries for the keys",
-        "            key_heads,\n            head_dim",
-        "            heads,\n            head_dim",
-    ),
+    Mutant("rope", "the keys have other heads", "heads = key_heads", "heads = heads"),
     Mutant("rope", "heads of the first block", "(block * BLOCK_HEADS", "(block * 0"),
     Mutant("gather_scale", "forward: wrong mask index", "row_scale + row", "row_scale + i"),
-    Mutant(
-        "gather_scale", "what is left out is read", "has_column = j >= 0", "has_column = in_width"
-    ),
+    Mutant("gather_scale", "what is left out is read", "place >= 0", "index < size"),
     Mutant("gather_scale", "dropped accumulation", "sums += product", "sums = product"),
-    Mutant(
-        "gather_scale",
-        "row mask forgotten",
-        "product = product * by_row",
-        "product = product * 1.0",
-    ),
-    Mutant(
-        "gather_scale", "column mask forgotten", "along = along * by_column", "along = along * 1.0"
-    ),
+    Mutant("gather_scale", "row mask forgotten", "+= product * by_row", "+= product"),
+    Mutant("gather_scale", "column mask forgotten", "product * by_column, 1", "product, 1"),
     Mutant("gather_scale", "no zeros outside", "mask=within)", "mask=inside)"),
 )
 
