@@ -106,8 +106,14 @@ void sweep(int out, int in, int keep, bool rows, bool columns, int slack) {
 }
 
 int main() {
-  for (int out : {1, 33, 64}) {
-    for (int in : {1, 40, 264, 300}) {
+#ifdef __SANITIZE_THREAD__
+  // Every CUDA thread of every block is a thread of its own to it, which takes its time.
+  const std::vector<int> outs{33}, ins{264, 300};
+#else
+  const std::vector<int> outs{1, 33, 64}, ins{1, 40, 264, 300};
+#endif
+  for (int out : outs) {
+    for (int in : ins) {
       for (int choice = 0; choice < 4; ++choice) {
         sweep<float, float>(out, in, 1 + choice % 3, choice & 1, choice & 2, choice);
         sweep<shorn::BFloat16, float>(out, in, 2, choice & 1, choice & 2, 8);

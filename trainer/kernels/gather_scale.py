@@ -6,6 +6,8 @@ to be kept for them. Units left out have mask 0 and receive a zero gradient.
 
 `shorn::gather_scale` and `shorn::gather_scale_backward` are PyTorch operators: the functions below
 the schemas here are their reference, csrc/gather_scale.{cpp,cu} their compiled implementations.
+Triton's are operators of their own, `shorn::gather_scale_triton` and its backward: where compiled
+code is loaded, it takes the place of anything else behind the first two.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.kernels import library
+from trainer.kernels import library, registry
+
+NAME = "gather_scale"
 
 Needs = tuple[bool, bool, bool]
 
@@ -45,7 +49,7 @@ def gather_scale(
         ValueError: a shape, dtype or device does not fit, or (on a CPU) an index is out of range.
     """
     _check(weight, rows, row_scale, columns, column_scale)
-    return _call(_forward, weight, rows, row_scale, columns, column_scale)
+    return _call(_forward, weight.device, weight, rows, row_scale, columns, column_scale)
 
 
 def gather_scale_backward(
@@ -73,19 +77,23 @@ def gather_scale_backward(
     _check(weight, rows, row_scale, columns, column_scale)
     _check_gradient(gradient, weight, rows, columns)
     wanted = (needs[0], needs[1] and row_scale is not None, needs[2] and column_scale is not None)
-    found = _call(_backward, gradient, weight, rows, row_scale, columns, column_scale, *wanted)
+    selection = (rows, row_scale, columns, column_scale)
+    found = _call(_backward, weight.device, gradient, weight, *selection, *wanted)
     d_weight, d_row_scale, d_column_scale = (
         tensor if want else None for tensor, want in zip(found, wanted, strict=True)
     )
     return d_weight, d_row_scale, d_column_scale
 
 
-def _call(reference: Callable[..., Any], *arguments: Tensor | bool | None) -> Any:
+def _call(
+    reference: Callable[..., Any], device: torch.device, *arguments: Tensor | bool | None
+) -> Any:
     """The operator whose reference is given, or the reference itself where that is asked for."""
-    if library.reference_is_forced():
+    if registry.reference_is_asked_for():
         return reference(*arguments)
+    triton = registry.which(NAME, device) == "triton"
     try:
-        return _OPERATORS[reference](*arguments)
+        return _OPERATORS[reference, triton](*arguments)
     except RuntimeError as error:
         # Compiled code can only throw this; its first line is the message.
         message = str(error).splitlines()[0]
@@ -147,6 +155,42 @@ def _backward(
         if d_weight is gradient:
             d_weight = gradient.clone()
     return d_weight, d_row_scale, d_column_scale
+
+
+def _forward_triton(
+    weight: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    columns: Tensor | None,
+    column_scale: Tensor | None,
+) -> Tensor:
+    _check(weight, rows, row_scale, columns, column_scale)
+    module = registry.triton_module(NAME, weight.device)
+    if module is None:
+        return _forward(weight, rows, row_scale, columns, column_scale)
+    _check_indices(weight, rows, columns)
+    found: Tensor = module.forward(weight, rows, row_scale, columns, column_scale)
+    return found
+
+
+def _backward_triton(
+    gradient: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    columns: Tensor | None,
+    column_scale: Tensor | None,
+    *needs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(weight, rows, row_scale, columns, column_scale)
+    _check_gradient(gradient, weight, rows, columns)
+    selection = (rows, row_scale, columns, column_scale)
+    module = registry.triton_module(NAME, weight.device)
+    if module is None:
+        return _backward(gradient, weight, *selection, *needs)
+    _check_indices(weight, rows, columns)
+    found: tuple[Tensor, Tensor, Tensor] = module.backward(gradient, weight, *selection, *needs)
+    return found
 
 
 def _select(values: Tensor, *indices: Tensor | None) -> Tensor:
@@ -278,28 +322,33 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return d_weight, None, d_row_scale, None, d_column_scale
 
 
-def _register() -> dict[Callable[..., Any], Callable[..., Any]]:
+def _register() -> dict[tuple[Callable[..., Any], bool], Callable[..., Any]]:
     """Defines the operators; the reference of each runs on devices without a compiled one."""
-    _LIBRARY.define(f"gather_scale({_SELECTION}) -> Tensor")
-    _LIBRARY.define(
-        f"gather_scale_backward(Tensor gradient, {_SELECTION}, bool need_weight, "
-        "bool need_row_scale, bool need_column_scale) -> (Tensor, Tensor, Tensor)"
-    )
-    for name, reference, fake in (
-        ("gather_scale", _forward, _fake_forward),
-        ("gather_scale_backward", _backward, _fake_backward),
+    for suffix, forward, backward in (
+        ("", _forward, _backward),
+        ("_triton", _forward_triton, _backward_triton),
     ):
-        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"shorn::{name}", fake, lib=_LIBRARY)
-    torch.library.register_autograd(
-        "shorn::gather_scale", _differentiate, setup_context=_save, lib=_LIBRARY
-    )
+        schemas = (
+            f"gather_scale{suffix}({_SELECTION}) -> Tensor",
+            f"gather_scale_backward{suffix}(Tensor gradient, {_SELECTION}, bool need_weight, "
+            "bool need_row_scale, bool need_column_scale) -> (Tensor, Tensor, Tensor)",
+        )
+        registry.define(_LIBRARY, schemas[0], forward, _fake_forward)
+        registry.define(_LIBRARY, schemas[1], backward, _fake_backward)
+        torch.library.register_autograd(
+            f"shorn::gather_scale{suffix}", _differentiate, setup_context=_save, lib=_LIBRARY
+        )
     library.load()
+    registry.register(
+        registry.Operator(NAME, _forward, "trainer.kernels.gather_scale_triton", compiled=True)
+    )
     return {
-        _forward: torch.ops.shorn.gather_scale,
-        _backward: torch.ops.shorn.gather_scale_backward,
+        (_forward, False): torch.ops.shorn.gather_scale,
+        (_forward, True): torch.ops.shorn.gather_scale_triton,
+        (_backward, False): torch.ops.shorn.gather_scale_backward,
+        (_backward, True): torch.ops.shorn.gather_scale_backward_triton,
     }
 
 
-_LIBRARY = torch.library.Library("shorn", "DEF")
+_LIBRARY = torch.library.Library("shorn", "FRAGMENT")
 _OPERATORS = _register()

@@ -26,6 +26,11 @@ def load() -> None:
                 _loaded.add(device)
 
 
+def is_loaded(kind: str) -> bool:
+    """Whether the library for a type of device ("cpu", "cuda") was built and could be loaded."""
+    return kind in _loaded
+
+
 def which(device: torch.device | str = "cpu") -> Backend:
     """What computes the operators on `device`: PyTorch itself, or a compiled library."""
     kind = torch.device(device).type

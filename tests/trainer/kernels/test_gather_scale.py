@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer.kernels.backends import INTERPRETED, running
 from tests.trainer.kernels.cases import (
     DTYPES,
     Case,
@@ -21,9 +22,16 @@ from tests.trainer.kernels.cases import (
 from trainer.kernels import library
 from trainer.kernels.gather_scale import gather_scale, gather_scale_backward
 
+# The interpreter is slow, and tests/trainer/kernels/backends.py makes its tiles small.
+SEEDS = 20 if INTERPRETED else 60
 
-@pytest.fixture(params=["reference", "compiled"])
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "compiled"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "triton":
+        with running("triton"):
+            yield request.param
+        return
     if request.param == "compiled" and library.which("cpu") == "reference":
         pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
     with library.reference_only() if request.param == "reference" else nullcontext():
@@ -32,7 +40,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
-    for seed in range(60):
+    for seed in range(SEEDS):
         case = draw_case(seed, dtype)
         poison()
         found = gather_scale(*case)
@@ -45,7 +53,7 @@ def test_forward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
-    for seed in range(60):
+    for seed in range(SEEDS):
         case = draw_case(seed, dtype)
         generator = random.Random(~seed)
         accumulated = dtype != torch.float64 and generator.random() < 0.5
@@ -126,7 +134,7 @@ def test_special_values_keep_their_meaning(backend: str, dtype: torch.dtype) -> 
 
 
 def test_numeric_gradients(backend: str) -> None:
-    for seed in range(12):
+    for seed in range(SEEDS // 5):
         case = draw_case(seed, torch.float64)
         scales = [None if s is None else s.requires_grad_() for s in (case[2], case[4])]
         weight = case.weight[:5, :7].clone().requires_grad_()

@@ -1,0 +1,70 @@
+"""Facts about the kernels without a GPU: compiled for GPUs and read, or timed on the CPU."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import cli
+from data.errors import InputError
+
+EXAMPLES = """
+python -m launch.bench_kernels --static --json kernels.json
+python -m launch.bench_kernels --static --archs 90
+python -m launch.bench_kernels --cpu --json kernels-cpu.json
+"""
+KNOWN_ARCHS = (80, 90, 100)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Report what the compiler makes of each kernel, or time kernels on the CPU."""
+
+    static: bool = False
+    """Compile every kernel ahead of time and report registers, widths, traffic, predicted time."""
+    cpu: bool = False
+    """Time linear cross-entropy and gather-scale on this CPU, and their memory."""
+    archs: tuple[int, ...] = KNOWN_ARCHS
+    """--static: compute capabilities, of 80 (A100), 90 (H100) and 100 (B200)."""
+    vocabularies: tuple[int, ...] = (32000, 49152, 128256)
+    """--cpu: rows of the head."""
+    tokens: int = 2048
+    """--cpu: tokens of the loss whose time is measured."""
+    memory_tokens: int = 8192
+    """--cpu: tokens of the loss whose peak memory is measured."""
+    hidden: int = 512
+    """--cpu: width of the head."""
+    repeats: int = 7
+    """--cpu: measurements of each kind, after one that is not counted."""
+    threads: int = 1
+    """--cpu: CPU threads."""
+    json: str | None = None
+    """Write the result to this file."""
+
+    def __post_init__(self) -> None:
+        if self.static == self.cpu:
+            raise InputError("choose what to report: either --static or --cpu")
+        for name, values in (("archs", self.archs), ("vocabularies", self.vocabularies)):
+            if not values:
+                raise InputError(f"--{name} needs at least one value")
+        for arch in self.archs:
+            if arch not in KNOWN_ARCHS:
+                raise InputError(f"--archs {arch} is not one of {', '.join(map(str, KNOWN_ARCHS))}")
+        for name in ("vocabularies", "tokens", "memory_tokens", "hidden", "repeats", "threads"):
+            value = min(self.vocabularies) if name == "vocabularies" else getattr(self, name)
+            if value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def main() -> None:
+    config = cli.parse(BenchConfig, section="bench_kernels", examples=EXAMPLES)
+    from launch import kernel_cpu, kernel_static
+
+    report = kernel_static if config.static else kernel_cpu
+    report.run(config)
+
+
+if __name__ == "__main__":
+    cli.run(main)

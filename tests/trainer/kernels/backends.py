@@ -1,0 +1,48 @@
+"""Which implementation of the operators a test runs.
+
+Triton's interpreter must be chosen before Triton is imported, and any test may have done that: what
+runs in it runs in processes of its own (test_triton.py), which set TRITON_INTERPRET=1.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from trainer.kernels import registry
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Tiles so small that small tensors need several programs, and programs several steps.
+TILES = {
+    "gather_scale": {
+        "_FORWARD_COLUMNS": 128,
+        "_BACKWARD_ROWS": 8,
+        "_BACKWARD_COLUMNS": 64,
+        "_PROGRAMS": 3,
+    },
+    "rms_norm": {"_FORWARD_STEPS": 2, "_PROGRAMS": 3},
+    "rope": {"_TILE": 256},
+    "swiglu": {
+        "_FORWARD_TILE": 2048,
+        "_FORWARD_COLUMNS": 128,
+        "_BACKWARD_TILE": 512,
+        "_PROGRAMS": 3,
+    },
+}
+
+
+@contextmanager
+def running(backend: str) -> Iterator[None]:
+    """Operators run as "reference" (PyTorch operations), "operator" (one opaque operator) or
+    "triton"; memory that PyTorch hands out is filled with NaN."""
+    choices: dict[str, registry.Choice] = {"reference": "reference", "triton": "triton"}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert bool(torch.empty(64).isnan().all())
+    try:
+        with registry.chosen(choices.get(backend, "auto"), "cpu"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)

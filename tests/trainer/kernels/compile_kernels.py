@@ -1,0 +1,69 @@
+"""Compiles every Triton kernel for one architecture, without a GPU; run by test_compilation.py.
+
+The interpreter accepts what the compiler rejects. Besides the shapes of COMPILATIONS there are
+variants: without the optional arguments, in other dtypes, at shapes that are not aligned.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from trainer.kernels.compilation import ENABLE_FP_FUSION, Compilation, compilations
+
+
+def compile_kernel(compilation: Compilation, architecture: int) -> Any:
+    """The compiled kernel; `architecture` is 90 for sm_90."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(compilation.module), compilation.function)
+    types, constants, divisible = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in compilation.constants:
+            types[name], constants[index,] = "constexpr", compilation.constants[name]
+            continue
+        types[name] = compilation.signature[name]
+        if types[name].startswith("*") or name in compilation.aligned:
+            divisible[index,] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=divisible),
+        target=GPUTarget("cuda", architecture, 32),
+        options={
+            "num_warps": compilation.num_warps,
+            "num_stages": compilation.num_stages,
+            "enable_fp_fusion": ENABLE_FP_FUSION,
+        },
+    )
+
+
+def variants(compilation: Compilation) -> Iterator[Compilation]:
+    """Other ways in which the same kernel is launched."""
+    flags = [name for name in compilation.constants if name.startswith("HAS_")]
+    off: dict[str, int | float | bool] = dict.fromkeys(flags, False)
+    yield replace(compilation, constants={**compilation.constants, **off}, aligned=())
+    for dtype in ("fp16", "fp32"):
+        types = {name: t.replace("bf16", dtype) for name, t in compilation.signature.items()}
+        yield replace(compilation, signature=types, constants=dict(compilation.constants))
+    if compilation.name == "rope.forward":
+        partial = {**compilation.constants, "REST": 64, "BLOCK_HALF": 32, "POSITIONS": 2}
+        yield replace(compilation, constants=partial)
+    if compilation.name.startswith("gather_scale"):
+        types = {
+            **{name: t.replace("bf16", "fp64") for name, t in compilation.signature.items()},
+            **dict.fromkeys(("row_scale", "column_scale"), "*fp64"),
+            **dict.fromkeys(compilation.signature.keys() & {"columns"}, "*i64"),
+            **dict.fromkeys(compilation.signature.keys() & {"column_places"}, "*i32"),
+        }
+        constants = {**compilation.constants, "DOUBLE": True, "HAS_COLUMNS": True}
+        yield replace(compilation, signature=types, constants=constants)
+
+
+if __name__ == "__main__":
+    for base in compilations():
+        for kind in (base, *variants(base)):
+            compiled = compile_kernel(kind, int(sys.argv[1]))
+            assert compiled.asm["cubin"]
+            print(base.name)

@@ -1,0 +1,106 @@
+"""Kernels with one mistake each, which the tests of the operators must notice.
+
+Run by test_mutants.py in a process of its own, with TRITON_INTERPRET=1: for each mistake the Triton
+module is replaced by a copy with it, and the tests run until the first that fails.
+"""
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent
+KERNELS = FOLDER.parents[2] / "trainer" / "kernels"
+# Tests of everything but the kernels, and slow ones.
+LEFT_OUT = "not (registered or compiles or refused or numeric or special or threads or precision)"
+
+
+class Mutant(NamedTuple):
+    """One mistake: in which operator, what it is, and the text it replaces."""
+
+    operator: str
+    mistake: str
+    right: str
+    wrong: str
+    occurrence: int = 0
+
+
+MUTANTS = (
+    Mutant("rms_norm", "forward: another column's mask", "mask + column,", "mask + column * 0,"),
+    Mutant(
+        "rms_norm", "backward: another column's mask", "mask + column,", "mask + column * 0,", 1
+    ),
+    Mutant("rms_norm", "forward: one row too many", "(row < rows)[:", "(row < rows + 1)[:"),
+    Mutant("rms_norm", "no bound on the last rows", "root, mask=row < rows)", "root)"),
+    Mutant("rms_norm", "dropped accumulation", "sums += outer", "sums = outer"),
+    Mutant("rms_norm", "eps forgotten", "weight + eps", "weight"),
+    Mutant("rms_norm", "backward: scale forgotten", "* tl.load(scale)", "* 1.0", 1),
+    Mutant("rms_norm", "wrong sign in the gradient", "inner - normalised", "inner + normalised"),
+    Mutant("rms_norm", "programs share a partial sum", ") * width + column\n", ") * 0 + column\n"),
+    Mutant("swiglu", "wrong derivative", "values - activated", "values - sigmoid"),
+    Mutant("swiglu", "dropped accumulation", "sums += outer", "sums = outer"),
+    Mutant("swiglu", "mask gradient times the mask", "sums += outer", "sums += outer * scale"),
+    Mutant("swiglu", "mask of the first block", "mask + column,", "mask + tl.arange(0, COLUMNS),"),
+    Mutant("swiglu", "stride of the other input", "start * up_stride", "start * gate_stride"),
+    Mutant("swiglu", "backward: wrong factor", "(outer * activated).to", "(outer * values).to"),
+    Mutant("swiglu", "backward: last step left out", "in range(steps)", "in range(steps - 1)"),
+    Mutant("rope", "wrong sign", "first * cosine - second", "first * cosine + second"),
+    Mutant("rope", "inverse forgotten", "sine = -sine", "sine = sine"),
+    Mutant("rope", "one channel too many", "present & (channel <", "present & (channel <="),
+    Mutant("rope", "other channels kept", "kept = 2 * half", "kept = half"),
+    Mutant("rope", "the keys have other heads", "heads = key_heads", "heads = heads"),
+    Mutant("rope", "heads of the first block", "(block * BLOCK_HEADS", "(block * 0"),
+    Mutant("gather_scale", "forward: wrong mask index", "row_scale + row", "row_scale + i"),
+    Mutant("gather_scale", "what is left out is read", "place >= 0", "index < size"),
+    Mutant("gather_scale", "dropped accumulation", "sums += product", "sums = product"),
+    Mutant("gather_scale", "row mask forgotten", "+= product * by_row", "+= product"),
+    Mutant("gather_scale", "column mask forgotten", "product * by_column, 1", "product, 1"),
+    Mutant("gather_scale", "no zeros outside", "mask=within)", "mask=inside)"),
+)
+
+
+class Watcher:
+    """Keeps the first test that fails, and why."""
+
+    caught = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self.caught:
+            reason = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+            self.caught = f"{report.nodeid.split('::')[1]}: {reason[0][1:].strip()[:120]}"
+
+
+def plant(mutant: Mutant, folder: Path) -> None:
+    """Replaces the operator's Triton module by one with the mistake."""
+    source = (KERNELS / f"{mutant.operator}_triton.py").read_text("utf-8")
+    parts = source.split(mutant.right)
+    assert len(parts) > mutant.occurrence + 1, mutant
+    before = mutant.right.join(parts[: mutant.occurrence + 1])
+    after = mutant.right.join(parts[mutant.occurrence + 1 :])
+    file = folder / f"{abs(hash(mutant))}.py"
+    file.write_text(before + mutant.wrong + after, "utf-8")
+    name = f"trainer.kernels.{mutant.operator}_triton"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+
+
+def main() -> None:
+    """Prints a line for each mutant: operator, mistake, and what caught it."""
+    # The configured options belong to the terminal's plugin.
+    arguments = ["-x", "-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider"]
+    arguments += ["-k", LEFT_OUT]
+    with tempfile.TemporaryDirectory() as folder:
+        for mutant in MUTANTS:
+            plant(mutant, Path(folder))
+            watcher = Watcher()
+            file = str(FOLDER / f"test_{mutant.operator}.py")
+            status = pytest.main([*arguments, file], plugins=[watcher])
+            assert status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), status
+            caught = watcher.caught or "NOT CAUGHT"
+            print(f"{mutant.operator}: {mutant.mistake}: {caught}", flush=True)

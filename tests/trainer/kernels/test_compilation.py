@@ -1,0 +1,148 @@
+"""The Triton kernels compile for GPUs, and are launched as COMPILATIONS says."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.kernels.compilation import (
+    CHANNELS,
+    ENABLE_FP_FUSION,
+    HEAD_DIM,
+    HEADS,
+    TOKENS,
+    WIDTH,
+    Compilation,
+    compilations,
+)
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[3]
+BATCH = 2
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)],
+)
+def test_compiles_ahead_of_time(architecture: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.trainer.kernels.compile_kernels", str(architecture)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    compiled = Counter(result.stdout.split())
+    assert compiled.keys() == {compilation.name for compilation in compilations()}
+    assert min(compiled.values()) >= 4
+
+
+class Recorder:
+    """Stands for a kernel and keeps the arguments of its launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.names = list(kernel.arg_names)
+        # The declared types of integers; one without is a constant where it is 1.
+        self.declared = {p.name: p.annotation_type for p in kernel.params if not p.is_constexpr}
+        self.given: dict[str, Any] = {}
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*arguments: Any, **named: Any) -> None:
+            self.given = {**dict(zip(self.names, arguments, strict=False)), **named}
+
+        return launch
+
+
+def rows(width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(BATCH, TOKENS // BATCH, width, dtype=dtype, device="meta")
+
+
+def vector(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(width, dtype=dtype, device="meta")
+
+
+def launch(name: str, module: ModuleType) -> None:
+    """Calls what launches a kernel, with the tensors of a LLaMA 2 7B layer on the meta device."""
+    half = torch.bfloat16
+    scale = torch.empty((), device="meta")
+    if name == "rms_norm.forward":
+        gain, mask = vector(WIDTH, half), vector(WIDTH)
+        module.forward(rows(WIDTH), gain, mask, rows(WIDTH), scale, 1e-5)
+    elif name == "rms_norm.backward":
+        inverse = torch.empty(BATCH, TOKENS // BATCH, device="meta")
+        gain, mask = vector(WIDTH, half), vector(WIDTH)
+        module.backward(rows(WIDTH), rows(WIDTH), rows(WIDTH), inverse, gain, mask, scale)
+    elif name == "swiglu.forward":
+        module.forward(rows(CHANNELS), rows(CHANNELS), vector(CHANNELS))
+    elif name == "swiglu.backward":
+        module.backward(rows(CHANNELS), rows(CHANNELS), rows(CHANNELS), vector(CHANNELS))
+    elif name.startswith("rope"):
+        query, key = (rows(WIDTH).unflatten(-1, (HEADS, HEAD_DIM)) for _ in range(2))
+        cos, sin = (query.new_empty(TOKENS // BATCH, HEAD_DIM // 2) for _ in range(2))
+        module.rotate(query, key, cos, sin, name == "rope.backward")
+    else:
+        weight, gradient = (vector(WIDTH * CHANNELS, half).view(WIDTH, CHANNELS) for _ in range(2))
+        selection = (vector(WIDTH, torch.int64), vector(WIDTH), None, vector(CHANNELS))
+        if name == "gather_scale.forward":
+            module.forward(weight, *selection)
+        else:
+            module.backward(gradient, weight, *selection, True, True, True)
+
+
+@pytest.mark.parametrize("compilation", compilations(), ids=lambda compilation: compilation.name)
+def test_is_launched_as_compiled(compilation: Compilation, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[compilation.module]
+    recorder = Recorder(getattr(module, compilation.function))
+    monkeypatch.setattr(module, compilation.function, recorder)
+    launch(compilation.name, module)
+    given = recorder.given
+    assert set(recorder.names) == compilation.signature.keys() | compilation.constants.keys()
+    assert given["num_warps"] == compilation.num_warps
+    assert given["num_stages"] == compilation.num_stages
+    assert given["enable_fp_fusion"] == ENABLE_FP_FUSION
+    for name, value in compilation.constants.items():
+        assert given[name] == value, name
+        if name in recorder.declared:
+            assert value == 1 and recorder.declared[name] == "", name
+    for name, kind in compilation.signature.items():
+        value = given[name]
+        if isinstance(value, Tensor):
+            assert TYPES[value.dtype] == kind, name
+        elif isinstance(value, float):
+            assert kind == recorder.declared[name] == "fp32", name
+        else:
+            assert kind == (recorder.declared[name] or "i32"), name
+            assert (name in compilation.aligned) == (value % 16 == 0) and value != 1, name
+
+
+@pytest.mark.parametrize("compilation", compilations(), ids=lambda compilation: compilation.name)
+def test_bytes_are_those_of_the_tensors(
+    compilation: Compilation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[compilation.module]
+    recorder = Recorder(getattr(module, compilation.function))
+    monkeypatch.setattr(module, compilation.function, recorder)
+    launch(compilation.name, module)
+    tensors = {name: t for name, t in recorder.given.items() if isinstance(t, Tensor)}
+    distinct = {id(t): t.numel() * t.element_size() for t in tensors.values()}
+    again = sum(distinct[id(t)] for name, t in tensors.items() if name.endswith("partial"))
+    moved = sum(distinct.values()) + again
+    # Scalars are not counted.
+    assert moved - 16 <= compilation.bytes_moved <= moved
+    assert compilation.minimum_bytes <= compilation.bytes_moved <= 1.1 * compilation.minimum_bytes

@@ -1,0 +1,144 @@
+"""rope against a rotation by complex numbers in fp64, for every implementation."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.trainer.kernels.comparison import DTYPES, compare, compiles, draw_rows
+from trainer.kernels.rope import rope
+from trainer.models.rope import rotate
+
+# Batch, length, heads, key heads, head dim, rotary dim.
+SHAPES = (
+    (1, 1, 1, 1, 2, 2),
+    (2, 5, 3, 1, 16, 16),
+    (1, 37, 4, 4, 64, 64),
+    (3, 9, 5, 2, 24, 10),
+    (2, 4, 7, 7, 20, 4),
+    (1, 6, 40, 8, 16, 12),
+    (2, 3, 2, 3, 130, 130),
+)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[1]
+    pairs = torch.complex(x[..., :half], x[..., half : 2 * half])
+    pairs = pairs * torch.complex(cos, sin).unsqueeze(1)
+    return torch.cat((pairs.real, pairs.imag, x[..., 2 * half :]), dim=-1)
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = random.Random(f"{shape} {dtype}")
+    torch.manual_seed(generator.randrange(2**31))
+    batch, length, heads, key_heads, head_dim, rotary_dim = shape
+    query = draw_rows((batch, length, heads, head_dim), dtype, generator)
+    key = draw_rows((batch, length, key_heads, head_dim), dtype, generator)
+    angles = torch.rand(length, rotary_dim // 2) * 6.3
+    table = generator.choice([dtype, torch.float32])
+    return query, key, angles.cos().to(table), angles.sin().to(table)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_complex_rotation(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    query, key, cos, sin = draw(shape, dtype)
+    angles = (cos.double(), sin.double())
+    compare(
+        lambda query, key: rope(query, key, cos, sin),
+        lambda query, key: (turned(query, *angles), turned(key, *angles)),
+        (query, key),
+        roundings=3 if backend == "reference" else 1,
+    )
+
+
+def test_computes_the_rotation_of_the_model(backend: str) -> None:
+    query, key, cos, sin = draw((2, 9, 4, 2, 16, 8), torch.float32)
+    found = rope(query, key, cos, sin)
+    torch.testing.assert_close(found[0], rotate(query, cos, sin))
+    torch.testing.assert_close(found[1], rotate(key, cos, sin))
+
+
+def test_heads_before_positions(backend: str) -> None:
+    """Views of [B, heads, S, head_dim] as attention returns them, also as gradients."""
+    torch.manual_seed(0)
+    query, key = (torch.randn(2, heads, 9, 16).transpose(1, 2) for heads in (4, 2))
+    angles = torch.rand(9, 8)
+    leaves = (query.detach().requires_grad_(), key.detach().requires_grad_())
+    found = rope(leaves[0], leaves[1], angles.cos(), angles.sin())
+    gradients = [torch.randn_like(tensor) for tensor in (query, key)]
+    assert gradients[0].stride() == query.stride()
+    received = torch.autograd.grad(found, leaves, gradients)
+    for x, result, gradient, back in zip((query, key), found, gradients, received, strict=True):
+        torch.testing.assert_close(result, rotate(x, angles.cos(), angles.sin()))
+        torch.testing.assert_close(back, rotate(gradient, angles.cos(), -angles.sin()))
+
+
+def test_only_one_of_both_results_is_used(backend: str) -> None:
+    query, key, cos, sin = draw((1, 5, 2, 2, 8, 8), torch.float32)
+    key.requires_grad_()
+    (found,) = torch.autograd.grad(rope(query, key, cos, sin)[1].sum(), key)
+    torch.testing.assert_close(found, rotate(torch.ones_like(key), cos, -sin))
+
+
+def test_without_positions(backend: str) -> None:
+    query, key, cos, sin = draw((2, 0, 2, 2, 8, 8), torch.float32)
+    found = rope(query, key, cos, sin)
+    assert found[0].shape == query.shape and found[1].shape == key.shape
+
+
+def test_operator_is_registered_correctly(backend: str) -> None:
+    query, key, cos, sin = draw((2, 5, 3, 1, 16, 8), torch.float32)
+    query, key = (x.detach().contiguous().requires_grad_() for x in (query, key))
+    for inverse in (False, True):
+        torch.library.opcheck(torch.ops.shorn.rope.default, (query, key, cos, sin, inverse))
+
+
+def test_compiles_without_graph_break(backend: str) -> None:
+    query, key, cos, sin = draw((2, 5, 3, 1, 16, 8), torch.float32)
+
+    def loss(query: Tensor, key: Tensor) -> Tensor:
+        query, key = rope(query, key, cos, sin)
+        return (query * key).square().sum()
+
+    compiles(loss, [query, key])
+
+
+def test_fp64_keeps_its_precision(backend: str) -> None:
+    query, key, cos, sin = (x.double() for x in draw((1, 3, 2, 1, 6, 4), torch.float32))
+    query, key = query.requires_grad_(), key.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (query, key))
+
+
+WRONG = [
+    ({"query": torch.zeros(2, 3, 8)}, "query must be a tensor of 4 dimensions, got [2, 3, 8]"),
+    ({"query": torch.zeros(2, 3, 4, 8).long()}, "query must be fp64, fp32, bf16 or fp16, got"),
+    ({"query": torch.zeros(2, 3, 8, 4).mT}, "query must be contiguous in its last dimension, got"),
+    ({"key": torch.zeros(2, 4, 2, 8)}, "key must be [2, 3, 2, 8] torch.float32 on cpu, got [2, 4,"),
+    ({"key": torch.zeros(2, 3, 8)}, "key must be [2, 3, 0, 8] torch.float32 on cpu, got [2, 3, 8]"),
+    ({"key": torch.zeros(2, 3, 2, 8).half()}, "on cpu, got [2, 3, 2, 8] torch.float16 on cpu"),
+    ({"key": torch.zeros(2, 3, 8, 2).mT}, "key must be contiguous in its last dimension, got"),
+    ({"cos": torch.zeros(3, 5)}, "cos must be [3, at most 4], got [3, 5] torch.float32 on cpu"),
+    ({"cos": torch.zeros(3, 0)}, "cos must be [3, at most 4], got [3, 0] torch.float32 on cpu"),
+    ({"cos": torch.zeros(2, 4)}, "cos must be [3, 4] torch.float32 on cpu, got [2, 4]"),
+    (
+        {"cos": torch.zeros(3, 4).half()},
+        "cos must be [3, 4] torch.float32 on cpu, got [3, 4] torch.",
+    ),
+    ({"sin": torch.zeros(3, 3)}, "sin must be [3, 4] torch.float32 on cpu, got [3, 3]"),
+    ({"sin": torch.zeros(4, 3).t()}, "sin must be contiguous in its last dimension, got strides"),
+    ({"sin": torch.zeros(3, 4, device="meta")}, "on cpu, got [3, 4] torch.float32 on meta"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
+def test_bad_input_is_refused(backend: str, changed: dict[str, Tensor], message: str) -> None:
+    good = {"query": torch.zeros(2, 3, 4, 8), "key": torch.zeros(2, 3, 2, 8)}
+    given = {**good, "cos": torch.ones(3, 4), "sin": torch.zeros(3, 4), **changed}
+    with pytest.raises(ValueError) as caught:
+        rope(**given)
+    assert str(caught.value).startswith("rope: ")
+    assert message in str(caught.value)
+    with pytest.raises(ValueError, match="rope: "):
+        torch.ops.shorn.rope(*given.values(), False)

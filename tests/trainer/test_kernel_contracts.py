@@ -1,0 +1,160 @@
+"""What the compiler must make of every kernel: whatever compilations() lists, and csrc/.
+
+A new kernel is covered without an edit here. sm_90 always; other architectures are slow tests.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+
+from trainer.kernels.compilation import compilations
+from trainer.kernels.static import GPUS, Record, compile_triton
+from trainer.kernels.static_cuda import compile_cuda, traffic
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which brings the compiler"
+)
+
+ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in sorted(GPUS) if arch != 90)]
+each_arch = pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
+
+BYTES_OVER_MINIMUM = 1.1
+MOST_REGISTERS = 255
+MEMORY_BOUND_REGISTERS = 128
+"""Two blocks of 256 threads on a multiprocessor."""
+PINNED = {
+    "3.9": {
+        "gather_scale.forward": 48,
+        "gather_scale.backward": 96,
+        "rms_norm.forward": 64,
+        "rms_norm.backward": 112,
+        "rope.forward": 56,
+        "rope.backward": 56,
+        "swiglu.forward": 48,
+        "swiglu.backward": 80,
+    },
+}
+"""By minor version of Triton and kernel, on sm_90: registers per thread at most. Versions differ by
+half; where one is not listed, only what a thread can have is the limit."""
+
+
+@functools.cache
+def compiled(arch: int) -> tuple[Record, ...]:
+    """Every Triton kernel."""
+    records, failures = compile_triton([arch])
+    assert not failures, failures
+    assert {record.kernel for record in records} == {record.name for record in compilations()}
+    return tuple(records)
+
+
+@functools.cache
+def compiled_by_nvcc(arch: int) -> tuple[Record, ...]:
+    """Every CUDA kernel."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    records, failures = compile_cuda([arch])
+    assert not failures, failures
+    return tuple(records)
+
+
+def spilling(records: Iterable[Record]) -> list[str]:
+    """Kernels that keep in memory, inside a loop, what registers could not hold."""
+    return [r.kernel for r in records if any(loop.local_accesses for loop in r.loops)]
+
+
+def narrow(records: Iterable[Record]) -> list[str]:
+    """Memory-bound kernels that load or store less than 16 bytes a thread."""
+    return [
+        f"{r.kernel}: loads {r.load_bits}, stores {r.store_bits}"
+        for r in records
+        if not r.has_dot and min(r.load_bits or 128, r.store_bits or 128) < 128
+    ]
+
+
+def without_tensor_cores(records: Iterable[Record]) -> list[str]:
+    """Kernels with a dot that the architecture's own matrix instructions do not compute."""
+    kinds = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA"}
+    return [r.kernel for r in records if r.has_dot and kinds[r.arch] not in (r.tensor_core or "")]
+
+
+def wasteful(records: Iterable[Record]) -> list[str]:
+    """Kernels that move much more than their operator's inputs and outputs."""
+    return [
+        f"{r.kernel}: {r.bytes_over_minimum}"
+        for r in records
+        if r.bytes_over_minimum is None or not 1 <= r.bytes_over_minimum <= BYTES_OVER_MINIMUM
+    ]
+
+
+def register_limit(record: Record, version: str) -> int:
+    """Registers that a kernel may use when compiled by a version of Triton, as "3.9.0"."""
+    pinned = PINNED.get(".".join(version.split(".")[:2]))
+    if pinned is None or record.arch != "sm_90":
+        return MOST_REGISTERS
+    return pinned.get(record.kernel, MOST_REGISTERS if record.has_dot else MEMORY_BOUND_REGISTERS)
+
+
+@each_arch
+def test_no_loop_spills(arch: int) -> None:
+    assert spilling(compiled(arch)) == []
+
+
+@each_arch
+def test_memory_bound_kernels_access_16_bytes(arch: int) -> None:
+    assert narrow(compiled(arch)) == []
+
+
+@each_arch
+def test_dots_run_on_tensor_cores(arch: int) -> None:
+    assert without_tensor_cores(compiled(arch)) == []
+
+
+@each_arch
+def test_kernels_move_little_more_than_they_must(arch: int) -> None:
+    assert wasteful(compiled(arch)) == []
+
+
+@each_arch
+def test_kernels_fit_a_multiprocessor(arch: int) -> None:
+    assert [record.kernel for record in compiled(arch) if record.occupancy == 0] == []
+
+
+@each_arch
+def test_registers_stay_within_limits(arch: int) -> None:
+    version = importlib.metadata.version("triton")
+    over = {
+        record.kernel: (record.registers, register_limit(record, version))
+        for record in compiled(arch)
+        if record.registers > register_limit(record, version)
+    }
+    assert over == {}
+
+
+@each_arch
+def test_cuda_kernels_keep_the_same_contracts(arch: int) -> None:
+    """Loads of gathered columns are single elements; so are all accesses of ragged shapes."""
+    records = compiled_by_nvcc(arch)
+    assert [record.kernel for record in records if record.spill_bytes] == []
+    assert [record.kernel for record in records if record.registers > 128] == []
+    aligned = [r for r in records if r.kernel.removeprefix("gather_scale.") in traffic()]
+    assert len(aligned) == len(traffic())
+    assert wasteful(aligned) == []
+    assert [record.kernel for record in aligned if record.store_bits != 128] == []
+    assert narrow(record for record in aligned if "8, false>" in record.kernel) == []
+
+
+def test_the_contracts_can_be_broken() -> None:
+    """Kernels written to break them do."""
+    records, _ = compile_triton([90], "tests.trainer.static_kernels")
+    assert spilling(records) == ["spilling"]
+    assert [line.split(":")[0] for line in narrow(records)] == ["narrow"]
+    assert without_tensor_cores(records) == []
+    dotless = [replace(record, tensor_core=None) for record in records]
+    assert without_tensor_cores(dotless) == ["product"]
+    assert wasteful([replace(records[0], bytes_over_minimum=1.11)]) == ["scale: 1.11"]
+    assert wasteful([replace(records[0], bytes_over_minimum=None)]) == ["scale: None"]

@@ -1,0 +1,63 @@
+"""What is compiled of the Triton kernels: arguments, tiles and traffic at a 7B model's shapes.
+
+Every Triton module lists its kernels in COMPILATIONS, exactly as it launches them at these shapes,
+so that they can be compiled ahead of time, without a GPU, for any architecture.
+"""
+
+import importlib
+from dataclasses import dataclass
+
+TOKENS = 8192
+WIDTH = 4096
+HEADS = 32
+HEAD_DIM = 128
+CHANNELS = 11008
+"""One micro-batch of 2 x 4096 tokens in a layer of LLaMA 2 7B (arXiv 2307.09288)."""
+
+ENABLE_FP_FUSION = True
+"""Option of every launch: multiplications and additions become fused multiply-adds. Triton's
+default differs between versions."""
+
+MODULES = (
+    "trainer.kernels.gather_scale_triton",
+    "trainer.kernels.rms_norm_triton",
+    "trainer.kernels.rope_triton",
+    "trainer.kernels.swiglu_triton",
+)
+"""The Triton modules, each with a tuple COMPILATIONS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compilation:
+    """One kernel with everything its compiler is told."""
+
+    name: str
+    """Operator and pass, as "rms_norm.forward"."""
+    module: str
+    """Dotted path of the module that defines the kernel."""
+    function: str
+    """Name of the @triton.jit function."""
+    signature: dict[str, str]
+    """Argument name to Triton type, as "*bf16" or "i32". Pointers are divisible by 16 bytes."""
+    aligned: tuple[str, ...]
+    """Integer arguments that are divisible by 16."""
+    constants: dict[str, int | float | bool]
+    """Compile-time values: of the tl.constexpr parameters, and of integers that are 1."""
+    num_warps: int
+    num_stages: int
+    bytes_moved: int
+    """Bytes that are read and written in device memory, partial sums both ways; what every program
+    reads again (masks, gains, tables) counts once."""
+    minimum_bytes: int
+    """Bytes of the operator's inputs and outputs, each counted once: without partial sums."""
+    shape: str
+    """The tensors, in words."""
+
+
+def compilations() -> tuple[Compilation, ...]:
+    """All kernels of all Triton modules. Imports Triton, but needs no GPU."""
+    return tuple(
+        compilation
+        for module in MODULES
+        for compilation in importlib.import_module(module).COMPILATIONS
+    )

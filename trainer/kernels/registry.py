@@ -1,0 +1,165 @@
+"""Which implementation of each operator runs: PyTorch, Triton, or the compiled code of csrc/.
+
+Every operator has a PyTorch reference and a Triton implementation, some have compiled ones. What
+runs is chosen once, for all operators and by type of device. Importable without Triton and GPU.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import torch
+
+from data.errors import InputError
+from trainer.kernels import library
+
+Choice = Literal["auto", "reference", "triton", "cuda"]
+Backend = Literal["reference", "triton", "c++", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One operator and where its implementations are."""
+
+    name: str
+    reference: Callable[..., Any]
+    """The forward pass in PyTorch operations that autograd can follow."""
+    triton: str
+    """Dotted path of the Triton module, imported when it first runs."""
+    compiled: bool = False
+    """Whether csrc/ implements it, for CPUs (C++) and GPUs (CUDA)."""
+
+
+_operators: dict[str, Operator] = {}
+_choice: Choice = "auto"
+# Looked up at every call, also in traced code: hence a table and not a decision.
+_running: dict[tuple[str, str], Backend] = {}
+
+
+def register(operator: Operator) -> None:
+    """Adds an operator; called by the module that defines it, after the libraries are loaded."""
+    assert operator.name not in _operators, operator.name
+    _operators[operator.name] = operator
+    _decide()
+
+
+def define(
+    space: torch.library.Library, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Defines a PyTorch operator: its schema, what it runs on every device, and its shapes."""
+    name = schema.split("(")[0]
+    space.define(schema)
+    space.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"shorn::{name}", fake, lib=space)
+
+
+def operators() -> tuple[Operator, ...]:
+    """All operators, by name. Imports the modules that define them."""
+    for name in ("gather_scale", "rms_norm", "rope", "swiglu"):
+        importlib.import_module(f"trainer.kernels.{name}")
+    return tuple(_operators[name] for name in sorted(_operators))
+
+
+def choose(choice: Choice, device: torch.device | str) -> dict[str, Backend]:
+    """Chooses the implementation of all operators for the rest of the process.
+
+    Args:
+        choice: "reference": PyTorch operations, which torch.compile can fuse. "triton": the Triton
+            kernels. "cuda": the compiled code of csrc/, and Triton where there is none. "auto": on
+            a GPU as "cuda", with what is installed; on a CPU the C++ code where it was built and
+            the reference elsewhere. CPU tensors never run Triton unless its interpreter is on
+            (TRITON_INTERPRET=1) and `choice` asks for it.
+        device: what the run computes on.
+
+    Returns:
+        What now runs on `device`, by operator.
+
+    Raises:
+        InputError: `choice` is unknown, or cannot run on `device`.
+    """
+    global _choice
+    names = [operator.name for operator in operators()]
+    kind = torch.device(device).type
+    _check(choice, kind)
+    _choice = choice
+    _decide()
+    return {name: which(name, kind) for name in names}
+
+
+@contextmanager
+def chosen(choice: Choice, device: torch.device | str) -> Iterator[dict[str, Backend]]:
+    """`choose`, undone at the end."""
+    global _choice
+    operators()
+    before, running = _choice, dict(_running)
+    try:
+        yield choose(choice, device)
+    finally:
+        _choice = before
+        _running.update(running)
+
+
+def which(name: str, device: torch.device | str) -> Backend:
+    """The implementation of one operator that runs on a device."""
+    kind = device if isinstance(device, str) else device.type
+    if library.reference_is_forced():
+        return "reference"
+    return _running.get((name, kind), "reference")
+
+
+def reference_is_asked_for() -> bool:
+    """Whether operators must run as the PyTorch operations of their reference, which torch.compile
+    can fuse, and not as one opaque operator."""
+    return _choice == "reference" or library.reference_is_forced()
+
+
+def triton_module(name: str, device: torch.device) -> ModuleType | None:
+    """The module with an operator's Triton implementation where that runs, else None."""
+    if which(name, device) != "triton":
+        return None
+    return importlib.import_module(_operators[name].triton)
+
+
+def _decide() -> None:
+    for operator in _operators.values():
+        for kind in ("cpu", "cuda"):
+            _running[operator.name, kind] = _backend(operator, kind)
+
+
+def _backend(operator: Operator, kind: str) -> Backend:
+    if _choice == "reference":
+        return "reference"
+    if _choice == "triton" and _has_triton(kind):
+        return "triton"
+    if operator.compiled and library.is_loaded(kind):
+        return "c++" if kind == "cpu" else "cuda"
+    return "triton" if kind == "cuda" and _has_triton(kind) else "reference"
+
+
+def _has_triton(kind: str) -> bool:
+    installed = importlib.util.find_spec("triton") is not None
+    return installed and (kind == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _check(choice: str, kind: str) -> None:
+    if choice not in get_args(Choice):
+        raise InputError(f"--kernels must be one of {', '.join(get_args(Choice))}, got {choice}")
+    if choice == "triton" and not _has_triton(kind):
+        if kind == "cuda":
+            raise InputError(
+                "--kernels triton needs the package triton, which is not installed: "
+                "pip install triton, or use --kernels auto"
+            )
+        raise InputError(
+            f"--kernels triton needs a GPU, and this run is on {kind}: use --kernels auto"
+        )
+    if choice == "cuda" and not (kind == "cuda" and library.is_loaded(kind)):
+        raise InputError(
+            f"--kernels cuda needs a GPU and the compiled operators, and this run is on {kind}: "
+            "pip install --no-build-isolation -e ., or use --kernels auto"
+        )

@@ -1,0 +1,116 @@
+"""Rotary position embedding of queries and keys, in one pass over both.
+
+RoFormer, arXiv 2104.09864, equation 34, in Hugging Face's layout: channels i and i + r / 2 of the
+first r = rotary_dim channels pair up, the rest stays. The gradient is the inverse rotation.
+`shorn::rope` is a PyTorch operator; what it runs on a device is the registry's choice.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.kernels import registry
+from trainer.kernels.arguments import check_last_stride, check_like, check_rows, refuse, wide_dtype
+
+NAME = "rope"
+
+
+def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and key, rotated by the angles of their positions.
+
+    Args:
+        query: [B, S, heads, head_dim], fp64, fp32, bf16 or fp16, contiguous in head_dim.
+        key: [B, S, key heads, head_dim] in query's dtype, contiguous in head_dim.
+        cos: [S, r / 2] with r <= head_dim, contiguous in its last dimension, in query's dtype or in
+            the one computed in (fp64 for fp64, else fp32). Gets no gradient.
+        sin: as `cos`.
+
+    Returns:
+        Both rotated, contiguous, in query's dtype, rounded once.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device does not fit.
+    """
+    if registry.reference_is_asked_for():
+        return reference(query, key, cos, sin)
+    rotated: tuple[Tensor, Tensor] = torch.ops.shorn.rope(query, key, cos, sin, False)
+    return rotated
+
+
+def reference(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`rope` in PyTorch operations; `inverse` turns the other way."""
+    _check(query, key, cos, sin)
+    dtype = wide_dtype(query)
+    cos, sin = cos.detach().to(dtype).unsqueeze(1), sin.detach().to(dtype).unsqueeze(1)
+    sin = -sin if inverse else sin
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    first, second = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
+
+
+def _forward(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, cos, sin)
+    module = registry.triton_module(NAME, query.device)
+    if module is not None and module.supports(query):
+        found: tuple[Tensor, Tensor] = module.rotate(query, key, cos, sin, inverse)
+        return found
+    rotated = reference(query, key, cos, sin, inverse)
+    return rotated[0].contiguous(), rotated[1].contiguous()
+
+
+def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_rows(NAME, "query", query, 4)
+    batch, length, _, head_dim = query.shape
+    heads = key.shape[2] if key.dim() == 4 else 0
+    check_like(NAME, "key", key, (batch, length, heads, head_dim), (query.dtype,), query.device)
+    check_rows(NAME, "key", key)
+    half = cos.shape[-1] if cos.dim() == 2 else 0
+    if not 0 < 2 * half <= head_dim:
+        refuse(NAME, "cos", f"[{length}, at most {head_dim // 2}]", cos)
+    for name, table in (("cos", cos), ("sin", sin)):
+        dtypes = (query.dtype, wide_dtype(query))
+        check_like(NAME, name, table, (length, half), dtypes, query.device)
+        check_last_stride(NAME, name, table)
+    if sin.dtype != cos.dtype:
+        refuse(NAME, "sin", f"{cos.dtype} as cos", sin)
+
+
+def _fake(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, cos, sin)
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _differentiate(ctx: Any, query: Tensor, key: Tensor) -> tuple[Tensor | None, ...]:
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    return *torch.ops.shorn.rope(query, key, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+def _register() -> torch.library.Library:
+    space = torch.library.Library("shorn", "FRAGMENT")
+    schema = (
+        "rope(Tensor query, Tensor key, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)"
+    )
+    registry.define(space, schema, _forward, _fake)
+    torch.library.register_autograd("shorn::rope", _differentiate, setup_context=_save, lib=space)
+    registry.register(registry.Operator(NAME, reference, "trainer.kernels.rope_triton"))
+    return space
+
+
+_SPACE = _register()
