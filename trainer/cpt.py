@@ -93,14 +93,12 @@ def continue_pretraining(
 
     Returns None when the run was finished before. Raises InputError before any weight is loaded.
     """
-    if config.steps < 1:
-        raise InputError(f"--steps {config.steps}: must be at least 1 to train; use for example 20")
-    check_layout(config, parallel.world_size())
-    options = DomainOptions(domain_weights, reference_losses, reference_fit)
+    _check_steps(config)
     context = parallel.init(replicas=config.replicas, threads=config.threads)
     require_copy(context, json_copy)
     teaching = (teacher, distillation or DistillationConfig())
     mixture = mixture or MixtureConfig()
+    options = DomainOptions(domain_weights, reference_losses, reference_fit)
     with context.rank_zero_first():
         inputs = open_inputs(config, model, data, mixture, options, teaching, init == "pretrained")
     _require_one_teacher(inputs, context)
@@ -176,6 +174,12 @@ def open_inputs(
     return Inputs(
         source, shape, reader, held_out, domains, used, mixture, distillation, teacher, note
     )
+
+
+def _check_steps(config: TrainConfig) -> None:
+    if config.steps < 1:
+        raise InputError(f"--steps {config.steps}: must be at least 1 to train; use for example 20")
+    check_layout(config, parallel.world_size())
 
 
 def _require_one_teacher(inputs: Inputs, context: DistributedContext) -> None:
