@@ -118,6 +118,8 @@ def write_stages(plan_tasks: list[Any], losses: dict[str, tuple[float, float]]) 
         }
         (task.folder / "shear.json").write_text(json.dumps(report))
         (task.folder / "cpt.json").write_text(json.dumps(spent(task)))
+        taught = {"distill.weight": 0.9} if "/ours/" in task.name else {}
+        (task.folder / "run.json").write_text(json.dumps(taught))
 
 
 def spent(task: Task) -> dict[str, int]:
@@ -159,6 +161,8 @@ def test_numbers_are_those_of_the_stages(
     assert (rows["ours", 0]["shear_steps"], rows["ours", 0]["cpt_steps"]) == (16, 24)
     assert (rows["random", 0]["shear_steps"], rows["random", 0]["cpt_steps"]) == (0, 40)
     assert {row["tokens"] for row in results["rows"]} == {results["tokens"]}
+    weights = {row["method"]: row["distill_weight"] for row in results["rows"]}
+    assert weights == {"ours": 0.9, "activation": 0.0, "random": 0.0}
     ours, activation, random = results["summary"]
     assert ours["trained"]["c4"] == {"mean": pytest.approx(5.1), "min": 5.0, "max": 5.2}
     assert activation["pruned"]["c4"] == {"mean": 8.0, "min": 8.0, "max": 8.0}

@@ -78,16 +78,16 @@ def test_count_falls_to_the_target_and_stays() -> None:
     rule = make(20)
     family = MEMBERS["intermediate"]
     counts = [rule.current_target(family, step) for step in range(20)]
-    assert counts[0] == pytest.approx(40 - 29 / 12)
-    assert all(a > b for a, b in itertools.pairwise(counts[:12]))
-    assert counts[11:] == [11.0] * 9
+    assert counts[0] == pytest.approx(40 - 29 / 10)
+    assert all(a > b for a, b in itertools.pairwise(counts[:10]))
+    assert counts[9:] == [11.0] * 11
 
 
 def test_projection_polarises_exactly_and_keeps_its_masks() -> None:
     rule = make(20)
     assert isinstance(rule, Projection)
     used = train(rule, 0, 20)
-    soft, hard = used[14], used[15:]
+    soft, hard = used[13], used[14:]
     assert any(((z > 0) & (z < 1)).any() for z in soft.values())
     for masks in hard:
         assert polarised(masks, MEMBERS)
@@ -175,7 +175,7 @@ def test_paper_multipliers_rise_with_the_violation() -> None:
     [
         ({"harden": 1.5}, r"--harden 1\.5: must be in \(0, 1\]"),
         ({"target_warmup": 0.0}, r"--target-warmup 0\.0: must be in"),
-        ({"target_warmup": 0.9}, r"--target-warmup 0\.9: must be at most --harden 0\.8"),
+        ({"target_warmup": 0.9}, r"--target-warmup 0\.9: must be at most --harden 0\.75"),
         ({"final_temperature": 0.6}, r"--final-temperature 0\.6: must be in .*--temperature 0\.5"),
         ({"mask_lr": 0.0}, r"--mask-lr 0\.0: must be above 0"),
         ({"mask_clip": -1.0}, r"--mask-clip -1\.0: must be above 0"),
