@@ -15,9 +15,8 @@ TARGETS = {
 }
 """Named targets: 44% and 23% of SmolLM2-135M's parameters without embeddings."""
 OURS = "ours"
-METHODS = (
-    *(OURS, "paper", "blocks", "blocks+kl", "activation", "activation+kl", "magnitude", "random"),
-)
+_AT_ONCE = ("blocks", "blocks+kl", "activation", "activation+kl", "magnitude")
+METHODS = (OURS, "paper", *_AT_ONCE, "random")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 _EQUAL_FLAGS = (
     *("source", "target", "model", "data", "output", "domain-weights", "seed", "precision"),

@@ -213,10 +213,7 @@ def _measurements(
     measured = load_kept(output, None if model is None else key, context)
     if measured is None:
         assert model is not None
-        say(
-            context,
-            "measuring the source: held-out loss, principal components, importance of its units",
-        )
+        say(context, "measuring the source: held-out loss and importance of its units")
         data = (inputs.reader, inputs.held_out, inputs.domains.weights, inputs.basis)
         measured = measure_source(model, config, context, *data)
         keep(measured, output, key, context)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from trainer.kernels import library, registry
+from trainer.kernels.arguments import FLOATING, wide_dtype
 
 NAME = "gather_scale"
 
 Needs = tuple[bool, bool, bool]
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SELECTION = "Tensor weight, Tensor? rows, Tensor? row_scale, Tensor? columns, Tensor? column_scale"
 
 
@@ -133,7 +133,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients that are not needed are empty tensors [0]."""
     _check_indices(weight, rows, columns)
-    dtype = _scale_dtype(weight)
+    dtype = wide_dtype(weight)
     gradient = gradient.to(dtype)
     by_row = None if row_scale is None else _select(row_scale, rows)
     by_column = None if column_scale is None else _select(column_scale, columns)
@@ -208,10 +208,6 @@ def _spread(values: Tensor, index: Tensor | None, size: int, dimension: int = 0)
     return values.new_zeros(shape).index_copy(dimension, index, values)
 
 
-def _scale_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def _check(
     weight: Tensor,
     rows: Tensor | None,
@@ -219,11 +215,11 @@ def _check(
     columns: Tensor | None,
     column_scale: Tensor | None,
 ) -> None:
-    if weight.dim() != 2 or weight.dtype not in _DTYPES:
+    if weight.dim() != 2 or weight.dtype not in FLOATING:
         raise ValueError(
             f"gather_scale: weight must be a floating-point matrix, got {_describe(weight)}"
         )
-    dtype = _scale_dtype(weight)
+    dtype = wide_dtype(weight)
     for name, index, scale, size in (
         ("row", rows, row_scale, weight.shape[0]),
         ("column", columns, column_scale, weight.shape[1]),
@@ -250,11 +246,11 @@ def _check_gradient(
         weight.shape[0] if rows is None else rows.shape[0],
         weight.shape[1] if columns is None else columns.shape[0],
     )
-    fits = gradient.dtype in (weight.dtype, _scale_dtype(weight))
+    fits = gradient.dtype in (weight.dtype, wide_dtype(weight))
     if gradient.shape != shape or not fits or gradient.device != weight.device:
         raise ValueError(
             f"gather_scale: gradient must be {list(shape)} {weight.dtype} or "
-            f"{_scale_dtype(weight)} on {weight.device}, got {_describe(gradient)} "
+            f"{wide_dtype(weight)} on {weight.device}, got {_describe(gradient)} "
             f"on {gradient.device}"
         )
 
@@ -301,7 +297,7 @@ def _fake_backward(
     need_column_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows_out, columns_out = weight.shape
-    dtype = _scale_dtype(weight)
+    dtype = wide_dtype(weight)
     return (
         weight.new_empty((rows_out, columns_out) if need_weight else (0,)),
         weight.new_empty(rows_out if need_row_scale else 0, dtype=dtype),
