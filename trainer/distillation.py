@@ -192,10 +192,10 @@ def load_teacher(
         dtype=dtype,
         reshard_after_forward=train.reshard_after_forward,
     )
-    assert isinstance(network, FSDPModule)
-    # Embedding, final norm and head only.
-    network.set_reshard_after_forward(False, recurse=False)
-    register_fsdp_forward_method(network, "states_and_head")
+    if isinstance(network, FSDPModule):
+        # Embedding, final norm and head only.
+        network.set_reshard_after_forward(False, recurse=False)
+        register_fsdp_forward_method(network, "states_and_head")
     network.to_empty(device=context.device)
     load_sharded(network, source.folder)
     return Teacher(network, config)

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule
 
 from data.batches import Batch, BatchStream
 from trainer.callbacks.base import Callback
@@ -15,7 +14,7 @@ from trainer.memory import explain_out_of_memory
 from trainer.models.llama import CausalLM
 from trainer.models.masks import Masks
 from trainer.optimizer import clip_gradients
-from trainer.parallel import DistributedContext
+from trainer.parallel import DistributedContext, prepare_pass
 from trainer.schedule import learning_rate
 from trainer.throughput import Throughput
 
@@ -117,16 +116,13 @@ class Trainer:
         # A matrix product adds in a fixed order, which scattered additions on a GPU do not.
         owners = F.one_hot(domains, len(self.stream.domains)).double()
         sums = torch.zeros(3, len(self.stream.domains), dtype=torch.float64, device=device)
-        assert isinstance(self.model, FSDPModule)
         for self.micro_batch, start in enumerate(starts):
             self._call("on_micro_batch")
             rows = slice(start, start + micro)
             last = start == starts[-1]
-            self.model.set_is_last_backward(last)
-            # Replicas (HSDP) exchange the accumulated gradient once per step.
-            self.model.set_requires_all_reduce(last)
             # Weights stay gathered from one micro-batch to the next unless memory is to be saved.
-            self.model.set_reshard_after_backward(last or self.config.reshard_after_forward)
+            freed = last or self.config.reshard_after_forward
+            prepare_pass(self.model, last=last, reshard_after_backward=freed)
             output = self.model(
                 ids[rows],
                 masks=self.masks,

@@ -201,8 +201,11 @@ def shard(
     fp32 sums.
 
     Gradients are summed over ranks, not averaged: the loss carries the division by the global
-    number of tokens. Inputs are not cast, because token weights must stay fp32.
+    number of tokens. Inputs are not cast, because token weights must stay fp32. One rank whose
+    weights already have `dtype` computes on them as they are: it would gather and reduce copies.
     """
+    if mesh.size() == 1 and all(parameter.dtype == dtype for parameter in model.parameters()):
+        return
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
@@ -219,6 +222,15 @@ def shard(
                 group.set_gradient_divide_factor(1.0)
                 # gloo has no pre-multiplied sum, which a factor without forced SUM would select.
                 group.set_force_sum_reduction_for_comms(True)
+
+
+def prepare_pass(model: nn.Module, *, last: bool, reshard_after_backward: bool) -> None:
+    """Says what a sharded model does in the coming forward and backward pass; `last`: of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(last)
+        # Replicas (HSDP) exchange the accumulated gradient once per step.
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(reshard_after_backward)
 
 
 def reshard(model: nn.Module) -> None:
