@@ -47,6 +47,8 @@ class EvaluateConfig:
     """Sequences or windows per rank in one forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision. auto: bf16 on a GPU, fp32 on a CPU."""
+    kernels: Literal["auto", "reference", "triton", "cuda"] = "auto"
+    """What computes the operators, as in training."""
     threads: int | None = None
     """CPU threads per rank. None: cores of the machine divided by its ranks."""
     json: str | None = None

@@ -19,7 +19,7 @@ from trainer.files import require_writable, write_report
 from trainer.models.config import ModelConfig
 from trainer.models.hf import load_config, load_model, resolve_model
 from trainer.models.llama import CausalLM
-from trainer.run import check_tokenizer
+from trainer.run import check_tokenizer, choose_kernels
 
 if TYPE_CHECKING:
     from launch.evaluate import EvaluateConfig
@@ -48,6 +48,7 @@ def run(config: "EvaluateConfig") -> dict[str, Any]:
     text = _read_text(Path(config.text)) if config.text is not None else None
     reader = _open_tokens(config) if config.data is not None else None
     context = parallel.init(threads=config.threads)
+    choose_kernels(config.kernels, context)
     with context.rank_zero_first():
         path = resolve_model(config.model)
     shape = load_config(path)

@@ -29,7 +29,6 @@ from trainer.config import check_layout
 from trainer.distillation import TeacherSource, check_teacher, load_teacher, teacher_identity
 from trainer.domains import DomainOptions, Domains, starting_domains
 from trainer.identity import claim_output, run_identity, weights_fingerprint
-from trainer.kernels.library import which
 from trainer.loop import Trainer
 from trainer.memory import room_bytes
 from trainer.models.config import ModelConfig
@@ -40,6 +39,7 @@ from trainer.parallel import DistributedContext
 from trainer.run import (
     build_model,
     build_trainer,
+    choose_kernels,
     find_model_with_data,
     open_data,
     pretrained,
@@ -74,6 +74,7 @@ def shear(config: ShearConfig) -> Trainer | None:
     """
     check_layout(config.train, parallel.world_size())
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
+    choose_kernels(config.train.kernels, context)
     json_copy = Path(config.json) if config.json else None
     require_copy(context, json_copy)
     config, proposal = _settle_target(config.in_force(), context)
@@ -93,7 +94,6 @@ def shear(config: ShearConfig) -> Trainer | None:
     for message in inputs.domains.messages():
         say(context, message)
     say(context, f"source {inputs.source.describe()}  target {inputs.target.describe()}")
-    say(context, f"gather-scale: {which(context.device)}")
     source = _teacher(config, inputs)
     teacher = load_teacher(source, config.distillation, config.train, inputs.model, context)
     model = build_model(

@@ -61,6 +61,11 @@ class TrainConfig:
     """Compute precision (parameters, gradient sums and Adam stay fp32). auto: bf16 on a GPU, fp32
     on a CPU."""
 
+    kernels: Literal["auto", "reference", "triton", "cuda"] = "auto"
+    """What computes the operators. auto: on a GPU the compiled CUDA code where it was built and
+    Triton elsewhere, on a CPU the compiled C++ code and PyTorch; reference: PyTorch; triton: Triton
+    throughout; cuda: as auto, but only with compiled CUDA code."""
+
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a quarter more compute."""
 

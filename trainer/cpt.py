@@ -35,6 +35,7 @@ from trainer.parallel import DistributedContext
 from trainer.run import (
     build_model,
     build_trainer,
+    choose_kernels,
     find_model_with_data,
     open_data,
     pretrained,
@@ -95,6 +96,7 @@ def continue_pretraining(
     """
     _check_steps(config)
     context = parallel.init(replicas=config.replicas, threads=config.threads)
+    choose_kernels(config.kernels, context)
     require_copy(context, json_copy)
     teaching = (teacher, distillation or DistillationConfig())
     mixture = mixture or MixtureConfig()

@@ -26,6 +26,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
 from trainer.evaluate import report as held_out_report
 from trainer.files import require_writable, write_report
+from trainer.kernels import registry
 from trainer.loop import Trainer
 from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
@@ -111,6 +112,13 @@ def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data:
             f"--data {data} was tokenized by another tokenizer than the model's: the same text "
             f"gives other ids; tokenize again with --tokenizer {source}"
         )
+
+
+def choose_kernels(choice: registry.Choice, context: DistributedContext) -> None:
+    """Chooses what computes the operators from now on, and says it. Raises InputError where that
+    cannot run on the ranks' devices."""
+    running = registry.choose(choice, context.device)
+    say(context, "kernels: " + ", ".join(f"{name} {by}" for name, by in running.items()))
 
 
 def build_model(

@@ -298,6 +298,12 @@ def test_a_changed_constant_is_noticed(inputs: Path, change: dict[str, Any]) -> 
         require_same_constants(replace(source, **change), source)
 
 
+def test_kernels_that_cannot_run_here_are_refused(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--kernels triton needs a GPU, and this run is on cpu"):
+        shear(configure(inputs, tmp_path / "out", kernels="triton"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_target_does_not_resume(inputs: Path, tmp_path: Path) -> None:
     shear(configure(inputs, tmp_path / "out"))
     with pytest.raises(InputError, match=r"another configuration: target was .*ffn=20.*ffn=24"):

@@ -89,7 +89,7 @@ def _call(
     reference: Callable[..., Any], device: torch.device, *arguments: Tensor | bool | None
 ) -> Any:
     """The operator whose reference is given, or the reference itself where that is asked for."""
-    if registry.reference_is_asked_for():
+    if registry.runs_reference(NAME, device):
         return reference(*arguments)
     triton = registry.which(NAME, device) == "triton"
     try:

@@ -112,10 +112,10 @@ def which(name: str, device: torch.device | str) -> Backend:
     return _running.get((name, kind), "reference")
 
 
-def reference_is_asked_for() -> bool:
-    """Whether operators must run as the PyTorch operations of their reference, which torch.compile
-    can fuse, and not as one opaque operator."""
-    return _choice == "reference" or library.reference_is_forced()
+def runs_reference(name: str, device: torch.device) -> bool:
+    """Whether an operator runs as the PyTorch operations of its reference, which autograd follows
+    and torch.compile can fuse, and not as one opaque operator."""
+    return which(name, device) == "reference"
 
 
 def triton_module(name: str, device: torch.device) -> ModuleType | None:

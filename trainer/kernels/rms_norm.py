@@ -37,13 +37,14 @@ def rms_norm(
         scale: scalar, dtype as `mask`; multiplies the mean square and gets no gradient. None: 1.
 
     Returns:
-        The norm [..., d], computed in fp32 (fp64 for fp64) from the rounded sum and rounded once,
-        and the sum [..., d], x itself without a residual; both in x's dtype.
+        The norm [..., d] of the rounded sum, and the sum [..., d], x itself without a residual;
+        both in x's dtype. Kernels compute in fp32 and round once; the reference also rounds before
+        the gain, as Hugging Face's models do.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit.
     """
-    if registry.reference_is_asked_for():
+    if registry.runs_reference(NAME, x.device):
         return reference(x, gain, mask, residual, scale, eps)
     normed, total, _ = torch.ops.shorn.rms_norm(x, gain, mask, residual, scale, eps)
     return normed, x if residual is None else total
@@ -60,7 +61,16 @@ def reference(
     """`rms_norm` in PyTorch operations."""
     _check(x, gain, mask, residual, scale, eps)
     total = x if residual is None else x + residual
-    return _normalise(total, gain, mask, scale, eps)[0], total
+    values = total.to(wide_dtype(total))
+    normed = (values * _inverse(values, scale, eps)).to(total.dtype)
+    factor = gain if mask is None else (gain * mask).to(gain.dtype)
+    return (factor * normed).to(total.dtype), total
+
+
+def _inverse(values: Tensor, scale: Tensor | None, eps: float) -> Tensor:
+    """Inverse root mean squares [..., 1]."""
+    mean_square = values.square().mean(-1, keepdim=True)
+    return torch.rsqrt((mean_square if scale is None else mean_square * scale) + eps)
 
 
 def _normalise(
@@ -68,10 +78,7 @@ def _normalise(
 ) -> tuple[Tensor, Tensor]:
     """The norm [..., d], and the inverse root mean squares [...] in the wide dtype."""
     values = total.to(wide_dtype(total))
-    mean_square = values.square().mean(-1, keepdim=True)
-    if scale is not None:
-        mean_square = mean_square * scale
-    inverse = torch.rsqrt(mean_square + eps)
+    inverse = _inverse(values, scale, eps)
     normed = values * inverse * _factor(gain, mask, values.dtype)
     return normed.to(total.dtype), inverse.squeeze(-1)
 

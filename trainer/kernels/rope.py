@@ -16,7 +16,9 @@ from trainer.kernels.arguments import check_last_stride, check_like, check_rows,
 NAME = "rope"
 
 
-def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
     """Query and key, rotated by the angles of their positions.
 
     Args:
@@ -25,15 +27,22 @@ def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
         cos: [S, r / 2] with r <= head_dim, contiguous in its last dimension, in query's dtype or in
             the one computed in (fp64 for fp64, else fp32). Gets no gradient.
         sin: as `cos`.
+        in_place: query and key may be overwritten. Kernels do so where both are contiguous and
+            nothing is recorded for a backward pass.
 
     Returns:
-        Both rotated, contiguous, in query's dtype, rounded once.
+        Both rotated, contiguous, in query's dtype. Kernels compute in fp32 and round once; the
+        reference rounds after every operation, as plain PyTorch does.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit.
     """
-    if registry.reference_is_asked_for():
+    if registry.runs_reference(NAME, query.device):
         return reference(query, key, cos, sin)
+    recorded = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    if in_place and not recorded and query.is_contiguous() and key.is_contiguous():
+        torch.ops.shorn.rope_(query, key, cos, sin)
+        return query, key
     rotated: tuple[Tensor, Tensor] = torch.ops.shorn.rope(query, key, cos, sin, False)
     return rotated
 
@@ -43,17 +52,16 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """`rope` in PyTorch operations; `inverse` turns the other way."""
     _check(query, key, cos, sin)
-    dtype = wide_dtype(query)
-    cos, sin = cos.detach().to(dtype).unsqueeze(1), sin.detach().to(dtype).unsqueeze(1)
+    cos, sin = cos.detach().unsqueeze(1), sin.detach().unsqueeze(1)
     sin = -sin if inverse else sin
     return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
-    first, second = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = (first * cos - second * sin, second * cos + first * sin, rest)
+    return torch.cat([part.to(x.dtype) for part in turned], dim=-1)
 
 
 def _forward(
@@ -62,10 +70,25 @@ def _forward(
     _check(query, key, cos, sin)
     module = registry.triton_module(NAME, query.device)
     if module is not None and module.supports(query):
-        found: tuple[Tensor, Tensor] = module.rotate(query, key, cos, sin, inverse)
-        return found
-    rotated = reference(query, key, cos, sin, inverse)
+        results = query.new_empty(query.shape), key.new_empty(key.shape)
+        module.rotate(query, key, cos, sin, inverse, results)
+        return results
+    dtype = wide_dtype(query)
+    rotated = reference(query, key, cos.to(dtype), sin.to(dtype), inverse)
     return rotated[0].contiguous(), rotated[1].contiguous()
+
+
+def _forward_in_place(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+    _check(query, key, cos, sin)
+    for name, tensor in (("query", query), ("key", key)):
+        if not tensor.is_contiguous():
+            refuse(NAME, name, "contiguous to be overwritten", f"strides {tensor.stride()}")
+    module = registry.triton_module(NAME, query.device)
+    if module is not None and module.supports(query):
+        module.rotate(query, key, cos, sin, False, (query, key))
+        return
+    for tensor, rotated in zip((query, key), _forward(query, key, cos, sin, False), strict=True):
+        tensor.copy_(rotated)
 
 
 def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -108,6 +131,8 @@ def _register() -> torch.library.Library:
         "rope(Tensor query, Tensor key, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)"
     )
     registry.define(space, schema, _forward, _fake)
+    in_place = "rope_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin) -> ()"
+    registry.define(space, in_place, _forward_in_place, _check)
     torch.library.register_autograd("shorn::rope", _differentiate, setup_context=_save, lib=space)
     registry.register(registry.Operator(NAME, reference, "trainer.kernels.rope_triton"))
     return space

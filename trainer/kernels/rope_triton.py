@@ -131,12 +131,17 @@ def supports(query: Tensor) -> bool:
 
 
 def rotate(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    """Both rotated, [B, S, heads, head_dim], contiguous."""
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    inverse: bool,
+    results: tuple[Tensor, Tensor],
+) -> None:
+    """Writes both rotated to `results` [B, S, heads, head_dim], contiguous; they may be query and
+    key themselves."""
     batch, length, heads, head_dim = query.shape
     key_heads, half = key.shape[2], cos.shape[1]
-    results = query.new_empty(query.shape), key.new_empty(key.shape)
     tile = _tile(heads, head_dim, half)
     blocks = triton.cdiv(heads, tile["BLOCK_HEADS"]) + triton.cdiv(key_heads, tile["BLOCK_HEADS"])
     with torch.cuda.device_of(query):
@@ -159,7 +164,6 @@ def rotate(
             **tile,
             **_OPTIONS,
         )
-    return results
 
 
 def _tile(heads: int, head_dim: int, half: int) -> dict[str, int]:

@@ -25,12 +25,13 @@ def swiglu(gate: Tensor, up: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: [F], fp64 when gate is and fp32 otherwise; None: ones.
 
     Returns:
-        [..., F] in gate's dtype, computed in fp32 (fp64 for fp64) and rounded once.
+        [..., F] in gate's dtype. Kernels compute in fp32 and round once; the reference rounds after
+        every operation, as plain PyTorch does.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit.
     """
-    if registry.reference_is_asked_for():
+    if registry.runs_reference(NAME, gate.device):
         return reference(gate, up, mask)
     result: Tensor = torch.ops.shorn.swiglu(gate, up, mask)
     return result
@@ -39,9 +40,8 @@ def swiglu(gate: Tensor, up: Tensor, mask: Tensor | None = None) -> Tensor:
 def reference(gate: Tensor, up: Tensor, mask: Tensor | None) -> Tensor:
     """`swiglu` in PyTorch operations."""
     _check(gate, up, mask)
-    dtype = wide_dtype(gate)
-    product = F.silu(gate.to(dtype)) * up.to(dtype)
-    return (product if mask is None else product * mask).to(gate.dtype)
+    product = F.silu(gate) * up
+    return product if mask is None else (product * mask).to(gate.dtype)
 
 
 def _forward(gate: Tensor, up: Tensor, mask: Tensor | None) -> Tensor:
@@ -50,7 +50,9 @@ def _forward(gate: Tensor, up: Tensor, mask: Tensor | None) -> Tensor:
     if module is not None and module.supports(gate):
         found: Tensor = module.forward(gate, up, mask)
         return found
-    return reference(gate, up, mask).contiguous()
+    dtype = wide_dtype(gate)
+    product = F.silu(gate.to(dtype)) * up.to(dtype)
+    return (product if mask is None else product * mask).to(gate.dtype).contiguous()
 
 
 def _backward(

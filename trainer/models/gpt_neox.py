@@ -6,10 +6,10 @@ Architecture: GPT-NeoX-20B (arXiv 2204.06745, section 2.1); Pythia (arXiv 2304.0
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.kernels.rope import rope
 from trainer.models.config import ModelConfig
 from trainer.models.layers import LayerNorm, Linear, skip_block
 from trainer.models.masks import LayerMasks
-from trainer.models.rope import rotate
 
 _NO_MASKS = LayerMasks()
 
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         head_dim = self.config.head_dim
         fused = self.query_key_value(x, masks.reading(masks.units.fused))
         query, key, value = fused.view(batch, length, -1, 3 * head_dim).chunk(3, dim=-1)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = rope(query, key, cos, sin)
         context = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True
         )

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.kernels.rms_norm import rms_norm
 from trainer.models.folding import Fold, fold_vector, fold_weight, zero_gradients
 from trainer.models.masks import StreamMasks
 
@@ -73,11 +74,14 @@ class RMSNorm(nn.Module):
         `stream` holds the masks of x's dimensions (None: all ones); those with mask 0 must hold 0
         in x: they then add nothing to the sum of squares.
         """
-        values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        mean_square = values.square().mean(-1, keepdim=True)
+        return self.add(x, None, stream)[0]
+
+    def add(
+        self, x: Tensor, update: Tensor | None, stream: StreamMasks | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of x + update [..., m], and that sum; see `forward`."""
         gain: Tensor = self.weight
+        scale = None
         if stream is not None:
-            if stream.scale is not None:
-                mean_square = mean_square * stream.scale
-            gain = fold_vector(gain, stream.units, stream.norm_scale)
-        return gain * (values * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+            gain, scale = fold_vector(gain, stream.units, stream.norm_scale), stream.scale
+        return rms_norm(x, gain, self.eps, residual=update, scale=scale)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.kernels.rope import rope
+from trainer.kernels.swiglu import swiglu
 from trainer.loss import Teaching, linear_cross_entropy, linear_distillation
 from trainer.models import gpt_neox
 from trainer.models.config import ModelConfig
@@ -15,7 +17,7 @@ from trainer.models.folding import Fold, fold_weight
 from trainer.models.layers import Linear, RMSNorm, skip_block
 from trainer.models.masks import LayerMasks, Masks, StreamMasks
 from trainer.models.names import names_of
-from trainer.models.rope import inverse_frequencies, rotary_tables, rotate
+from trainer.models.rope import inverse_frequencies, rotary_tables
 
 _NO_MASKS = LayerMasks()
 
@@ -59,7 +61,7 @@ class Attention(nn.Module):
         value = self.v_proj(x, masks.reading(keys)).view(batch, length, -1, head_dim)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = rope(query, key, cos, sin, in_place=True)
         window = self._window_mask(length, x.device)
         context = F.scaled_dot_product_attention(
             query.transpose(1, 2),
@@ -94,7 +96,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, masks: LayerMasks) -> Tensor:
         """x [B, S, m] -> [B, S, m]."""
         reading = masks.reading(masks.units.channels)
-        channels = F.silu(self.gate_proj(x, reading)) * self.up_proj(x, reading)
+        channels = swiglu(self.gate_proj(x, reading), self.up_proj(x, reading))
         writing = masks.writing(masks.units.channels, masks.intermediate)
         output: Tensor = self.down_proj(channels, writing)
         return output
@@ -114,8 +116,9 @@ class DecoderLayer(nn.Module):
         """x [B, S, m] -> [B, S, m]; cos and sin [S, head_dim / 2] in x's dtype."""
         if masks.units.skipped:
             return skip_block(self, x, masks.stream)
-        x = x + self.self_attn(self.input_layernorm(x, masks.stream), cos, sin, masks)
-        return x + self.mlp(self.post_attention_layernorm(x, masks.stream), masks)
+        attended = self.self_attn(self.input_layernorm(x, masks.stream), cos, sin, masks)
+        normed, x = self.post_attention_layernorm.add(x, attended, masks.stream)
+        return x + self.mlp(normed, masks)
 
 
 class Decoder(nn.Module):

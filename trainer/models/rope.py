@@ -37,12 +37,3 @@ def rotary_tables(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple
     positions = torch.arange(length, dtype=torch.float, device=frequencies.device)
     angles = torch.outer(positions, frequencies)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first rotary_dim channels of x [B, S, heads, head_dim] by the angles of its
-    positions; cos, sin [S, rotary_dim / 2]."""
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

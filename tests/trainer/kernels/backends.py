@@ -7,6 +7,7 @@ runs in it runs in processes of its own (test_triton.py), which set TRITON_INTER
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 
@@ -38,11 +39,16 @@ def running(backend: str) -> Iterator[None]:
     """Operators run as "reference" (PyTorch operations), "operator" (one opaque operator) or
     "triton"; memory that PyTorch hands out is filled with NaN."""
     choices: dict[str, registry.Choice] = {"reference": "reference", "triton": "triton"}
+    reference = backend == "reference"
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert bool(torch.empty(64).isnan().all())
     try:
-        with registry.chosen(choices.get(backend, "auto"), "cpu"):
+        choice = choices.get(backend, "auto")
+        with (
+            registry.chosen(choice, "cpu"),
+            patch.object(registry, "runs_reference", lambda *_: reference),
+        ):
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)

@@ -46,17 +46,19 @@ def compare(
     tolerance: float = 3e-6,
     roundings: int = 1,
 ) -> None:
-    """`operator` gives what `formula` gives in fp64 up to one rounding, and its gradients up to
-    `roundings`.
+    """`operator` gives what `formula` gives in fp64, and its gradients, up to `roundings`: one of
+    each result's own dtype, or several of the coarsest dtype of the inputs.
 
     Both take `inputs`, of which None are absent. The gradients of their results are random, the
     same for both, and have gaps between their rows.
     """
     leaves = [None if tensor is None else differentiable(tensor) for tensor in inputs]
     exact = [None if tensor is None else differentiable(tensor, torch.float64) for tensor in inputs]
+    coarsest = max(ROUNDING[tensor.dtype] for tensor in inputs if tensor is not None)
+    unit = coarsest if roundings > 1 else None
     found, expected = _tuple(operator(*leaves)), _tuple(formula(*exact))
     for result, wanted in zip(found, expected, strict=True):
-        close(result, wanted, tolerance)
+        close(result, wanted, tolerance, roundings, unit)
     gradients = [_with_gaps(torch.randn(result.shape).to(result.dtype)) for result in found]
     present = [index for index, tensor in enumerate(inputs) if tensor is not None]
     received = torch.autograd.grad(found, [x for x in leaves if x is not None], gradients)
@@ -66,18 +68,26 @@ def compare(
         source = inputs[index]
         assert source is not None
         assert gradient.dtype == source.dtype
-        close(gradient, wanted, tolerance, roundings)
+        close(gradient, wanted, tolerance, roundings, unit)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float, roundings: int = 1) -> None:
-    """Equal up to this many roundings of a value, and `tolerance` times the largest."""
+def close(
+    found: Tensor,
+    expected: Tensor,
+    tolerance: float,
+    roundings: int = 1,
+    unit: float | None = None,
+) -> None:
+    """Equal up to this many roundings of a value, of relative size `unit` (None: of its dtype), and
+    `tolerance` times the largest."""
     assert found.shape == expected.shape
     if not found.numel():
         return
     error = (found.double() - expected).abs()
     largest = expected.abs().max()
     # Of a sum whose terms were rounded, the terms may be larger than the sum.
-    rounded = ROUNDING[found.dtype] * (expected.abs() if roundings == 1 else roundings * largest)
+    unit = ROUNDING[found.dtype] if unit is None else unit
+    rounded = unit * (expected.abs() if roundings == 1 else roundings * largest)
     allowed = rounded + tolerance * largest + 1e-7
     assert bool((error <= allowed).all()), f"{error.max()} of {expected.abs().max()}"
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tests.trainer.kernels.comparison import DTYPES, compare, compiles, draw_rows
 from trainer.kernels.rope import rope
-from trainer.models.rope import rotate
 
 # Batch, length, heads, key heads, head dim, rotary dim.
 SHAPES = (
@@ -27,6 +26,10 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = torch.complex(x[..., :half], x[..., half : 2 * half])
     pairs = pairs * torch.complex(cos, sin).unsqueeze(1)
     return torch.cat((pairs.real, pairs.imag, x[..., 2 * half :]), dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return turned(x.double(), cos.double(), sin.double()).to(x.dtype)
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,11 +56,27 @@ def test_equals_complex_rotation(backend: str, shape: tuple[int, ...], dtype: to
     )
 
 
-def test_computes_the_rotation_of_the_model(backend: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_overwrites_what_is_not_needed_any_more(backend: str, dtype: torch.dtype) -> None:
+    query, key, cos, sin = draw((2, 9, 4, 2, 24, 10), dtype)
+    query, key = query.contiguous(), key.contiguous()
+    expected = rope(query, key, cos, sin)
+    found = rope(query, key, cos, sin, in_place=True)
+    for given, result, wanted in zip((query, key), found, expected, strict=True):
+        assert (result is given) == (backend != "reference")
+        assert torch.equal(result, wanted)
+
+
+def test_keeps_what_a_backward_pass_or_the_memory_layout_needs(backend: str) -> None:
     query, key, cos, sin = draw((2, 9, 4, 2, 16, 8), torch.float32)
-    found = rope(query, key, cos, sin)
-    torch.testing.assert_close(found[0], rotate(query, cos, sin))
-    torch.testing.assert_close(found[1], rotate(key, cos, sin))
+    query, key = query.contiguous(), key.contiguous()
+    wide = torch.randn(2, 9, 4, 32)[..., :16]
+    for given in (query.clone().requires_grad_() * 1, wide):
+        before = given.detach().clone()
+        found = rope(given, key.clone(), cos, sin, in_place=True)
+        assert torch.equal(given, before) and found[0] is not given
+    with pytest.raises(ValueError, match="rope: query must be contiguous to be overwritten"):
+        torch.ops.shorn.rope_(wide, key, cos, sin)
 
 
 def test_heads_before_positions(backend: str) -> None:
@@ -93,6 +112,8 @@ def test_operator_is_registered_correctly(backend: str) -> None:
     query, key = (x.detach().contiguous().requires_grad_() for x in (query, key))
     for inverse in (False, True):
         torch.library.opcheck(torch.ops.shorn.rope.default, (query, key, cos, sin, inverse))
+    detached = (query.detach(), key.detach(), cos, sin)
+    torch.library.opcheck(torch.ops.shorn.rope_.default, detached)
 
 
 def test_compiles_without_graph_break(backend: str) -> None:
@@ -137,7 +158,7 @@ def test_bad_input_is_refused(backend: str, changed: dict[str, Tensor], message:
     good = {"query": torch.zeros(2, 3, 4, 8), "key": torch.zeros(2, 3, 2, 8)}
     given = {**good, "cos": torch.ones(3, 4), "sin": torch.zeros(3, 4), **changed}
     with pytest.raises(ValueError) as caught:
-        rope(**given)
+        rope(given["query"], given["key"], given["cos"], given["sin"])
     assert str(caught.value).startswith("rope: ")
     assert message in str(caught.value)
     with pytest.raises(ValueError, match="rope: "):

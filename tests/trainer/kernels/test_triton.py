@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FILES = [
     ("interpreted_kernels.py", 13),
     ("test_gather_scale.py", 30),
+    ("test_model.py", 11),
     ("test_rms_norm.py", 52),
     ("test_rope.py", 41),
     ("test_swiglu.py", 43),

@@ -1,0 +1,93 @@
+"""A model's loss and gradients with its operators as kernels, against those with PyTorch alone."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed import run_ranks
+from tests.trainer.kernels.backends import INTERPRETED, running
+from tests.trainer.models.cases import CASES, random_masks
+from trainer import parallel
+from trainer.models.config import ModelConfig
+from trainer.models.hf import init_weights
+from trainer.models.llama import CausalLM
+
+FAMILIES = ("llama-mha", "mistral-window", "qwen3", "gpt_neox")
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    with running("triton" if INTERPRETED else "operator"):
+        yield
+
+
+def make_ids() -> Tensor:
+    return torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+def gradients(
+    family: str, ids: Tensor, *, masked: bool, recompute: bool = False, ranks: bool = False
+) -> dict[str, Tensor]:
+    """Loss, and gradients of parameters and masks, of a model that is sharded among `ranks`."""
+    model = CausalLM(ModelConfig.from_hf(CASES[family]))
+    model.checkpoint_activations = recompute
+    context = parallel.init(threads=1) if ranks else None
+    if context is not None:
+        parallel.shard(
+            model,
+            model.blocks,
+            context.mesh,
+            dtype=torch.float32,
+            reshard_after_forward=True,
+        )
+    init_weights(model, seed=0)
+    masks, leaves = None, {}
+    if masked:
+        drawn = random_masks(1)
+        leaves = {name: z.detach().requires_grad_() for name, z in drawn.tensors().items()}
+        masks = drawn.with_tensors(leaves).compact(model.config, multiple=1)
+    own = ids if context is None else ids[context.rank :: context.world]
+    loss = model(own, masks, targets=own.roll(-1, 1)).loss
+    loss.backward()
+    parts = {"loss": loss.detach(), **{name: z.grad for name, z in leaves.items()}}
+    summed = {
+        name: x if context is None else context.all_reduce_sum(x) for name, x in parts.items()
+    }
+    whole = {name: parallel.whole(p.grad).clone() for name, p in model.named_parameters()}
+    return summed | whole
+
+
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).abs().max()
+        assert error <= 1e-5 * value.abs().max() + 1e-7, name
+
+
+@pytest.mark.parametrize(("masked", "recompute"), [(False, False), (True, True)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_those_of_pytorch(family: str, masked: bool, recompute: bool) -> None:
+    found = gradients(family, make_ids(), masked=masked, recompute=recompute)
+    with running("reference"):
+        expected = gradients(family, make_ids(), masked=masked)
+    compare(found, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sharded_gradients_equal_those_of_one_process(masked: bool) -> None:
+    with running("reference"):
+        expected = gradients("qwen3", make_ids(), masked=masked)
+    arguments = {"masked": masked, "recompute": True, "ranks": True}
+    for found in run_ranks(lambda: gradients("qwen3", make_ids(), **arguments), 2):
+        compare(found, expected)
+
+
+def test_without_gradients_nothing_else_changes() -> None:
+    """Rotations then overwrite the projections."""
+    model = CausalLM(ModelConfig.from_hf(CASES["llama-mha"]))
+    init_weights(model, seed=0)
+    recorded = model(make_ids())
+    with torch.no_grad():
+        torch.testing.assert_close(model(make_ids()), recorded, rtol=0, atol=1e-6)
