@@ -51,12 +51,15 @@ def gradients(
     own = ids if context is None else ids[context.rank :: context.world]
     loss = model(own, masks, targets=own.roll(-1, 1)).loss
     loss.backward()
-    parts = {"loss": loss.detach(), **{name: z.grad for name, z in leaves.items()}}
-    summed = {
-        name: x if context is None else context.all_reduce_sum(x) for name, x in parts.items()
-    }
-    whole = {name: parallel.whole(p.grad).clone() for name, p in model.named_parameters()}
-    return summed | whole
+    found = {"loss": loss.detach()} | {name: gradient(z) for name, z in leaves.items()}
+    if context is not None:
+        found = {name: context.all_reduce_sum(part) for name, part in found.items()}
+    return found | {name: gradient(p) for name, p in model.named_parameters()}
+
+
+def gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return parallel.whole(tensor.grad).clone()
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
