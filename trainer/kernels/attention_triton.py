@@ -1,0 +1,235 @@
+"""Causal attention with a mask per head in Triton: forward, and where the backward pass is.
+
+FlashAttention-2, arXiv 2307.08691, algorithm 1, with the mask in the epilogue. A head whose mask is
+0 walks no tiles, and neither do rows over keys of other documents or outside the window.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.kernels.attention import first_keys
+from trainer.kernels.attention_backward_triton import backward as backward
+from trainer.kernels.attention_tiles import (
+    BOUND_BYTES,
+    DOT_FLOPS,
+    LOG2_E,
+    MASK_BYTES,
+    ROWS_BYTES,
+    STATISTIC_BYTES,
+    compiled_constants,
+    constants,
+    load_rows,
+    sees,
+    store_rows,
+)
+from trainer.kernels.compilation import ENABLE_FP_FUSION, Compilation
+
+LARGEST_HEAD_DIM = 256
+_TILE = {"ROWS": 128, "COLUMNS": 64}
+_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": ENABLE_FP_FUSION}
+# Finite, so that the difference of two of them is a number.
+_LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _forward_tiles(
+    total: tl.tensor,
+    denominator: tl.tensor,
+    largest: tl.tensor,
+    queries: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    row: tl.tensor,
+    first: tl.tensor,
+    begin: tl.int32,
+    end: tl.int32,
+    length: tl.int32,
+    key_stride: tl.int32,
+    value_stride: tl.int32,
+    scale: tl.float32,
+    MASKED: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Takes the keys from `begin` to `end` into the running softmax of each row."""
+    for start in range(begin, end, COLUMNS):
+        keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        if MASKED:
+            column = start + tl.arange(0, COLUMNS)
+            seen = sees(row[:, None], column[None, :], first[:, None], HAS_BOUNDS)
+            scores = tl.where(seen, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        denominator = denominator * shrink + tl.sum(weights, 1)
+        values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+        total = total * shrink[:, None]
+        total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
+        largest = larger
+    return total, denominator, largest
+
+
+@triton.jit
+def forward_kernel(
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    head_mask: tl.tensor,
+    first: tl.tensor,
+    output: tl.tensor,
+    logsumexp: tl.tensor,
+    length: tl.int32,
+    heads: tl.int32,
+    query_batch_stride: tl.int64,
+    query_stride: tl.int32,
+    query_head_stride: tl.int32,
+    key_batch_stride: tl.int64,
+    key_stride: tl.int32,
+    key_head_stride: tl.int32,
+    value_batch_stride: tl.int64,
+    value_stride: tl.int32,
+    value_head_stride: tl.int32,
+    scale: tl.float32,
+    HAS_MASK: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Output and logsumexp of ROWS rows of one head; blocks with the most keys come first."""
+    blocks = tl.cdiv(length, ROWS)
+    start = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
+    pair = tl.program_id(0) // blocks
+    batch, head = pair // heads, pair % heads
+    row = start + tl.arange(0, ROWS)
+    here = pair.to(tl.int64) * length
+    query += batch * query_batch_stride + head * query_head_stride
+    key += batch * key_batch_stride + head // GROUP * key_head_stride
+    value += batch * value_batch_stride + head // GROUP * value_head_stride
+    output += batch.to(tl.int64) * length * heads * HEAD_DIM + head * HEAD_DIM
+    low = 0
+    high = tl.minimum(start + ROWS, length)
+    diagonal = start // COLUMNS * COLUMNS
+    first_of_row = row
+    if HAS_BOUNDS:
+        first += batch.to(tl.int64) * length
+        first_of_row = tl.load(first + row, mask=row < length, other=0)
+        low = tl.load(first + start) // COLUMNS * COLUMNS
+    if HAS_MASK:
+        low = tl.where(tl.load(head_mask + head) == 0.0, high, low)
+    queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    denominator = tl.zeros((ROWS,), tl.float32)
+    largest = tl.full((ROWS,), _LOWEST, tl.float32)
+    for MASKED in tl.static_range(2):
+        total, denominator, largest = _forward_tiles(
+            total,
+            denominator,
+            largest,
+            queries,
+            key,
+            value,
+            row,
+            first_of_row,
+            tl.maximum(diagonal, low) if MASKED else low,
+            high if MASKED else diagonal,
+            length,
+            key_stride,
+            value_stride,
+            scale * LOG2_E,
+            HAS_BOUNDS or MASKED == 1,
+            HAS_BOUNDS,
+            COLUMNS,
+            HEAD_DIM,
+            WIDTH,
+        )
+    mask = 1.0
+    if HAS_MASK:
+        mask = tl.load(head_mask + head)
+        largest = tl.where(mask == 0.0, 0.0, largest)
+        denominator = tl.where(mask == 0.0, 1.0, denominator)
+    logarithm = largest / LOG2_E + tl.log(denominator)
+    tl.store(logsumexp + here + row, logarithm, mask=row < length)
+    total = total * (mask / denominator)[:, None]
+    store_rows(output, total, start, heads * HEAD_DIM, length, ROWS, HEAD_DIM, WIDTH)
+
+
+def supports(query: Tensor) -> bool:
+    """Whether the kernels take these tensors; the reference does the rest."""
+    fits = query.shape[-1] <= LARGEST_HEAD_DIM
+    return query.dtype != torch.float64 and query.numel() > 0 and fits
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_mask: Tensor | None,
+    documents: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, S, H, D] and logsumexp [B, H, S], 0 of heads whose mask is 0."""
+    batch, length, heads, _ = query.shape
+    output = query.new_empty(query.shape)
+    logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)
+    first = first_keys(query, documents, window)
+    options = constants(_TILE, query, key, head_mask, first is not None)
+    with torch.cuda.device_of(query):
+        forward_kernel[(triton.cdiv(length, options["ROWS"]) * batch * heads,)](
+            query,
+            key,
+            value,
+            query if head_mask is None else head_mask.contiguous(),
+            query if first is None else first,
+            output,
+            logsumexp,
+            length,
+            heads,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            scale,
+            **options,
+            **_OPTIONS,
+        )
+    return output, logsumexp
+
+
+_INTEGERS = (
+    *("length", "heads", "query_stride", "query_head_stride", "key_stride", "key_head_stride"),
+    *("value_stride", "value_head_stride"),
+)
+_WIDE_INTEGERS = ("query_batch_stride", "key_batch_stride", "value_batch_stride")
+_BYTES = 4 * ROWS_BYTES + STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
+
+COMPILATIONS = (
+    Compilation(
+        name="attention.forward",
+        module=__name__,
+        function="forward_kernel",
+        signature={
+            **dict.fromkeys(("query", "key", "value", "output"), "*bf16"),
+            **dict.fromkeys(("head_mask", "logsumexp"), "*fp32"),
+            "first": "*i32",
+            **dict.fromkeys(_INTEGERS, "i32"),
+            **dict.fromkeys(_WIDE_INTEGERS, "i64"),
+            "scale": "fp32",
+        },
+        aligned=(*_INTEGERS, *_WIDE_INTEGERS),
+        constants=compiled_constants(_TILE),
+        num_warps=_OPTIONS["num_warps"],
+        num_stages=_OPTIONS["num_stages"],
+        bytes_moved=_BYTES,
+        minimum_bytes=_BYTES,
+        flops=2 * DOT_FLOPS,
+        shape="query, key and value [2, 4096, 32, 128] bf16, mask fp32",
+    ),
+)
