@@ -275,11 +275,16 @@ def _fake_backward(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.window, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
     ctx.has_mask = inputs[3] is not None
     ctx.save_for_backward(*tensors, *output)
 
 
-def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, gradient: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 7
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
     d_query, d_key, d_value, d_mask = torch.ops.shorn.attention_backward(
         gradient, *ctx.saved_tensors, ctx.window, ctx.scale

@@ -87,16 +87,16 @@ def backward_query_kernel(
     heads: tl.int32,
     gradient_batch_stride: tl.int64,
     gradient_stride: tl.int32,
-    gradient_head_stride: tl.int32,
+    gradient_head_stride: tl.int64,
     query_batch_stride: tl.int64,
     query_stride: tl.int32,
-    query_head_stride: tl.int32,
+    query_head_stride: tl.int64,
     key_batch_stride: tl.int64,
     key_stride: tl.int32,
-    key_head_stride: tl.int32,
+    key_head_stride: tl.int64,
     value_batch_stride: tl.int64,
     value_stride: tl.int32,
-    value_head_stride: tl.int32,
+    value_head_stride: tl.int64,
     scale: tl.float32,
     HAS_MASK: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
@@ -238,16 +238,16 @@ def backward_key_kernel(
     key_heads: tl.int32,
     gradient_batch_stride: tl.int64,
     gradient_stride: tl.int32,
-    gradient_head_stride: tl.int32,
+    gradient_head_stride: tl.int64,
     query_batch_stride: tl.int64,
     query_stride: tl.int32,
-    query_head_stride: tl.int32,
+    query_head_stride: tl.int64,
     key_batch_stride: tl.int64,
     key_stride: tl.int32,
-    key_head_stride: tl.int32,
+    key_head_stride: tl.int64,
     value_batch_stride: tl.int64,
     value_stride: tl.int32,
-    value_head_stride: tl.int32,
+    value_head_stride: tl.int64,
     scale: tl.float32,
     HAS_MASK: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
@@ -338,6 +338,7 @@ def backward(
     strides = [n for x in (gradient, query, key, value) for n in x.stride()[:3]]
     inputs = (gradient, query, key, value, mask)
     d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
+    output, logsumexp = output.contiguous(), logsumexp.contiguous()
     delta = torch.empty_like(logsumexp)
     options = constants(_QUERY_TILE, query, key, head_mask, first is not None)
     blocks = triton.cdiv(length, options["ROWS"])
@@ -384,15 +385,11 @@ def _last_queries(first: Tensor) -> Tensor:
     return torch.searchsorted(first, keys, right=True, out_int32=True) - 1
 
 
-_INTEGERS = (
-    *("length", "gradient_stride", "gradient_head_stride", "query_stride", "query_head_stride"),
-    *("key_stride", "key_head_stride", "value_stride", "value_head_stride"),
-)
-_WIDE_INTEGERS = (
-    *("gradient_batch_stride", "query_batch_stride", "key_batch_stride", "value_batch_stride"),
-)
+_INPUTS = ("gradient", "query", "key", "value")
+_INTEGERS = ("length", *(f"{name}_stride" for name in _INPUTS))
+_WIDE_INTEGERS = tuple(f"{name}_{kind}_stride" for name in _INPUTS for kind in ("batch", "head"))
 _SIGNATURE = {
-    **dict.fromkeys(("gradient", "query", "key", "value"), "*bf16"),
+    **dict.fromkeys(_INPUTS, "*bf16"),
     **dict.fromkeys(("head_mask", "logsumexp", "delta"), "*fp32"),
     "first": "*i32",
     **dict.fromkeys(_INTEGERS, "i32"),

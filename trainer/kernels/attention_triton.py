@@ -87,13 +87,13 @@ def forward_kernel(
     heads: tl.int32,
     query_batch_stride: tl.int64,
     query_stride: tl.int32,
-    query_head_stride: tl.int32,
+    query_head_stride: tl.int64,
     key_batch_stride: tl.int64,
     key_stride: tl.int32,
-    key_head_stride: tl.int32,
+    key_head_stride: tl.int64,
     value_batch_stride: tl.int64,
     value_stride: tl.int32,
-    value_head_stride: tl.int32,
+    value_head_stride: tl.int64,
     scale: tl.float32,
     HAS_MASK: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
@@ -203,11 +203,10 @@ def forward(
     return output, logsumexp
 
 
-_INTEGERS = (
-    *("length", "heads", "query_stride", "query_head_stride", "key_stride", "key_head_stride"),
-    *("value_stride", "value_head_stride"),
+_INTEGERS = ("length", "heads", "query_stride", "key_stride", "value_stride")
+_WIDE_INTEGERS = tuple(
+    f"{name}_{kind}_stride" for name in ("query", "key", "value") for kind in ("batch", "head")
 )
-_WIDE_INTEGERS = ("query_batch_stride", "key_batch_stride", "value_batch_stride")
 _BYTES = 4 * ROWS_BYTES + STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
 
 COMPILATIONS = (
