@@ -26,8 +26,8 @@ it has any there.
 mma/tma: matrix instructions and UTMALDG of one warp in each loop that has any, innermost first.
 moved/min: device memory traffic of the launch over inputs and outputs once each, both as declared \
 beside the kernel; partial sums are in it, what other programs read again (masks, gains, indices, \
-the keys of attention) counts once. CUDA kernels with 1 element a thread instead of 8 serve shapes that forbid 16-byte \
-accesses.
+the keys of attention) counts once. CUDA kernels with 1 element a thread instead of 8 serve shapes \
+that forbid 16-byte accesses.
 predicted: that traffic, and matrix operations where they are declared, at the ceilings above. A \
 prediction, not a measurement: no kernel ran. Short kernels take longer than this.
 """

@@ -42,7 +42,7 @@ PINNED = {
 """By minor version of Triton and kernel, on sm_90: registers per thread at most. Versions differ by
 half; where one is not listed, only what a thread can have is the limit."""
 
-SPILLING = {80: ["attention.forward"]}
+SPILLING = {80: ["attention.forward", "attention.backward_key"]}
 """By architecture, kernels whose tile is chosen for sm_90 and a little too large there."""
 
 

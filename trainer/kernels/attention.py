@@ -37,7 +37,8 @@ def attention(
         value: as `key`.
         head_mask: [H], fp64 when query is and fp32 otherwise; multiplies the output. Where it is 0,
             its gradient is 0 by definition (the slope of the clip that made it 0), so that nothing
-            has to be computed for the head. None: ones.
+            has to be computed for the head; elsewhere the kernels find it from the rounded output,
+            which in fp16 loses it for masks below 1e-4. None: ones.
         documents: [B, S] int32 or int64; a document ends where the value changes. None: one each.
         window: positions that a query sees, itself included; None: all.
         scale: of the scores, above 0; None: 1 / sqrt(D).
@@ -269,8 +270,8 @@ def _fake_backward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_mask = query.new_empty(0 if head_mask is None else query.shape[2], dtype=wide_dtype(query))
-    d_inputs = (x.new_empty(x.shape) for x in (query, key, value))
-    return *d_inputs, d_mask
+    d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
+    return d_query, d_key, d_value, d_mask
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

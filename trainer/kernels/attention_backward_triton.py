@@ -20,54 +20,56 @@ from trainer.kernels.attention_tiles import (
     STATISTIC_BYTES,
     compiled_constants,
     constants,
+    key_limits,
+    load_mask,
     load_rows,
-    sees,
+    position,
     store_rows,
+    visible,
 )
 from trainer.kernels.compilation import ENABLE_FP_FUSION, TOKENS, Compilation
 
 _QUERY_TILE = {"ROWS": 64, "COLUMNS": 64}
-_KEY_TILE = {"ROWS": 32, "COLUMNS": 64}
-_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": ENABLE_FP_FUSION}
+_QUERY_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": ENABLE_FP_FUSION}
+_KEY_TILE = {"ROWS": 32, "COLUMNS": 128}
+_KEY_OPTIONS = {**_QUERY_OPTIONS, "num_warps": 8}
 
 
 @triton.jit
-def _query_tiles(
-    d_queries: tl.tensor,
-    queries: tl.tensor,
-    gradients: tl.tensor,
-    key: tl.tensor,
-    value: tl.tensor,
-    row: tl.tensor,
-    first: tl.tensor,
-    logarithm: tl.tensor,
-    along: tl.tensor,
-    begin: tl.int32,
-    end: tl.int32,
+def _query_gradient(
+    tile: tl.tuple,
+    sources: tl.tuple,
+    limits: tl.tuple,
     length: tl.int32,
-    key_stride: tl.int32,
-    value_stride: tl.int32,
     scale: tl.float32,
-    MASKED: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
-    """Adds what the keys from `begin` to `end` give to the gradient of the queries."""
-    for start in range(begin, end, COLUMNS):
-        keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-        values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        weights = tl.exp2(scores * scale - logarithm[:, None])
-        if MASKED:
-            column = start + tl.arange(0, COLUMNS)
-            seen = sees(row[:, None], column[None, :], first[:, None], HAS_BOUNDS)
-            weights = tl.where(seen, weights, 0.0)
-        d_weights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
-        d_scores = weights * (d_weights - along[:, None])
-        d_queries = tl.dot(d_scores.to(keys.dtype), keys, d_queries, input_precision="ieee")
-    return d_queries
+    """Gradient of a tile of queries, but for the mask; 0 without keys."""
+    queries, gradients, logarithm, along = tile
+    key, value, first, key_stride, value_stride = sources
+    row_start, low, diagonal, high = limits
+    row = row_start + tl.arange(0, ROWS)
+    logarithm = logarithm * LOG2_E
+    d_queries = tl.zeros((ROWS, WIDTH), tl.float32)
+    for ON_DIAGONAL in tl.static_range(2):
+        begin = tl.maximum(diagonal, low) if ON_DIAGONAL else low
+        for start in range(begin, high if ON_DIAGONAL else diagonal, COLUMNS):
+            keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+            values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[:, None])
+            if HAS_BOUNDS or ON_DIAGONAL == 1:
+                column = start + tl.arange(0, COLUMNS)
+                seen = visible(row, column, first, length, HAS_BOUNDS, False)
+                weights = tl.where(seen, weights, 0.0)
+            d_weights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
+            d_scores = weights * (d_weights - along[:, None])
+            d_queries = tl.dot(d_scores.to(keys.dtype), keys, d_queries, input_precision="ieee")
+    return d_queries * scale
 
 
 @triton.jit
@@ -85,9 +87,6 @@ def backward_query_kernel(
     partial: tl.tensor,
     length: tl.int32,
     heads: tl.int32,
-    gradient_batch_stride: tl.int64,
-    gradient_stride: tl.int32,
-    gradient_head_stride: tl.int64,
     query_batch_stride: tl.int64,
     query_stride: tl.int32,
     query_head_stride: tl.int64,
@@ -106,118 +105,93 @@ def backward_query_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Gradient of ROWS rows of one head's queries, their delta [B, H, S], and their part of the
-    mask's gradient in partial [B * blocks, H]."""
-    blocks = tl.cdiv(length, ROWS)
-    block = blocks - 1 - tl.program_id(0) % blocks
-    start = block * ROWS
-    pair = tl.program_id(0) // blocks
-    batch, head = pair // heads, pair % heads
-    row = start + tl.arange(0, ROWS)
-    here = pair.to(tl.int64) * length
-    dense = batch.to(tl.int64) * length * heads * HEAD_DIM + head * HEAD_DIM
-    gradient += batch * gradient_batch_stride + head * gradient_head_stride
+    """Gradient of ROWS queries, their delta, and their part of the mask's [B * blocks, H]."""
+    block, batch, head = position(length, heads, ROWS)
+    start = (tl.cdiv(length, ROWS) - 1 - block) * ROWS
+    mask = load_mask(head_mask, head, HAS_MASK)
     query += batch * query_batch_stride + head * query_head_stride
     key += batch * key_batch_stride + head // GROUP * key_head_stride
     value += batch * value_batch_stride + head // GROUP * value_head_stride
+    sequence = batch.to(tl.int64) * length
+    place = (sequence * heads + head) * HEAD_DIM
     stride = heads * HEAD_DIM
-    gradients = load_rows(gradient, start, gradient_stride, length, ROWS, HEAD_DIM, WIDTH)
-    outputs = load_rows(output + dense, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+    gradients = load_rows(gradient + place, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+    outputs = load_rows(output + place, start, stride, length, ROWS, HEAD_DIM, WIDTH)
     along = tl.sum(outputs.to(tl.float32) * gradients.to(tl.float32), 1)
-    low = 0
-    high = tl.minimum(start + ROWS, length)
-    diagonal = start // COLUMNS * COLUMNS
-    first_of_row = row
-    if HAS_BOUNDS:
-        first += batch.to(tl.int64) * length
-        first_of_row = tl.load(first + row, mask=row < length, other=0)
-        low = tl.load(first + start) // COLUMNS * COLUMNS
+    along = along / tl.where(mask == 0.0, 1.0, mask)
     if HAS_MASK:
-        mask = tl.load(head_mask + head)
-        low = tl.where(mask == 0.0, high, low)
-        along = along / tl.where(mask == 0.0, 1.0, mask)
-        tl.store(partial + (batch * blocks + block) * heads + head, tl.sum(along, 0))
-    tl.store(delta + here + row, along, mask=row < length)
-    logarithm = tl.load(logsumexp + here + row, mask=row < length, other=0.0) * LOG2_E
+        tl.store(partial + (batch * tl.cdiv(length, ROWS) + block) * heads + head, tl.sum(along, 0))
+    row = start + tl.arange(0, ROWS)
+    here = sequence * heads + head.to(tl.int64) * length + row
+    tl.store(delta + here, along, mask=row < length)
+    logarithm = tl.load(logsumexp + here, mask=row < length, other=0.0)
     queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
-    d_queries = tl.zeros((ROWS, WIDTH), tl.float32)
-    for MASKED in tl.static_range(2):
-        d_queries = _query_tiles(
-            d_queries,
-            queries,
-            gradients,
-            key,
-            value,
-            row,
-            first_of_row,
-            logarithm,
-            along,
-            tl.maximum(diagonal, low) if MASKED else low,
-            high if MASKED else diagonal,
-            length,
-            key_stride,
-            value_stride,
-            scale * LOG2_E,
-            HAS_BOUNDS or MASKED == 1,
-            HAS_BOUNDS,
-            COLUMNS,
-            HEAD_DIM,
-            WIDTH,
-        )
-    if HAS_MASK:
-        scale = scale * mask
-    store_rows(d_query + dense, d_queries * scale, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+    limits = key_limits(first + sequence, mask, start, length, HAS_BOUNDS, ROWS, COLUMNS)
+    tile = (queries, gradients, logarithm, along)
+    sources = (key, value, first + sequence, key_stride, value_stride)
+    d_queries = _query_gradient(
+        tile, sources, limits, length, scale, HAS_BOUNDS, ROWS, COLUMNS, HEAD_DIM, WIDTH
+    )
+    store_rows(d_query + place, d_queries * mask, start, stride, length, ROWS, HEAD_DIM, WIDTH)
 
 
 @triton.jit
-def _key_tiles(
-    d_keys: tl.tensor,
-    d_values: tl.tensor,
-    keys: tl.tensor,
-    values: tl.tensor,
-    gradient: tl.tensor,
-    query: tl.tensor,
-    first: tl.tensor,
-    logsumexp: tl.tensor,
-    delta: tl.tensor,
-    column: tl.tensor,
-    mask: tl.float32,
-    begin: tl.int32,
-    end: tl.int32,
+def _query_limits(
+    last: tl.tensor,
+    start: tl.int32,
     length: tl.int32,
-    gradient_stride: tl.int32,
-    query_stride: tl.int32,
+    HAS_BOUNDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Where the queries that see the keys from `start` begin, where those that see all of them do
+    unless there are bounds, and where they end."""
+    low = start // ROWS * ROWS
+    high = length
+    if HAS_BOUNDS:
+        high = tl.load(last + tl.minimum(start + COLUMNS, length) - 1) + 1
+    return low, tl.minimum(low + (ROWS if ROWS > COLUMNS else COLUMNS), high), high
+
+
+@triton.jit
+def _key_gradients(
+    before: tl.tuple,
+    tile: tl.tuple,
+    sources: tl.tuple,
+    limits: tl.tuple,
+    length: tl.int32,
     scale: tl.float32,
-    MASKED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Adds what the queries from `begin` to `end` of one head give to the gradients of keys and
-    values. Tiles are transposed: [keys, queries]."""
-    for start in range(begin, end, ROWS):
-        row = start + tl.arange(0, ROWS)
-        queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
-        gradients = load_rows(gradient, start, gradient_stride, length, ROWS, HEAD_DIM, WIDTH)
-        logarithm = tl.load(logsumexp + row, mask=row < length, other=0.0) * LOG2_E
-        along = tl.load(delta + row, mask=row < length, other=0.0)
-        scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-        weights = tl.exp2(scores * scale - logarithm[None, :])
-        if MASKED:
-            first_of_row = row
-            if HAS_BOUNDS:
-                first_of_row = tl.load(first + row, mask=row < length, other=0)
-            seen = sees(row[None, :], column[:, None], first_of_row[None, :], HAS_BOUNDS)
-            weights = tl.where(seen, weights, 0.0)
-        if HAS_MASK:
-            weights = weights * mask
-        rounded = weights.to(gradients.dtype)
-        d_values = tl.dot(rounded, gradients, d_values, input_precision="ieee")
-        d_weights = tl.dot(values, tl.trans(gradients), input_precision="ieee")
-        d_scores = weights * (d_weights - along[None, :])
-        d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
+    """Adds what one head gives to the gradients of a tile of keys, but for the scale, and values.
+    Scores are transposed: [keys, queries]."""
+    keys, values, column = tile
+    (gradient, query, stride, query_stride), (first, logsumexp, delta, mask) = sources
+    d_keys, d_values = before
+    low, diagonal, high = limits
+    # A head whose mask is 0 has no queries.
+    low = tl.where(mask == 0.0, high, low)
+    for PAST_DIAGONAL in tl.static_range(2):
+        begin = tl.maximum(diagonal, low) if PAST_DIAGONAL else low
+        for start in range(begin, high if PAST_DIAGONAL else diagonal, ROWS):
+            row = start + tl.arange(0, ROWS)
+            queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
+            gradients = load_rows(gradient, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+            logarithm = tl.load(logsumexp + row, mask=row < length, other=0.0) * LOG2_E
+            along = tl.load(delta + row, mask=row < length, other=0.0)
+            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+            weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[None, :]) * mask
+            if HAS_BOUNDS or PAST_DIAGONAL == 0:
+                seen = visible(row, column, first, length, HAS_BOUNDS, True)
+                weights = tl.where(seen, weights, 0.0)
+            rounded = weights.to(gradients.dtype)
+            d_values = tl.dot(rounded, gradients, d_values, input_precision="ieee")
+            d_weights = tl.dot(values, tl.trans(gradients), input_precision="ieee")
+            d_scores = weights * (d_weights - along[None, :])
+            d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
     return d_keys, d_values
 
 
@@ -236,9 +210,6 @@ def backward_key_kernel(
     d_value: tl.tensor,
     length: tl.int32,
     key_heads: tl.int32,
-    gradient_batch_stride: tl.int64,
-    gradient_stride: tl.int32,
-    gradient_head_stride: tl.int64,
     query_batch_stride: tl.int64,
     query_stride: tl.int32,
     query_head_stride: tl.int64,
@@ -258,64 +229,32 @@ def backward_key_kernel(
     COLUMNS: tl.constexpr,
 ) -> None:
     """Gradients of COLUMNS keys and values of one key head, over the GROUP heads that read it."""
-    blocks = tl.cdiv(length, COLUMNS)
-    start = tl.program_id(0) % blocks * COLUMNS
-    pair = tl.program_id(0) // blocks
-    batch, key_head = pair // key_heads, pair % key_heads
-    column = start + tl.arange(0, COLUMNS)
+    block, batch, key_head = position(length, key_heads, COLUMNS)
+    start = block * COLUMNS
+    sequence = batch.to(tl.int64) * length
+    stride = key_heads * HEAD_DIM
     key += batch * key_batch_stride + key_head * key_head_stride
     value += batch * value_batch_stride + key_head * value_head_stride
-    gradient += batch * gradient_batch_stride
-    query += batch * query_batch_stride
     keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
     values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-    low = start // ROWS * ROWS
-    high = length
-    if HAS_BOUNDS:
-        first += batch.to(tl.int64) * length
-        final = tl.minimum(start + COLUMNS, length) - 1
-        high = tl.load(last + batch.to(tl.int64) * length + final) + 1
-    diagonal = tl.minimum(low + (ROWS if ROWS > COLUMNS else COLUMNS), high)
+    tile = (keys, values, start + tl.arange(0, COLUMNS))
+    limits = _query_limits(last + sequence, start, length, HAS_BOUNDS, ROWS, COLUMNS)
     d_keys = tl.zeros((COLUMNS, WIDTH), tl.float32)
     d_values = tl.zeros((COLUMNS, WIDTH), tl.float32)
-    for member in range(GROUP):
-        head = key_head * GROUP + member
+    for head in range(key_head * GROUP, key_head * GROUP + GROUP):
+        mask = load_mask(head_mask, head, HAS_MASK)
+        there = gradient + sequence * stride * GROUP + head * HEAD_DIM
+        queries = query + batch * query_batch_stride + query_head_stride * head
         here = (batch * key_heads * GROUP + head).to(tl.int64) * length
-        begin = low
-        mask = 1.0
-        if HAS_MASK:
-            mask = tl.load(head_mask + head)
-            begin = tl.where(mask == 0.0, high, low)
-        for PART in tl.static_range(2):
-            d_keys, d_values = _key_tiles(
-                d_keys,
-                d_values,
-                keys,
-                values,
-                gradient + head * gradient_head_stride,
-                query + head * query_head_stride,
-                first,
-                logsumexp + here,
-                delta + here,
-                column,
-                mask,
-                tl.maximum(diagonal, begin) if PART else begin,
-                high if PART else diagonal,
-                length,
-                gradient_stride,
-                query_stride,
-                scale * LOG2_E,
-                HAS_BOUNDS or PART == 0,
-                HAS_MASK,
-                HAS_BOUNDS,
-                ROWS,
-                HEAD_DIM,
-                WIDTH,
-            )
-    stride = key_heads * HEAD_DIM
-    dense = batch.to(tl.int64) * length * stride + key_head * HEAD_DIM
-    store_rows(d_key + dense, d_keys * scale, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
-    store_rows(d_value + dense, d_values, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
+        statistics = (first + sequence, logsumexp + here, delta + here, mask)
+        rows = (there, queries, stride * GROUP, query_stride)
+        before, sources = (d_keys, d_values), (rows, statistics)
+        d_keys, d_values = _key_gradients(
+            before, tile, sources, limits, length, scale, HAS_BOUNDS, ROWS, HEAD_DIM, WIDTH
+        )
+    place = sequence * stride + key_head * HEAD_DIM
+    store_rows(d_key + place, d_keys * scale, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
+    store_rows(d_value + place, d_values, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
 
 
 def backward(
@@ -335,8 +274,8 @@ def backward(
     key_heads = key.shape[2]
     first = first_keys(query, documents, window)
     mask = query if head_mask is None else head_mask.contiguous()
-    strides = [n for x in (gradient, query, key, value) for n in x.stride()[:3]]
-    inputs = (gradient, query, key, value, mask)
+    strides = [n for x in (query, key, value) for n in x.stride()[:3]]
+    inputs = (gradient.contiguous(), query, key, value, mask)
     d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
     output, logsumexp = output.contiguous(), logsumexp.contiguous()
     delta = torch.empty_like(logsumexp)
@@ -357,7 +296,7 @@ def backward(
             *strides,
             scale,
             **options,
-            **_OPTIONS,
+            **_QUERY_OPTIONS,
         )
         options = constants(_KEY_TILE, query, key, head_mask, first is not None)
         backward_key_kernel[(triton.cdiv(length, options["COLUMNS"]) * batch * key_heads,)](
@@ -373,7 +312,7 @@ def backward(
             *strides,
             scale,
             **options,
-            **_OPTIONS,
+            **_KEY_OPTIONS,
         )
     return d_query, d_key, d_value, partial.sum(0)[: 0 if head_mask is None else heads]
 
@@ -385,11 +324,11 @@ def _last_queries(first: Tensor) -> Tensor:
     return torch.searchsorted(first, keys, right=True, out_int32=True) - 1
 
 
-_INPUTS = ("gradient", "query", "key", "value")
+_INPUTS = ("query", "key", "value")
 _INTEGERS = ("length", *(f"{name}_stride" for name in _INPUTS))
 _WIDE_INTEGERS = tuple(f"{name}_{kind}_stride" for name in _INPUTS for kind in ("batch", "head"))
 _SIGNATURE = {
-    **dict.fromkeys(_INPUTS, "*bf16"),
+    **dict.fromkeys(("gradient", *_INPUTS), "*bf16"),
     **dict.fromkeys(("head_mask", "logsumexp", "delta"), "*fp32"),
     "first": "*i32",
     **dict.fromkeys(_INTEGERS, "i32"),
@@ -413,8 +352,8 @@ COMPILATIONS = (
         },
         aligned=(*_INTEGERS, *_WIDE_INTEGERS, "heads"),
         constants=compiled_constants(_QUERY_TILE),
-        num_warps=_OPTIONS["num_warps"],
-        num_stages=_OPTIONS["num_stages"],
+        num_warps=_QUERY_OPTIONS["num_warps"],
+        num_stages=_QUERY_OPTIONS["num_stages"],
         bytes_moved=_QUERY_BYTES + 2 * MASK_BYTES * (TOKENS // _QUERY_TILE["ROWS"]),
         minimum_bytes=_QUERY_BYTES + MASK_BYTES,
         flops=3 * DOT_FLOPS,
@@ -432,8 +371,8 @@ COMPILATIONS = (
         },
         aligned=(*_INTEGERS, *_WIDE_INTEGERS, "key_heads"),
         constants=compiled_constants(_KEY_TILE),
-        num_warps=_OPTIONS["num_warps"],
-        num_stages=_OPTIONS["num_stages"],
+        num_warps=_KEY_OPTIONS["num_warps"],
+        num_stages=_KEY_OPTIONS["num_stages"],
         bytes_moved=_KEY_BYTES,
         minimum_bytes=_KEY_BYTES,
         flops=4 * DOT_FLOPS,

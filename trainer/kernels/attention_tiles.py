@@ -87,11 +87,60 @@ def store_rows(
 
 
 @triton.jit
-def sees(
-    row: tl.tensor, column: tl.tensor, first: tl.tensor, HAS_BOUNDS: tl.constexpr
-) -> tl.tensor:
-    """Whether queries see keys; first: of each query, in the shape of `row`."""
-    seen = column <= row
+def position(
+    length: tl.int32, heads: tl.int32, ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Block of ROWS rows, sequence and head of this program; neighbours share a head, and so find
+    its rows in the L2 cache."""
+    blocks = tl.cdiv(length, ROWS)
+    pair = tl.program_id(0) // blocks
+    return tl.program_id(0) % blocks, pair // heads, pair % heads
+
+
+@triton.jit
+def load_mask(head_mask: tl.tensor, head: tl.int32, HAS_MASK: tl.constexpr) -> tl.tensor:
+    mask = tl.full((), 1.0, tl.float32)
+    if HAS_MASK:
+        mask = tl.load(head_mask + head)
+    return mask
+
+
+@triton.jit
+def key_limits(
+    first: tl.tensor,
+    mask: tl.float32,
+    start: tl.int32,
+    length: tl.int32,
+    HAS_BOUNDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The rows' start; where their keys begin, where the diagonal begins, and where both end.
+
+    A head whose mask is 0 has no keys.
+    """
+    low = start * 0
     if HAS_BOUNDS:
-        seen = seen & (column >= first)
+        low = tl.load(first + start) // COLUMNS * COLUMNS
+    high = tl.minimum(start + ROWS, length)
+    return start, tl.where(mask == 0.0, high, low), start // COLUMNS * COLUMNS, high
+
+
+@triton.jit
+def visible(
+    row: tl.tensor,
+    column: tl.tensor,
+    first: tl.tensor,
+    length: tl.int32,
+    HAS_BOUNDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+) -> tl.tensor:
+    """[rows, columns], whether queries see keys; the other way round where TRANSPOSED."""
+    below, across = row[:, None], column[None, :]
+    if TRANSPOSED:
+        below, across = row[None, :], column[:, None]
+    seen = across <= below
+    if HAS_BOUNDS:
+        first_key = tl.load(first + row, mask=row < length, other=0)
+        seen = seen & (across >= (first_key[None, :] if TRANSPOSED else first_key[:, None]))
     return seen

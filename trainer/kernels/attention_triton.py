@@ -20,9 +20,12 @@ from trainer.kernels.attention_tiles import (
     STATISTIC_BYTES,
     compiled_constants,
     constants,
+    key_limits,
+    load_mask,
     load_rows,
-    sees,
+    position,
     store_rows,
+    visible,
 )
 from trainer.kernels.compilation import ENABLE_FP_FUSION, Compilation
 
@@ -34,44 +37,46 @@ _LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def _forward_tiles(
-    total: tl.tensor,
-    denominator: tl.tensor,
-    largest: tl.tensor,
+def _attend(
     queries: tl.tensor,
-    key: tl.tensor,
-    value: tl.tensor,
-    row: tl.tensor,
-    first: tl.tensor,
-    begin: tl.int32,
-    end: tl.int32,
+    sources: tl.tuple,
+    limits: tl.tuple,
     length: tl.int32,
-    key_stride: tl.int32,
-    value_stride: tl.int32,
     scale: tl.float32,
-    MASKED: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Takes the keys from `begin` to `end` into the running softmax of each row."""
-    for start in range(begin, end, COLUMNS):
-        keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        if MASKED:
-            column = start + tl.arange(0, COLUMNS)
-            seen = sees(row[:, None], column[None, :], first[:, None], HAS_BOUNDS)
-            scores = tl.where(seen, scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - larger[:, None])
-        shrink = tl.exp2(largest - larger)
-        denominator = denominator * shrink + tl.sum(weights, 1)
-        values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-        total = total * shrink[:, None]
-        total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
-        largest = larger
-    return total, denominator, largest
+) -> tuple[tl.tensor, tl.tensor]:
+    """Unmasked output and logsumexp of a tile of queries, both 0 without keys."""
+    key, value, first, key_stride, value_stride = sources
+    row_start, low, diagonal, high = limits
+    row = row_start + tl.arange(0, ROWS)
+    scale = scale * LOG2_E
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    denominator = tl.zeros((ROWS,), tl.float32)
+    largest = tl.full((ROWS,), _LOWEST, tl.float32)
+    for ON_DIAGONAL in tl.static_range(2):
+        begin = tl.maximum(diagonal, low) if ON_DIAGONAL else low
+        for start in range(begin, high if ON_DIAGONAL else diagonal, COLUMNS):
+            keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            if HAS_BOUNDS or ON_DIAGONAL == 1:
+                column = start + tl.arange(0, COLUMNS)
+                seen = visible(row, column, first, length, HAS_BOUNDS, False)
+                scores = tl.where(seen, scores, float("-inf"))
+            larger = tl.maximum(largest, tl.max(scores, 1) * scale)
+            weights = tl.exp2(scores * scale - larger[:, None])
+            shrink = tl.exp2(largest - larger)
+            denominator = denominator * shrink + tl.sum(weights, 1)
+            values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+            total = total * shrink[:, None]
+            total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
+            largest = larger
+    largest = tl.where(denominator == 0.0, 0.0, largest)
+    denominator = tl.where(denominator == 0.0, 1.0, denominator)
+    return total / denominator[:, None], largest / LOG2_E + tl.log(denominator)
 
 
 @triton.jit
@@ -104,61 +109,25 @@ def forward_kernel(
     COLUMNS: tl.constexpr,
 ) -> None:
     """Output and logsumexp of ROWS rows of one head; blocks with the most keys come first."""
-    blocks = tl.cdiv(length, ROWS)
-    start = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
-    pair = tl.program_id(0) // blocks
-    batch, head = pair // heads, pair % heads
-    row = start + tl.arange(0, ROWS)
-    here = pair.to(tl.int64) * length
+    block, batch, head = position(length, heads, ROWS)
+    start = (tl.cdiv(length, ROWS) - 1 - block) * ROWS
+    mask = load_mask(head_mask, head, HAS_MASK)
     query += batch * query_batch_stride + head * query_head_stride
     key += batch * key_batch_stride + head // GROUP * key_head_stride
     value += batch * value_batch_stride + head // GROUP * value_head_stride
-    output += batch.to(tl.int64) * length * heads * HEAD_DIM + head * HEAD_DIM
-    low = 0
-    high = tl.minimum(start + ROWS, length)
-    diagonal = start // COLUMNS * COLUMNS
-    first_of_row = row
-    if HAS_BOUNDS:
-        first += batch.to(tl.int64) * length
-        first_of_row = tl.load(first + row, mask=row < length, other=0)
-        low = tl.load(first + start) // COLUMNS * COLUMNS
-    if HAS_MASK:
-        low = tl.where(tl.load(head_mask + head) == 0.0, high, low)
+    first += batch.to(tl.int64) * length
     queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
-    denominator = tl.zeros((ROWS,), tl.float32)
-    largest = tl.full((ROWS,), _LOWEST, tl.float32)
-    for MASKED in tl.static_range(2):
-        total, denominator, largest = _forward_tiles(
-            total,
-            denominator,
-            largest,
-            queries,
-            key,
-            value,
-            row,
-            first_of_row,
-            tl.maximum(diagonal, low) if MASKED else low,
-            high if MASKED else diagonal,
-            length,
-            key_stride,
-            value_stride,
-            scale * LOG2_E,
-            HAS_BOUNDS or MASKED == 1,
-            HAS_BOUNDS,
-            COLUMNS,
-            HEAD_DIM,
-            WIDTH,
-        )
-    mask = 1.0
-    if HAS_MASK:
-        mask = tl.load(head_mask + head)
-        largest = tl.where(mask == 0.0, 0.0, largest)
-        denominator = tl.where(mask == 0.0, 1.0, denominator)
-    logarithm = largest / LOG2_E + tl.log(denominator)
-    tl.store(logsumexp + here + row, logarithm, mask=row < length)
-    total = total * (mask / denominator)[:, None]
-    store_rows(output, total, start, heads * HEAD_DIM, length, ROWS, HEAD_DIM, WIDTH)
+    sources = (key, value, first, key_stride, value_stride)
+    limits = key_limits(first, mask, start, length, HAS_BOUNDS, ROWS, COLUMNS)
+    total, logarithm = _attend(
+        queries, sources, limits, length, scale, HAS_BOUNDS, ROWS, COLUMNS, HEAD_DIM, WIDTH
+    )
+    row = start + tl.arange(0, ROWS)
+    logsumexp += (batch * heads + head).to(tl.int64) * length
+    tl.store(logsumexp + row, logarithm, mask=row < length)
+    output += (batch.to(tl.int64) * length * heads + head) * HEAD_DIM
+    stride = heads * HEAD_DIM
+    store_rows(output, total * mask, start, stride, length, ROWS, HEAD_DIM, WIDTH)
 
 
 def supports(query: Tensor) -> bool:

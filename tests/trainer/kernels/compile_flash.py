@@ -4,6 +4,7 @@ Run by test_attention_flash.py with the environment in which it does that. Tenso
 autograd, which needs a GPU even for fake ones, is replaced by calls of both its passes.
 """
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,8 +36,7 @@ class Context(SimpleNamespace):
 
 def main() -> None:
     """Prints a line for each case."""
-    from flash_attn.cute import interface
-
+    interface = importlib.import_module("flash_attn.cute.interface")
     (library,) = (entry for entry in LIBRARIES if entry.module == "flash_attn.cute")
     function = interface.FlashAttnFunc
     for batch, length, heads, key_heads, head_dim, window in CASES:

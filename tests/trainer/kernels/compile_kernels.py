@@ -41,15 +41,17 @@ def compile_kernel(compilation: Compilation, architecture: int) -> Any:
 
 def variants(compilation: Compilation) -> Iterator[Compilation]:
     """Other ways in which the same kernel is launched."""
-    if compilation.name.startswith("attention"):
-        yield from attention_variants(compilation)
-        return
     flags = [name for name in compilation.constants if name.startswith("HAS_")]
     off: dict[str, int | float | bool] = dict.fromkeys(flags, False)
+    if compilation.name.startswith("attention"):
+        off |= {"GROUP": 4, "HEAD_DIM": 80}
     yield replace(compilation, constants={**compilation.constants, **off}, aligned=())
     for dtype in ("fp16", "fp32"):
         types = {name: t.replace("bf16", dtype) for name, t in compilation.signature.items()}
-        yield replace(compilation, signature=types, constants=dict(compilation.constants))
+        constants = dict(compilation.constants)
+        if compilation.flops and dtype == "fp32":  # its rows are twice as long
+            constants |= {name: constants[name] // 2 for name in ("ROWS", "COLUMNS")}
+        yield replace(compilation, signature=types, constants=constants)
     if compilation.name == "rope.forward":
         partial = {**compilation.constants, "REST": 64, "BLOCK_HALF": 32, "POSITIONS": 2}
         yield replace(compilation, constants=partial)
@@ -62,16 +64,6 @@ def variants(compilation: Compilation) -> Iterator[Compilation]:
         }
         constants = {**compilation.constants, "DOUBLE": True, "HAS_COLUMNS": True}
         yield replace(compilation, signature=types, constants=constants)
-
-
-def attention_variants(compilation: Compilation) -> Iterator[Compilation]:
-    """Plain attention of grouped heads whose width is padded, fp16, and fp32 in its own tile."""
-    plain = {"HAS_MASK": False, "HAS_BOUNDS": False, "GROUP": 4, "HEAD_DIM": 80}
-    yield replace(compilation, constants={**compilation.constants, **plain}, aligned=())
-    sizes = {name: compilation.constants[name] // 2 for name in ("ROWS", "COLUMNS")}
-    for dtype, tile in (("fp16", {}), ("fp32", sizes)):
-        types = {name: t.replace("bf16", dtype) for name, t in compilation.signature.items()}
-        yield replace(compilation, signature=types, constants={**compilation.constants, **tile})
 
 
 if __name__ == "__main__":

@@ -34,41 +34,34 @@ class Mutant(NamedTuple):
         return self.part or f"{self.operator}_triton"
 
 
-_FIRST = "first_of_row = tl.load(first + row, mask=row < length, other=0)\n            seen"
+_TILES = "attention_tiles"
+_BACKWARD = "attention_backward_triton"
 
 MUTANTS = (
-    Mutant("attention", "no query sees itself", "<= row", "< row", part="attention_tiles"),
-    Mutant("attention", "one key too few", ">= first", "> first", part="attention_tiles"),
-    Mutant("attention", "one row too many", "row < length", "row <= length", 1, "attention_tiles"),
+    Mutant("attention", "no query sees itself", "across <= below", "across < below", 0, _TILES),
+    Mutant("attention", "one key too few", "across >= (", "across > (", 0, _TILES),
+    Mutant("attention", "one row too many", "row < length", "row <= length", 1, _TILES),
+    Mutant("attention", "tiles overlap", "+ start) // COLUMNS * COLUMNS", "+ start)", 0, _TILES),
     Mutant("attention", "heads of another group", "head // GROUP * key", "head % GROUP * key"),
     Mutant("attention", "accumulator not rescaled", "total * shrink[:, None]", "total"),
     Mutant(
         "attention", "denominator not rescaled", "denominator * shrink + tl", "denominator + tl"
     ),
-    Mutant("attention", "mask forgotten", "(mask / denominator)", "(1.0 / denominator)"),
-    Mutant("attention", "diagonal not masked", "or MASKED == 1", "or MASKED == 2"),
-    Mutant("attention", "tiles overlap", "+ start) // COLUMNS * COLUMNS", "+ start)"),
-    Mutant("attention", "scale of another base", "/ LOG2_E", "* 1.0"),
+    Mutant("attention", "mask forgotten", "total * mask", "total"),
+    Mutant("attention", "diagonal not masked", "or ON_DIAGONAL == 1", "or ON_DIAGONAL == 2"),
+    Mutant("attention", "logsumexp of another base", "/ LOG2_E", "* 1.0"),
     *(
-        Mutant("attention", mistake, right, wrong, 0, "attention_backward_triton")
+        Mutant("attention", mistake, right, wrong, 0, _BACKWARD)
         for mistake, right, wrong in (
             ("delta without the mask", "along / tl.where(mask == 0.0, 1.0, mask)", "along"),
-            ("mask forgotten in dQ", "scale = scale * mask", "scale = scale"),
-            ("mask forgotten in dK and dV", "weights = weights * mask", "weights = weights"),
+            ("mask forgotten in dQ", "d_queries * mask", "d_queries"),
+            ("mask forgotten in dK, dV", "logarithm[None, :]) * mask", "logarithm[None, :])"),
             ("delta forgotten in dK", "(d_weights - along[None, :])", "d_weights"),
-            (
-                "documents forgotten in dK and dV",
-                _FIRST,
-                "first_of_row = row * 0\n            seen",
-            ),
-            ("last query of another key", "+ final) + 1", "+ start) + 1"),
-            ("one head of the group", "member in range(GROUP)", "member in range(1)"),
-            (
-                "masked heads are computed",
-                "begin = tl.where(mask == 0.0, high, low)",
-                "begin = low",
-            ),
-            ("partial sums of one row", "(batch * blocks + block) * heads", "batch * heads"),
+            ("documents forgotten in dK, dV", "length, HAS_BOUNDS, True)", "length, False, True)"),
+            ("last query of another key", "tl.minimum(start + COLUMNS, length) - 1", "start"),
+            ("one head of the group", "key_head * GROUP + GROUP)", "key_head * GROUP + 1)"),
+            ("masked heads are computed", "low = tl.where(mask == 0.0, high, low)", "low = low"),
+            ("partial sums of one row", " + block) * heads", ") * heads"),
         )
     ),
     Mutant("rms_norm", "forward: another column's mask", "mask + column,", "mask + column * 0,"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.trainer.kernels.comparison import (
@@ -31,38 +32,25 @@ SHAPES = (
     (1, 20, 6, 2, 33),
     (1, 97, 2, 2, 16),
 )
+OPTIONS = ("head_mask", "documents", "window", "scale")
 # Weights, and the output from which the mask's gradient comes, are rounded to the inputs' dtype.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_mask: Tensor | None = None,
-    documents: Tensor | None = None,
-    window: int | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """`attention`, as one operator except where its reference is tested."""
+def run(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    """`attention`, as one operator except where its reference is tested.
+
+    rest: head_mask, documents, window and scale as far as they are given.
+    """
     if registry.reference_is_asked_for():
-        return attention(
-            query, key, value, head_mask=head_mask, documents=documents, window=window, scale=scale
-        )
-    arguments = (query, key, value, head_mask, documents, window, scale)
-    result: Tensor = torch.ops.shorn.attention(*arguments)[0]
+        return attention(query, key, value, **dict(zip(OPTIONS, rest, strict=False)))
+    result: Tensor = torch.ops.shorn.attention(query, key, value, *fill(rest))[0]
     return result
 
 
-def formula(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_mask: Tensor | None = None,
-    documents: Tensor | None = None,
-    window: int | None = None,
-    scale: float | None = None,
-) -> Tensor:
+def formula(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    """The same in fp64."""
+    head_mask, documents, window, scale = fill(rest)
     length, heads, head_dim = query.shape[1:]
     reads = torch.arange(heads) // (heads // key.shape[2])
     scores = torch.einsum("bihd,bjhd->bhij", query, key[:, :, reads])
@@ -75,6 +63,11 @@ def formula(
     output = torch.einsum("bhij,bjhd->bihd", weights, value[:, :, reads])
     # By definition a mask has no gradient where it is 0.
     return output if head_mask is None else output * (head_mask * (head_mask != 0))[:, None]
+
+
+def fill(rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """As many as there are options, None those that are not given."""
+    return (*rest, *(None,) * (len(OPTIONS) - len(rest)))
 
 
 def draw_documents(batch: int, length: int, generator: random.Random) -> Tensor | None:
@@ -127,7 +120,7 @@ def test_parts_of_one_projection(backend: str, window: int | None) -> None:
     def of_all(function: Any) -> Any:
         def split(all_heads: Tensor, mask: Tensor) -> Tensor:
             query, key, value = all_heads.transpose(1, 2).split([4, 2, 2], 2)
-            return function(query, key, value, mask, None, window)  # type: ignore[no-any-return]
+            return function(query, key, value, mask, None, window)
 
         return split
 
@@ -155,9 +148,8 @@ def test_window_is_that_of_the_model(backend: str) -> None:
     query, key, value = (torch.randn(1, 40, 2, 8) for _ in range(3))
     model: Any = SimpleNamespace(config=SimpleNamespace(sliding_window=7))
     visible = Attention._window_mask(model, 40, query.device)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=visible
-    )
+    by_head = [x.transpose(1, 2) for x in (query, key, value)]
+    expected = F.scaled_dot_product_attention(by_head[0], by_head[1], by_head[2], visible)
     close(run(query, key, value, None, None, 7), expected.transpose(1, 2), 3e-6)
 
 
@@ -226,7 +218,7 @@ def test_operator_is_registered_correctly(backend: str, complete: bool) -> None:
     rest = (4, 0.3) if complete else (None, None)
     arguments = (query, key, value, mask, documents, *rest)
     torch.library.opcheck(torch.ops.shorn.attention.default, arguments)
-    tensors = [None if t is None else t.detach() for t in arguments[:5]]  # type: ignore[union-attr]
+    tensors = [None if t is None else t.detach() for t in arguments[:5]]
     saved = torch.ops.shorn.attention(*tensors, *rest)
     backward = (torch.randn(2, 6, 4, 8), *tensors, *saved, *rest)
     torch.library.opcheck(torch.ops.shorn.attention_backward.default, backward)

@@ -70,7 +70,7 @@ def test_every_operator_is_registered() -> None:
 def test_what_runs_on_a_gpu(loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(library, "is_loaded", lambda kind: loaded)
-    compiled = {"attention": attention_flash.backend()}
+    compiled: dict[str, str] = {"attention": attention_flash.backend()}
     if loaded:
         compiled["gather_scale"] = "cuda"
     with registry.chosen("auto", "cuda") as running:
