@@ -169,7 +169,8 @@ def _key_gradients(
     """Adds what one head gives to the gradients of a tile of keys, but for the scale, and values.
     Scores are transposed: [keys, queries]."""
     keys, values, column = tile
-    (gradient, query, stride, query_stride), (first, logsumexp, delta, mask) = sources
+    gradient, query, stride, query_stride = sources[0]
+    first, logsumexp, delta, mask = sources[1]
     d_keys, d_values = before
     low, diagonal, high = limits
     # A head whose mask is 0 has no queries.
