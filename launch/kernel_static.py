@@ -25,9 +25,9 @@ load, store: bits per access of a thread that carry most of a kernel's bytes, in
 it has any there.
 mma/tma: matrix instructions and UTMALDG of one warp in each loop that has any, innermost first.
 moved/min: device memory traffic of the launch over inputs and outputs once each, both as declared \
-beside the kernel; partial sums are in it, what all programs read again (masks, gains, indices) \
-counts once. CUDA kernels with 1 element a thread instead of 8 serve shapes that forbid 16-byte \
-accesses.
+beside the kernel; partial sums are in it, what other programs read again (masks, gains, indices, \
+the keys of attention) counts once. CUDA kernels with 1 element a thread instead of 8 serve shapes \
+that forbid 16-byte accesses.
 predicted: that traffic, and matrix operations where they are declared, at the ceilings above. A \
 prediction, not a measurement: no kernel ran. Short kernels take longer than this.
 """
@@ -36,7 +36,7 @@ eager: of each aten kernel its distinct inputs and its outputs, on fake tensors,
 torch.compile: Inductor's own count over the kernels that its CPU scheduler fuses. A lower bound \
 for a GPU, where sums over rows and sums over columns do not fuse; but what is accessed by index \
 counts whole, however little of it is.
-ours: what the Triton kernel of the pass moves, as declared; reductions of partial sums are in it.
+ours: what the Triton kernels of the pass move, as declared; reductions of partial sums are in it.
 """
 
 
@@ -90,11 +90,14 @@ def as_json(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def kernel_bytes(line: Traffic, records: Sequence[Record]) -> int | None:
-    """What the Triton kernel for one pass of an operator moves; None where there is none."""
-    for record in records:
-        if record.backend == "triton" and record.kernel == f"{line.operator}.{line.direction}":
-            return record.bytes_moved
-    return None
+    """What the Triton kernels for one pass of an operator move; None where there are none."""
+    name = f"{line.operator}.{line.direction}"
+    moved = {
+        record.kernel: record.bytes_moved or 0
+        for record in records
+        if record.backend == "triton" and record.kernel.startswith(name)
+    }
+    return sum(moved.values()) or None
 
 
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:

@@ -19,6 +19,8 @@ ENABLE_FP_FUSION = True
 default differs between versions."""
 
 MODULES = (
+    "trainer.kernels.attention_triton",
+    "trainer.kernels.attention_backward_triton",
     "trainer.kernels.gather_scale_triton",
     "trainer.kernels.rms_norm_triton",
     "trainer.kernels.rope_triton",
@@ -47,11 +49,14 @@ class Compilation:
     num_stages: int
     bytes_moved: int
     """Bytes that are read and written in device memory, partial sums both ways; what every program
-    reads again (masks, gains, tables) counts once."""
+    reads again (masks, gains, tables) and the rows of attention that other programs read through
+    the L2 cache count once."""
     minimum_bytes: int
     """Bytes of the operator's inputs and outputs, each counted once: without partial sums."""
     shape: str
     """The tensors, in words."""
+    flops: int = 0
+    """Floating-point operations of its matrix products, of visible pairs in attention."""
 
 
 def compilations() -> tuple[Compilation, ...]:

@@ -1,7 +1,8 @@
 """Which implementation of each operator runs: PyTorch, Triton, or the compiled code of csrc/.
 
-Every operator has a PyTorch reference and a Triton implementation, some have compiled ones. What
-runs is chosen once, for all operators and by type of device. Importable without Triton and GPU.
+Every operator has a PyTorch reference and a Triton implementation, some have compiled ones, and
+attention also those of others. What runs is chosen once, for all operators and by type of device.
+Importable without Triton and GPU.
 """
 
 import importlib
@@ -19,7 +20,10 @@ from data.errors import InputError
 from trainer.kernels import library
 
 Choice = Literal["auto", "reference", "triton", "cuda"]
-Backend = Literal["reference", "triton", "c++", "cuda"]
+Backend = Literal["reference", "triton", "c++", "cuda", "flash", "sdpa"]
+
+FUSED: tuple[Backend, ...] = ("flash", "sdpa")
+"""FlashAttention, and PyTorch's own fused attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class Operator:
     """Dotted path of the Triton module, imported when it first runs."""
     compiled: bool = False
     """Whether csrc/ implements it, for CPUs (C++) and GPUs (CUDA)."""
+    fused: Callable[[], Backend] | None = None
+    """Which of FUSED a GPU runs unless Triton is asked for; None: neither."""
 
 
 _operators: dict[str, Operator] = {}
@@ -60,7 +66,7 @@ def define(
 
 def operators() -> tuple[Operator, ...]:
     """All operators, by name. Imports the modules that define them."""
-    for name in ("gather_scale", "rms_norm", "rope", "swiglu"):
+    for name in ("attention", "gather_scale", "rms_norm", "rope", "swiglu"):
         importlib.import_module(f"trainer.kernels.{name}")
     return tuple(_operators[name] for name in sorted(_operators))
 
@@ -70,10 +76,10 @@ def choose(choice: Choice, device: torch.device | str) -> dict[str, Backend]:
 
     Args:
         choice: "reference": PyTorch operations, which torch.compile can fuse. "triton": the Triton
-            kernels. "cuda": the compiled code of csrc/, and Triton where there is none. "auto": on
-            a GPU as "cuda", with what is installed; on a CPU the C++ code where it was built and
-            the reference elsewhere. CPU tensors never run Triton unless its interpreter is on
-            (TRITON_INTERPRET=1) and `choice` asks for it.
+            kernels. "cuda": the compiled code of csrc/, for attention FlashAttention or PyTorch's
+            own, and Triton where there is none. "auto": on a GPU as "cuda", with what is installed;
+            on a CPU the C++ code where it was built and the reference elsewhere. CPU tensors never
+            run Triton unless its interpreter is on (TRITON_INTERPRET=1) and `choice` asks for it.
         device: what the run computes on.
 
     Returns:
@@ -119,8 +125,10 @@ def runs_reference(name: str, device: torch.device) -> bool:
 
 
 def triton_module(name: str, device: torch.device) -> ModuleType | None:
-    """The module with an operator's Triton implementation where that runs, else None."""
-    if which(name, device) != "triton":
+    """The module with an operator's Triton implementation where that runs, or computes what a fused
+    implementation leaves to it; else None."""
+    backend = which(name, device)
+    if backend != "triton" and not (backend in FUSED and _has_triton(device.type)):
         return None
     return importlib.import_module(_operators[name].triton)
 
@@ -138,6 +146,8 @@ def _backend(operator: Operator, kind: str) -> Backend:
         return "triton"
     if operator.compiled and library.is_loaded(kind):
         return "c++" if kind == "cpu" else "cuda"
+    if operator.fused is not None and kind == "cuda":
+        return operator.fused()
     return "triton" if kind == "cuda" and _has_triton(kind) else "reference"
 
 

@@ -6,6 +6,7 @@ Architecture: GPT-NeoX-20B (arXiv 2204.06745, section 2.1); Pythia (arXiv 2304.0
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.kernels.attention import attention
 from trainer.kernels.rope import rope
 from trainer.models.config import ModelConfig
 from trainer.models.layers import LayerNorm, Linear, skip_block
@@ -34,10 +35,7 @@ class Attention(nn.Module):
         fused = self.query_key_value(x, masks.reading(masks.units.fused))
         query, key, value = fused.view(batch, length, -1, 3 * head_dim).chunk(3, dim=-1)
         query, key = rope(query, key, cos, sin)
-        context = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True
-        )
-        context = context.transpose(1, 2).reshape(batch, length, -1)
+        context = attention(query, key, value).flatten(2)
         writing = masks.writing(masks.units.queries, masks.head_columns(head_dim))
         output: Tensor = self.dense(context, writing)
         return output

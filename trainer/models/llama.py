@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.kernels.attention import attention
 from trainer.kernels.rope import rope
 from trainer.kernels.swiglu import swiglu
 from trainer.loss import Teaching, linear_cross_entropy, linear_distillation
@@ -62,26 +63,9 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rope(query, key, cos, sin, in_place=True)
-        window = self._window_mask(length, x.device)
-        context = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=window,
-            is_causal=window is None,
-            enable_gqa=key.shape[2] != query.shape[2],
-        )
-        context = context.transpose(1, 2).reshape(batch, length, -1)
+        context = attention(query, key, value, window=self.config.sliding_window).flatten(2)
         output: Tensor = self.o_proj(context, masks.writing(queries, masks.head_columns(head_dim)))
         return output
-
-    def _window_mask(self, length: int, device: torch.device) -> Tensor | None:
-        """[S, S] bool of visible positions, or None where plain causal attention is the same."""
-        window = self.config.sliding_window
-        if window is None or length <= window:
-            return None
-        visible = torch.ones(length, length, dtype=torch.bool, device=device)
-        return visible.tril().triu(1 - window)
 
 
 class FeedForward(nn.Module):

@@ -16,7 +16,12 @@ from trainer.kernels import registry
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Tiles so small that small tensors need several programs, and programs several steps.
-TILES = {
+TILES: dict[str, dict[str, object]] = {
+    "attention": {"_TILE": {"ROWS": 32, "COLUMNS": 16}},
+    "attention_backward": {
+        "_QUERY_TILE": {"ROWS": 16, "COLUMNS": 32},
+        "_KEY_TILE": {"ROWS": 16, "COLUMNS": 32},
+    },
     "gather_scale": {
         "_FORWARD_COLUMNS": 128,
         "_BACKWARD_ROWS": 8,

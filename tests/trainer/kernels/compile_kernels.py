@@ -43,10 +43,15 @@ def variants(compilation: Compilation) -> Iterator[Compilation]:
     """Other ways in which the same kernel is launched."""
     flags = [name for name in compilation.constants if name.startswith("HAS_")]
     off: dict[str, int | float | bool] = dict.fromkeys(flags, False)
+    if compilation.name.startswith("attention"):
+        off |= {"GROUP": 4, "HEAD_DIM": 80}
     yield replace(compilation, constants={**compilation.constants, **off}, aligned=())
     for dtype in ("fp16", "fp32"):
         types = {name: t.replace("bf16", dtype) for name, t in compilation.signature.items()}
-        yield replace(compilation, signature=types, constants=dict(compilation.constants))
+        constants = dict(compilation.constants)
+        if compilation.flops and dtype == "fp32":  # its rows are twice as long
+            constants |= {name: constants[name] // 2 for name in ("ROWS", "COLUMNS")}
+        yield replace(compilation, signature=types, constants=constants)
     if compilation.name == "rope.forward":
         partial = {**compilation.constants, "REST": 64, "BLOCK_HALF": 32, "POSITIONS": 2}
         yield replace(compilation, constants=partial)

@@ -26,9 +26,44 @@ class Mutant(NamedTuple):
     right: str
     wrong: str
     occurrence: int = 0
+    part: str = ""
 
+    @property
+    def module(self) -> str:
+        """Name of the module below trainer.kernels; an operator may have several."""
+        return self.part or f"{self.operator}_triton"
+
+
+_TILES = "attention_tiles"
+_BACKWARD = "attention_backward_triton"
 
 MUTANTS = (
+    Mutant("attention", "no query sees itself", "across <= below", "across < below", 0, _TILES),
+    Mutant("attention", "one key too few", "across >= (", "across > (", 0, _TILES),
+    Mutant("attention", "one row too many", "row < length", "row <= length", 1, _TILES),
+    Mutant("attention", "tiles overlap", "+ start) // COLUMNS * COLUMNS", "+ start)", 0, _TILES),
+    Mutant("attention", "heads of another group", "head // GROUP * key", "head % GROUP * key"),
+    Mutant("attention", "accumulator not rescaled", "total * shrink[:, None]", "total"),
+    Mutant(
+        "attention", "denominator not rescaled", "denominator * shrink + tl", "denominator + tl"
+    ),
+    Mutant("attention", "mask forgotten", "total * mask", "total"),
+    Mutant("attention", "diagonal not masked", "or ON_DIAGONAL == 1", "or ON_DIAGONAL == 2"),
+    Mutant("attention", "logsumexp of another base", "/ LOG2_E", "* 1.0"),
+    *(
+        Mutant("attention", mistake, right, wrong, 0, _BACKWARD)
+        for mistake, right, wrong in (
+            ("delta without the mask", "along / tl.where(mask == 0.0, 1.0, mask)", "along"),
+            ("mask forgotten in dQ", "d_queries * mask", "d_queries"),
+            ("mask forgotten in dK, dV", "logarithm[None, :]) * mask", "logarithm[None, :])"),
+            ("delta forgotten in dK", "(d_weights - along[None, :])", "d_weights"),
+            ("documents forgotten in dK, dV", "length, HAS_BOUNDS, True)", "length, False, True)"),
+            ("last query of another key", "tl.minimum(start + COLUMNS, length) - 1", "start"),
+            ("one head of the group", "key_head * GROUP + GROUP)", "key_head * GROUP + 1)"),
+            ("masked heads are computed", "low = tl.where(mask == 0.0, high, low)", "low = low"),
+            ("partial sums of one row", " + block) * heads", ") * heads"),
+        )
+    ),
     Mutant("rms_norm", "forward: another column's mask", "mask + column,", "mask + column * 0,"),
     Mutant(
         "rms_norm", "backward: another column's mask", "mask + column,", "mask + column * 0,", 1
@@ -74,15 +109,17 @@ class Watcher:
 
 
 def plant(mutant: Mutant, folder: Path) -> None:
-    """Replaces the operator's Triton module by one with the mistake."""
-    source = (KERNELS / f"{mutant.operator}_triton.py").read_text("utf-8")
+    """Replaces a Triton module by one with the mistake, and those of other mistakes by theirs."""
+    for other in MUTANTS:
+        sys.modules.pop(f"trainer.kernels.{other.module}", None)
+    source = (KERNELS / f"{mutant.module}.py").read_text("utf-8")
     parts = source.split(mutant.right)
     assert len(parts) > mutant.occurrence + 1, mutant
     before = mutant.right.join(parts[: mutant.occurrence + 1])
     after = mutant.right.join(parts[mutant.occurrence + 1 :])
     file = folder / f"{abs(hash(mutant))}.py"
     file.write_text(before + mutant.wrong + after, "utf-8")
-    name = f"trainer.kernels.{mutant.operator}_triton"
+    name = f"trainer.kernels.{mutant.module}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -90,13 +127,13 @@ def plant(mutant: Mutant, folder: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def main() -> None:
+def main(mutants: tuple[Mutant, ...] = MUTANTS) -> None:
     """Prints a line for each mutant: operator, mistake, and what caught it."""
     # The configured options belong to the terminal's plugin.
     arguments = ["-x", "-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider"]
     arguments += ["-k", LEFT_OUT]
     with tempfile.TemporaryDirectory() as folder:
-        for mutant in MUTANTS:
+        for mutant in mutants:
             plant(mutant, Path(folder))
             watcher = Watcher()
             file = str(FOLDER / f"test_{mutant.operator}.py")

@@ -96,6 +96,15 @@ def launch(name: str, module: ModuleType) -> None:
         query, key = (rows(WIDTH).unflatten(-1, (HEADS, HEAD_DIM)) for _ in range(2))
         cos, sin = (query.new_empty(TOKENS // BATCH, HEAD_DIM // 2) for _ in range(2))
         module.rotate(query, key, cos, sin, name == "rope.backward")
+    elif name.startswith("attention"):
+        query, key, value, outer = (rows(WIDTH).unflatten(-1, (HEADS, HEAD_DIM)) for _ in range(4))
+        documents = torch.zeros(BATCH, TOKENS // BATCH, dtype=torch.int64, device="meta")
+        arguments = (query, key, value, vector(HEADS), documents)
+        if name == "attention.forward":
+            module.forward(*arguments, None, 0.5)
+        else:
+            statistic = query.new_empty(BATCH, HEADS, TOKENS // BATCH, dtype=torch.float32)
+            module.backward(outer, *arguments, torch.empty_like(query), statistic, None, 0.5)
     else:
         weight, gradient = (vector(WIDTH * CHANNELS, half).view(WIDTH, CHANNELS) for _ in range(2))
         selection = (vector(WIDTH, torch.int64), vector(WIDTH), None, vector(CHANNELS))
@@ -105,12 +114,20 @@ def launch(name: str, module: ModuleType) -> None:
             module.backward(gradient, weight, *selection, True, True, True)
 
 
+def record(compilation: Compilation, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """What launched a kernel; others of its module, launched by the same call, do not run."""
+    module = sys.modules[compilation.module]
+    recorders = {}
+    for function in {other.function for other in module.COMPILATIONS}:
+        recorders[function] = Recorder(getattr(module, function))
+        monkeypatch.setattr(module, function, recorders[function])
+    launch(compilation.name, module)
+    return recorders[compilation.function]
+
+
 @pytest.mark.parametrize("compilation", compilations(), ids=lambda compilation: compilation.name)
 def test_is_launched_as_compiled(compilation: Compilation, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules[compilation.module]
-    recorder = Recorder(getattr(module, compilation.function))
-    monkeypatch.setattr(module, compilation.function, recorder)
-    launch(compilation.name, module)
+    recorder = record(compilation, monkeypatch)
     given = recorder.given
     assert set(recorder.names) == compilation.signature.keys() | compilation.constants.keys()
     assert given["num_warps"] == compilation.num_warps
@@ -135,10 +152,7 @@ def test_is_launched_as_compiled(compilation: Compilation, monkeypatch: pytest.M
 def test_bytes_are_those_of_the_tensors(
     compilation: Compilation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules[compilation.module]
-    recorder = Recorder(getattr(module, compilation.function))
-    monkeypatch.setattr(module, compilation.function, recorder)
-    launch(compilation.name, module)
+    recorder = record(compilation, monkeypatch)
     tensors = {name: t for name, t in recorder.given.items() if isinstance(t, Tensor)}
     distinct = {id(t): t.numel() * t.element_size() for t in tensors.values()}
     again = sum(distinct[id(t)] for name, t in tensors.items() if name.endswith("partial"))

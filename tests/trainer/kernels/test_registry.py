@@ -12,17 +12,18 @@ import torch
 from data.errors import InputError
 from launch.evaluate import EvaluateConfig
 from trainer.config import TrainConfig
-from trainer.kernels import library, registry
+from trainer.kernels import attention_flash, library, registry
 from trainer.kernels.swiglu import swiglu
 
 ROOT = Path(__file__).resolve().parents[3]
-NAMES = {"gather_scale", "rms_norm", "rope", "swiglu"}
+NAMES = {"attention", "gather_scale", "rms_norm", "rope", "swiglu"}
 
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
 from trainer.kernels import library, registry
+from trainer.kernels.attention import attention
 from trainer.kernels.gather_scale import gather_scale
 from trainer.kernels.rms_norm import rms_norm
 from trainer.kernels.rope import rope
@@ -32,9 +33,9 @@ for choice in ("auto", "reference"):
     x = torch.ones(2, 4, requires_grad=True)
     y, _ = rms_norm(swiglu(x, gather_scale(x)), torch.ones(4), 1e-6)
     q, k = rope(y.view(1, 2, 1, 4), y.view(1, 2, 1, 4), torch.ones(2, 2), torch.zeros(2, 2))
-    (q * k).sum().backward()
+    attention(q, k, k).sum().backward()
     print(x.grad.shape == x.shape)
-print(set(registry.choose("auto", "cuda").values()) <= {"reference", "cuda"})
+print(set(registry.choose("auto", "cuda").values()) <= {"reference", "cuda", "flash", "sdpa"})
 try:
     registry.choose("triton", "cuda")
 except ValueError as error:
@@ -73,7 +74,9 @@ def test_every_operator_is_registered() -> None:
 def test_what_runs_on_a_gpu(loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(library, "is_loaded", lambda kind: loaded)
-    compiled = {"gather_scale": "cuda"} if loaded else {}
+    compiled: dict[str, str] = {"attention": attention_flash.backend()}
+    if loaded:
+        compiled["gather_scale"] = "cuda"
     with registry.chosen("auto", "cuda") as running:
         assert running == {**dict.fromkeys(NAMES, "triton"), **compiled}
     with registry.chosen("triton", "cuda:1") as running:

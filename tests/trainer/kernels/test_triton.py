@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # File, and the tests it must at least have passed.
 FILES = [
     ("interpreted_kernels.py", 13),
+    ("test_attention.py", 50),
     ("test_gather_scale.py", 30),
     ("test_model.py", 11),
     ("test_rms_norm.py", 52),

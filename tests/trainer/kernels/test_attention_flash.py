@@ -1,0 +1,194 @@
+"""FlashAttention is called as its versions are, only where they compute what is asked for."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.trainer.kernels.test_attention import formula
+from trainer.kernels import attention_flash, registry
+from trainer.kernels.attention import attention
+
+ROOT = Path(__file__).resolve().parents[3]
+UNLIMITED = {"flash_attn_interface": -1, "flash_attn.cute": None, "flash_attn": -1}
+
+
+class Installed:
+    """Stands for one installed version, with the arguments that we give; keeps its calls."""
+
+    def __init__(self, module: str, returns_logsumexp: bool) -> None:
+        self.module = module
+        self.returns_logsumexp = returns_logsumexp
+        self.calls: list[dict[str, Any]] = []
+
+    def flash_attn_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int | None, int | None],
+        deterministic: bool,
+    ) -> Any:
+        self.calls.append({"window": window_size, "deterministic": deterministic})
+        left, right = window_size
+        assert causal and right == 0
+        window = None if left == UNLIMITED[self.module] else 1 + (left or 0)
+        result = formula(*(x.double() for x in (q, k, v)), None, None, window, softmax_scale)
+        context = result.to(q.dtype)
+        return (context, torch.zeros(())) if self.returns_logsumexp else context
+
+
+@pytest.fixture(params=[*UNLIMITED])
+def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Installed:
+    """One version is installed on a Hopper GPU, whose tensors are on the CPU."""
+    version = Installed(request.param, request.param == "flash_attn.cute")
+    use(version, monkeypatch)
+    monkeypatch.setattr(registry, "which", lambda name, device: "flash")
+    return version
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """What was found installed is found again."""
+    yield
+    attention_flash._choose.cache_clear()
+    attention_flash._function.cache_clear()
+
+
+def use(version: Installed, monkeypatch: pytest.MonkeyPatch, capability: int = 9) -> None:
+    for name in UNLIMITED:
+        monkeypatch.setitem(sys.modules, name, version if name == version.module else None)
+    if "." in version.module:
+        monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+
+
+def draw(dtype: torch.dtype = torch.bfloat16, head_dim: int = 16) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(2, 20, n, head_dim).to(dtype).requires_grad_() for n in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 20, 50])
+def test_computes_attention(installed: Installed, window: int | None) -> None:
+    """Also with a mask, whose gradient is that of the output's scale."""
+    leaves = [*draw(), torch.tensor([0.0, 0.3, 1.0, 2.0], requires_grad=True)]
+    found = attention(*leaves[:3], head_mask=leaves[3], window=window, scale=0.2)
+    assert len(installed.calls) == 1
+    expected = formula(*leaves[:3], leaves[3], None, window, 0.2)
+    torch.testing.assert_close(found, expected.to(found.dtype), atol=0.03, rtol=0.02)
+    outer = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, leaves, outer)
+    wanted = torch.autograd.grad(expected, leaves, outer.to(expected.dtype))
+    assert gradients[3][0] == 0
+    for gradient, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, other, atol=0.3, rtol=0.05)
+
+
+def test_is_deterministic_where_that_is_asked_for(installed: Installed) -> None:
+    attention(*draw())
+    torch.use_deterministic_algorithms(True)
+    try:
+        attention(*draw())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [call["deterministic"] for call in installed.calls] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.float32, 16), (torch.float64, 16), (torch.bfloat16, 12), (torch.bfloat16, 264)],
+    ids=str,
+)
+def test_leaves_the_rest_to_others(installed: Installed, dtype: torch.dtype, head_dim: int) -> None:
+    tensors = draw(dtype, head_dim)
+    found = attention(*tensors)
+    assert not installed.calls
+    torch.testing.assert_close(found, formula(*tensors).to(dtype), atol=0.03, rtol=0.02)
+
+
+def test_documents_are_left_to_others(installed: Installed) -> None:
+    tensors = draw(torch.float64)
+    documents = torch.arange(20).div(6, rounding_mode="floor").expand(2, 20)
+    found = attention(*tensors, documents=documents)
+    assert not installed.calls
+    torch.testing.assert_close(found, formula(*tensors, None, documents))
+
+
+def test_wrong_input_is_refused(installed: Installed) -> None:
+    query, key, _ = draw()
+    with pytest.raises(ValueError, match=r"attention: value must be \[2, 20, 2, 16\]"):
+        attention(query, key, key[:1])
+    assert not installed.calls
+
+
+def test_is_not_traced(installed: Installed) -> None:
+    """A compiled call is one graph, of PyTorch's own attention."""
+    query, key, value = draw(torch.float16)
+    torch._dynamo.reset()
+    found = torch.compile(attention, fullgraph=True, backend="eager")(query, key, value)
+    assert not installed.calls
+    expected = formula(query, key, value).to(found.dtype)
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("module", "capability", "head_dim", "fits"),
+    [
+        ("flash_attn_interface", 8, 64, False),
+        ("flash_attn_interface", 9, 192, True),
+        ("flash_attn_interface", 9, 200, False),
+        ("flash_attn_interface", 10, 64, False),
+        ("flash_attn.cute", 8, 64, False),
+        ("flash_attn.cute", 10, 128, True),
+        ("flash_attn.cute", 10, 192, False),
+        ("flash_attn", 7, 64, False),
+        ("flash_attn", 8, 256, True),
+        ("flash_attn", 12, 64, True),
+    ],
+)
+def test_takes_what_fits_the_gpu(
+    module: str, capability: int, head_dim: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(Installed(module, False), monkeypatch, capability)
+    library = attention_flash.find(draw(torch.bfloat16, head_dim)[0])
+    assert (library is not None and library.module) == (fits and module)
+
+
+def test_is_named_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: set[str] = set()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in names or None)
+    assert attention_flash.backend() == "sdpa"
+    names.add("flash_attn")
+    assert attention_flash.backend() == "flash"
+
+
+@pytest.mark.slow
+def test_version_4_compiles_without_a_gpu() -> None:
+    """Both passes for sm_90, through our call, at shapes that we use."""
+    pytest.importorskip("flash_attn.cute", reason="needs flash-attn-4")
+    environment = {
+        "FLASH_ATTENTION_ARCH": "sm_90",
+        "CUTE_DSL_ARCH": "sm_90a",
+        "FLASH_ATTENTION_NUM_SMS": "132",
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.trainer.kernels.compile_flash"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("compiled") == 4

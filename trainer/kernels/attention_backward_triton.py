@@ -1,0 +1,382 @@
+"""Gradients of masked causal attention in Triton: two kernels, neither of which shares a result.
+
+FlashAttention-2, arXiv 2307.08691, algorithm 2, without its atomics. The query kernel first finds
+delta = rowsum(dO * O / z) and with it the gradient of the mask; the key kernel walks the query
+heads of its group. With P scaled by z all else is the backward pass of plain attention.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.kernels.attention import first_keys
+from trainer.kernels.attention_tiles import (
+    BOUND_BYTES,
+    DOT_FLOPS,
+    LOG2_E,
+    MASK_BYTES,
+    ROWS_BYTES,
+    STATISTIC_BYTES,
+    compiled_constants,
+    constants,
+    key_limits,
+    load_mask,
+    load_rows,
+    position,
+    store_rows,
+    visible,
+)
+from trainer.kernels.compilation import ENABLE_FP_FUSION, TOKENS, Compilation
+
+_QUERY_TILE = {"ROWS": 64, "COLUMNS": 64}
+_QUERY_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": ENABLE_FP_FUSION}
+_KEY_TILE = {"ROWS": 32, "COLUMNS": 128}
+_KEY_OPTIONS = {**_QUERY_OPTIONS, "num_warps": 8}
+
+
+@triton.jit
+def _query_gradient(
+    tile: tl.tuple,
+    sources: tl.tuple,
+    limits: tl.tuple,
+    length: tl.int32,
+    scale: tl.float32,
+    HAS_BOUNDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """Gradient of a tile of queries, but for the mask; 0 without keys."""
+    queries, gradients, logarithm, along = tile
+    key, value, first, key_stride, value_stride = sources
+    row_start, low, diagonal, high = limits
+    row = row_start + tl.arange(0, ROWS)
+    logarithm = logarithm * LOG2_E
+    d_queries = tl.zeros((ROWS, WIDTH), tl.float32)
+    for ON_DIAGONAL in tl.static_range(2):
+        begin = tl.maximum(diagonal, low) if ON_DIAGONAL else low
+        for start in range(begin, high if ON_DIAGONAL else diagonal, COLUMNS):
+            keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+            values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[:, None])
+            if HAS_BOUNDS or ON_DIAGONAL == 1:
+                column = start + tl.arange(0, COLUMNS)
+                seen = visible(row, column, first, length, HAS_BOUNDS, False)
+                weights = tl.where(seen, weights, 0.0)
+            d_weights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
+            d_scores = weights * (d_weights - along[:, None])
+            d_queries = tl.dot(d_scores.to(keys.dtype), keys, d_queries, input_precision="ieee")
+    return d_queries * scale
+
+
+@triton.jit
+def backward_query_kernel(
+    gradient: tl.tensor,
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    head_mask: tl.tensor,
+    first: tl.tensor,
+    output: tl.tensor,
+    logsumexp: tl.tensor,
+    d_query: tl.tensor,
+    delta: tl.tensor,
+    partial: tl.tensor,
+    length: tl.int32,
+    heads: tl.int32,
+    query_batch_stride: tl.int64,
+    query_stride: tl.int32,
+    query_head_stride: tl.int64,
+    key_batch_stride: tl.int64,
+    key_stride: tl.int32,
+    key_head_stride: tl.int64,
+    value_batch_stride: tl.int64,
+    value_stride: tl.int32,
+    value_head_stride: tl.int64,
+    scale: tl.float32,
+    HAS_MASK: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Gradient of ROWS queries, their delta, and their part of the mask's [B * blocks, H]."""
+    block, batch, head = position(length, heads, ROWS)
+    start = (tl.cdiv(length, ROWS) - 1 - block) * ROWS
+    mask = load_mask(head_mask, head, HAS_MASK)
+    query += batch * query_batch_stride + head * query_head_stride
+    key += batch * key_batch_stride + head // GROUP * key_head_stride
+    value += batch * value_batch_stride + head // GROUP * value_head_stride
+    sequence = batch.to(tl.int64) * length
+    place = (sequence * heads + head) * HEAD_DIM
+    stride = heads * HEAD_DIM
+    gradients = load_rows(gradient + place, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+    outputs = load_rows(output + place, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+    along = tl.sum(outputs.to(tl.float32) * gradients.to(tl.float32), 1)
+    along = along / tl.where(mask == 0.0, 1.0, mask)
+    if HAS_MASK:
+        tl.store(partial + (batch * tl.cdiv(length, ROWS) + block) * heads + head, tl.sum(along, 0))
+    row = start + tl.arange(0, ROWS)
+    here = sequence * heads + head.to(tl.int64) * length + row
+    tl.store(delta + here, along, mask=row < length)
+    logarithm = tl.load(logsumexp + here, mask=row < length, other=0.0)
+    queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
+    limits = key_limits(first + sequence, mask, start, length, HAS_BOUNDS, ROWS, COLUMNS)
+    tile = (queries, gradients, logarithm, along)
+    sources = (key, value, first + sequence, key_stride, value_stride)
+    d_queries = _query_gradient(
+        tile, sources, limits, length, scale, HAS_BOUNDS, ROWS, COLUMNS, HEAD_DIM, WIDTH
+    )
+    store_rows(d_query + place, d_queries * mask, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+
+
+@triton.jit
+def _query_limits(
+    last: tl.tensor,
+    start: tl.int32,
+    length: tl.int32,
+    HAS_BOUNDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Where the queries that see the keys from `start` begin, where those that see all of them do
+    unless there are bounds, and where they end."""
+    low = start // ROWS * ROWS
+    high = length
+    if HAS_BOUNDS:
+        high = tl.load(last + tl.minimum(start + COLUMNS, length) - 1) + 1
+    return low, tl.minimum(low + (ROWS if ROWS > COLUMNS else COLUMNS), high), high
+
+
+@triton.jit
+def _key_gradients(
+    before: tl.tuple,
+    tile: tl.tuple,
+    sources: tl.tuple,
+    limits: tl.tuple,
+    length: tl.int32,
+    scale: tl.float32,
+    HAS_BOUNDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Adds what one head gives to the gradients of a tile of keys, but for the scale, and values.
+    Scores are transposed: [keys, queries]."""
+    keys, values, column = tile
+    gradient, query, stride, query_stride = sources[0]
+    first, logsumexp, delta, mask = sources[1]
+    d_keys, d_values = before
+    low, diagonal, high = limits
+    # A head whose mask is 0 has no queries.
+    low = tl.where(mask == 0.0, high, low)
+    for PAST_DIAGONAL in tl.static_range(2):
+        begin = tl.maximum(diagonal, low) if PAST_DIAGONAL else low
+        for start in range(begin, high if PAST_DIAGONAL else diagonal, ROWS):
+            row = start + tl.arange(0, ROWS)
+            queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
+            gradients = load_rows(gradient, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+            logarithm = tl.load(logsumexp + row, mask=row < length, other=0.0) * LOG2_E
+            along = tl.load(delta + row, mask=row < length, other=0.0)
+            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+            weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[None, :]) * mask
+            if HAS_BOUNDS or PAST_DIAGONAL == 0:
+                seen = visible(row, column, first, length, HAS_BOUNDS, True)
+                weights = tl.where(seen, weights, 0.0)
+            rounded = weights.to(gradients.dtype)
+            d_values = tl.dot(rounded, gradients, d_values, input_precision="ieee")
+            d_weights = tl.dot(values, tl.trans(gradients), input_precision="ieee")
+            d_scores = weights * (d_weights - along[None, :])
+            d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
+    return d_keys, d_values
+
+
+@triton.jit
+def backward_key_kernel(
+    gradient: tl.tensor,
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    head_mask: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    logsumexp: tl.tensor,
+    delta: tl.tensor,
+    d_key: tl.tensor,
+    d_value: tl.tensor,
+    length: tl.int32,
+    key_heads: tl.int32,
+    query_batch_stride: tl.int64,
+    query_stride: tl.int32,
+    query_head_stride: tl.int64,
+    key_batch_stride: tl.int64,
+    key_stride: tl.int32,
+    key_head_stride: tl.int64,
+    value_batch_stride: tl.int64,
+    value_stride: tl.int32,
+    value_head_stride: tl.int64,
+    scale: tl.float32,
+    HAS_MASK: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Gradients of COLUMNS keys and values of one key head, over the GROUP heads that read it."""
+    block, batch, key_head = position(length, key_heads, COLUMNS)
+    start = block * COLUMNS
+    sequence = batch.to(tl.int64) * length
+    stride = key_heads * HEAD_DIM
+    key += batch * key_batch_stride + key_head * key_head_stride
+    value += batch * value_batch_stride + key_head * value_head_stride
+    keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+    values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+    tile = (keys, values, start + tl.arange(0, COLUMNS))
+    limits = _query_limits(last + sequence, start, length, HAS_BOUNDS, ROWS, COLUMNS)
+    d_keys = tl.zeros((COLUMNS, WIDTH), tl.float32)
+    d_values = tl.zeros((COLUMNS, WIDTH), tl.float32)
+    for head in range(key_head * GROUP, key_head * GROUP + GROUP):
+        mask = load_mask(head_mask, head, HAS_MASK)
+        there = gradient + sequence * stride * GROUP + head * HEAD_DIM
+        queries = query + batch * query_batch_stride + query_head_stride * head
+        here = (batch * key_heads * GROUP + head).to(tl.int64) * length
+        statistics = (first + sequence, logsumexp + here, delta + here, mask)
+        rows = (there, queries, stride * GROUP, query_stride)
+        before, sources = (d_keys, d_values), (rows, statistics)
+        d_keys, d_values = _key_gradients(
+            before, tile, sources, limits, length, scale, HAS_BOUNDS, ROWS, HEAD_DIM, WIDTH
+        )
+    place = sequence * stride + key_head * HEAD_DIM
+    store_rows(d_key + place, d_keys * scale, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
+    store_rows(d_value + place, d_values, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
+
+
+def backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_mask: Tensor | None,
+    documents: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and the mask (empty [0] without one)."""
+    batch, length, heads, _ = query.shape
+    key_heads = key.shape[2]
+    first = first_keys(query, documents, window)
+    mask = query if head_mask is None else head_mask.contiguous()
+    strides = [n for x in (query, key, value) for n in x.stride()[:3]]
+    inputs = (gradient.contiguous(), query, key, value, mask)
+    d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
+    output, logsumexp = output.contiguous(), logsumexp.contiguous()
+    delta = torch.empty_like(logsumexp)
+    options = constants(_QUERY_TILE, query, key, head_mask, first is not None)
+    blocks = triton.cdiv(length, options["ROWS"])
+    partial = delta.new_empty((0 if head_mask is None else batch * blocks, heads))
+    with torch.cuda.device_of(query):
+        backward_query_kernel[(blocks * batch * heads,)](
+            *inputs,
+            query if first is None else first,
+            output,
+            logsumexp,
+            d_query,
+            delta,
+            delta if head_mask is None else partial,
+            length,
+            heads,
+            *strides,
+            scale,
+            **options,
+            **_QUERY_OPTIONS,
+        )
+        options = constants(_KEY_TILE, query, key, head_mask, first is not None)
+        backward_key_kernel[(triton.cdiv(length, options["COLUMNS"]) * batch * key_heads,)](
+            *inputs,
+            query if first is None else first,
+            query if first is None else _last_queries(first),
+            logsumexp,
+            delta,
+            d_key,
+            d_value,
+            length,
+            key_heads,
+            *strides,
+            scale,
+            **options,
+            **_KEY_OPTIONS,
+        )
+    return d_query, d_key, d_value, partial.sum(0)[: 0 if head_mask is None else heads]
+
+
+def _last_queries(first: Tensor) -> Tensor:
+    """[B, S] int32, the last query that sees each key, from the first key of each query."""
+    position = torch.arange(first.shape[1], dtype=torch.int32, device=first.device)
+    keys = position.expand_as(first).contiguous()
+    return torch.searchsorted(first, keys, right=True, out_int32=True) - 1
+
+
+_INPUTS = ("query", "key", "value")
+_INTEGERS = ("length", *(f"{name}_stride" for name in _INPUTS))
+_WIDE_INTEGERS = tuple(f"{name}_{kind}_stride" for name in _INPUTS for kind in ("batch", "head"))
+_SIGNATURE = {
+    **dict.fromkeys(("gradient", *_INPUTS), "*bf16"),
+    **dict.fromkeys(("head_mask", "logsumexp", "delta"), "*fp32"),
+    "first": "*i32",
+    **dict.fromkeys(_INTEGERS, "i32"),
+    **dict.fromkeys(_WIDE_INTEGERS, "i64"),
+    "scale": "fp32",
+}
+_QUERY_BYTES = 6 * ROWS_BYTES + 2 * STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
+_KEY_BYTES = 6 * ROWS_BYTES + 2 * STATISTIC_BYTES + 2 * BOUND_BYTES + MASK_BYTES
+_SHAPE = "gradient, query, key and value [2, 4096, 32, 128] bf16, mask fp32"
+
+COMPILATIONS = (
+    Compilation(
+        name="attention.backward_query",
+        module=__name__,
+        function="backward_query_kernel",
+        signature={
+            **_SIGNATURE,
+            **dict.fromkeys(("output", "d_query"), "*bf16"),
+            "partial": "*fp32",
+            "heads": "i32",
+        },
+        aligned=(*_INTEGERS, *_WIDE_INTEGERS, "heads"),
+        constants=compiled_constants(_QUERY_TILE),
+        num_warps=_QUERY_OPTIONS["num_warps"],
+        num_stages=_QUERY_OPTIONS["num_stages"],
+        bytes_moved=_QUERY_BYTES + 2 * MASK_BYTES * (TOKENS // _QUERY_TILE["ROWS"]),
+        minimum_bytes=_QUERY_BYTES + MASK_BYTES,
+        flops=3 * DOT_FLOPS,
+        shape=_SHAPE,
+    ),
+    Compilation(
+        name="attention.backward_key",
+        module=__name__,
+        function="backward_key_kernel",
+        signature={
+            **_SIGNATURE,
+            **dict.fromkeys(("d_key", "d_value"), "*bf16"),
+            "last": "*i32",
+            "key_heads": "i32",
+        },
+        aligned=(*_INTEGERS, *_WIDE_INTEGERS, "key_heads"),
+        constants=compiled_constants(_KEY_TILE),
+        num_warps=_KEY_OPTIONS["num_warps"],
+        num_stages=_KEY_OPTIONS["num_stages"],
+        bytes_moved=_KEY_BYTES,
+        minimum_bytes=_KEY_BYTES,
+        flops=4 * DOT_FLOPS,
+        shape=_SHAPE,
+    ),
+)

@@ -1,0 +1,91 @@
+"""FlashAttention, whichever version is installed, behind the arguments of our attention.
+
+arXiv 2205.14135, 2307.08691 and 2407.08608. None of them has a mask per head or takes documents
+without reading their number back from the GPU; neither has a place here.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Library(NamedTuple):
+    """One version: its module, what it computes forward and backward, its word for no window."""
+
+    module: str
+    largest: tuple[tuple[int, int], ...]
+    """Major compute capability of a GPU and the largest head width there."""
+    unlimited: int | None
+
+
+LIBRARIES = (
+    # Its deterministic backward pass ends there.
+    Library("flash_attn_interface", ((9, 192),), -1),
+    Library("flash_attn.cute", ((9, 256), (10, 128)), None),
+    Library("flash_attn", ((8, 256), (9, 256), (10, 256), (12, 256)), -1),
+)
+"""FlashAttention-3, 4 and 2, in the order in which they are taken."""
+
+
+def backend() -> Literal["flash", "sdpa"]:
+    """What computes attention on a GPU: "flash" with any of the packages, else PyTorch's own."""
+    names = {library.module.split(".")[0] for library in LIBRARIES}
+    return "flash" if any(importlib.util.find_spec(name) for name in names) else "sdpa"
+
+
+def find(query: Tensor) -> Library | None:
+    """The version that computes these queries; None: none does, or torch.compile traces the call,
+    which it cannot do through all of them."""
+    if torch.compiler.is_compiling() or query.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if query.shape[-1] % 8 or not query.numel():
+        return None
+    return _choose(torch.cuda.get_device_capability(query.device)[0], query.shape[-1])
+
+
+@functools.cache
+def _choose(capability: int, head_dim: int) -> Library | None:
+    for library in LIBRARIES:
+        if head_dim <= dict(library.largest).get(capability, 0) and _function(library):
+            return library
+    return None
+
+
+@functools.cache
+def _function(library: Library) -> Callable[..., Any] | None:
+    """Its flash_attn_func; None where it is not installed, or built for another PyTorch."""
+    try:
+        module = importlib.import_module(library.module)
+    except (ImportError, OSError):
+        return None
+    function: Callable[..., Any] | None = getattr(module, "flash_attn_func", None)
+    return function
+
+
+def attend(
+    library: Library, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """Causal attention without a mask: [B, S, H, D] from query [B, S, H, D] and keys [B, S, G, D].
+
+    The backward pass is deterministic where PyTorch is asked for that, as in its own attention.
+    """
+    function = _function(library)
+    assert function is not None, library
+    limited = window is not None and window < query.shape[1]
+    result = function(
+        query,
+        key,
+        value,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(window - 1 if limited and window else library.unlimited, 0),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    # Some versions return the logsumexp as well.
+    context: Tensor = result[0] if isinstance(result, tuple) else result
+    return context

@@ -1,0 +1,146 @@
+"""What the Triton kernels of attention share: tiles, which keys are visible, sizes.
+
+Tiles are chosen so that a program needs at most 99 KiB of shared memory, which every GPU since the
+first of Ampere has, and that no loop on sm_90 keeps in memory what its registers cannot hold.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.kernels.compilation import HEAD_DIM, HEADS, TOKENS
+
+BATCH = 2
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+ROWS_BYTES = 2 * TOKENS * HEADS * HEAD_DIM
+STATISTIC_BYTES = 4 * TOKENS * HEADS
+BOUND_BYTES = 4 * TOKENS
+MASK_BYTES = 4 * HEADS
+DOT_FLOPS = TOKENS * (TOKENS // BATCH + 1) * HEADS * HEAD_DIM
+"""At a 7B model's shapes: queries, keys or values in bf16; a number in fp32 for each row and head,
+or for each row; a mask; and one product over the pairs of a query and a key that it sees."""
+
+
+def constants(
+    tile: dict[str, int], query: Tensor, key: Tensor, head_mask: Tensor | None, bounded: bool
+) -> dict[str, int | float | bool]:
+    """The compile-time arguments of a kernel; its tile is for rows of 256 bytes, and halves where
+    they are twice as long."""
+    head_dim = query.shape[3]
+    width = max(16, triton.next_power_of_2(head_dim))
+    longer = max(1, width * query.element_size() // 256)
+    return {
+        "HAS_MASK": head_mask is not None,
+        "HAS_BOUNDS": bounded,
+        "GROUP": query.shape[2] // key.shape[2],
+        "HEAD_DIM": head_dim,
+        "WIDTH": width,
+        **{name: max(16, size // longer) for name, size in tile.items()},
+    }
+
+
+def compiled_constants(tile: dict[str, int]) -> dict[str, int | float | bool]:
+    """The compile-time arguments at a 7B model's shapes, with everything optional."""
+    query = torch.empty(1, 1, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
+    return constants(tile, query, query, query, True)
+
+
+@triton.jit
+def load_rows(
+    source: tl.tensor,
+    start: tl.int32,
+    stride: tl.int32,
+    length: tl.int32,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """[ROWS, WIDTH] from row `start`, with zeros outside [length, HEAD_DIM]."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = (start + row < length)[:, None]
+    if HEAD_DIM < WIDTH:
+        inside = inside & (column < HEAD_DIM)[None, :]
+    source += stride.to(tl.int64) * start
+    return tl.load(source + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    target: tl.tensor,
+    values: tl.tensor,
+    start: tl.int32,
+    stride: tl.int32,
+    length: tl.int32,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = (start + row < length)[:, None]
+    if HEAD_DIM < WIDTH:
+        inside = inside & (column < HEAD_DIM)[None, :]
+    target += stride.to(tl.int64) * start
+    places = row[:, None] * stride + column[None, :]
+    tl.store(target + places, values.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def position(
+    length: tl.int32, heads: tl.int32, ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Block of ROWS rows, sequence and head of this program; neighbours share a head, and so find
+    its rows in the L2 cache."""
+    blocks = tl.cdiv(length, ROWS)
+    pair = tl.program_id(0) // blocks
+    return tl.program_id(0) % blocks, pair // heads, pair % heads
+
+
+@triton.jit
+def load_mask(head_mask: tl.tensor, head: tl.int32, HAS_MASK: tl.constexpr) -> tl.tensor:
+    mask = tl.full((), 1.0, tl.float32)
+    if HAS_MASK:
+        mask = tl.load(head_mask + head)
+    return mask
+
+
+@triton.jit
+def key_limits(
+    first: tl.tensor,
+    mask: tl.float32,
+    start: tl.int32,
+    length: tl.int32,
+    HAS_BOUNDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The rows' start; where their keys begin, where the diagonal begins, and where both end.
+
+    A head whose mask is 0 has no keys.
+    """
+    low = start * 0
+    if HAS_BOUNDS:
+        low = tl.load(first + start) // COLUMNS * COLUMNS
+    high = tl.minimum(start + ROWS, length)
+    return start, tl.where(mask == 0.0, high, low), start // COLUMNS * COLUMNS, high
+
+
+@triton.jit
+def visible(
+    row: tl.tensor,
+    column: tl.tensor,
+    first: tl.tensor,
+    length: tl.int32,
+    HAS_BOUNDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+) -> tl.tensor:
+    """[rows, columns], whether queries see keys; the other way round where TRANSPOSED."""
+    below, across = row[:, None], column[None, :]
+    if TRANSPOSED:
+        below, across = row[None, :], column[:, None]
+    seen = across <= below
+    if HAS_BOUNDS:
+        first_key = tl.load(first + row, mask=row < length, other=0)
+        seen = seen & (across >= (first_key[None, :] if TRANSPOSED else first_key[:, None]))
+    return seen
