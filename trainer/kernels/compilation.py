@@ -12,13 +12,15 @@ WIDTH = 4096
 HEADS = 32
 HEAD_DIM = 128
 CHANNELS = 11008
-"""One micro-batch of 2 x 4096 tokens in a layer of LLaMA 2 7B (arXiv 2307.09288)."""
+VOCABULARY = 32000
+"""One micro-batch of 2 x 4096 tokens in LLaMA 2 7B (arXiv 2307.09288)."""
 
 ENABLE_FP_FUSION = True
 """Option of every launch: multiplications and additions become fused multiply-adds. Triton's
 default differs between versions."""
 
 MODULES = (
+    "trainer.kernels.cross_entropy_triton",
     "trainer.kernels.gather_scale_triton",
     "trainer.kernels.rms_norm_triton",
     "trainer.kernels.rope_triton",
