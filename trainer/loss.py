@@ -53,9 +53,7 @@ def linear_cross_entropy(
         InputError: a weighted target lies outside [0, V). Checked on the CPU only; a GPU would
             have to wait for the answer.
     """
-    loss, token_loss, _ = _linear_loss(
-        hidden, weight, targets, token_weights, None, chunk_tokens
-    )
+    loss, token_loss, _ = _linear_loss(hidden, weight, targets, token_weights, None, chunk_tokens)
     return loss, token_loss
 
 

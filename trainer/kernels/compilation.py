@@ -49,7 +49,8 @@ class Compilation:
     num_stages: int
     bytes_moved: int
     """Bytes that are read and written in device memory, partial sums both ways; what every program
-    reads again (masks, gains, tables) counts once."""
+    reads again (masks, gains, tables) counts once, and so does what a program reads twice while
+    the L2 cache holds it (its shape says so)."""
     minimum_bytes: int
     """Bytes of the operator's inputs and outputs, each counted once: without partial sums."""
     shape: str

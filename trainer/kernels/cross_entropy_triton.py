@@ -51,6 +51,18 @@ def row_kernel(
 
 
 @triton.jit
+def extend(
+    total: tl.tensor, top: tl.tensor, values: tl.tensor, cooling: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """A sum of exponentials of cooled distances from the greatest value `top`, and that value, with
+    `values` added; these exponentials, and the factor that made the old ones smaller."""
+    higher = tl.maximum(top, tl.max(values, 0))
+    raised = tl.exp((values - higher) * cooling)
+    faded = tl.exp((top - higher) * cooling)
+    return total * faded + tl.sum(raised, 0), higher, raised, faded
+
+
+@triton.jit
 def walk_kernel(
     logits: tl.tensor,
     targets: tl.tensor,
@@ -66,7 +78,7 @@ def walk_kernel(
     HAS_TEACHER: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """One token, COLUMNS of its logits and of the teacher's at a time."""
+    """One token in steps of COLUMNS: sums and greatest logits first, then the gradient."""
     token = tl.program_id(0)
     row = logits + token.to(tl.int64) * stride
     teacher_row = taught + token.to(tl.int64) * taught_stride
@@ -75,32 +87,24 @@ def walk_kernel(
     chosen = tl.load(row + target).to(tl.float32)
     cooling = 1.0 / temperature
     lowest = -float("inf")
-    # Greatest logits so far, and sums of exponentials below them: the student's, the student's
-    # divided by the temperature, the teacher's; and the teacher's mean of the logits' distance.
     top, teacher_top = lowest, lowest
     total, cool_total, teacher_total, distance = 0.0, 0.0, 0.0, 0.0
     for start in range(0, classes, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = column < classes
         values = tl.load(row + column, mask=inside, other=lowest).to(tl.float32)
-        higher = tl.maximum(top, tl.max(values, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(values - higher), 0)
         if HAS_TEACHER:
-            cooled = tl.exp((values - higher) * cooling)
-            cool_total = cool_total * tl.exp((top - higher) * cooling) + tl.sum(cooled, 0)
+            cool_total, _, _, _ = extend(cool_total, top, values, cooling)
             taught_values = tl.load(teacher_row + column, mask=inside, other=lowest).to(tl.float32)
-            teacher_higher = tl.maximum(teacher_top, tl.max(taught_values, 0))
-            raised = tl.exp((taught_values - teacher_higher) * cooling)
-            faded = tl.exp((teacher_top - teacher_higher) * cooling)
+            teacher_total, teacher_top, raised, faded = extend(
+                teacher_total, teacher_top, taught_values, cooling
+            )
             apart = tl.where(inside, raised * (taught_values - values), 0.0)
-            teacher_total = teacher_total * faded + tl.sum(raised, 0)
             distance = distance * faded + tl.sum(apart, 0)
-            teacher_top = teacher_higher
-        top = higher
+        total, top, _, _ = extend(total, top, values, 1.0)
     loss = tl.log(total) + (top - chosen)
     tl.store(losses + token, tl.where(weight == 0, 0.0, loss))
     scale = weight * (1.0 - share)
-    factor = scale / total
     if HAS_TEACHER:
         cool_factor, teacher_factor = 1.0 / cool_total, 1.0 / teacher_total
         shift = (distance * teacher_factor + (top - teacher_top)) * cooling
@@ -111,7 +115,7 @@ def walk_kernel(
         column = start + tl.arange(0, COLUMNS)
         inside = column < classes
         values = tl.load(row + column, mask=inside, other=lowest).to(tl.float32)
-        gradient = tl.exp(values - top) * factor - tl.where(column == target, scale, 0.0)
+        gradient = tl.exp(values - top) * (scale / total) - tl.where(column == target, scale, 0.0)
         if HAS_TEACHER:
             taught_values = tl.load(teacher_row + column, mask=inside, other=lowest).to(tl.float32)
             student = tl.exp((values - top) * cooling) * cool_factor
@@ -182,5 +186,51 @@ def _walk_tile(classes: int) -> dict[str, int]:
 
 
 _CHUNK, _TAUGHT_CHUNK = (default_chunk(count * VOCABULARY, WIDTH) for count in (1, 2))
-_PASS, _TAUGHT_PASS = (2 * tokens * VOCABULARY for tokens in (_CHUNK, _TAUGHT_CHUNK))
-_TOKEN = 8 + 4
+# Logits read and their gradient written, 2 bytes each, with a target, a weight and a loss.
+_BYTES = _CHUNK * (2 * 2 * VOCABULARY + 8 + 4 + 4)
+# A teacher's logits and a divergence besides.
+_TAUGHT_BYTES = _TAUGHT_CHUNK * (3 * 2 * VOCABULARY + 8 + 4 + 4 + 4)
+_SIGNATURE = {
+    "logits": "*bf16",
+    "targets": "*i64",
+    **dict.fromkeys(("token_weights", "losses"), "*fp32"),
+    **dict.fromkeys(("classes", "stride"), "i32"),
+    "share": "fp32",
+}
+
+COMPILATIONS = (
+    Compilation(
+        name="cross_entropy.forward",
+        module=__name__,
+        function="row_kernel",
+        signature=_SIGNATURE,
+        aligned=("classes", "stride"),
+        constants={"COLUMNS": _row_tile(VOCABULARY)["COLUMNS"]},
+        num_warps=_row_tile(VOCABULARY)["num_warps"],
+        num_stages=_OPTIONS["num_stages"],
+        bytes_moved=_BYTES,
+        minimum_bytes=_BYTES,
+        shape=f"logits [{_CHUNK}, {VOCABULARY}] bf16",
+    ),
+    Compilation(
+        name="distillation.forward",
+        module=__name__,
+        function="walk_kernel",
+        signature={
+            **_SIGNATURE,
+            "taught": "*bf16",
+            "divergences": "*fp32",
+            "taught_stride": "i32",
+            "temperature": "fp32",
+        },
+        aligned=("classes", "stride", "taught_stride"),
+        constants={"HAS_TEACHER": True, "COLUMNS": _walk_tile(VOCABULARY)["COLUMNS"]},
+        num_warps=_walk_tile(VOCABULARY)["num_warps"],
+        num_stages=_OPTIONS["num_stages"],
+        # The second walk, of 2/3 as much again, counts as served by the L2 cache.
+        bytes_moved=_TAUGHT_BYTES,
+        minimum_bytes=_TAUGHT_BYTES,
+        shape=f"student's and teacher's logits [{_TAUGHT_CHUNK}, {VOCABULARY}] bf16, of which the "
+        "second reading counts as the L2 cache's",
+    ),
+)

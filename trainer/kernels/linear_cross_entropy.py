@@ -171,13 +171,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
 
 @once_differentiable
 def _differentiate(ctx: Any, d_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    needs_hidden, needs_weight = ctx.needs
     d_hidden, d_weight = ctx.saved_tensors
-    # Scaled in place: at a large vocabulary d_weight is the largest tensor of the step.
-    found = (
-        d_hidden.mul_(d_loss) if ctx.needs[0] else None,
-        d_weight.mul_(d_loss).to(ctx.weight_dtype) if ctx.needs[1] else None,
+    return (
+        _scale(d_hidden, d_loss) if needs_hidden else None,
+        _scale(d_weight, d_loss).to(ctx.weight_dtype) if needs_weight else None,
+        *[None] * 10,
     )
-    return *found, *[None] * 10
+
+
+def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
+    # In place: at a large vocabulary this is the largest tensor of the step. What torch.compile
+    # traces must not change results of the forward pass, and is given memory by it.
+    return gradient.mul_(factor) if type(gradient) is Tensor else gradient * factor
 
 
 def _register() -> torch.library.Library:

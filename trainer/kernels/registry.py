@@ -60,7 +60,7 @@ def define(
 
 def operators() -> tuple[Operator, ...]:
     """All operators, by name. Imports the modules that define them."""
-    for name in ("gather_scale", "rms_norm", "rope", "swiglu"):
+    for name in ("cross_entropy", "gather_scale", "rms_norm", "rope", "swiglu"):
         importlib.import_module(f"trainer.kernels.{name}")
     return tuple(_operators[name] for name in sorted(_operators))
 

@@ -16,6 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Tiles so small that small tensors need several programs, and programs several steps.
 TILES = {
+    "cross_entropy": {"_ROW": 64, "_WALK": 32},
     "gather_scale": {
         "_FORWARD_COLUMNS": 128,
         "_BACKWARD_ROWS": 8,
