@@ -43,7 +43,7 @@ def linear_cross_entropy(
         weight: [V, d] weight of the head, same dtype.
         targets: [T] class ids; any value where the token's weight is 0.
         token_weights: [T] fp32 (or fp64) weight of each token, not differentiated.
-        chunk_tokens: tokens per chunk; by default as many as give LOGITS_BYTES of fp32 logits.
+        chunk_tokens: tokens per chunk; None: trainer.kernels.linear_cross_entropy.default_chunk.
 
     Returns:
         The scalar loss sum(token_weights * token_loss) and the detached token_loss [T] in nats,
