@@ -36,7 +36,8 @@ eager: of each aten kernel its distinct inputs and its outputs, on fake tensors,
 torch.compile: Inductor's own count over the kernels that its CPU scheduler fuses. A lower bound \
 for a GPU, where sums over rows and sums over columns do not fuse; but what is accessed by index \
 counts whole, however little of it is.
-ours: what the Triton kernels of the pass move, as declared; reductions of partial sums are in it.
+ours: what the Triton kernels of the pass move, as declared; reductions of partial sums are in it. \
+cross_entropy and distillation leave the gradient in their forward pass and have no other.
 """
 
 

@@ -18,10 +18,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.kernels.compilation import CHANNELS, HEAD_DIM, HEADS, TOKENS, WIDTH
+from trainer.kernels.compilation import CHANNELS, HEAD_DIM, HEADS, TOKENS, VOCABULARY, WIDTH
+from trainer.kernels.linear_cross_entropy import default_chunk
 
 BATCH = 2
-VOCABULARY = 32000
 PASSES = ("forward", "backward")
 
 _aten = torch.ops.aten
@@ -238,6 +238,17 @@ def gather_scale(weight: Tensor, rows: Tensor, row_scale: Tensor, column_scale: 
     return (weight.index_select(0, rows) * scale * column_scale).to(weight.dtype)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def distillation(logits: Tensor, targets: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropies, and divergences from the teacher whose logits are given."""
+    student, teacher = logits.float().log_softmax(1), taught.float().log_softmax(1)
+    divergences = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    return functional.nll_loss(student, targets, reduction="none"), divergences
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
 
@@ -248,6 +259,11 @@ def _heads() -> Tensor:
 
 def _ids(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.int64)
+
+
+def _chunk(models: int) -> int:
+    """Tokens of which the loss holds logits at a time."""
+    return default_chunk(models * VOCABULARY, WIDTH)
 
 
 def _table() -> Tensor:
@@ -286,6 +302,22 @@ OPERATORS = (
         f"[{WIDTH}, {CHANNELS}], all rows by index, with scales",
         lambda: (_bf16(WIDTH, CHANNELS), _ids(WIDTH), _mask(WIDTH), _mask(CHANNELS)),
         gather_scale,
+    ),
+    Operator(
+        "cross_entropy",
+        f"[{_chunk(1)}, {VOCABULARY}], one chunk",
+        lambda: (_bf16(_chunk(1), VOCABULARY), _ids(_chunk(1))),
+        cross_entropy,
+    ),
+    Operator(
+        "distillation",
+        f"[{_chunk(2)}, {VOCABULARY}] and the teacher's, one chunk",
+        lambda: (
+            _bf16(_chunk(2), VOCABULARY),
+            _ids(_chunk(2)),
+            _bf16(_chunk(2), VOCABULARY).detach(),
+        ),
+        distillation,
     ),
     Operator(
         "linear_cross_entropy",

@@ -11,7 +11,7 @@ from launch import bench_kernels, kernel_cpu, kernel_memory, kernel_static, kern
 from launch.bench_kernels import BenchConfig
 from launch.kernel_cpu import LOSSES, Weight, index_and_multiply, loss_inputs
 from trainer.kernels import static, static_cuda
-from trainer.kernels.compilation import CHANNELS, TOKENS
+from trainer.kernels.compilation import CHANNELS, TOKENS, compilations
 from trainer.kernels.gather_scale import gather_scale
 
 TINY: dict[str, Any] = {
@@ -37,6 +37,20 @@ def test_eager_bytes_are_those_of_each_aten_kernel() -> None:
     for line in (forward, backward):
         # Inductor may say nothing; what it says is no more than eager's and no less than the least.
         assert line.compiled_bytes is None or 3 * PASS <= line.compiled_bytes <= line.eager_bytes
+
+
+@pytest.mark.parametrize(("name", "least"), [("cross_entropy", 2), ("distillation", 3)])
+def test_a_loss_moves_more_than_its_kernel(name: str, least: int) -> None:
+    """The kernel reads the logits (and the teacher's) and leaves the gradient in their place."""
+    lines = kernel_traffic.count(operator(name))
+    (kernel,) = [entry for entry in compilations() if entry.name == f"{name}.forward"]
+    one_pass = kernel.bytes_moved / least
+    logits = operator(name).inputs()[0]
+    assert one_pass == pytest.approx(2 * logits.numel(), rel=1e-3)
+    assert [line.direction for line in lines] == ["forward", "backward"]
+    for line in lines:
+        assert line.eager_bytes > 4 * one_pass
+    assert sum(line.eager_bytes for line in lines) > 4 * kernel.bytes_moved
 
 
 def test_views_and_allocations_move_nothing() -> None:
@@ -154,7 +168,16 @@ def test_peak_memory_is_that_of_the_logits() -> None:
     logits = 4 * sizes["vocabulary"] * sizes["tokens"]
     full = kernel_memory.peak_bytes("full", **sizes)
     assert 1.9 * logits < full < 4 * logits
-    assert kernel_memory.peak_bytes("fused", **sizes) < 0.5 * full
+    assert kernel_memory.peak_bytes("fused", **sizes) < 0.05 * full
+
+
+@pytest.mark.slow
+def test_the_loss_meets_its_memory_goal() -> None:
+    """Its peak is the gradient of the head and one chunk."""
+    sizes = {"vocabulary": 32000, "tokens": 2048, "hidden": 512, "threads": 1}
+    assert kernel_memory.peak_bytes("fused", **sizes) < 0.15 * kernel_memory.peak_bytes(
+        "full", **sizes
+    )
 
 
 def test_a_measurement_that_does_not_fit_is_refused(tmp_path: Path) -> None:

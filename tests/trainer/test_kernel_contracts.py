@@ -29,6 +29,8 @@ MEMORY_BOUND_REGISTERS = 128
 """Two blocks of 256 threads on a multiprocessor."""
 PINNED = {
     "3.9": {
+        "cross_entropy.forward": 64,
+        "distillation.forward": 96,
         "gather_scale.forward": 48,
         "gather_scale.backward": 96,
         "rms_norm.forward": 64,

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.errors import InputError
-from trainer.loss import LOGITS_BYTES, Teaching, linear_cross_entropy, linear_distillation
+from trainer.kernels.linear_cross_entropy import LOGITS_BYTES
+from trainer.loss import Teaching, linear_cross_entropy, linear_distillation
 
 
 def _inputs(

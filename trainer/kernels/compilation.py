@@ -12,7 +12,8 @@ WIDTH = 4096
 HEADS = 32
 HEAD_DIM = 128
 CHANNELS = 11008
-"""One micro-batch of 2 x 4096 tokens in a layer of LLaMA 2 7B (arXiv 2307.09288)."""
+VOCABULARY = 32000
+"""One micro-batch of 2 x 4096 tokens in LLaMA 2 7B (arXiv 2307.09288)."""
 
 ENABLE_FP_FUSION = True
 """Option of every launch: multiplications and additions become fused multiply-adds. Triton's
@@ -21,6 +22,7 @@ default differs between versions."""
 MODULES = (
     "trainer.kernels.attention_triton",
     "trainer.kernels.attention_backward_triton",
+    "trainer.kernels.cross_entropy_triton",
     "trainer.kernels.gather_scale_triton",
     "trainer.kernels.rms_norm_triton",
     "trainer.kernels.rope_triton",
@@ -49,8 +51,8 @@ class Compilation:
     num_stages: int
     bytes_moved: int
     """Bytes that are read and written in device memory, partial sums both ways; what every program
-    reads again (masks, gains, tables) and the rows of attention that other programs read through
-    the L2 cache count once."""
+    reads again (masks, gains, tables) counts once, and so does what is read again while the L2
+    cache holds it: by other programs in attention, else where the shape says so."""
     minimum_bytes: int
     """Bytes of the operator's inputs and outputs, each counted once: without partial sums."""
     shape: str

@@ -66,7 +66,7 @@ def define(
 
 def operators() -> tuple[Operator, ...]:
     """All operators, by name. Imports the modules that define them."""
-    for name in ("attention", "gather_scale", "rms_norm", "rope", "swiglu"):
+    for name in ("attention", "cross_entropy", "gather_scale", "rms_norm", "rope", "swiglu"):
         importlib.import_module(f"trainer.kernels.{name}")
     return tuple(_operators[name] for name in sorted(_operators))
 

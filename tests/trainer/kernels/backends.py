@@ -22,6 +22,7 @@ TILES: dict[str, dict[str, object]] = {
         "_QUERY_TILE": {"ROWS": 16, "COLUMNS": 32},
         "_KEY_TILE": {"ROWS": 16, "COLUMNS": 32},
     },
+    "cross_entropy": {"_ROW": 64, "_WALK": 32},
     "gather_scale": {
         "_FORWARD_COLUMNS": 128,
         "_BACKWARD_ROWS": 8,

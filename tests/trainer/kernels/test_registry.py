@@ -16,7 +16,7 @@ from trainer.kernels import attention_flash, library, registry
 from trainer.kernels.swiglu import swiglu
 
 ROOT = Path(__file__).resolve().parents[3]
-NAMES = {"attention", "gather_scale", "rms_norm", "rope", "swiglu"}
+NAMES = {"attention", "cross_entropy", "gather_scale", "rms_norm", "rope", "swiglu"}
 
 WITHOUT_TRITON = """
 import sys
@@ -24,6 +24,7 @@ sys.modules["triton"] = None
 import torch
 from trainer.kernels import library, registry
 from trainer.kernels.attention import attention
+from trainer.kernels.cross_entropy import cross_entropy_
 from trainer.kernels.gather_scale import gather_scale
 from trainer.kernels.rms_norm import rms_norm
 from trainer.kernels.rope import rope
@@ -34,6 +35,7 @@ for choice in ("auto", "reference"):
     y, _ = rms_norm(swiglu(x, gather_scale(x)), torch.ones(4), 1e-6)
     q, k = rope(y.view(1, 2, 1, 4), y.view(1, 2, 1, 4), torch.ones(2, 2), torch.zeros(2, 2))
     attention(q, k, k).sum().backward()
+    cross_entropy_(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), torch.ones(2))
     print(x.grad.shape == x.shape)
 print(set(registry.choose("auto", "cuda").values()) <= {"reference", "cuda", "flash", "sdpa"})
 try:

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[3]
 FILES = [
     ("interpreted_kernels.py", 13),
     ("test_attention.py", 50),
+    ("test_cross_entropy.py", 99),
     ("test_gather_scale.py", 30),
+    ("test_linear_cross_entropy.py", 55),
     ("test_model.py", 11),
     ("test_rms_norm.py", 52),
     ("test_rope.py", 41),

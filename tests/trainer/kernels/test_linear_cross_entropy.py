@@ -1,0 +1,155 @@
+"""The loss of a linear head as one operator, whatever computes what is between its products.
+
+Its values in every dtype and chunk are the subject of tests/trainer/test_loss.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tests.trainer.kernels.comparison import compiles
+from trainer.kernels import registry
+from trainer.kernels.linear_cross_entropy import LOGITS_BYTES, default_chunk
+from trainer.loss import Teaching, linear_cross_entropy, linear_distillation
+
+TOKENS, WIDTH, CLASSES = 11, 8, 70
+
+
+def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Teaching]:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(TOKENS, WIDTH), torch.randn(CLASSES, WIDTH)
+    states, head = torch.randn(TOKENS, 6).to(dtype), torch.randn(CLASSES, 6).to(dtype)
+    token_weights = torch.rand(TOKENS) * (torch.arange(TOKENS) % 3 > 0)
+    targets = torch.randint(CLASSES, (TOKENS,)).masked_fill(token_weights == 0, -100)
+    teaching = Teaching(states, head, share=0.4, temperature=1.5)
+    return hidden.to(dtype), weight.to(dtype), targets, token_weights, teaching
+
+
+def losses_of(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """The loss as a function of hidden states and weight: plain, and with each kind of teacher."""
+    _, _, targets, token_weights, teaching = draw(dtype)
+    rest = targets, token_weights
+    few = teaching._replace(top_k=5)
+    return {
+        "plain": lambda hidden, weight: linear_cross_entropy(hidden, weight, *rest, 4)[0],
+        "taught": lambda hidden, weight: linear_distillation(hidden, weight, *rest, teaching, 4)[0],
+        "top-k": lambda hidden, weight: linear_distillation(hidden, weight, *rest, few, 4)[0],
+    }
+
+
+KINDS = ("plain", "taught", "top-k")
+
+
+def gradients(loss: Callable[[Tensor, Tensor], Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    result = loss(*leaves)
+    return result.detach(), *torch.autograd.grad(result, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_fp64(backend: str, kind: str, dtype: torch.dtype) -> None:
+    """Also through the Triton kernels; fp64 goes through the reference, which is tested."""
+    inputs = draw(dtype)[:2]
+    expected = gradients(losses_of(torch.float64)[kind], *draw(torch.float64)[:2])
+    for found, exact in zip(gradients(losses_of(dtype)[kind], *inputs), expected, strict=True):
+        assert found.dtype == (torch.float32 if found.dim() == 0 else dtype)
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}[dtype]
+        assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_graph_break(backend: str, kind: str) -> None:
+    compiles(losses_of()[kind], draw()[:2])
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+def test_operator_is_registered_correctly(
+    backend: str, needs: tuple[bool, bool], teacher: bool
+) -> None:
+    hidden, weight, targets, token_weights, teaching = draw()
+    taught = tuple(teaching) if teacher else (None, None, 0.0, 1.0, 0)
+    hidden.requires_grad_(needs[0])
+    weight.requires_grad_(needs[1])
+    arguments = (hidden, weight, targets, token_weights, *taught, 4, *needs)
+    torch.library.opcheck(torch.ops.shorn.linear_cross_entropy.default, arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_by_checkpointing(backend: str, kind: str) -> None:
+    loss = losses_of()[kind]
+
+    def checkpointed(hidden: Tensor, weight: Tensor) -> Tensor:
+        result: Tensor = checkpoint(loss, hidden, weight, use_reentrant=False)
+        return result
+
+    inputs = draw()[:2]
+    pairs = zip(gradients(checkpointed, *inputs), gradients(loss, *inputs), strict=True)
+    assert all(torch.equal(found, expected) for found, expected in pairs)
+
+
+def test_gradients_are_kept_once_and_given_away(backend: str) -> None:
+    """The gradient that the forward pass computed becomes the leaf's, without a copy."""
+    hidden, weight = (tensor.requires_grad_() for tensor in draw()[:2])
+    loss = losses_of()["plain"](hidden, weight)
+    kept = {tensor.data_ptr() for tensor in saved(loss)}
+    loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert {hidden.grad.data_ptr(), weight.grad.data_ptr()} == kept
+
+
+def saved(loss: Tensor) -> list[Tensor]:
+    """What the backward pass of the loss keeps."""
+    node: Any = loss.grad_fn
+    return list(node.saved_tensors)
+
+
+def test_a_second_backward_pass_is_refused(backend: str) -> None:
+    """The first has scaled the gradients in place."""
+    hidden, weight = (tensor.requires_grad_() for tensor in draw()[:2])
+    loss = losses_of()["plain"](hidden, weight)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_without_tokens(backend: str) -> None:
+    hidden, weight = torch.zeros(0, WIDTH, requires_grad=True), draw()[1].requires_grad_()
+    nothing = torch.zeros(0)
+    loss, losses = linear_cross_entropy(hidden, weight, nothing.long(), nothing)
+    loss.backward()
+    assert loss.item() == 0 and losses.shape == (0,)
+    assert weight.grad is not None and not weight.grad.any()
+    assert hidden.grad is not None and hidden.grad.shape == (0, WIDTH)
+
+
+def test_the_chosen_implementation_computes_the_chunks(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = registry.triton_module("cross_entropy", torch.device("cpu"))
+    assert (module is not None) == (backend == "triton")
+    if module is not None:
+        forward, sizes = module.forward, []
+
+        def recorded(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+            sizes.append(len(logits))
+            found: tuple[Tensor, Tensor] = forward(logits, *rest)
+            return found
+
+        monkeypatch.setattr(module, "forward", recorded)
+        gradients(losses_of()["plain"], *draw()[:2])
+        assert sizes == [4, 4, 3]
+
+
+@pytest.mark.parametrize("classes", [1, 1000, 32000, 49152, 128256, 2 * 128256, 2**27])
+@pytest.mark.parametrize("width", [1, 64, 512, 4096])
+def test_a_chunk_is_bounded(classes: int, width: int) -> None:
+    tokens = default_chunk(classes, width)
+    assert tokens == 1 or 4 * tokens * classes <= LOGITS_BYTES
+    assert tokens <= 128 or tokens <= width / 2
+    assert tokens % 64 == 0 or 4 * 64 * classes > LOGITS_BYTES

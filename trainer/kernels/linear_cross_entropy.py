@@ -1,0 +1,204 @@
+"""A linear head and its loss as one operator that never holds the logits of all tokens.
+
+The loss is linear in weights that are known beforehand, so that gradients are computed in the
+forward pass, chunk by chunk, and no product is done twice (Liger, arXiv 2410.10989, section 3.2).
+`shorn::linear_cross_entropy` returns them as results beside the loss; its backward pass only scales
+them. To torch.compile, FSDP and checkpointing it is one operator. Matrix products are PyTorch's;
+what happens between them is `cross_entropy_`, whose implementation the registry chooses.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from data.errors import InputError
+from trainer.kernels import registry
+from trainer.kernels.arguments import wide_dtype
+from trainer.kernels.cross_entropy import cross_entropy_, divergence, divergence_scale
+
+LOGITS_BYTES = 64 * 2**20
+"""Size of one chunk of logits in bytes, if they were fp32, a teacher's included."""
+_FEWEST_TOKENS = 128
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def default_chunk(classes: int, width: int) -> int:
+    """Tokens per chunk for a head [classes, width] (a teacher doubles the classes).
+
+    Their logits fill at most LOGITS_BYTES, and at most half of the memory of the head's gradient
+    unless that makes matrix products of few rows. A multiple of 64 suits matrix units.
+    """
+    most = max(1, LOGITS_BYTES // (4 * classes))
+    tokens = min(most, max(_FEWEST_TOKENS, width // 2))
+    return tokens // 64 * 64 or tokens
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    states: Tensor | None,
+    head_weight: Tensor | None,
+    share: float,
+    temperature: float,
+    top_k: int,
+    chunk_tokens: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> Results:
+    """The loss [], cross-entropies [T] and divergences [T] (empty [0] without a teacher), and the
+    loss's gradients by hidden [T, d] and weight [V, d] (empty [0] where they are not needed)."""
+    results = _allocate(
+        hidden,
+        weight,
+        targets,
+        token_weights,
+        states,
+        head_weight,
+        share,
+        temperature,
+        top_k,
+        chunk_tokens,
+        needs_hidden,
+        needs_weight,
+    )
+    _, losses, divergences, d_hidden, d_weight = results
+    ignored = token_weights == 0
+    targets, token_weights = targets.masked_fill(ignored, 0), token_weights.to(losses.dtype)
+    _check_targets(targets, len(weight))
+    shape = min(chunk_tokens, len(targets)), len(weight)
+    logits_buffer = hidden.new_empty(shape)
+    taught_buffer = None if states is None else states.new_empty(shape)
+    # Once without tokens too: the gradient by the weight is then zeros.
+    for start in range(0, len(targets) or 1, chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        count = len(targets[part])
+        logits = torch.mm(hidden[part], weight.t(), out=logits_buffer[:count])
+        taught = None
+        if states is not None and head_weight is not None and taught_buffer is not None:
+            taught = torch.mm(states[part], head_weight.t(), out=taught_buffer[:count])
+        losses[part], divergences[part] = _to_gradient(
+            logits, targets[part], token_weights[part], taught, share, temperature, top_k
+        )
+        if needs_hidden:
+            torch.mm(logits, weight, out=d_hidden[part])
+        if needs_weight:
+            _add_product(d_weight, logits.t(), hidden[part], first=start == 0)
+    divergences.masked_fill_(ignored[: len(divergences)], 0)
+    factor = share * temperature**2
+    loss = (1 - share) * torch.dot(losses, token_weights)
+    if states is not None:
+        loss = loss + factor * torch.dot(divergences, token_weights)
+    return loss, losses, divergences, d_hidden, d_weight
+
+
+def _to_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    taught: Tensor | None,
+    share: float,
+    temperature: float,
+    top_k: int,
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy_`, with the divergence over the teacher's `top_k` likeliest ids, if not 0."""
+    if taught is None or not top_k:
+        return cross_entropy_(logits, targets, token_weights, taught, share, temperature)
+    best, ids = taught.topk(top_k, dim=1, sorted=False)
+    divergences, difference = divergence(logits.gather(1, ids), best, temperature)
+    losses, _ = cross_entropy_(logits, targets, token_weights, None, share, temperature)
+    difference.mul_(divergence_scale(token_weights, share, temperature))
+    logits.scatter_add_(1, ids, difference.to(logits.dtype))
+    return losses, divergences
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """total += left @ right in total's dtype; the first product replaces what is there."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        total.copy_(left @ right)
+    else:
+        total.add_(left @ right)
+
+
+def _check_targets(targets: Tensor, classes: int) -> None:
+    if targets.device.type == "cpu" and targets.numel():
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= classes:
+            raise InputError(
+                f"target id {low if low < 0 else high} is outside the model's vocabulary of "
+                f"{classes}; tokenize the data with the model's own tokenizer"
+            )
+
+
+def _allocate(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    states: Tensor | None,
+    head_weight: Tensor | None,
+    share: float,
+    temperature: float,
+    top_k: int,
+    chunk_tokens: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> Results:
+    """Memory for the results of `_run`, or their shapes."""
+    tokens, dtype = targets.shape[0], wide_dtype(hidden)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(tokens, dtype=dtype),
+        hidden.new_empty(0 if states is None else tokens, dtype=dtype),
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(weight.shape if needs_weight else 0, dtype=dtype),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[3:])
+    ctx.needs = inputs[-2:]
+    ctx.weight_dtype = inputs[1].dtype
+
+
+@once_differentiable
+def _differentiate(ctx: Any, d_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    needs_hidden, needs_weight = ctx.needs
+    d_hidden, d_weight = ctx.saved_tensors
+    return (
+        _scale(d_hidden, d_loss) if needs_hidden else None,
+        _scale(d_weight, d_loss).to(ctx.weight_dtype) if needs_weight else None,
+        *[None] * 10,
+    )
+
+
+def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
+    # In place: at a large vocabulary this is the largest tensor of the step. What torch.compile
+    # traces must not change results of the forward pass, and is given memory by it.
+    return gradient.mul_(factor) if type(gradient) is Tensor else gradient * factor
+
+
+def _register() -> torch.library.Library:
+    space = torch.library.Library("shorn", "FRAGMENT")
+    schema = (
+        "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor token_weights, "
+        "Tensor? states, Tensor? head_weight, float share, float temperature, int top_k, "
+        "int chunk_tokens, bool needs_hidden, bool needs_weight) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    registry.define(space, schema, _run, _allocate)
+    torch.library.register_autograd(
+        "shorn::linear_cross_entropy", _differentiate, setup_context=_save, lib=space
+    )
+    return space
+
+
+_SPACE = _register()
