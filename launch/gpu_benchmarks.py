@@ -229,7 +229,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         ours=_gather_scale,
         work=_moved(_weight, 2, 3),
     ),
-    "linear_cross_entropy": Benchmark(
+    "cross_entropy": Benchmark(
         inputs=_loss_inputs,
         eager=_eager_loss,
         ours=_loss,

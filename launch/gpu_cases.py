@@ -213,7 +213,7 @@ ROWS: dict[str, Row] = {
         tolerance=_ELEMENTWISE,
     ),
     # Tokens, width, vocabulary. Logits of the operator are rounded to its dtype.
-    "linear_cross_entropy": Row(
+    "cross_entropy": Row(
         sizes=((5, 8, 17), (257, 256, 1003), (1024, 512, 32000)),
         draw=_draw_linear_cross_entropy,
         run=lambda case, *arguments: linear_cross_entropy(*arguments),
