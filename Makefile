@@ -1,19 +1,21 @@
-# `make demo` and `make test` work from a bare clone: they create $(VENV), install, and run.
+# `make demo`, `make test` and `make gpu-check` work from a bare clone: they create $(VENV), install, and run.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 WORKERS ?= 2
+OUT ?= runs/gpu-check
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help install demo test test-all checks format clean
+.PHONY: help install demo test test-all gpu-check checks format clean
 
 help:
 	@echo "make demo      shear, train, evaluate and export a real model on this machine"
 	@echo "make test      fast tests"
 	@echo "make test-all  every test, slow ones too"
+	@echo "make gpu-check on a GPU: check every operator, then time it; OUT=FOLDER for the report"
 	@echo "make checks    format check, lint, types"
 	@echo "make format    rewrite files to the house format"
 	@echo "make clean     remove $(VENV) and tool caches (never runs/)"
@@ -40,6 +42,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(TEST_FLAGS)
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m launch.bench_kernels --json $(OUT)/gpu-check.json --csv $(OUT)/gpu-check.csv $(GPU_CHECK_FLAGS)
 
 checks: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Facts about the kernels without a GPU: compiled for GPUs and read, or timed on the CPU."""
+"""Kernels on a GPU: checked and timed; without one: compiled and read, or timed on the CPU."""
 
 import sys
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from data import cli
 from data.errors import InputError
 
 EXAMPLES = """
+python -m launch.bench_kernels --json gpu.json --csv gpu.csv
 python -m launch.bench_kernels --static --json kernels.json
 python -m launch.bench_kernels --static --archs 90
 python -m launch.bench_kernels --cpu --json kernels-cpu.json
@@ -20,7 +21,7 @@ KNOWN_ARCHS = (80, 90, 100)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
-    """Report what the compiler makes of each kernel, or time kernels on the CPU."""
+    """Check and time every operator on a GPU; or report on kernels without one."""
 
     static: bool = False
     """Compile every kernel ahead of time and report registers, widths, traffic, predicted time."""
@@ -40,12 +41,16 @@ class BenchConfig:
     """--cpu: measurements of each kind, after one that is not counted."""
     threads: int = 1
     """--cpu: CPU threads."""
+    budget_seconds: float = 470.0
+    """On a GPU: time for everything; what is left then is skipped."""
+    csv: str | None = None
+    """On a GPU: write the timings to this file."""
     json: str | None = None
     """Write the result to this file."""
 
     def __post_init__(self) -> None:
-        if self.static == self.cpu:
-            raise InputError("choose what to report: either --static or --cpu")
+        if self.static and self.cpu:
+            raise InputError("choose what to report: either --static or --cpu, or neither on a GPU")
         for name, values in (("archs", self.archs), ("vocabularies", self.vocabularies)):
             if not values:
                 raise InputError(f"--{name} needs at least one value")
@@ -56,14 +61,19 @@ class BenchConfig:
             value = min(self.vocabularies) if name == "vocabularies" else getattr(self, name)
             if value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if not self.budget_seconds > 0:
+            raise InputError(f"--budget-seconds {self.budget_seconds} must be more than 0")
 
 
 def main() -> None:
     config = cli.parse(BenchConfig, section="bench_kernels", examples=EXAMPLES)
-    from launch import kernel_cpu, kernel_static
-
-    report = kernel_static if config.static else kernel_cpu
-    report.run(config)
+    if config.static:
+        from launch.kernel_static import run
+    elif config.cpu:
+        from launch.kernel_cpu import run
+    else:
+        from launch.gpu_check import run
+    run(config)
 
 
 if __name__ == "__main__":

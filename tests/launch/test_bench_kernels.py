@@ -188,7 +188,7 @@ def test_a_measurement_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({}, "either --static or --cpu"),
+        ({"budget_seconds": 0.0}, "--budget-seconds 0.0"),
         ({"static": True, "cpu": True}, "either --static or --cpu"),
         ({"static": True, "archs": (70,)}, "--archs 70"),
         ({"static": True, "archs": ()}, "--archs needs"),

@@ -28,6 +28,26 @@ MOST_REGISTERS = 255
 MEMORY_BOUND_REGISTERS = 128
 """Two blocks of 256 threads on a multiprocessor."""
 PINNED = {
+    "3.6": {
+        "gather_scale.forward": 40,
+        "gather_scale.backward": 80,
+        "rms_norm.forward": 48,
+        "rms_norm.backward": 80,
+        "rope.forward": 56,
+        "rope.backward": 56,
+        "swiglu.forward": 40,
+        "swiglu.backward": 64,
+    },
+    "3.8": {
+        "gather_scale.forward": 40,
+        "gather_scale.backward": 80,
+        "rms_norm.forward": 48,
+        "rms_norm.backward": 80,
+        "rope.forward": 56,
+        "rope.backward": 48,
+        "swiglu.forward": 40,
+        "swiglu.backward": 64,
+    },
     "3.9": {
         "cross_entropy.forward": 64,
         "distillation.forward": 96,

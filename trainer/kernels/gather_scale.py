@@ -138,7 +138,8 @@ def _backward(
     by_row = None if row_scale is None else _select(row_scale, rows)
     by_column = None if column_scale is None else _select(column_scale, columns)
     d_weight = weight.new_empty(0)
-    d_row_scale = d_column_scale = weight.new_empty(0, dtype=dtype)
+    # No result of an operator may be another one.
+    d_row_scale, d_column_scale = (weight.new_empty(0, dtype=dtype) for _ in range(2))
     if need_row_scale or need_column_scale:
         product = gradient * _select(weight, rows, columns)
         if need_row_scale:

@@ -1,0 +1,135 @@
+"""Timings: every side of every benchmark runs, and seconds are seconds."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launch import gpu_benchmarks, gpu_timing
+from launch.gpu_benchmarks import BENCHMARKS, BOTH, FORWARD, MODELS, Benchmark, Model
+from launch.gpu_timing import CudaTimer, DifferentResultError, measure, rotations
+from trainer.kernels import registry
+
+CPU = torch.device("cpu")
+TINY = Model(
+    name="tiny", width=32, heads=2, channels=48, head_dim=16, vocabulary=50, batch=2, length=8
+)
+
+
+def unit(name: str, side: str) -> dict[str, Any]:
+    model = asdict(TINY)
+    return {"operator": name, "side": side, "choice": "auto", "model": model, "seconds": 0.0}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_eager_and_the_operator_are_timed_in_every_pass(name: str) -> None:
+    for side in ("eager", "operator") if BENCHMARKS[name].ours else ("eager",):
+        result = measure(unit(name, side), CPU)
+        assert [entry["pass"] for entry in result["passes"]] == list(BENCHMARKS[name].work(TINY))
+        assert result["sets"] == 2
+        for entry in result["passes"]:
+            assert 0 < entry["fastest"] <= entry["seconds"] <= entry["slowest"]
+            assert entry["repeats"] == gpu_timing.LEAST_REPEATS and entry["work"] > 0
+
+
+def test_every_operator_is_timed() -> None:
+    assert {operator.name for operator in registry.operators()} <= BENCHMARKS.keys()
+
+
+@pytest.mark.slow
+def test_torch_compile_is_timed() -> None:
+    result = measure(unit("swiglu", "torch.compile"), CPU)
+    assert [entry["pass"] for entry in result["passes"]] == [FORWARD, BOTH]
+
+
+@pytest.mark.parametrize("name", [name for name, row in BENCHMARKS.items() if row.others])
+def test_a_package_that_is_missing_says_so(name: str) -> None:
+    if importlib.util.find_spec("liger_kernel") is not None:
+        pytest.skip("liger-kernel is installed")
+    with pytest.raises(ModuleNotFoundError, match="liger_kernel"):
+        measure(unit(name, "liger"), CPU)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x * 1.2, lambda x: x[1:], lambda x: x * torch.nan])
+def test_a_side_that_computes_something_else_is_not_timed(
+    wrong: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = BENCHMARKS["copy"]
+    row = Benchmark(inputs=copy.inputs, eager=torch.clone, ours=wrong, work=copy.work)
+    monkeypatch.setitem(BENCHMARKS, "planted", row)
+    with pytest.raises(DifferentResultError, match="result 0"):
+        measure(unit("planted", "operator"), CPU)
+
+
+def test_work_is_what_the_kernels_declare() -> None:
+    """At a 7B model's shapes; vectors and tables hardly count."""
+    pytest.importorskip("triton")
+    from trainer.kernels.compilation import compilations
+
+    least = {entry.name: entry.minimum_bytes for entry in compilations()}
+    for operator in registry.operators():
+        row = BENCHMARKS[operator.name]
+        if row.unit == "bytes":
+            work, name = row.work(MODELS[0]), operator.name
+            assert work[FORWARD] == pytest.approx(least[f"{name}.forward"], rel=0.02)
+            both = least[f"{name}.forward"] + least[f"{name}.backward"]
+            assert work[BOTH] == pytest.approx(both, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("size", "cache", "free", "expected"),
+    [(100, 0, 10**6, 2), (100, 1000, 10**6, 20), (100, 1000, 2000, 5), (10**9, 1000, 0, 2)],
+)
+def test_sets_of_arguments_exceed_the_cache(
+    size: int, cache: int, free: int, expected: int
+) -> None:
+    assert rotations(size, cache, free) == expected
+
+
+class FakeEvent:
+    """A CUDA event on a clock that every call moves on."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = -1.0
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at
+
+
+def test_cuda_events_give_seconds_behind_queued_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    fills: list[int] = []
+
+    def call(index: int) -> None:
+        calls.append(index)
+        FakeEvent.now += 2.0
+
+    def fill(filler: Tensor) -> None:
+        fills.append(len(calls))
+        FakeEvent.now += 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(gpu_timing, "FILLER_BYTES", 8)
+    monkeypatch.setattr(Tensor, "zero_", fill)
+    timer = CudaTimer(CPU)
+    assert timer.times(call, 3) == [0.002] * 3
+    # The first call tells how long launching takes.
+    assert calls == [0, 0, 1, 2]
+    assert set(fills[-3:]) >= {3} and len(fills) >= 5 + 3
+
+
+def test_shapes_are_those_of_the_models() -> None:
+    assert [model.tokens for model in MODELS] == [8192, 8192]
+    assert all(model.heads * model.head_dim == model.width for model in MODELS)
+    assert gpu_benchmarks.function_of("copy", "eager") is torch.clone
