@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from launch import kernel_traffic
+from trainer.kernels.attention import attention
 from trainer.kernels.gather_scale import gather_scale
 from trainer.kernels.rms_norm import rms_norm
 from trainer.kernels.rope import rope
@@ -168,6 +169,27 @@ def _liger_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
     return tuple(x.transpose(1, 2) for x in rotated)
 
 
+def _attention_inputs(model: Model, device: torch.device) -> Tensors:
+    """Queries, keys and values [B, S, heads, head_dim], and the mask of the heads."""
+    shape = (model.batch, model.length, model.heads, model.head_dim)
+    return *(_normal(device, *shape) for _ in range(3)), _ones(device, model.heads)
+
+
+def _eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    by_head = (x.transpose(1, 2) for x in (query, key, value))
+    return kernel_traffic.attention(*by_head, mask).transpose(1, 2)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    return attention(query, key, value, head_mask=mask)
+
+
+def _attention_work(model: Model) -> dict[str, int]:
+    """Two products forward and five backward, over the half of the scores that is seen."""
+    product = model.batch * model.heads * model.length**2 * model.head_dim
+    return {FORWARD: 2 * product, BOTH: 7 * product}
+
+
 def _gather_scale_inputs(model: Model, device: torch.device) -> Tensors:
     """weight, rows (all of them, by index), row scale, column scale."""
     rows = torch.randperm(model.width, device=device)
@@ -222,6 +244,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         inputs=lambda model, device: (_normal(device, model.tokens, model.channels).detach(),),
         eager=torch.clone,
         work=lambda model: {FORWARD: 2 * _wide(model)},
+    ),
+    "attention": Benchmark(
+        inputs=_attention_inputs,
+        eager=_eager_attention,
+        ours=_attention,
+        work=_attention_work,
+        unit="operations",
     ),
     "gather_scale": Benchmark(
         inputs=_gather_scale_inputs,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.kernels.attention import attention
 from trainer.kernels.gather_scale import gather_scale
 from trainer.kernels.rms_norm import rms_norm
 from trainer.kernels.rope import rope
@@ -201,9 +202,73 @@ def _exact_linear_cross_entropy(
     return (losses * token_weights).sum(), (losses * (token_weights != 0)).detach()
 
 
+def _draw_attention(case: Case) -> tuple[Tensors, Tensors]:
+    """Queries, keys, values and the heads' mask; documents of about ten positions with some
+    masks."""
+    batch, length, heads, key_heads, head_dim = case.sizes
+    query = _normal(case, batch, length, heads, head_dim)
+    key, value = (_normal(case, batch, length, key_heads, head_dim) for _ in range(2))
+    documents = (torch.rand(batch, length) < 0.1).cumsum(1) if case.mask == "mixed" else None
+    return (query, key, value, draw_mask(heads, case.mask)), (documents,)
+
+
+def _window(case: Case) -> int | None:
+    """Positions a query sees; all but with one kind of mask."""
+    return 1 + case.sizes[1] // 3 if case.mask == "between" else None
+
+
+def _run_attention(
+    case: Case,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_mask: Tensor | None,
+    documents: Tensor | None,
+) -> Sequence[Tensor]:
+    options: Any = {"documents": documents, "window": _window(case)}
+    return (attention(query, key, value, head_mask=head_mask, **options),)
+
+
+def _exact_attention(
+    case: Case,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_mask: Tensor | None,
+    documents: Tensor | None,
+) -> Sequence[Tensor]:
+    _, length, heads, key_heads, head_dim = case.sizes
+    key, value = (x.repeat_interleave(heads // key_heads, 2) for x in (key, value))
+    position = torch.arange(length, device=query.device)
+    distance = position[:, None] - position
+    seen = (distance >= 0) & (distance < (_window(case) or length))
+    if documents is not None:
+        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) * head_dim**-0.5
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    output = torch.einsum("bhij,bjhd->bihd", weights, value)
+    # By definition a mask has no gradient where it is 0.
+    return (output if head_mask is None else output * (head_mask * (head_mask != 0))[:, None],)
+
+
 _ELEMENTWISE = dict.fromkeys(DTYPES, 2e-5)
 
 ROWS: dict[str, Row] = {
+    # Batch, length, heads, key heads, head dim. Weights are rounded to the operator's dtype, and so
+    # is the output from which the mask's gradient comes.
+    "attention": Row(
+        sizes=(
+            (1, 1, 2, 1, 2),
+            (2, 9, 4, 2, 16),
+            (1, 40, 3, 1, 24),
+            (2, 515, 8, 2, 80),
+            (1, 2048, 32, 8, 128),
+        ),
+        draw=_draw_attention,
+        run=_run_attention,
+        formula=_exact_attention,
+        tolerance={"fp32": 2e-5, "bf16": 2e-2, "fp16": 4e-3},
+    ),
     # Out, in.
     "gather_scale": Row(
         sizes=((1, 1), (17, 33), (70, 24), (1000, 1003), (2048, 5504)),
