@@ -176,8 +176,8 @@ def _attention_inputs(model: Model, device: torch.device) -> Tensors:
 
 
 def _eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    by_head = (x.transpose(1, 2) for x in (query, key, value))
-    return kernel_traffic.attention(*by_head, mask).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return kernel_traffic.attention(query, key, value, mask).transpose(1, 2)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
