@@ -351,6 +351,6 @@ Gradients gather_scale_backward(Tensor gradient, Tensor weight, OptionalTensor r
 }  // namespace shorn
 
 STABLE_TORCH_LIBRARY_IMPL(shorn, CPU, library) {
-  library.impl("gather_scale", TORCH_BOX(&shorn::gather_scale));
-  library.impl("gather_scale_backward", TORCH_BOX(&shorn::gather_scale_backward));
+  library.impl("gather_scale_compiled", TORCH_BOX(&shorn::gather_scale));
+  library.impl("gather_scale_backward_compiled", TORCH_BOX(&shorn::gather_scale_backward));
 }

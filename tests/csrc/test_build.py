@@ -25,7 +25,7 @@ import ctypes, os, sys
 import torch
 import trainer.kernels.gather_scale
 ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)
-for name in ("shorn::gather_scale", "shorn::gather_scale_backward"):
+for name in ("shorn::gather_scale_compiled", "shorn::gather_scale_backward_compiled"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
 print("registered")
 """

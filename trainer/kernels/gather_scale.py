@@ -4,17 +4,18 @@ W'[i, j] = W[r_i, c_j] * z_r[r_i] * z_c[c_j]. With y = W' x the gradients of the
 weighted row and column sums of W * dW', exact also where a mask is zero, so that no activation has
 to be kept for them. Units left out have mask 0 and receive a zero gradient.
 
-`shorn::gather_scale` and `shorn::gather_scale_backward` are PyTorch operators: the functions below
-the schemas here are their reference, csrc/gather_scale.{cpp,cu} their compiled implementations.
-Triton's are operators of their own, `shorn::gather_scale_triton` and its backward: where compiled
-code is loaded, it takes the place of anything else behind the first two.
+`shorn::gather_scale` and `shorn::gather_scale_backward` are PyTorch operators; what they run on a
+device is the registry's choice. csrc/gather_scale.{cpp,cu} implement two more, which share their
+schemas and end in "_compiled". What torch.compile does not trace goes past the first two: every
+pass comes here once for each weight, and for small ones their way through Python costs as much.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trainer.kernels import library, registry
 from trainer.kernels.arguments import FLOATING, wide_dtype
@@ -22,8 +23,10 @@ from trainer.kernels.arguments import FLOATING, wide_dtype
 NAME = "gather_scale"
 
 Needs = tuple[bool, bool, bool]
+Selection = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor, Tensor, Tensor]
 
-_SELECTION = "Tensor weight, Tensor? rows, Tensor? row_scale, Tensor? columns, Tensor? column_scale"
+_COMPILED = ("c++", "cuda")
 
 
 def gather_scale(
@@ -48,8 +51,16 @@ def gather_scale(
     Raises:
         ValueError: a shape, dtype or device does not fit, or (on a CPU) an index is out of range.
     """
-    _check(weight, rows, row_scale, columns, column_scale)
-    return _call(_forward, weight.device, weight, rows, row_scale, columns, column_scale)
+    selection = (weight, rows, row_scale, columns, column_scale)
+    if registry.runs_reference(NAME, weight.device):
+        return _forward(*selection)
+    if torch.compiler.is_compiling():
+        traced: Tensor = torch.ops.shorn.gather_scale(*selection)
+        return traced
+    if torch.is_grad_enabled():
+        recorded: Tensor = _GatherScale.apply(*selection)
+        return recorded
+    return _run_forward(*selection)
 
 
 def gather_scale_backward(
@@ -74,32 +85,28 @@ def gather_scale_backward(
     Raises:
         ValueError: as `gather_scale`.
     """
-    _check(weight, rows, row_scale, columns, column_scale)
-    _check_gradient(gradient, weight, rows, columns)
-    wanted = (needs[0], needs[1] and row_scale is not None, needs[2] and column_scale is not None)
-    selection = (rows, row_scale, columns, column_scale)
-    found = _call(_backward, weight.device, gradient, weight, *selection, *wanted)
+    run: Callable[..., Gradients] = _run_backward
+    if registry.runs_reference(NAME, weight.device):
+        run = _backward
+    elif torch.compiler.is_compiling():
+        run = torch.ops.shorn.gather_scale_backward
+    return _gradients(run, gradient, (weight, rows, row_scale, columns, column_scale), needs)
+
+
+def _gradients(
+    run: Callable[..., Gradients], gradient: Tensor, selection: Selection, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What `run` finds, without what is not needed."""
+    wanted = (
+        needs[0],
+        needs[1] and selection[2] is not None,
+        needs[2] and selection[4] is not None,
+    )
+    found = run(gradient, *selection, *wanted)
     d_weight, d_row_scale, d_column_scale = (
         tensor if want else None for tensor, want in zip(found, wanted, strict=True)
     )
     return d_weight, d_row_scale, d_column_scale
-
-
-def _call(
-    reference: Callable[..., Any], device: torch.device, *arguments: Tensor | bool | None
-) -> Any:
-    """The operator whose reference is given, or the reference itself where that is asked for."""
-    if registry.runs_reference(NAME, device):
-        return reference(*arguments)
-    triton = registry.which(NAME, device) == "triton"
-    try:
-        return _OPERATORS[reference, triton](*arguments)
-    except RuntimeError as error:
-        # Compiled code can only throw this; its first line is the message.
-        message = str(error).splitlines()[0]
-        if message.startswith("gather_scale: "):
-            raise ValueError(message) from None
-        raise
 
 
 def _forward(
@@ -109,6 +116,7 @@ def _forward(
     columns: Tensor | None,
     column_scale: Tensor | None,
 ) -> Tensor:
+    _check(weight, rows, row_scale, columns, column_scale)
     _check_indices(weight, rows, columns)
     selected = _select(weight, rows, columns)
     if row_scale is not None:
@@ -132,6 +140,8 @@ def _backward(
     need_column_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients that are not needed are empty tensors [0]."""
+    _check(weight, rows, row_scale, columns, column_scale)
+    _check_gradient(gradient, weight, rows, columns)
     _check_indices(weight, rows, columns)
     dtype = wide_dtype(weight)
     gradient = gradient.to(dtype)
@@ -158,23 +168,31 @@ def _backward(
     return d_weight, d_row_scale, d_column_scale
 
 
-def _forward_triton(
+def _run_forward(
     weight: Tensor,
     rows: Tensor | None,
     row_scale: Tensor | None,
     columns: Tensor | None,
     column_scale: Tensor | None,
 ) -> Tensor:
-    _check(weight, rows, row_scale, columns, column_scale)
+    selection = (weight, rows, row_scale, columns, column_scale)
+    found: Tensor
+    if registry.which(NAME, weight.device) in _COMPILED:
+        try:
+            found = torch.ops.shorn.gather_scale_compiled.default(*selection)
+        except RuntimeError as error:
+            _explain(error, selection)
+        return found
     module = registry.triton_module(NAME, weight.device)
     if module is None:
-        return _forward(weight, rows, row_scale, columns, column_scale)
+        return _forward(*selection)
+    _check(*selection)
     _check_indices(weight, rows, columns)
-    found: Tensor = module.forward(weight, rows, row_scale, columns, column_scale)
+    found = module.forward(*selection)
     return found
 
 
-def _backward_triton(
+def _run_backward(
     gradient: Tensor,
     weight: Tensor,
     rows: Tensor | None,
@@ -182,16 +200,36 @@ def _backward_triton(
     columns: Tensor | None,
     column_scale: Tensor | None,
     *needs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(weight, rows, row_scale, columns, column_scale)
-    _check_gradient(gradient, weight, rows, columns)
-    selection = (rows, row_scale, columns, column_scale)
+) -> Gradients:
+    selection = (weight, rows, row_scale, columns, column_scale)
+    found: Gradients
+    if registry.which(NAME, weight.device) in _COMPILED:
+        run = torch.ops.shorn.gather_scale_backward_compiled.default
+        try:
+            found = run(gradient, *selection, *needs)
+        except RuntimeError as error:
+            _explain(error, selection, gradient)
+        return found
     module = registry.triton_module(NAME, weight.device)
     if module is None:
-        return _backward(gradient, weight, *selection, *needs)
+        return _backward(gradient, *selection, *needs)
+    _check(*selection)
+    _check_gradient(gradient, weight, rows, columns)
     _check_indices(weight, rows, columns)
-    found: tuple[Tensor, Tensor, Tensor] = module.backward(gradient, weight, *selection, *needs)
+    found = module.backward(gradient, *selection, *needs)
     return found
+
+
+def _explain(error: RuntimeError, selection: Selection, gradient: Tensor | None = None) -> NoReturn:
+    """Raises what the Python checks say about the arguments that compiled code refused."""
+    message = str(error).splitlines()[0]
+    if not message.startswith(f"{NAME}: "):
+        raise error
+    _check(*selection)
+    if gradient is not None:
+        weight, rows, _, columns, _ = selection
+        _check_gradient(gradient, weight, rows, columns)
+    raise ValueError(message)
 
 
 def _select(values: Tensor, *indices: Tensor | None) -> Tensor:
@@ -280,6 +318,7 @@ def _fake_forward(
     columns: Tensor | None,
     column_scale: Tensor | None,
 ) -> Tensor:
+    _check(weight, rows, row_scale, columns, column_scale)
     return weight.new_empty(
         weight.shape[0] if rows is None else rows.shape[0],
         weight.shape[1] if columns is None else columns.shape[0],
@@ -297,6 +336,8 @@ def _fake_backward(
     need_row_scale: bool,
     need_column_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(weight, rows, row_scale, columns, column_scale)
+    _check_gradient(gradient, weight, rows, columns)
     rows_out, columns_out = weight.shape
     dtype = wide_dtype(weight)
     return (
@@ -311,41 +352,51 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward_of(ctx, torch.ops.shorn.gather_scale_backward, gradient)
+
+
+def _backward_of(
+    ctx: Any, run: Callable[..., Gradients], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[4])
-    weight, rows, row_scale, columns, column_scale = ctx.saved_tensors
-    d_weight, d_row_scale, d_column_scale = gather_scale_backward(
-        gradient, weight, rows, row_scale, columns, column_scale, needs
-    )
+    d_weight, d_row_scale, d_column_scale = _gradients(run, gradient, ctx.saved_tensors, needs)
     return d_weight, None, d_row_scale, None, d_column_scale
 
 
-def _register() -> dict[tuple[Callable[..., Any], bool], Callable[..., Any]]:
-    """Defines the operators; the reference of each runs on devices without a compiled one."""
-    for suffix, forward, backward in (
-        ("", _forward, _backward),
-        ("_triton", _forward_triton, _backward_triton),
-    ):
-        schemas = (
-            f"gather_scale{suffix}({_SELECTION}) -> Tensor",
-            f"gather_scale_backward{suffix}(Tensor gradient, {_SELECTION}, bool need_weight, "
-            "bool need_row_scale, bool need_column_scale) -> (Tensor, Tensor, Tensor)",
-        )
-        registry.define(_LIBRARY, schemas[0], forward, _fake_forward)
-        registry.define(_LIBRARY, schemas[1], backward, _fake_backward)
-        torch.library.register_autograd(
-            f"shorn::gather_scale{suffix}", _differentiate, setup_context=_save, lib=_LIBRARY
-        )
-    library.load()
-    registry.register(
-        registry.Operator(NAME, _forward, "trainer.kernels.gather_scale_triton", compiled=True)
+class _GatherScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *selection: Any) -> Tensor:
+        ctx.save_for_backward(*selection)
+        return _run_forward(*selection)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward_of(ctx, _run_backward, *gradients)
+
+
+def _register() -> torch.library.Library:
+    """Defines the operators; those of csrc/ get their implementations from the libraries."""
+    space = torch.library.Library("shorn", "FRAGMENT")
+    selection = (
+        "Tensor weight, Tensor? rows, Tensor? row_scale, Tensor? columns, Tensor? column_scale"
     )
-    return {
-        (_forward, False): torch.ops.shorn.gather_scale,
-        (_forward, True): torch.ops.shorn.gather_scale_triton,
-        (_backward, False): torch.ops.shorn.gather_scale_backward,
-        (_backward, True): torch.ops.shorn.gather_scale_backward_triton,
-    }
+    forward = f"({selection}) -> Tensor"
+    backward = (
+        f"(Tensor gradient, {selection}, bool need_weight, bool need_row_scale, "
+        "bool need_column_scale) -> (Tensor, Tensor, Tensor)"
+    )
+    registry.define(space, f"{NAME}{forward}", _run_forward, _fake_forward)
+    registry.define(space, f"{NAME}_backward{backward}", _run_backward, _fake_backward)
+    torch.library.register_autograd(
+        f"shorn::{NAME}", _differentiate, setup_context=_save, lib=space
+    )
+    registry.define(space, f"{NAME}_compiled{forward}", None, _fake_forward)
+    registry.define(space, f"{NAME}_backward_compiled{backward}", None, _fake_backward)
+    library.load()
+    triton = "trainer.kernels.gather_scale_triton"
+    registry.register(registry.Operator(NAME, _forward, triton, compiled=True))
+    return space
 
 
-_LIBRARY = torch.library.Library("shorn", "FRAGMENT")
-_OPERATORS = _register()
+_SPACE = _register()

@@ -55,12 +55,17 @@ def register(operator: Operator) -> None:
 
 
 def define(
-    space: torch.library.Library, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
+    space: torch.library.Library,
+    schema: str,
+    run: Callable[..., Any] | None,
+    fake: Callable[..., Any],
 ) -> None:
-    """Defines a PyTorch operator: its schema, what it runs on every device, and its shapes."""
+    """Defines a PyTorch operator: its schema, what it runs on every device (None: what compiled
+    libraries register), and its shapes."""
     name = schema.split("(")[0]
     space.define(schema)
-    space.impl(name, run, "CompositeExplicitAutograd")
+    if run is not None:
+        space.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"shorn::{name}", fake, lib=space)
 
 

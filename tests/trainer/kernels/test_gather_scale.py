@@ -243,13 +243,26 @@ def test_gradient_must_fit(backend: str, gradient: Tensor) -> None:
         gather_scale_backward(gradient, *GOOD, (True, True, True))
 
 
-def test_bare_operator_refuses_bad_input_too() -> None:
-    """Compiled code is reached without the checks of the Python function by a traced graph."""
+def test_compiled_code_refuses_bad_input_by_itself() -> None:
+    """The Python checks run only to explain what it refused."""
     if library.which("cpu") == "reference":
         pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
-    operator = torch.ops.shorn.gather_scale
+    operator = torch.ops.shorn.gather_scale_compiled
     for changed in ({"rows": torch.tensor([9])}, {"row_scale": torch.ones(3)}):
         with pytest.raises(RuntimeError, match="gather_scale: row"):
             operator(*GOOD._replace(**changed))
     with pytest.raises(RuntimeError, match="gather_scale: gradient"):
-        torch.ops.shorn.gather_scale_backward(torch.zeros(2, 2), *GOOD, True, True, True)
+        torch.ops.shorn.gather_scale_backward_compiled(torch.zeros(2, 2), *GOOD, True, True, True)
+
+
+@pytest.mark.parametrize("arguments", operators_arguments(), ids=["all", "columns", "rows", "none"])
+def test_compiled_operator_is_registered_correctly(arguments: tuple[Tensor | None, ...]) -> None:
+    if library.which("cpu") == "reference":
+        pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
+    detached = [None if t is None else t.detach() for t in arguments]
+    torch.library.opcheck(torch.ops.shorn.gather_scale_compiled.default, tuple(detached))
+    gradient = torch.randn_like(gather_scale(*detached))  # type: ignore[arg-type]
+    wanted = (True, detached[2] is not None, detached[4] is not None)
+    torch.library.opcheck(
+        torch.ops.shorn.gather_scale_backward_compiled.default, (gradient, *detached, *wanted)
+    )
