@@ -80,7 +80,10 @@ class BuildOperators(build_ext):
             compiler = os.environ.get("CXX", "c++")
             return [compiler, *FLAGS, "-fPIC", "-fopenmp-simd", f"-I{include}", *output]
         host = ["-Xcompiler", "-fPIC", "-DUSE_CUDA", f"-I{include}"]
-        return ["nvcc", *FLAGS, *ARCHITECTURES, *host, *output]
+        # Python loads PyTorch's libraries out of sight of others: what is used must be linked. A
+        # PyTorch without CUDA has no such library, and compiles ours all the same.
+        cuda = ["-ltorch_cuda"] if (libraries / "libtorch_cuda.so").exists() else []
+        return ["nvcc", *FLAGS, *ARCHITECTURES, *host, *output, *cuda]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildOperators})

@@ -1,6 +1,7 @@
 // gather-scale on CUDA, registered for the schemas that trainer/kernels/gather_scale.py defines.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <tuple>
 

@@ -19,12 +19,15 @@ sys.argv = ["setup.py", "build_ext", "--build-lib", target, "--build-temp", targ
 exec(compile(open("setup.py").read(), "setup.py", "exec"))
 """
 
-# The CUDA library asks for symbols that only a PyTorch with CUDA has: they are left unresolved.
+# A PyTorch without CUDA lacks symbols that the CUDA library asks for: there they stay unresolved.
 REGISTER = """
 import ctypes, os, sys
 import torch
 import trainer.kernels.gather_scale
-ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)
+if torch.version.cuda is None:
+    ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)
+else:
+    torch.ops.load_library(sys.argv[1])
 for name in ("shorn::gather_scale_compiled", "shorn::gather_scale_backward_compiled"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
 print("registered")
