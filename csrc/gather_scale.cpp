@@ -32,6 +32,7 @@ namespace {
 constexpr std::int64_t kBlockRows = 32;
 constexpr std::int64_t kMinimumRun = 16;
 constexpr std::int64_t kGrain = 1 << 14;  // elements worth a thread
+constexpr std::int64_t kStreamedBytes = 1 << 25;  // of a gradient that no cache holds
 
 struct Run {
   std::int64_t start, length, target;
@@ -94,6 +95,7 @@ struct Backward {
   Selection columns;
   Scale<T> row_scale;
   std::vector<Wide<T>> column_scale;
+  bool streams;          // d_weight is written past the cache
   T* d_weight;           // this and the next two: null where not wanted
   Wide<T>* d_row_scale;
   Wide<T>* sums;         // [blocks, sums_width]: columns, all for kVectors, else the selected
@@ -332,6 +334,7 @@ Gradients gather_scale_backward(Tensor gradient, Tensor weight, OptionalTensor r
     task.columns = read_columns(columns, in, kMayUseVectors<T> && has_avx512());
     task.row_scale = read_scale<T>(row_scale);
     task.column_scale = scales(read_scale<T>(column_scale), task.columns);
+    task.streams = out * in * static_cast<std::int64_t>(sizeof(T)) >= kStreamedBytes;
     task.d_weight = need_weight ? mutable_data<T>(d_weight) : nullptr;
     task.d_row_scale = need_row_scale ? mutable_data<Wide<T>>(d_row_scale) : nullptr;
     auto* sums = need_column_scale ? mutable_data<Wide<T>>(d_column_scale) : nullptr;

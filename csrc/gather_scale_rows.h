@@ -33,6 +33,15 @@ void spread(const Selection& columns, const T* values, T* row) {
   }
 }
 
+#if !SHORN_AVX512
+template <typename T>
+void zero_row(std::int64_t size, bool, T* row) {
+  std::memset(row, 0, size * sizeof(T));
+}
+
+inline void finish_rows() {}
+#endif
+
 // Rows [begin, end) of the result.
 template <typename T>
 void forward_rows(const Forward<T>& task, std::int64_t begin, std::int64_t end) {
@@ -47,7 +56,9 @@ void forward_rows(const Forward<T>& task, std::int64_t begin, std::int64_t end) 
 #if SHORN_AVX512
     if constexpr (!std::is_same_v<T, double>) {
       if (task.columns.kind == Selection::kVectors) {
-        forward_row(task.columns, values, row_scale, column_scale, out);
+        const std::int64_t next = task.rows.source(i + 1 < end ? i + 1 : i);
+        forward_row(task.columns, values, task.weight + next * task.stride, row_scale,
+                    column_scale, out);
         continue;
       }
     }
@@ -80,7 +91,8 @@ Wide<T> reduce_row(const G* gradient, const T* weight, Wide<T> row_scale,
 // The row's part of the gradients: the whole of d_weight's row, and its sum, which is returned.
 template <typename T, typename G>
 Wide<T> backward_row(const Backward<T, G>& task, const G* gradient, const T* weight,
-                     Wide<T> row_scale, T* d_weight, Wide<T>* sums, T* buffer) {
+                     [[maybe_unused]] const T* next, Wide<T> row_scale, T* d_weight,
+                     Wide<T>* sums, T* buffer) {
   const Selection& columns = task.columns;
   const Wide<T>* column_scale = task.column_scale.data();
 #if SHORN_AVX512
@@ -89,7 +101,8 @@ Wide<T> backward_row(const Backward<T, G>& task, const G* gradient, const T* wei
       const auto row = sums == nullptr       ? backward_row<true, false, T, G>
                        : d_weight == nullptr ? backward_row<false, true, T, G>
                                              : backward_row<true, true, T, G>;
-      return row(columns, gradient, weight, row_scale, column_scale, d_weight, sums);
+      return row(columns, gradient, weight, next, row_scale, column_scale, task.streams, d_weight,
+                 sums);
     }
   }
 #endif
@@ -127,11 +140,15 @@ void backward_blocks(const Backward<T, G>& task, std::int64_t begin, std::int64_
     T* d_weight = task.d_weight == nullptr ? nullptr : task.d_weight + row * size;
     Wide<T> total = 0;
     if (i >= 0) {
+      std::int64_t next = row + 1;
+      while (next < last && task.rows.target(next) < 0) ++next;
       total = backward_row(task, task.gradient + i * m, task.weight + row * task.stride,
+                           task.weight + (next < last ? next : row) * task.stride,
                            task.row_scale(row), d_weight, sums, buffer.data());
     } else if (d_weight != nullptr) {
-      std::memset(d_weight, 0, size * sizeof(T));
+      zero_row(size, task.streams, d_weight);
     }
     if (task.d_row_scale != nullptr) task.d_row_scale[row] = total;
   }
+  finish_rows();
 }

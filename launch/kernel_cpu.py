@@ -1,7 +1,7 @@
 """What `python -m launch.bench_kernels --cpu` measures: operators that pay without a GPU too.
 
-Both sides of each ratio run in turns in one process; ratios of time are medians over neighbouring
-pairs. Peak memory: launch/kernel_memory.py.
+Both sides of each ratio run in turns in one process that keeps freed memory, as one that trains
+does; ratios of time are medians over neighbouring pairs. Peak memory: launch/kernel_memory.py.
 """
 
 import platform
@@ -23,6 +23,7 @@ from trainer.files import require_writable, write_report
 from trainer.kernels import registry
 from trainer.kernels.gather_scale import gather_scale
 from trainer.loss import linear_cross_entropy
+from trainer.parallel import keep_freed_memory
 
 if TYPE_CHECKING:
     from launch.bench_kernels import BenchConfig
@@ -59,8 +60,7 @@ LAYERS = {
         Weight("down", 576, 1536),
     ),
 }
-"""Matrices of a layer (arXiv 2310.06694, 2502.02737). Memory of more than 32 MiB is new to the
-process at every call, and most of the time goes into mapping it; smaller matrices reuse theirs."""
+"""Matrices of a layer (arXiv 2310.06694, 2502.02737)."""
 
 
 def loss_inputs(vocabulary: int, tokens: int, hidden: int) -> LossInputs:
@@ -106,6 +106,7 @@ def measure(config: "BenchConfig") -> dict[str, Any]:
         InputError: there is not enough memory for the full logits.
     """
     require_memory(config.memory_tokens, max(config.vocabularies))
+    keep_freed_memory()
     torch.set_num_threads(config.threads)
     losses = [measure_loss(config, vocabulary) for vocabulary in config.vocabularies]
     layers = [measure_layer(config, layer) for layer in LAYERS]

@@ -129,7 +129,7 @@ def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext
         _join(on_cuda)
     world = dist.get_world_size()
     if not on_cuda:
-        _keep_freed_memory()
+        keep_freed_memory()
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(threads or max(1, available_cores() // local_world))
     assert world % replicas == 0
@@ -168,7 +168,7 @@ def _join(on_cuda: bool) -> None:
         )
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Has glibc reuse large freed blocks instead of unmapping them.
 
     A step allocates and frees gigabytes; mapping them anew each time costs a page fault per 4 KiB.

@@ -210,6 +210,29 @@ def test_results_do_not_depend_on_the_number_of_threads(backend: str) -> None:
             torch.testing.assert_close(first, other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("width", [4128, 4132])
+def test_gradients_that_no_cache_holds(dtype: torch.dtype, width: int) -> None:
+    """They are stored past it where their rows are aligned; 4132 wide, few are."""
+    if library.which("cpu") == "reference":
+        pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
+    torch.manual_seed(0)
+    out = 2**25 // (width * dtype.itemsize) + 1
+    rows, columns = (torch.randperm(n)[: n // 2].sort().values for n in (out, width))
+    scales = (torch.rand(out), torch.rand(width))
+    case = Case(torch.randn(out, width).to(dtype), rows, scales[0], columns, scales[1])
+    gradient = torch.randn(case.n, case.m).to(dtype)
+    poison()
+    found = gather_scale_backward(gradient, *case, (True, True, True))
+    with library.reference_only():
+        expected = gather_scale_backward(gradient, *case, (True, True, True))
+    for result, wanted in zip(found, expected, strict=True):
+        assert result is not None and wanted is not None
+        torch.testing.assert_close(result, wanted, rtol=2e-3, atol=2e-3)
+    assert found[0] is not None and expected[0] is not None
+    assert torch.equal(found[0] == 0, expected[0] == 0)
+
+
 GOOD = Case(torch.zeros(4, 6), torch.tensor([0]), torch.ones(4), torch.tensor([5]), torch.ones(6))
 
 
