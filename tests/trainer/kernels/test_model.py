@@ -28,9 +28,16 @@ def make_ids() -> Tensor:
 
 
 def gradients(
-    family: str, ids: Tensor, *, masked: bool, recompute: bool = False, ranks: bool = False
+    family: str,
+    ids: Tensor,
+    *,
+    masked: bool,
+    recompute: bool = False,
+    ranks: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Loss, and gradients of parameters and masks, of a model that is sharded among `ranks`."""
+    """Loss, and gradients of parameters and masks, of a model that is sharded among `ranks` and
+    computes in `dtype`."""
     model = CausalLM(ModelConfig.from_hf(CASES[family]))
     model.checkpoint_activations = recompute
     context = parallel.init(threads=1) if ranks else None
@@ -39,7 +46,7 @@ def gradients(
             model,
             model.blocks,
             context.mesh,
-            dtype=torch.float32,
+            dtype=dtype,
             reshard_after_forward=True,
         )
     init_weights(model, seed=0)
@@ -62,11 +69,11 @@ def gradient(tensor: Tensor) -> Tensor:
     return parallel.whole(tensor.grad).clone()
 
 
-def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         error = (found[name] - value).abs().max()
-        assert error <= 1e-5 * value.abs().max() + 1e-7, name
+        assert error <= tolerance * value.abs().max() + 1e-7, name
 
 
 @pytest.mark.parametrize(("masked", "recompute"), [(False, False), (True, True)])
@@ -85,6 +92,17 @@ def test_sharded_gradients_equal_those_of_one_process(masked: bool) -> None:
     arguments = {"masked": masked, "recompute": True, "ranks": True}
     for found in run_ranks(lambda: gradients("qwen3", make_ids(), **arguments), 2):
         compare(found, expected)
+
+
+def test_sharded_gradients_in_bf16_are_near_those_in_fp32() -> None:
+    with running("reference"):
+        expected = gradients("qwen3", make_ids(), masked=True)
+
+    def on_ranks() -> dict[str, Tensor]:
+        return gradients("qwen3", make_ids(), masked=True, ranks=True, dtype=torch.bfloat16)
+
+    for found in run_ranks(on_ranks, 2):
+        compare(found, expected, 0.1)
 
 
 def test_without_gradients_nothing_else_changes() -> None:
