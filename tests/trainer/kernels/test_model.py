@@ -89,8 +89,11 @@ def test_gradients_equal_those_of_pytorch(family: str, masked: bool, recompute: 
 def test_sharded_gradients_equal_those_of_one_process(masked: bool) -> None:
     with running("reference"):
         expected = gradients("qwen3", make_ids(), masked=masked)
-    arguments = {"masked": masked, "recompute": True, "ranks": True}
-    for found in run_ranks(lambda: gradients("qwen3", make_ids(), **arguments), 2):
+
+    def on_ranks() -> dict[str, Tensor]:
+        return gradients("qwen3", make_ids(), masked=masked, recompute=True, ranks=True)
+
+    for found in run_ranks(on_ranks, 2):
         compare(found, expected)
 
 
