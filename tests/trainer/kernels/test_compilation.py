@@ -105,7 +105,8 @@ def launch(name: str, module: ModuleType) -> None:
     elif name.startswith("rope"):
         query, key = (rows(WIDTH).unflatten(-1, (HEADS, HEAD_DIM)) for _ in range(2))
         cos, sin = (query.new_empty(TOKENS // BATCH, HEAD_DIM // 2) for _ in range(2))
-        module.rotate(query, key, cos, sin, name == "rope.backward")
+        results = (torch.empty_like(query), torch.empty_like(key))
+        module.rotate(query, key, cos, sin, name == "rope.backward", results)
     elif name.startswith("attention"):
         query, key, value, outer = (rows(WIDTH).unflatten(-1, (HEADS, HEAD_DIM)) for _ in range(4))
         documents = torch.zeros(BATCH, TOKENS // BATCH, dtype=torch.int64, device="meta")
