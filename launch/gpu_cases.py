@@ -17,13 +17,15 @@ from trainer.kernels.gather_scale import gather_scale
 from trainer.kernels.rms_norm import rms_norm
 from trainer.kernels.rope import rope
 from trainer.kernels.swiglu import swiglu
-from trainer.loss import linear_cross_entropy
+from trainer.loss import Teaching, linear_cross_entropy, linear_distillation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASKS = ("mixed", "none", "zeros", "ones", "between")
 EPS = 1e-5
 SCALE = 1.7
 """Factor of rms_norm's mean square."""
+SHARE, TEMPERATURE = 0.4, 1.5
+"""Of cross_entropy's teacher."""
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -138,6 +140,14 @@ def _draw_rope(case: Case) -> tuple[Tensors, Tensors]:
     return (query, key), (angles.cos().to(dtype), angles.sin().to(dtype))
 
 
+def _run_rope(case: Case, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
+    """Rotated, and rotated again in place."""
+    with torch.no_grad():
+        copies = (query.detach().clone(), key.detach().clone())
+        overwritten = rope(*copies, cos, sin, in_place=True)
+    return *rope(query, key, cos, sin), *overwritten
+
+
 def _exact_rope(
     case: Case, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
 ) -> Sequence[Tensor]:
@@ -147,7 +157,8 @@ def _exact_rope(
         pairs = torch.complex(x[..., :half], x[..., half : 2 * half]) * turn
         return torch.cat((pairs.real, pairs.imag, x[..., 2 * half :]), dim=-1)
 
-    return rotate(query), rotate(key)
+    rotated = rotate(query), rotate(key)
+    return *rotated, *(x.detach() for x in rotated)
 
 
 def _draw_gather_scale(case: Case) -> tuple[Tensors, Tensors]:
@@ -186,20 +197,54 @@ def _exact_gather_scale(
 
 
 def _draw_linear_cross_entropy(case: Case) -> tuple[Tensors, Tensors]:
-    """Hidden states and head; targets, and the tokens' weights in place of a mask."""
+    """Hidden states and head; targets, the tokens' weights in place of a mask, and with some of
+    these a teacher's states and head."""
     tokens, width, vocabulary = case.sizes
     weights = draw_mask(tokens, case.mask)
     weights = torch.ones(tokens) if weights is None else weights
-    head = (torch.randn(vocabulary, width) * width**-0.5).to(DTYPES[case.dtype])
-    return (_normal(case, tokens, width), head), (torch.randint(vocabulary, (tokens,)), weights)
+
+    def model() -> tuple[Tensor, Tensor]:
+        head = torch.randn(vocabulary, width) * width**-0.5
+        return _normal(case, tokens, width), head.to(DTYPES[case.dtype])
+
+    teacher = model() if case.mask in ("mixed", "between") else (None, None)
+    return model(), (torch.randint(vocabulary, (tokens,)), weights, *teacher)
+
+
+def _run_linear_cross_entropy(
+    case: Case,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    states: Tensor | None,
+    head: Tensor | None,
+) -> Sequence[Tensor]:
+    if states is None or head is None:
+        return linear_cross_entropy(hidden, weight, targets, token_weights)
+    teaching = Teaching(states, head, SHARE, TEMPERATURE)
+    return linear_distillation(hidden, weight, targets, token_weights, teaching)
 
 
 def _exact_linear_cross_entropy(
-    case: Case, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
+    case: Case,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    states: Tensor | None,
+    head: Tensor | None,
 ) -> Sequence[Tensor]:
-    logits = hidden @ weight.t()
+    logits, counted = hidden @ weight.t(), token_weights != 0
     losses = logits.logsumexp(-1) - logits.gather(1, targets.unsqueeze(1)).squeeze(1)
-    return (losses * token_weights).sum(), (losses * (token_weights != 0)).detach()
+    if states is None or head is None:
+        return (losses * token_weights).sum(), (losses * counted).detach()
+    student = (logits / TEMPERATURE).log_softmax(-1)
+    teacher = (states @ head.t() / TEMPERATURE).log_softmax(-1)
+    divergences = (teacher.exp() * (teacher - student)).sum(-1)
+    total = (1 - SHARE) * losses + SHARE * TEMPERATURE**2 * divergences
+    found = ((total * token_weights).sum(), losses * counted, divergences * counted)
+    return found[0], *(x.detach() for x in found[1:])
 
 
 def _draw_attention(case: Case) -> tuple[Tensors, Tensors]:
@@ -277,11 +322,12 @@ ROWS: dict[str, Row] = {
         formula=_exact_gather_scale,
         tolerance=_ELEMENTWISE,
     ),
-    # Tokens, width, vocabulary. Logits of the operator are rounded to its dtype.
+    # Tokens, width, vocabulary. Logits of the operator are rounded to its dtype. Rows of up to
+    # 32,768 ids without a teacher have a kernel of their own.
     "cross_entropy": Row(
-        sizes=((5, 8, 17), (257, 256, 1003), (1024, 512, 32000)),
+        sizes=((5, 8, 17), (257, 256, 1003), (1024, 512, 32000), (130, 256, 49152)),
         draw=_draw_linear_cross_entropy,
-        run=lambda case, *arguments: linear_cross_entropy(*arguments),
+        run=_run_linear_cross_entropy,
         formula=_exact_linear_cross_entropy,
         tolerance={"fp32": 5e-5, "bf16": 4e-2, "fp16": 5e-3},
     ),
@@ -303,7 +349,7 @@ ROWS: dict[str, Row] = {
             (2, 1025, 32, 8, 128, 128),
         ),
         draw=_draw_rope,
-        run=lambda case, *arguments: rope(*arguments),
+        run=_run_rope,
         formula=_exact_rope,
         tolerance=_ELEMENTWISE,
     ),

@@ -28,7 +28,7 @@ from trainer import parallel
 from trainer.callbacks.base import Callback
 from trainer.config import TrainConfig
 from trainer.files import require_writable, write_report
-from trainer.kernels.library import which
+from trainer.kernels import registry
 from trainer.loop import Trainer
 from trainer.models import folding
 from trainer.models.config import ModelConfig
@@ -293,7 +293,7 @@ def _result(
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "gather_scale": which(context.device),
+        "gather_scale": registry.which("gather_scale", context.device),
         "seconds": medians,
         "compact_target_over_target_cpt": ratio("compact at target", "target", names[0]),
         "step_target_over_target_cpt": ratio("compact at target", "target", names[1]),

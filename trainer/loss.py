@@ -50,6 +50,7 @@ def linear_cross_entropy(
         both fp32 (fp64 for fp64 input); token_loss is 0 where the weight is 0.
 
     Raises:
+        ValueError: a shape, dtype, stride, device or number does not fit.
         InputError: a weighted target lies outside [0, V). Checked on the CPU only; a GPU would
             have to wait for the answer.
     """
@@ -84,7 +85,7 @@ def linear_distillation(
         cross-entropy and the divergence (without the factor T^2). dtypes as linear_cross_entropy.
 
     Raises:
-        InputError: as linear_cross_entropy.
+        ValueError, InputError: as linear_cross_entropy.
     """
     return _linear_loss(hidden, weight, targets, token_weights, teaching, chunk_tokens)
 
@@ -108,9 +109,6 @@ def _linear_loss(
         _, _, share, temperature, top_k = teaching
         states = teaching.states.detach().flatten(0, -2)
         head_weight = teaching.head_weight.detach()
-        assert head_weight.shape[0] == weight.shape[0], (head_weight.shape, weight.shape)
-        assert len(states) == len(hidden), (states.shape, hidden.shape)
-        assert 0 <= top_k <= weight.shape[0], top_k
     if chunk_tokens is None:
         classes = weight.shape[0] * (1 if teaching is None else 2)
         chunk_tokens = default_chunk(classes, weight.shape[1])

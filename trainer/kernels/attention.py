@@ -53,16 +53,22 @@ def attention(
     if registry.runs_reference(NAME, query.device):
         return reference(*arguments)
     backend = registry.which(NAME, query.device)
-    # A mask for every pair of positions is what Triton's kernels do without.
-    if backend not in registry.FUSED or documents is not None:
-        result: Tensor = torch.ops.shorn.attention(*arguments)[0]
-        return result
-    library = attention_flash.find(query) if backend == "flash" else None
-    if library is None:
+    fused = backend in registry.FUSED
+    library = None
+    if backend == "flash" and documents is None:
+        library = attention_flash.find(query)
+    if library is not None:
+        _check(*arguments)
+        context = attention_flash.attend(library, query, key, value, window, _scale(query, scale))
+        return _mask_heads(context, head_mask)
+    module = registry.triton_module(NAME, query.device)
+    lacking = module is not None and not module.supports(query)
+    # PyTorch's own attention needs a mask of all pairs of positions for these, Triton's none.
+    limited = documents is not None or (window is not None and window < query.shape[1])
+    if lacking or (fused and not (limited and module is not None)):
         return reference(*arguments)
-    _check(*arguments)
-    context = attention_flash.attend(library, query, key, value, window, _scale(query, scale))
-    return _mask_heads(context, head_mask)
+    result: Tensor = torch.ops.shorn.attention(*arguments)[0]
+    return result
 
 
 def reference(
@@ -91,24 +97,30 @@ def reference(
 
 def first_keys(query: Tensor, documents: Tensor | None, window: int | None) -> Tensor | None:
     """[B, S] int32, the first key that each query sees, never decreasing; None: 0 everywhere."""
-    batch, length = query.shape[:2]
+    first = _first_keys(query, documents, window)
+    return None if first is None else first.expand(query.shape[:2]).contiguous()
+
+
+def _first_keys(query: Tensor, documents: Tensor | None, window: int | None) -> Tensor | None:
+    """`first_keys`, [1, S] where all rows have the same."""
+    length = query.shape[1]
     if window is not None and window >= length:
         window = None
     if length == 0 or (documents is None and window is None):
         return None
     position = torch.arange(length, dtype=torch.int32, device=query.device)
-    first = torch.zeros_like(position).expand(batch, length)
+    first = torch.zeros_like(position).unsqueeze(0)
     if documents is not None:
         begins = (documents.diff(dim=1) != 0) * position[1:]
         first = F.pad(begins, (1, 0)).cummax(1).values
     if window is not None:
         first = torch.maximum(first, position + (1 - window))
-    return first.contiguous()
+    return first
 
 
 def _visible(query: Tensor, documents: Tensor | None, window: int | None) -> Tensor | None:
-    """[B, 1, S, S], whether each query sees each key; None: all that come before it."""
-    first = first_keys(query, documents, window)
+    """[B or 1, 1, S, S], whether each query sees each key; None: all that come before it."""
+    first = _first_keys(query, documents, window)
     if first is None:
         return None
     position = torch.arange(query.shape[1], device=query.device)

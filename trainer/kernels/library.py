@@ -1,15 +1,14 @@
-"""The compiled operators of csrc/, where they were built, and which implementation runs."""
+"""The compiled operators of csrc/, where they were built."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-Backend = Literal["reference", "c++", "cuda"]
-
 FOLDER = Path(__file__).resolve().parent
+NAMES = ("gather_scale_compiled", "gather_scale_backward_compiled")
+"""The operators that a library implements."""
 
 _loaded: set[str] = set()
 _reference_only = False
@@ -20,23 +19,21 @@ def load() -> None:
     for device in ("cpu", "cuda"):
         path = FOLDER / f"_shorn_{device}.so"
         if path.exists() and (device == "cpu" or torch.version.cuda is not None):
-            # A library built for another machine or a newer PyTorch is as good as none.
+            # One built for another machine or PyTorch, or from older sources, is as good as none.
             with suppress(OSError, RuntimeError):
                 torch.ops.load_library(path)
-                _loaded.add(device)
+                if all(_implements(name, device) for name in NAMES):
+                    _loaded.add(device)
+
+
+def _implements(name: str, device: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"shorn::{name}", key)
 
 
 def is_loaded(kind: str) -> bool:
     """Whether the library for a type of device ("cpu", "cuda") was built and could be loaded."""
     return kind in _loaded
-
-
-def which(device: torch.device | str = "cpu") -> Backend:
-    """What computes the operators on `device`: PyTorch itself, or a compiled library."""
-    kind = torch.device(device).type
-    if _reference_only or kind not in _loaded:
-        return "reference"
-    return "c++" if kind == "cpu" else "cuda"
 
 
 def reference_is_forced() -> bool:

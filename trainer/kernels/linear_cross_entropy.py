@@ -15,12 +15,15 @@ from torch.autograd.function import once_differentiable
 
 from data.errors import InputError
 from trainer.kernels import registry
-from trainer.kernels.arguments import wide_dtype
+from trainer.kernels.arguments import check_like, check_rows, refuse, wide_dtype
 from trainer.kernels.cross_entropy import cross_entropy_, divergence, divergence_scale
+
+NAME = "linear_cross_entropy"
 
 LOGITS_BYTES = 64 * 2**20
 """Size of one chunk of logits in bytes, if they were fp32, a teacher's included."""
 _FEWEST_TOKENS = 128
+_WEIGHTS = (torch.float32, torch.float64)
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -136,6 +139,41 @@ def _check_targets(targets: Tensor, classes: int) -> None:
             )
 
 
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    states: Tensor | None,
+    head_weight: Tensor | None,
+) -> None:
+    check_rows(NAME, "hidden", hidden, 2)
+    (tokens, width), dtypes, device = hidden.shape, (hidden.dtype,), hidden.device
+    classes = weight.shape[0] if weight.dim() else 0
+    check_like(NAME, "weight", weight, (classes, width), dtypes, device)
+    check_rows(NAME, "weight", weight)
+    check_like(NAME, "targets", targets, (tokens,), (torch.int64,), device)
+    check_like(NAME, "token_weights", token_weights, (tokens,), _WEIGHTS, device)
+    if states is None or head_weight is None:
+        return
+    taught = states.shape[1] if states.dim() == 2 else 0
+    check_like(NAME, "states", states, (tokens, taught), dtypes, device)
+    check_like(NAME, "head_weight", head_weight, (classes, taught), dtypes, device)
+
+
+def _check_numbers(
+    classes: int, share: float, temperature: float, top_k: int, chunk_tokens: int
+) -> None:
+    if not 0 <= share <= 1:
+        refuse(NAME, "share", "in [0, 1]", share)
+    if not 0 < temperature < float("inf"):
+        refuse(NAME, "temperature", "above 0 and finite", temperature)
+    if not 0 <= top_k <= classes:
+        refuse(NAME, "top_k", f"in [0, {classes}]", top_k)
+    if chunk_tokens < 1:
+        refuse(NAME, "chunk_tokens", "at least 1", chunk_tokens)
+
+
 def _allocate(
     hidden: Tensor,
     weight: Tensor,
@@ -150,7 +188,9 @@ def _allocate(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> Results:
-    """Memory for the results of `_run`, or their shapes."""
+    """Memory for the results of `_run`, or their shapes. Checks all arguments."""
+    _check(hidden, weight, targets, token_weights, states, head_weight)
+    _check_numbers(weight.shape[0], share, temperature, top_k, chunk_tokens)
     tokens, dtype = targets.shape[0], wide_dtype(hidden)
     return (
         hidden.new_empty((), dtype=dtype),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.trainer.kernels.test_attention import formula
 from trainer.kernels import attention_flash, registry
-from trainer.kernels.attention import attention
+from trainer.kernels.attention import _visible, attention
 
 ROOT = Path(__file__).resolve().parents[3]
 UNLIMITED = {"flash_attn_interface": -1, "flash_attn.cute": None, "flash_attn": -1}
@@ -115,6 +115,38 @@ def test_leaves_the_rest_to_others(installed: Installed, dtype: torch.dtype, hea
     found = attention(*tensors)
     assert not installed.calls
     torch.testing.assert_close(found, formula(*tensors).to(dtype), atol=0.03, rtol=0.02)
+
+
+@pytest.mark.parametrize("backend", registry.FUSED)
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("option", [{}, {"window": 7}, {"documents": torch.ones(2, 20).long()}])
+def test_masks_of_all_pairs_are_left_to_kernels_where_there_are_some(
+    backend: str, kernels: bool, option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them, and for what they do not compute, PyTorch's own attention runs."""
+    asked: list[tuple[int, ...]] = []
+
+    def operator(query: Tensor, *rest: Any) -> tuple[Tensor, None]:
+        asked.append(tuple(query.shape))
+        return query, None
+
+    module = SimpleNamespace(supports=lambda query: query.shape[-1] <= 16)
+    monkeypatch.setattr(registry, "which", lambda name, device: backend)
+    monkeypatch.setattr(registry, "triton_module", lambda *_: module if kernels else None)
+    monkeypatch.setattr(attention_flash, "find", lambda query: None)
+    monkeypatch.setattr(torch.ops.shorn, "attention", operator)
+    for width in (16, 24):
+        tensors = draw(torch.float64, width)
+        found = attention(*tensors, **option)
+        if width == 24 or not kernels or not option:
+            expected = formula(*tensors, None, option.get("documents"), option.get("window"))
+            torch.testing.assert_close(found, expected)
+    assert asked == ([(2, 20, 4, 16)] if kernels and option else [])
+
+
+def test_the_mask_of_a_window_is_that_of_one_row() -> None:
+    visible = _visible(torch.zeros(5, 20, 2, 8), None, 7)
+    assert visible is not None and visible.shape == (1, 1, 20, 20)
 
 
 def test_documents_are_left_to_others(installed: Installed) -> None:

@@ -153,3 +153,52 @@ def test_a_chunk_is_bounded(classes: int, width: int) -> None:
     assert tokens == 1 or 4 * tokens * classes <= LOGITS_BYTES
     assert tokens <= 128 or tokens <= width / 2
     assert tokens % 64 == 0 or 4 * 64 * classes > LOGITS_BYTES
+
+
+WRONG = [
+    ({"hidden": torch.zeros(12, WIDTH)}, "targets must be [12] torch.int64 on cpu, got [11]"),
+    (
+        {"hidden": torch.zeros(TOKENS, 9)},
+        "weight must be [70, 9] torch.float32 on cpu, got [70, 8]",
+    ),
+    ({"weight": torch.zeros(CLASSES, WIDTH).half()}, "weight must be [70, 8] torch.float32 on cpu"),
+    (
+        {"weight": torch.zeros(WIDTH, CLASSES).t()},
+        "weight must be contiguous in its last dimension",
+    ),
+    (
+        {"targets": torch.zeros(TOKENS)},
+        "targets must be [11] torch.int64 on cpu, got [11] torch.fl",
+    ),
+    ({"token_weights": torch.ones(3)}, "token_weights must be [11] torch.float32 or torch.float64"),
+    ({"states": torch.zeros(10, 6)}, "states must be [11, 6] torch.float32 on cpu, got [10, 6]"),
+    ({"head_weight": torch.zeros(9, 6)}, "head_weight must be [70, 6] torch.float32 on cpu, got"),
+    ({"share": 1.5}, "share must be in [0, 1], got 1.5"),
+    ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
+    ({"top_k": 71}, "top_k must be in [0, 70], got 71"),
+    ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
+def test_bad_input_is_refused(changed: dict[str, Any], message: str) -> None:
+    hidden, weight, targets, token_weights, teaching = draw()
+    given: dict[str, Any] = {
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets,
+        "token_weights": token_weights,
+        "states": teaching.states,
+        "head_weight": teaching.head_weight,
+        "share": 0.4,
+        "temperature": 1.5,
+        "top_k": 0,
+        "chunk_tokens": 4,
+        "needs_hidden": True,
+        "needs_weight": True,
+        **changed,
+    }
+    with pytest.raises(ValueError) as caught:
+        torch.ops.shorn.linear_cross_entropy(*given.values())
+    assert str(caught.value).startswith("linear_cross_entropy: ")
+    assert message in str(caught.value)
