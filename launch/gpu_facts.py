@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = "unknown"
-PACKAGES = ("torch", "triton", "liger-kernel", "flash-attn", "flash-attn-4")
+PACKAGES = ("torch", "triton", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4")
 
 
 def facts(device: torch.device) -> dict[str, str]:

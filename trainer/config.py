@@ -62,9 +62,9 @@ class TrainConfig:
     on a CPU."""
 
     kernels: Literal["auto", "reference", "triton", "cuda"] = "auto"
-    """What computes the operators. auto: on a GPU the compiled CUDA code where it was built and
-    Triton elsewhere, on a CPU the compiled C++ code and PyTorch; reference: PyTorch; triton: Triton
-    throughout; cuda: as auto, but only with compiled CUDA code."""
+    """What computes the operators. auto: on a GPU compiled CUDA code, FlashAttention or PyTorch's
+    attention, and Triton, as far as installed; on a CPU compiled C++ code and PyTorch. reference:
+    PyTorch; triton: Triton throughout; cuda: as auto, refused without compiled CUDA code."""
 
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a quarter more compute."""

@@ -137,11 +137,15 @@ def test_a_later_second_signal_acts_at_once(
         signal.signal(signal.SIGINT, before)
 
 
-def test_resume_on_another_number_of_ranks(workspace: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (1, 2), (2, 1)])
+def test_resume_on_another_number_of_ranks(
+    before: int, after: int, workspace: Path, tmp_path: Path
+) -> None:
+    """One rank keeps plain tensors, several keep shards."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = run_ranks(train, 1, workspace, whole)[0]
-    run_ranks(train, 4, workspace, parts, 10)
-    resumed = run_ranks(train, 2, workspace, parts)[0]
+    run_ranks(train, before, workspace, parts, 10)
+    resumed = run_ranks(train, after, workspace, parts)[0]
     np.testing.assert_allclose(losses(parts), losses(whole), rtol=0, atol=1e-5)
     assert resumed.used == expected.used
 
