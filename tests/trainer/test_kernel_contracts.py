@@ -64,9 +64,6 @@ PINNED = {
 """By minor version of Triton and kernel, on sm_90: registers per thread at most. Versions differ by
 half; where one is not listed, only what a thread can have is the limit."""
 
-SPILLING = {80: ["attention.forward", "attention.backward_key"]}
-"""By architecture, kernels whose tile is chosen for sm_90 and a little too large there."""
-
 
 @functools.cache
 def compiled(arch: int) -> tuple[Record, ...]:
@@ -143,7 +140,7 @@ def register_limit(record: Record, version: str) -> int:
 
 @each_arch
 def test_no_loop_spills(arch: int) -> None:
-    assert spilling(compiled(arch)) == SPILLING.get(arch, [])
+    assert spilling(compiled(arch)) == []
 
 
 @each_arch

@@ -48,7 +48,7 @@ MUTANTS = (
         "attention", "denominator not rescaled", "denominator * shrink + tl", "denominator + tl"
     ),
     Mutant("attention", "mask forgotten", "total * mask", "total"),
-    Mutant("attention", "diagonal not masked", "or ON_DIAGONAL == 1", "or ON_DIAGONAL == 2"),
+    Mutant("attention", "diagonal not masked", "or start >= diagonal", "or start > diagonal"),
     Mutant("attention", "logsumexp of another base", "/ LOG2_E", "* 1.0"),
     *(
         Mutant("attention", mistake, right, wrong, 0, _BACKWARD)

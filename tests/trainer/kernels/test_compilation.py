@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.kernels import attention_tiles
 from trainer.kernels.compilation import (
     CHANNELS,
     ENABLE_FP_FUSION,
@@ -105,9 +106,12 @@ def launch(name: str, module: ModuleType) -> None:
     elif name.startswith("rope"):
         query, key = (rows(WIDTH).unflatten(-1, (HEADS, HEAD_DIM)) for _ in range(2))
         cos, sin = (query.new_empty(TOKENS // BATCH, HEAD_DIM // 2) for _ in range(2))
-        module.rotate(query, key, cos, sin, name == "rope.backward")
-    elif name.startswith("attention"):
-        query, key, value, outer = (rows(WIDTH).unflatten(-1, (HEADS, HEAD_DIM)) for _ in range(4))
+        results = (torch.empty_like(query), torch.empty_like(key))
+        module.rotate(query, key, cos, sin, name == "rope.backward", results)
+    elif "attention" in name:
+        heads = 8 if name.startswith("grouped") else HEADS
+        query, outer = (rows(WIDTH).unflatten(-1, (HEADS, HEAD_DIM)) for _ in range(2))
+        key, value = (rows(heads * HEAD_DIM).unflatten(-1, (heads, HEAD_DIM)) for _ in range(2))
         documents = torch.zeros(BATCH, TOKENS // BATCH, dtype=torch.int64, device="meta")
         arguments = (query, key, value, vector(HEADS), documents)
         if name == "attention.forward":
@@ -131,6 +135,8 @@ def record(compilation: Compilation, monkeypatch: pytest.MonkeyPatch) -> Recorde
     for function in {other.function for other in module.COMPILATIONS}:
         recorders[function] = Recorder(getattr(module, function))
         monkeypatch.setattr(module, function, recorders[function])
+    for architecture in compilation.architectures:
+        monkeypatch.setattr(attention_tiles, "architecture", lambda _, it=architecture: it)
     launch(compilation.name, module)
     return recorders[compilation.function]
 
