@@ -27,6 +27,8 @@ BYTES_OVER_MINIMUM = 1.1
 MOST_REGISTERS = 255
 MEMORY_BOUND_REGISTERS = 128
 """Two blocks of 256 threads on a multiprocessor."""
+LEAST_SHARED_BYTES = 99 << 10
+"""What a block may have on every GPU since the first of Ampere."""
 PINNED = {
     "3.6": {
         "gather_scale.forward": 40,
@@ -144,6 +146,14 @@ def test_no_loop_spills(arch: int) -> None:
 
 
 @each_arch
+def test_no_loop_spills_without_what_is_optional(arch: int) -> None:
+    records, failures = compile_triton([arch], "tests.trainer.plain_kernels")
+    assert not failures, failures
+    assert {record.kernel for record in records} == {r.kernel for r in compiled(arch) if r.has_dot}
+    assert spilling(records) == []
+
+
+@each_arch
 def test_memory_bound_kernels_access_16_bytes(arch: int) -> None:
     assert narrow(compiled(arch)) == []
 
@@ -166,6 +176,12 @@ def test_matrix_kernels_are_bound_by_their_operations(arch: int) -> None:
 @each_arch
 def test_kernels_fit_a_multiprocessor(arch: int) -> None:
     assert [record.kernel for record in compiled(arch) if record.occupancy == 0] == []
+
+
+@pytest.mark.slow
+def test_tiles_of_sm_80_fit_every_gpu() -> None:
+    """They serve those without tiles of their own, of which sm_86, sm_89 and sm_120 have least."""
+    assert [r.kernel for r in compiled(80) if r.shared_bytes > LEAST_SHARED_BYTES] == []
 
 
 @each_arch

@@ -57,6 +57,8 @@ MUTANTS = (
             ("mask forgotten in dQ", "d_queries * mask", "d_queries"),
             ("mask forgotten in dK, dV", "logarithm[None, :]) * mask", "logarithm[None, :])"),
             ("delta forgotten in dK", "(d_weights - along[None, :])", "d_weights"),
+            ("diagonal not masked in dQ", "or start >= diagonal", "or start > diagonal"),
+            ("diagonal not masked in dK, dV", "or start < diagonal", "or start < low"),
             ("documents forgotten in dK, dV", "length, HAS_BOUNDS, True)", "length, False, True)"),
             ("last query of another key", "tl.minimum(start + COLUMNS, length) - 1", "start"),
             ("one head of the group", "key_head * GROUP + GROUP)", "key_head * GROUP + 1)"),

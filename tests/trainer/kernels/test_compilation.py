@@ -23,6 +23,7 @@ from trainer.kernels.compilation import (
     VOCABULARY,
     WIDTH,
     Compilation,
+    Tile,
     compilations,
 )
 from trainer.kernels.linear_cross_entropy import default_chunk
@@ -162,6 +163,20 @@ def test_is_launched_as_compiled(compilation: Compilation, monkeypatch: pytest.M
         else:
             assert kind == (recorder.declared[name] or "i32"), name
             assert (name in compilation.aligned) == (value % 16 == 0) and value != 1, name
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((12, 0), 80)],
+)
+def test_every_gpu_has_a_tile(
+    capability: tuple[int, int], architecture: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPUs of which no tile is known take that which needs least shared memory."""
+    tiles = {80: Tile(128, 32, 8, 3), 90: Tile(128, 64, 8, 2), 100: Tile(64, 64, 4, 2)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert attention_tiles.choose(tiles, torch.device("cuda")) is tiles[architecture]
+    assert attention_tiles.choose(tiles, torch.device("cpu")) is tiles[80]
 
 
 @pytest.mark.parametrize("compilation", compilations(), ids=lambda compilation: compilation.name)
