@@ -31,6 +31,11 @@ LEAST_SHARED_BYTES = 99 << 10
 """What a block may have on every GPU since the first of Ampere."""
 PINNED = {
     "3.6": {
+        "attention.forward": 200,
+        "attention.backward_query": 216,
+        "attention.backward_key": 240,
+        "cross_entropy.forward": 64,
+        "distillation.forward": 80,
         "gather_scale.forward": 40,
         "gather_scale.backward": 80,
         "rms_norm.forward": 48,
@@ -41,6 +46,11 @@ PINNED = {
         "swiglu.backward": 64,
     },
     "3.8": {
+        "attention.forward": 192,
+        "attention.backward_query": 216,
+        "attention.backward_key": 248,
+        "cross_entropy.forward": 64,
+        "distillation.forward": 80,
         "gather_scale.forward": 40,
         "gather_scale.backward": 80,
         "rms_norm.forward": 48,
@@ -51,8 +61,11 @@ PINNED = {
         "swiglu.backward": 64,
     },
     "3.9": {
+        "attention.forward": 216,
+        "attention.backward_query": 216,
+        "attention.backward_key": 240,
         "cross_entropy.forward": 64,
-        "distillation.forward": 96,
+        "distillation.forward": 80,
         "gather_scale.forward": 48,
         "gather_scale.backward": 96,
         "rms_norm.forward": 64,
