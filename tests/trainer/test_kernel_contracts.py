@@ -47,7 +47,7 @@ PINNED = {
     },
     "3.8": {
         "attention.forward": 192,
-        "attention.backward_query": 216,
+        "attention.backward_query": 224,
         "attention.backward_key": 248,
         "cross_entropy.forward": 64,
         "distillation.forward": 80,
@@ -62,7 +62,7 @@ PINNED = {
     },
     "3.9": {
         "attention.forward": 216,
-        "attention.backward_query": 216,
+        "attention.backward_query": 224,
         "attention.backward_key": 240,
         "cross_entropy.forward": 64,
         "distillation.forward": 80,

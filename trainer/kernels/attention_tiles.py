@@ -1,6 +1,7 @@
 """What the Triton kernels of attention share: tiles, which keys are visible, sizes.
 
 Tiles are chosen for each architecture so that no loop keeps in memory what registers cannot hold.
+For the same reason one loop walks the tiles on both sides of the diagonal, instead of one for each.
 Those of sm_80 need at most 99 KiB of shared memory, which every GPU since the first of Ampere has;
 where there are no tiles of its own, they serve.
 """
@@ -132,7 +133,7 @@ def key_limits(
     """
     low = start * 0
     if HAS_BOUNDS:
-        low = tl.load(first + start) // COLUMNS * COLUMNS
+        low = tl.load(first + start)
     high = tl.minimum(start + ROWS, length)
     return start, tl.where(mask == 0.0, high, low), start // COLUMNS * COLUMNS, high
 

@@ -41,7 +41,7 @@ MUTANTS = (
     Mutant("attention", "no query sees itself", "across <= below", "across < below", 0, _TILES),
     Mutant("attention", "one key too few", "across >= (", "across > (", 0, _TILES),
     Mutant("attention", "one row too many", "row < length", "row <= length", 1, _TILES),
-    Mutant("attention", "tiles overlap", "+ start) // COLUMNS * COLUMNS", "+ start)", 0, _TILES),
+    Mutant("attention", "keys of another row", "(first + start)", "(first + start + 1)", 0, _TILES),
     Mutant("attention", "heads of another group", "head // GROUP * key", "head % GROUP * key"),
     Mutant("attention", "accumulator not rescaled", "total * shrink[:, None]", "total"),
     Mutant(
