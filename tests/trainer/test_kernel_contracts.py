@@ -27,8 +27,15 @@ BYTES_OVER_MINIMUM = 1.1
 MOST_REGISTERS = 255
 MEMORY_BOUND_REGISTERS = 128
 """Two blocks of 256 threads on a multiprocessor."""
+LEAST_SHARED_BYTES = 99 << 10
+"""What a block may have on every GPU since the first of Ampere."""
 PINNED = {
     "3.6": {
+        "attention.forward": 200,
+        "attention.backward_query": 216,
+        "attention.backward_key": 240,
+        "cross_entropy.forward": 64,
+        "distillation.forward": 80,
         "gather_scale.forward": 40,
         "gather_scale.backward": 80,
         "rms_norm.forward": 48,
@@ -39,6 +46,11 @@ PINNED = {
         "swiglu.backward": 64,
     },
     "3.8": {
+        "attention.forward": 192,
+        "attention.backward_query": 224,
+        "attention.backward_key": 248,
+        "cross_entropy.forward": 64,
+        "distillation.forward": 80,
         "gather_scale.forward": 40,
         "gather_scale.backward": 80,
         "rms_norm.forward": 48,
@@ -49,8 +61,11 @@ PINNED = {
         "swiglu.backward": 64,
     },
     "3.9": {
+        "attention.forward": 216,
+        "attention.backward_query": 224,
+        "attention.backward_key": 240,
         "cross_entropy.forward": 64,
-        "distillation.forward": 96,
+        "distillation.forward": 80,
         "gather_scale.forward": 48,
         "gather_scale.backward": 96,
         "rms_norm.forward": 64,
@@ -63,9 +78,6 @@ PINNED = {
 }
 """By minor version of Triton and kernel, on sm_90: registers per thread at most. Versions differ by
 half; where one is not listed, only what a thread can have is the limit."""
-
-SPILLING = {80: ["attention.forward", "attention.backward_key"]}
-"""By architecture, kernels whose tile is chosen for sm_90 and a little too large there."""
 
 
 @functools.cache
@@ -143,7 +155,15 @@ def register_limit(record: Record, version: str) -> int:
 
 @each_arch
 def test_no_loop_spills(arch: int) -> None:
-    assert spilling(compiled(arch)) == SPILLING.get(arch, [])
+    assert spilling(compiled(arch)) == []
+
+
+@each_arch
+def test_no_loop_spills_without_what_is_optional(arch: int) -> None:
+    records, failures = compile_triton([arch], "tests.trainer.plain_kernels")
+    assert not failures, failures
+    assert {record.kernel for record in records} == {r.kernel for r in compiled(arch) if r.has_dot}
+    assert spilling(records) == []
 
 
 @each_arch
@@ -169,6 +189,12 @@ def test_matrix_kernels_are_bound_by_their_operations(arch: int) -> None:
 @each_arch
 def test_kernels_fit_a_multiprocessor(arch: int) -> None:
     assert [record.kernel for record in compiled(arch) if record.occupancy == 0] == []
+
+
+@pytest.mark.slow
+def test_tiles_of_sm_80_fit_every_gpu() -> None:
+    """They serve those without tiles of their own, of which sm_86, sm_89 and sm_120 have least."""
+    assert [r.kernel for r in compiled(80) if r.shared_bytes > LEAST_SHARED_BYTES] == []
 
 
 @each_arch

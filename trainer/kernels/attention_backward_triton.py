@@ -18,6 +18,7 @@ from trainer.kernels.attention_tiles import (
     MASK_BYTES,
     ROWS_BYTES,
     STATISTIC_BYTES,
+    choose,
     compiled_constants,
     constants,
     key_limits,
@@ -27,12 +28,10 @@ from trainer.kernels.attention_tiles import (
     store_rows,
     visible,
 )
-from trainer.kernels.compilation import ENABLE_FP_FUSION, TOKENS, Compilation
+from trainer.kernels.compilation import HEADS, TOKENS, Compilation, Tile
 
-_QUERY_TILE = {"ROWS": 64, "COLUMNS": 64}
-_QUERY_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": ENABLE_FP_FUSION}
-_KEY_TILE = {"ROWS": 32, "COLUMNS": 128}
-_KEY_OPTIONS = {**_QUERY_OPTIONS, "num_warps": 8}
+_QUERY_TILES = {80: Tile(64, 64, 8, 2), 90: Tile(64, 64, 4, 2), 100: Tile(128, 64, 8, 2)}
+_KEY_TILES = {80: Tile(32, 64, 8, 2), 90: Tile(32, 128, 8, 2), 100: Tile(32, 64, 8, 2)}
 
 
 @triton.jit
@@ -55,20 +54,18 @@ def _query_gradient(
     row = row_start + tl.arange(0, ROWS)
     logarithm = logarithm * LOG2_E
     d_queries = tl.zeros((ROWS, WIDTH), tl.float32)
-    for ON_DIAGONAL in tl.static_range(2):
-        begin = tl.maximum(diagonal, low) if ON_DIAGONAL else low
-        for start in range(begin, high if ON_DIAGONAL else diagonal, COLUMNS):
-            keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-            values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[:, None])
-            if HAS_BOUNDS or ON_DIAGONAL == 1:
-                column = start + tl.arange(0, COLUMNS)
-                seen = visible(row, column, first, length, HAS_BOUNDS, False)
-                weights = tl.where(seen, weights, 0.0)
-            d_weights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
-            d_scores = weights * (d_weights - along[:, None])
-            d_queries = tl.dot(d_scores.to(keys.dtype), keys, d_queries, input_precision="ieee")
+    for start in range(low, high, COLUMNS):
+        keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+        values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[:, None])
+        if HAS_BOUNDS or start >= diagonal:
+            column = start + tl.arange(0, COLUMNS)
+            seen = visible(row, column, first, length, HAS_BOUNDS, False)
+            weights = tl.where(seen, weights, 0.0)
+        d_weights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
+        d_scores = weights * (d_weights - along[:, None])
+        d_queries = tl.dot(d_scores.to(keys.dtype), keys, d_queries, input_precision="ieee")
     return d_queries * scale
 
 
@@ -175,24 +172,22 @@ def _key_gradients(
     low, diagonal, high = limits
     # A head whose mask is 0 has no queries.
     low = tl.where(mask == 0.0, high, low)
-    for PAST_DIAGONAL in tl.static_range(2):
-        begin = tl.maximum(diagonal, low) if PAST_DIAGONAL else low
-        for start in range(begin, high if PAST_DIAGONAL else diagonal, ROWS):
-            row = start + tl.arange(0, ROWS)
-            queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
-            gradients = load_rows(gradient, start, stride, length, ROWS, HEAD_DIM, WIDTH)
-            logarithm = tl.load(logsumexp + row, mask=row < length, other=0.0) * LOG2_E
-            along = tl.load(delta + row, mask=row < length, other=0.0)
-            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-            weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[None, :]) * mask
-            if HAS_BOUNDS or PAST_DIAGONAL == 0:
-                seen = visible(row, column, first, length, HAS_BOUNDS, True)
-                weights = tl.where(seen, weights, 0.0)
-            rounded = weights.to(gradients.dtype)
-            d_values = tl.dot(rounded, gradients, d_values, input_precision="ieee")
-            d_weights = tl.dot(values, tl.trans(gradients), input_precision="ieee")
-            d_scores = weights * (d_weights - along[None, :])
-            d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
+    for start in range(low, high, ROWS):
+        row = start + tl.arange(0, ROWS)
+        queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
+        gradients = load_rows(gradient, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+        logarithm = tl.load(logsumexp + row, mask=row < length, other=0.0) * LOG2_E
+        along = tl.load(delta + row, mask=row < length, other=0.0)
+        scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+        weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[None, :]) * mask
+        if HAS_BOUNDS or start < diagonal:
+            seen = visible(row, column, first, length, HAS_BOUNDS, True)
+            weights = tl.where(seen, weights, 0.0)
+        rounded = weights.to(gradients.dtype)
+        d_values = tl.dot(rounded, gradients, d_values, input_precision="ieee")
+        d_weights = tl.dot(values, tl.trans(gradients), input_precision="ieee")
+        d_scores = weights * (d_weights - along[None, :])
+        d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
     return d_keys, d_values
 
 
@@ -280,7 +275,8 @@ def backward(
     d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
     output, logsumexp = output.contiguous(), logsumexp.contiguous()
     delta = torch.empty_like(logsumexp)
-    options = constants(_QUERY_TILE, query, key, head_mask, first is not None)
+    tile = choose(_QUERY_TILES, query.device)
+    options = constants(tile, query, key, head_mask, first is not None)
     blocks = triton.cdiv(length, options["ROWS"])
     partial = delta.new_empty((0 if head_mask is None else batch * blocks, heads))
     with torch.cuda.device_of(query):
@@ -297,9 +293,10 @@ def backward(
             *strides,
             scale,
             **options,
-            **_QUERY_OPTIONS,
+            **tile.options(),
         )
-        options = constants(_KEY_TILE, query, key, head_mask, first is not None)
+        tile = choose(_KEY_TILES, query.device)
+        options = constants(tile, query, key, head_mask, first is not None)
         backward_key_kernel[(triton.cdiv(length, options["COLUMNS"]) * batch * key_heads,)](
             *inputs,
             query if first is None else first,
@@ -313,7 +310,7 @@ def backward(
             *strides,
             scale,
             **options,
-            **_KEY_OPTIONS,
+            **tile.options(),
         )
     return d_query, d_key, d_value, partial.sum(0)[: 0 if head_mask is None else heads]
 
@@ -337,46 +334,57 @@ _SIGNATURE = {
     "scale": "fp32",
 }
 _QUERY_BYTES = 6 * ROWS_BYTES + 2 * STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
-_KEY_BYTES = 6 * ROWS_BYTES + 2 * STATISTIC_BYTES + 2 * BOUND_BYTES + MASK_BYTES
-_SHAPE = "gradient, query, key and value [2, 4096, 32, 128] bf16, mask fp32"
+_KEY_BYTES = 2 * ROWS_BYTES + 2 * STATISTIC_BYTES + 2 * BOUND_BYTES + MASK_BYTES
+# Key heads: those of LLaMA 2 7B, and of Llama 3 8B (arXiv 2407.21783, table 3).
+_KEY_HEADS = {"attention": HEADS, "grouped_attention": 8}
 
 COMPILATIONS = (
-    Compilation(
-        name="attention.backward_query",
-        module=__name__,
-        function="backward_query_kernel",
-        signature={
-            **_SIGNATURE,
-            **dict.fromkeys(("output", "d_query"), "*bf16"),
-            "partial": "*fp32",
-            "heads": "i32",
-        },
-        aligned=(*_INTEGERS, *_WIDE_INTEGERS, "heads"),
-        constants=compiled_constants(_QUERY_TILE),
-        num_warps=_QUERY_OPTIONS["num_warps"],
-        num_stages=_QUERY_OPTIONS["num_stages"],
-        bytes_moved=_QUERY_BYTES + 2 * MASK_BYTES * (TOKENS // _QUERY_TILE["ROWS"]),
-        minimum_bytes=_QUERY_BYTES + MASK_BYTES,
-        flops=3 * DOT_FLOPS,
-        shape=_SHAPE,
+    *(
+        Compilation(
+            name="attention.backward_query",
+            module=__name__,
+            function="backward_query_kernel",
+            signature={
+                **_SIGNATURE,
+                **dict.fromkeys(("output", "d_query"), "*bf16"),
+                "partial": "*fp32",
+                "heads": "i32",
+            },
+            aligned=(*_INTEGERS, *_WIDE_INTEGERS, "heads"),
+            constants=compiled_constants(tile),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            architectures=(number,),
+            bytes_moved=_QUERY_BYTES + 2 * MASK_BYTES * (TOKENS // tile.rows),
+            minimum_bytes=_QUERY_BYTES + MASK_BYTES,
+            flops=3 * DOT_FLOPS,
+            shape="gradient, query, key and value [2, 4096, 32, 128] bf16, mask fp32",
+        )
+        for number, tile in _QUERY_TILES.items()
     ),
-    Compilation(
-        name="attention.backward_key",
-        module=__name__,
-        function="backward_key_kernel",
-        signature={
-            **_SIGNATURE,
-            **dict.fromkeys(("d_key", "d_value"), "*bf16"),
-            "last": "*i32",
-            "key_heads": "i32",
-        },
-        aligned=(*_INTEGERS, *_WIDE_INTEGERS, "key_heads"),
-        constants=compiled_constants(_KEY_TILE),
-        num_warps=_KEY_OPTIONS["num_warps"],
-        num_stages=_KEY_OPTIONS["num_stages"],
-        bytes_moved=_KEY_BYTES,
-        minimum_bytes=_KEY_BYTES,
-        flops=4 * DOT_FLOPS,
-        shape=_SHAPE,
+    *(
+        Compilation(
+            name=f"{operator}.backward_key",
+            module=__name__,
+            function="backward_key_kernel",
+            signature={
+                **_SIGNATURE,
+                **dict.fromkeys(("d_key", "d_value"), "*bf16"),
+                "last": "*i32",
+                "key_heads": "i32",
+            },
+            aligned=(*_INTEGERS, *_WIDE_INTEGERS, *(("key_heads",) if key_heads % 16 == 0 else ())),
+            constants=compiled_constants(tile, key_heads),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            architectures=(number,),
+            bytes_moved=_KEY_BYTES + 4 * ROWS_BYTES * key_heads // HEADS,
+            minimum_bytes=_KEY_BYTES + 4 * ROWS_BYTES * key_heads // HEADS,
+            flops=4 * DOT_FLOPS,
+            shape="gradient and query [2, 4096, 32, 128] bf16, key and value "
+            f"[2, 4096, {key_heads}, 128], mask fp32",
+        )
+        for operator, key_heads in _KEY_HEADS.items()
+        for number, tile in _KEY_TILES.items()
     ),
 )

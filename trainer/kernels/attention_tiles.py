@@ -1,7 +1,9 @@
 """What the Triton kernels of attention share: tiles, which keys are visible, sizes.
 
-Tiles are chosen so that a program needs at most 99 KiB of shared memory, which every GPU since the
-first of Ampere has, and that no loop on sm_90 keeps in memory what its registers cannot hold.
+Tiles are chosen for each architecture so that no loop keeps in memory what registers cannot hold.
+For the same reason one loop walks the tiles on both sides of the diagonal, instead of one for each.
+Those of sm_80 need at most 99 KiB of shared memory, which every GPU since the first of Ampere has;
+where there are no tiles of its own, they serve.
 """
 
 import torch
@@ -9,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.compilation import HEAD_DIM, HEADS, TOKENS
+from trainer.kernels.compilation import HEAD_DIM, HEADS, TOKENS, Tile
 
 BATCH = 2
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -23,11 +25,20 @@ DOT_FLOPS = TOKENS * (TOKENS // BATCH + 1) * HEADS * HEAD_DIM
 or for each row; a mask; and one product over the pairs of a query and a key that it sees."""
 
 
+def architecture(device: torch.device) -> int:
+    """80 for every GPU of compute capability 8, and where there is none."""
+    return 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 80
+
+
+def choose(tiles: dict[int, Tile], device: torch.device) -> Tile:
+    """A kernel's tile on a device, of those of each architecture."""
+    return tiles.get(architecture(device), tiles[80])
+
+
 def constants(
-    tile: dict[str, int], query: Tensor, key: Tensor, head_mask: Tensor | None, bounded: bool
+    tile: Tile, query: Tensor, key: Tensor, head_mask: Tensor | None, bounded: bool
 ) -> dict[str, int | float | bool]:
-    """The compile-time arguments of a kernel; its tile is for rows of 256 bytes, and halves where
-    they are twice as long."""
+    """The compile-time arguments of a kernel; a tile halves where rows are twice as long."""
     head_dim = query.shape[3]
     width = max(16, triton.next_power_of_2(head_dim))
     longer = max(1, width * query.element_size() // 256)
@@ -37,14 +48,15 @@ def constants(
         "GROUP": query.shape[2] // key.shape[2],
         "HEAD_DIM": head_dim,
         "WIDTH": width,
-        **{name: max(16, size // longer) for name, size in tile.items()},
+        "ROWS": max(16, tile.rows // longer),
+        "COLUMNS": max(16, tile.columns // longer),
     }
 
 
-def compiled_constants(tile: dict[str, int]) -> dict[str, int | float | bool]:
+def compiled_constants(tile: Tile, key_heads: int = HEADS) -> dict[str, int | float | bool]:
     """The compile-time arguments at a 7B model's shapes, with everything optional."""
     query = torch.empty(1, 1, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
-    return constants(tile, query, query, query, True)
+    return constants(tile, query, query[:, :, :key_heads], query, True)
 
 
 @triton.jit
@@ -115,13 +127,13 @@ def key_limits(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The rows' start; where their keys begin, where the diagonal begins, and where both end.
+    """The rows' start; where their keys begin, where the diagonal begins, and where keys end.
 
     A head whose mask is 0 has no keys.
     """
     low = start * 0
     if HAS_BOUNDS:
-        low = tl.load(first + start) // COLUMNS * COLUMNS
+        low = tl.load(first + start)
     high = tl.minimum(start + ROWS, length)
     return start, tl.where(mask == 0.0, high, low), start // COLUMNS * COLUMNS, high
 

@@ -18,6 +18,7 @@ from trainer.kernels.attention_tiles import (
     MASK_BYTES,
     ROWS_BYTES,
     STATISTIC_BYTES,
+    choose,
     compiled_constants,
     constants,
     key_limits,
@@ -27,11 +28,10 @@ from trainer.kernels.attention_tiles import (
     store_rows,
     visible,
 )
-from trainer.kernels.compilation import ENABLE_FP_FUSION, Compilation
+from trainer.kernels.compilation import Compilation, Tile
 
 LARGEST_HEAD_DIM = 256
-_TILE = {"ROWS": 128, "COLUMNS": 64}
-_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": ENABLE_FP_FUSION}
+_TILES = {80: Tile(128, 32, 8, 3), 90: Tile(128, 64, 8, 2), 100: Tile(128, 64, 8, 2)}
 # Finite, so that the difference of two of them is a number.
 _LOWEST = tl.constexpr(-3.0e38)
 
@@ -57,23 +57,21 @@ def _attend(
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     denominator = tl.zeros((ROWS,), tl.float32)
     largest = tl.full((ROWS,), _LOWEST, tl.float32)
-    for ON_DIAGONAL in tl.static_range(2):
-        begin = tl.maximum(diagonal, low) if ON_DIAGONAL else low
-        for start in range(begin, high if ON_DIAGONAL else diagonal, COLUMNS):
-            keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            if HAS_BOUNDS or ON_DIAGONAL == 1:
-                column = start + tl.arange(0, COLUMNS)
-                seen = visible(row, column, first, length, HAS_BOUNDS, False)
-                scores = tl.where(seen, scores, float("-inf"))
-            larger = tl.maximum(largest, tl.max(scores, 1) * scale)
-            weights = tl.exp2(scores * scale - larger[:, None])
-            shrink = tl.exp2(largest - larger)
-            denominator = denominator * shrink + tl.sum(weights, 1)
-            values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-            total = total * shrink[:, None]
-            total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
-            largest = larger
+    for start in range(low, high, COLUMNS):
+        keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        if HAS_BOUNDS or start >= diagonal:
+            column = start + tl.arange(0, COLUMNS)
+            seen = visible(row, column, first, length, HAS_BOUNDS, False)
+            scores = tl.where(seen, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        denominator = denominator * shrink + tl.sum(weights, 1)
+        values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
+        total = total * shrink[:, None]
+        total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
+        largest = larger
     largest = tl.where(denominator == 0.0, 0.0, largest)
     denominator = tl.where(denominator == 0.0, 1.0, denominator)
     return total / denominator[:, None], largest / LOG2_E + tl.log(denominator)
@@ -150,7 +148,8 @@ def forward(
     output = query.new_empty(query.shape)
     logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)
     first = first_keys(query, documents, window)
-    options = constants(_TILE, query, key, head_mask, first is not None)
+    tile = choose(_TILES, query.device)
+    options = constants(tile, query, key, head_mask, first is not None)
     with torch.cuda.device_of(query):
         forward_kernel[(triton.cdiv(length, options["ROWS"]) * batch * heads,)](
             query,
@@ -167,7 +166,7 @@ def forward(
             *value.stride()[:3],
             scale,
             **options,
-            **_OPTIONS,
+            **tile.options(),
         )
     return output, logsumexp
 
@@ -178,7 +177,7 @@ _WIDE_INTEGERS = tuple(
 )
 _BYTES = 4 * ROWS_BYTES + STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
 
-COMPILATIONS = (
+COMPILATIONS = tuple(
     Compilation(
         name="attention.forward",
         module=__name__,
@@ -192,12 +191,14 @@ COMPILATIONS = (
             "scale": "fp32",
         },
         aligned=(*_INTEGERS, *_WIDE_INTEGERS),
-        constants=compiled_constants(_TILE),
-        num_warps=_OPTIONS["num_warps"],
-        num_stages=_OPTIONS["num_stages"],
+        constants=compiled_constants(tile),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        architectures=(number,),
         bytes_moved=_BYTES,
         minimum_bytes=_BYTES,
         flops=2 * DOT_FLOPS,
         shape="query, key and value [2, 4096, 32, 128] bf16, mask fp32",
-    ),
+    )
+    for number, tile in _TILES.items()
 )

@@ -32,11 +32,31 @@ MODULES = (
 
 
 @dataclass(frozen=True, slots=True)
+class Tile:
+    """What a program of attention computes at a time where rows have 256 bytes, and how."""
+
+    rows: int
+    """Queries."""
+    columns: int
+    """Keys."""
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int | bool]:
+        """Those of a launch."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": ENABLE_FP_FUSION,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Compilation:
     """One kernel with everything its compiler is told."""
 
     name: str
-    """Operator and pass, as "rms_norm.forward"."""
+    """Operator and pass, as "rms_norm.forward"; one on each architecture."""
     module: str
     """Dotted path of the module that defines the kernel."""
     function: str
@@ -57,6 +77,8 @@ class Compilation:
     """Bytes of the operator's inputs and outputs, each counted once: without partial sums."""
     shape: str
     """The tensors, in words."""
+    architectures: tuple[int, ...] = ()
+    """Those it is launched on like this, 90 for sm_90; none: all."""
     flops: int = 0
     """Floating-point operations of its matrix products, of visible pairs in attention."""
 

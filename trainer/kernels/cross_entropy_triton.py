@@ -36,7 +36,7 @@ def row_kernel(
     column = tl.arange(0, COLUMNS)
     inside = column < classes
     row = logits + token.to(tl.int64) * stride
-    target = tl.load(targets + token)
+    target = tl.load(targets + token).to(tl.int32)
     weight = tl.load(token_weights + token)
     chosen = tl.load(row + target).to(tl.float32)
     values = tl.load(row + column, mask=inside, other=-float("inf")).to(tl.float32)
@@ -82,7 +82,7 @@ def walk_kernel(
     token = tl.program_id(0)
     row = logits + token.to(tl.int64) * stride
     teacher_row = taught + token.to(tl.int64) * taught_stride
-    target = tl.load(targets + token)
+    target = tl.load(targets + token).to(tl.int32)
     weight = tl.load(token_weights + token)
     chosen = tl.load(row + target).to(tl.float32)
     cooling = 1.0 / temperature

@@ -12,15 +12,16 @@ from unittest.mock import patch
 import torch
 
 from trainer.kernels import registry
+from trainer.kernels.compilation import Tile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Tiles so small that small tensors need several programs, and programs several steps.
 TILES: dict[str, dict[str, object]] = {
-    "attention": {"_TILE": {"ROWS": 32, "COLUMNS": 16}},
+    "attention": {"_TILES": {80: Tile(32, 16, 4, 1)}},
     "attention_backward": {
-        "_QUERY_TILE": {"ROWS": 16, "COLUMNS": 32},
-        "_KEY_TILE": {"ROWS": 16, "COLUMNS": 32},
+        "_QUERY_TILES": {80: Tile(16, 32, 4, 1)},
+        "_KEY_TILES": {80: Tile(16, 32, 4, 1)},
     },
     "cross_entropy": {"_ROW": 64, "_WALK": 32},
     "gather_scale": {

@@ -43,7 +43,7 @@ def variants(compilation: Compilation) -> Iterator[Compilation]:
     """Other ways in which the same kernel is launched."""
     flags = [name for name in compilation.constants if name.startswith("HAS_")]
     off: dict[str, int | float | bool] = dict.fromkeys(flags, False)
-    if compilation.name.startswith("attention"):
+    if "attention" in compilation.name:
         off |= {"GROUP": 4, "HEAD_DIM": 80}
     yield replace(compilation, constants={**compilation.constants, **off}, aligned=())
     for dtype in ("fp16", "fp32"):
@@ -67,8 +67,11 @@ def variants(compilation: Compilation) -> Iterator[Compilation]:
 
 
 if __name__ == "__main__":
+    architecture = int(sys.argv[1])
     for base in compilations():
+        if architecture not in (base.architectures or (architecture,)):
+            continue
         for kind in (base, *variants(base)):
-            compiled = compile_kernel(kind, int(sys.argv[1]))
+            compiled = compile_kernel(kind, architecture)
             assert compiled.asm["cubin"]
             print(base.name)

@@ -41,14 +41,14 @@ MUTANTS = (
     Mutant("attention", "no query sees itself", "across <= below", "across < below", 0, _TILES),
     Mutant("attention", "one key too few", "across >= (", "across > (", 0, _TILES),
     Mutant("attention", "one row too many", "row < length", "row <= length", 1, _TILES),
-    Mutant("attention", "tiles overlap", "+ start) // COLUMNS * COLUMNS", "+ start)", 0, _TILES),
+    Mutant("attention", "keys of another row", "(first + start)", "(first + start + 1)", 0, _TILES),
     Mutant("attention", "heads of another group", "head // GROUP * key", "head % GROUP * key"),
     Mutant("attention", "accumulator not rescaled", "total * shrink[:, None]", "total"),
     Mutant(
         "attention", "denominator not rescaled", "denominator * shrink + tl", "denominator + tl"
     ),
     Mutant("attention", "mask forgotten", "total * mask", "total"),
-    Mutant("attention", "diagonal not masked", "or ON_DIAGONAL == 1", "or ON_DIAGONAL == 2"),
+    Mutant("attention", "diagonal not masked", "or start >= diagonal", "or start > diagonal"),
     Mutant("attention", "logsumexp of another base", "/ LOG2_E", "* 1.0"),
     *(
         Mutant("attention", mistake, right, wrong, 0, _BACKWARD)
@@ -57,6 +57,8 @@ MUTANTS = (
             ("mask forgotten in dQ", "d_queries * mask", "d_queries"),
             ("mask forgotten in dK, dV", "logarithm[None, :]) * mask", "logarithm[None, :])"),
             ("delta forgotten in dK", "(d_weights - along[None, :])", "d_weights"),
+            ("diagonal not masked in dQ", "or start >= diagonal", "or start > diagonal"),
+            ("diagonal not masked in dK, dV", "or start < diagonal", "or start < low"),
             ("documents forgotten in dK, dV", "length, HAS_BOUNDS, True)", "length, False, True)"),
             ("last query of another key", "tl.minimum(start + COLUMNS, length) - 1", "start"),
             ("one head of the group", "key_head * GROUP + GROUP)", "key_head * GROUP + 1)"),

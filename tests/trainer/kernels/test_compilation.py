@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.kernels import attention_tiles
 from trainer.kernels.compilation import (
     CHANNELS,
     ENABLE_FP_FUSION,
@@ -22,6 +23,7 @@ from trainer.kernels.compilation import (
     VOCABULARY,
     WIDTH,
     Compilation,
+    Tile,
     compilations,
 )
 from trainer.kernels.linear_cross_entropy import default_chunk
@@ -107,8 +109,10 @@ def launch(name: str, module: ModuleType) -> None:
         cos, sin = (query.new_empty(TOKENS // BATCH, HEAD_DIM // 2) for _ in range(2))
         results = (torch.empty_like(query), torch.empty_like(key))
         module.rotate(query, key, cos, sin, name == "rope.backward", results)
-    elif name.startswith("attention"):
-        query, key, value, outer = (rows(WIDTH).unflatten(-1, (HEADS, HEAD_DIM)) for _ in range(4))
+    elif "attention" in name:
+        heads = 8 if name.startswith("grouped") else HEADS
+        query, outer = (rows(WIDTH).unflatten(-1, (HEADS, HEAD_DIM)) for _ in range(2))
+        key, value = (rows(heads * HEAD_DIM).unflatten(-1, (heads, HEAD_DIM)) for _ in range(2))
         documents = torch.zeros(BATCH, TOKENS // BATCH, dtype=torch.int64, device="meta")
         arguments = (query, key, value, vector(HEADS), documents)
         if name == "attention.forward":
@@ -132,6 +136,8 @@ def record(compilation: Compilation, monkeypatch: pytest.MonkeyPatch) -> Recorde
     for function in {other.function for other in module.COMPILATIONS}:
         recorders[function] = Recorder(getattr(module, function))
         monkeypatch.setattr(module, function, recorders[function])
+    for architecture in compilation.architectures:
+        monkeypatch.setattr(attention_tiles, "architecture", lambda _, it=architecture: it)
     launch(compilation.name, module)
     return recorders[compilation.function]
 
@@ -157,6 +163,20 @@ def test_is_launched_as_compiled(compilation: Compilation, monkeypatch: pytest.M
         else:
             assert kind == (recorder.declared[name] or "i32"), name
             assert (name in compilation.aligned) == (value % 16 == 0) and value != 1, name
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((12, 0), 80)],
+)
+def test_every_gpu_has_a_tile(
+    capability: tuple[int, int], architecture: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPUs of which no tile is known take that which needs least shared memory."""
+    tiles = {80: Tile(128, 32, 8, 3), 90: Tile(128, 64, 8, 2), 100: Tile(64, 64, 4, 2)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert attention_tiles.choose(tiles, torch.device("cuda")) is tiles[architecture]
+    assert attention_tiles.choose(tiles, torch.device("cpu")) is tiles[80]
 
 
 @pytest.mark.parametrize("compilation", compilations(), ids=lambda compilation: compilation.name)
