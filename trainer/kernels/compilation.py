@@ -82,6 +82,10 @@ class Compilation:
     flops: int = 0
     """Floating-point operations of its matrix products, of visible pairs in attention."""
 
+    def runs_on(self, architecture: int) -> bool:
+        """Whether it is launched like this on an architecture."""
+        return architecture in (self.architectures or (architecture,))
+
 
 def compilations() -> tuple[Compilation, ...]:
     """All kernels of all Triton modules. Imports Triton, but needs no GPU."""

@@ -51,7 +51,7 @@ def main() -> None:
     done = {tuple(pair) for pair in request["done"]}
     for record in importlib.import_module(request["module"]).compilations():
         for arch in request["archs"]:
-            if (record.name, arch) in done or arch not in (record.architectures or (arch,)):
+            if (record.name, arch) in done or not record.runs_on(arch):
                 continue
             facts: dict[str, Any] = {"kernel": record.name, "arch": arch}
             facts |= {key: getattr(record, key, None) for key in request["fields"]}

@@ -68,9 +68,7 @@ def variants(compilation: Compilation) -> Iterator[Compilation]:
 
 if __name__ == "__main__":
     architecture = int(sys.argv[1])
-    for base in compilations():
-        if architecture not in (base.architectures or (architecture,)):
-            continue
+    for base in filter(lambda base: base.runs_on(architecture), compilations()):
         for kind in (base, *variants(base)):
             compiled = compile_kernel(kind, architecture)
             assert compiled.asm["cubin"]
