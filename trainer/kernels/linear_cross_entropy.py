@@ -21,8 +21,9 @@ from trainer.kernels.cross_entropy import cross_entropy_, divergence, divergence
 NAME = "linear_cross_entropy"
 
 LOGITS_BYTES = 64 * 2**20
-"""Size of one chunk of logits in bytes, if they were fp32, a teacher's included."""
-_FEWEST_TOKENS = 128
+"""Size of one chunk of logits in bytes, if they were fp32, a teacher's included; more where 256
+tokens take more."""
+_FEWEST_TOKENS = 256
 _WEIGHTS = (torch.float32, torch.float64)
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -31,12 +32,11 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def default_chunk(classes: int, width: int) -> int:
     """Tokens per chunk for a head [classes, width] (a teacher doubles the classes).
 
-    Their logits fill at most LOGITS_BYTES, and at most half of the memory of the head's gradient
+    Their logits fill at most LOGITS_BYTES, and at most half of the memory of the head's gradient,
     unless that makes matrix products of few rows. A multiple of 64 suits matrix units.
     """
-    most = max(1, LOGITS_BYTES // (4 * classes))
-    tokens = min(most, max(_FEWEST_TOKENS, width // 2))
-    return tokens // 64 * 64 or tokens
+    tokens = min(LOGITS_BYTES // (4 * classes), width // 2)
+    return max(_FEWEST_TOKENS, tokens // 64 * 64)
 
 
 def _run(

@@ -146,13 +146,13 @@ def test_the_chosen_implementation_computes_the_chunks(
         assert sizes == [4, 4, 3]
 
 
-@pytest.mark.parametrize("classes", [1, 1000, 32000, 49152, 128256, 2 * 128256, 2**27])
+@pytest.mark.parametrize("classes", [1, 1000, 32000, 49152, 128256, 2 * 128256])
 @pytest.mark.parametrize("width", [1, 64, 512, 4096])
 def test_a_chunk_is_bounded(classes: int, width: int) -> None:
     tokens = default_chunk(classes, width)
-    assert tokens == 1 or 4 * tokens * classes <= LOGITS_BYTES
-    assert tokens <= 128 or tokens <= width / 2
-    assert tokens % 64 == 0 or 4 * 64 * classes > LOGITS_BYTES
+    assert tokens % 64 == 0
+    small = 4 * tokens * classes <= LOGITS_BYTES and tokens <= width / 2
+    assert tokens == 256 or (tokens > 256 and small)
 
 
 WRONG = [
