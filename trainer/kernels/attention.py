@@ -16,6 +16,8 @@ from trainer.kernels import attention_flash, registry
 from trainer.kernels.arguments import check_like, check_rows, refuse, wide_dtype
 
 NAME = "attention"
+LARGEST_HEAD_DIM = 256
+"""Channels of a head that the Triton kernels hold at once."""
 
 
 def attention(
@@ -61,14 +63,20 @@ def attention(
         _check(*arguments)
         context = attention_flash.attend(library, query, key, value, window, _scale(query, scale))
         return _mask_heads(context, head_mask)
-    module = registry.triton_module(NAME, query.device)
-    lacking = module is not None and not module.supports(query)
+    kernels = registry.has_kernels(NAME, query.device)
     # PyTorch's own attention needs a mask of all pairs of positions for these, Triton's none.
     limited = documents is not None or (window is not None and window < query.shape[1])
-    if lacking or (fused and not (limited and module is not None)):
+    if (kernels and not kernels_support(query)) or (fused and not (limited and kernels)):
         return reference(*arguments)
     result: Tensor = torch.ops.shorn.attention(*arguments)[0]
     return result
+
+
+def kernels_support(query: Tensor) -> bool:
+    """Whether the Triton kernels compute attention of these queries."""
+    return (
+        query.dtype != torch.float64 and query.shape[-1] <= LARGEST_HEAD_DIM and query.numel() > 0
+    )
 
 
 def reference(
@@ -171,7 +179,7 @@ def _forward(
     _check(query, key, value, head_mask, documents, window, scale)
     factor = _scale(query, scale)
     module = registry.triton_module(NAME, query.device)
-    if module is not None and module.supports(query):
+    if module is not None and kernels_support(query):
         found: tuple[Tensor, Tensor] = module.forward(
             query, key, value, head_mask, documents, window, factor
         )
@@ -202,7 +210,7 @@ def _backward(
     check_rows(NAME, "gradient", gradient)
     factor = _scale(query, scale)
     module = registry.triton_module(NAME, query.device)
-    if module is not None and module.supports(query):
+    if module is not None and kernels_support(query):
         saved = (query, key, value, head_mask, documents, output, logsumexp)
         found: tuple[Tensor, Tensor, Tensor, Tensor] = module.backward(
             gradient, *saved, window, factor

@@ -30,7 +30,6 @@ from trainer.kernels.attention_tiles import (
 )
 from trainer.kernels.compilation import Compilation, Tile
 
-LARGEST_HEAD_DIM = 256
 _TILES = {80: Tile(128, 32, 8, 3), 90: Tile(128, 64, 8, 2), 100: Tile(128, 64, 8, 2)}
 # Finite, so that the difference of two of them is a number.
 _LOWEST = tl.constexpr(-3.0e38)
@@ -126,12 +125,6 @@ def forward_kernel(
     output += (batch.to(tl.int64) * length * heads + head) * HEAD_DIM
     stride = heads * HEAD_DIM
     store_rows(output, total * mask, start, stride, length, ROWS, HEAD_DIM, WIDTH)
-
-
-def supports(query: Tensor) -> bool:
-    """Whether the kernels take these tensors; the reference does the rest."""
-    fits = query.shape[-1] <= LARGEST_HEAD_DIM
-    return query.dtype != torch.float64 and query.numel() > 0 and fits
 
 
 def forward(

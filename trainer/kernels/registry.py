@@ -45,6 +45,7 @@ _operators: dict[str, Operator] = {}
 _choice: Choice = "auto"
 # Looked up at every call, also in traced code: hence a table and not a decision.
 _running: dict[tuple[str, str], Backend] = {}
+_with_triton: dict[str, bool] = {}
 
 
 def register(operator: Operator) -> None:
@@ -129,18 +130,22 @@ def runs_reference(name: str, device: torch.device) -> bool:
     return which(name, device) == "reference"
 
 
-def triton_module(name: str, device: torch.device) -> ModuleType | None:
-    """The module with an operator's Triton implementation where that runs, or computes what a fused
-    implementation leaves to it; else None."""
+def has_kernels(name: str, device: torch.device) -> bool:
+    """Whether an operator's Triton implementation runs on a device, or computes there what a fused
+    implementation leaves to it."""
     backend = which(name, device)
-    if backend != "triton" and not (backend in FUSED and _has_triton(device.type)):
-        return None
-    return importlib.import_module(_operators[name].triton)
+    return backend == "triton" or (backend in FUSED and _with_triton[device.type])
+
+
+def triton_module(name: str, device: torch.device) -> ModuleType | None:
+    """The module with an operator's Triton implementation; None without `has_kernels`."""
+    return importlib.import_module(_operators[name].triton) if has_kernels(name, device) else None
 
 
 def _decide() -> None:
-    for operator in _operators.values():
-        for kind in ("cpu", "cuda"):
+    for kind in ("cpu", "cuda"):
+        _with_triton[kind] = _has_triton(kind)
+        for operator in _operators.values():
             _running[operator.name, kind] = _backend(operator, kind)
 
 
