@@ -56,9 +56,8 @@ def attention(
         return reference(*arguments)
     backend = registry.which(NAME, query.device)
     fused = backend in registry.FUSED
-    library = None
-    if backend == "flash" and documents is None:
-        library = attention_flash.find(query)
+    asked = backend == "flash" and documents is None
+    library = attention_flash.find(query) if asked else None
     if library is not None:
         _check(*arguments)
         context = attention_flash.attend(library, query, key, value, window, _scale(query, scale))
