@@ -147,6 +147,7 @@ def test_ratios_are_the_worst_of_what_was_measured(
         return {"full": 1000, "fused": vocabulary}[kind]
 
     layers = {"one": (Weight("a", 16, 8, 4), Weight("b", 8, 16)), "two": (Weight("a", 8, 8),)}
+    layers[kernel_cpu.SMALL] = (Weight("a", 4, 4),)
     monkeypatch.setattr(kernel_cpu, "peak_bytes", peak)
     monkeypatch.setattr(kernel_cpu, "LAYERS", layers)
     result = kernel_cpu.measure(BenchConfig(**TINY))
@@ -154,8 +155,9 @@ def test_ratios_are_the_worst_of_what_was_measured(
     assert [loss["vocabulary"] for loss in result["linear_ce"]] == [50, 70]
     ratios = [loss["time_ratio"] for loss in result["linear_ce"]]
     assert result["linear_ce_time_ratio"] == max(ratios) > 0
-    speedups = [layer["speedup"] for layer in result["gather_scale"]]
+    *speedups, small = [layer["speedup"] for layer in result["gather_scale"]]
     assert result["gather_scale_speedup"] == min(speedups) > 0
+    assert result["gather_scale_speedup_small"] == small > 0
     json.dumps(result)
     kernel_cpu.print_result(result)
     assert "gather_scale_speedup" in capsys.readouterr().out
