@@ -111,7 +111,7 @@ def _linear_loss(
         head_weight = teaching.head_weight.detach()
     if chunk_tokens is None:
         classes = weight.shape[0] * (1 if teaching is None else 2)
-        chunk_tokens = default_chunk(classes, weight.shape[1])
+        chunk_tokens = default_chunk(classes, weight.shape[1], weight.device.type)
     differentiate = torch.is_grad_enabled()
     loss, token_loss, token_kl, _, _ = torch.ops.shorn.linear_cross_entropy(
         hidden,

@@ -138,11 +138,11 @@ def test_logits_of_all_tokens_are_never_held(gradients: bool) -> None:
 
 
 def test_the_default_chunk_is_bounded_in_bytes() -> None:
-    tokens, size, classes = 2 * LOGITS_BYTES // 4 // 65_536, 2, 65_536
+    tokens, size, classes = 2 * LOGITS_BYTES["cpu"] // 4 // 65_536, 2, 65_536
     hidden, weight, targets, weights = _inputs(tokens, size, classes, torch.float32)
     with _LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, targets, weights)
-    assert largest.elements * 4 <= LOGITS_BYTES
+    assert largest.elements * 4 <= LOGITS_BYTES["cpu"]
 
 
 def _teaching(tokens: int, classes: int, dtype: torch.dtype, **options: Any) -> Teaching:
@@ -278,9 +278,9 @@ def test_logits_of_student_and_teacher_are_never_held_whole(top_k: int) -> None:
 
 
 def test_the_default_chunk_counts_the_teachers_logits_too() -> None:
-    tokens, classes = 2 * LOGITS_BYTES // 4 // 65_536, 65_536
+    tokens, classes = 2 * LOGITS_BYTES["cpu"] // 4 // 65_536, 65_536
     hidden, weight, targets, weights = _inputs(tokens, 2, classes, torch.float32)
     teaching = Teaching(hidden.detach(), weight.detach(), 0.5)
     with _LargestTensor() as largest:
         linear_distillation(hidden, weight, targets, weights, teaching)
-    assert 2 * largest.elements * 4 <= LOGITS_BYTES
+    assert 2 * largest.elements * 4 <= LOGITS_BYTES["cpu"]

@@ -185,7 +185,7 @@ def _walk_tile(classes: int) -> dict[str, int]:
     return {"COLUMNS": min(_WALK, triton.next_power_of_2(classes)), "num_warps": 8}
 
 
-_CHUNK, _TAUGHT_CHUNK = (default_chunk(count * VOCABULARY, WIDTH) for count in (1, 2))
+_CHUNK, _TAUGHT_CHUNK = (default_chunk(count * VOCABULARY, WIDTH, "cuda") for count in (1, 2))
 # Logits read and their gradient written, 2 bytes each, with a target, a weight and a loss.
 _BYTES = _CHUNK * (2 * 2 * VOCABULARY + 8 + 4 + 4)
 # A teacher's logits and a divergence besides.

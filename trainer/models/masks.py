@@ -1,7 +1,6 @@
 """Multiplicative masks over a decoder's units: residual dimensions, blocks, heads, channels."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -103,6 +102,11 @@ class Masks:
     hold_scale: bool = False
     """Multiply the gains of all norms by sqrt(d / n) for n of d dimensions that are live, so that
     these keep the scale they have behind a norm over all d; off, they shrink as others leave."""
+    stream: StreamMasks = field(init=False, repr=False)
+    """The masks of the residual stream."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stream", self._read_stream())
 
     def compact(self, config: ModelConfig, *, multiple: int, passes: int = 1) -> "Masks":
         """The same masks, with the forward pass restricted to the units that are not zero.
@@ -121,10 +125,8 @@ class Masks:
         live = find_live_units(self.tensors(), config, multiple)
         return replace(self, live=live, reuse=Reuse(passes) if passes > 1 else None)
 
-    @cached_property
-    def stream(self) -> StreamMasks:
-        """The masks of the residual stream; the number of live dimensions stays a tensor, so that
-        the host does not wait for it."""
+    def _read_stream(self) -> StreamMasks:
+        # The number of live dimensions stays a tensor, so that the host does not wait for it.
         units = None if self.live is None else self.live.hidden
         if self.hidden is None:
             return StreamMasks(units=units, reuse=self.reuse)

@@ -3,7 +3,7 @@
 Its values in every dtype and chunk are the subject of tests/trainer/test_loss.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.trainer.kernels.comparison import compiles
 from trainer.kernels import registry
-from trainer.kernels.linear_cross_entropy import LOGITS_BYTES, default_chunk
+from trainer.kernels.linear_cross_entropy import LOGITS_BYTES, adds_to, default_chunk
 from trainer.loss import Teaching, linear_cross_entropy, linear_distillation
 
 TOKENS, WIDTH, CLASSES = 11, 8, 70
@@ -148,11 +148,61 @@ def test_the_chosen_implementation_computes_the_chunks(
 
 @pytest.mark.parametrize("classes", [1, 1000, 32000, 49152, 128256, 2 * 128256])
 @pytest.mark.parametrize("width", [1, 64, 512, 4096])
-def test_a_chunk_is_bounded(classes: int, width: int) -> None:
-    tokens = default_chunk(classes, width)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_chunk_is_bounded(classes: int, width: int, device: str) -> None:
+    tokens = default_chunk(classes, width, device)
     assert tokens % 64 == 0
-    small = 4 * tokens * classes <= LOGITS_BYTES and tokens <= width / 2
+    small = 4 * tokens * classes <= LOGITS_BYTES[device]
     assert tokens == 256 or (tokens > 256 and small)
+    assert tokens <= (2048 if device == "cuda" else max(256, width / 2))
+
+
+@pytest.fixture
+def wide_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Products of 16-bit matrices add to fp32 ones, as CUDA's do; the factor `beta` of each."""
+    original, betas = torch.addmm, []
+
+    def add(total: Tensor, left: Tensor, right: Tensor, **options: Any) -> Tensor:
+        assert left.dtype == right.dtype != total.dtype == options.pop("out_dtype")
+        betas.append(options.get("beta", 1))
+        return original(total, left.float(), right.float(), **options)
+
+    adds_to.cache_clear()
+    monkeypatch.setattr(torch, "addmm", add)
+    yield betas
+    adds_to.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_the_heads_gradient_are_added_where_a_device_can(
+    wide_products: list[float], kind: str, dtype: torch.dtype
+) -> None:
+    found = gradients(losses_of(dtype)[kind], *draw(dtype)[:2])
+    # The first call asks whether the device can; the first part replaces what is in memory.
+    assert wide_products == [1, 0, 1, 1]
+    expected = gradients(losses_of(torch.float64)[kind], *draw(torch.float64)[:2])
+    tolerance = 4e-2 if dtype == torch.bfloat16 else 6e-3
+    for value, exact in zip(found, expected, strict=True):
+        assert (value.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_a_device_is_asked_whether_its_products_add_to_fp32(
+    monkeypatch: pytest.MonkeyPatch, wide_products: list[float]
+) -> None:
+    question = torch.float32, torch.bfloat16, torch.device("cpu")
+    assert adds_to(*question)
+
+    def rounds(total: Tensor, left: Tensor, right: Tensor, **options: Any) -> Tensor:
+        return options["out"].copy_(total.bfloat16() + left @ right)
+
+    for wrong in (rounds, lambda total, *_, **__: total):
+        adds_to.cache_clear()
+        monkeypatch.setattr(torch, "addmm", wrong)
+        assert not adds_to(*question)
+    monkeypatch.undo()
+    adds_to.cache_clear()
+    assert not adds_to(*question)
 
 
 WRONG = [
