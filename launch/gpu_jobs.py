@@ -117,6 +117,8 @@ class Runner:
                     results.append(json.loads(line))
                     self.on_result(results[-1])
                     watch.start(self._patience())
+                # A process may have said everything and still not end.
+                process.wait()
             if watch.expired:
                 return f"no answer in {self.unit_seconds:.0f} s, compilation included"
             if process.returncode == 0:

@@ -57,8 +57,10 @@ def main() -> None:
         result = run(unit, device)
         print(json.dumps(result), file=results, flush=True)
         if not is_usable(device):
-            # A broken context may keep the interpreter from ending.
-            os._exit(0)
+            break
+    # A broken context may keep the interpreter from ending, and so may the compilers that
+    # torch.compile started.
+    os._exit(0)
 
 
 if __name__ == "__main__":

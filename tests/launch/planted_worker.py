@@ -1,5 +1,6 @@
 """launch/gpu_worker.py with units that misbehave, and the strict interpreter of kernels."""
 
+import atexit
 import os
 import time
 from typing import Any
@@ -43,6 +44,19 @@ def hang(unit: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {}
 
 
+def linger(unit: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """As with compilers in the background: the interpreter waits for them before it ends."""
+    atexit.register(time.sleep, 600)
+    return {}
+
+
+def close(unit: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Says nothing more, and does not end."""
+    os.closerange(3, 64)
+    time.sleep(600)
+    return {}
+
+
 def complain(unit: dict[str, Any], device: torch.device) -> dict[str, Any]:
     raise ValueError("no such\nthing")
 
@@ -66,6 +80,8 @@ if __name__ == "__main__":
         "echo": echo,
         "crash": crash,
         "hang": hang,
+        "linger": linger,
+        "close": close,
         "complain": complain,
         "lose": lose_device,
     }

@@ -1,6 +1,7 @@
 """Jobs survive what their units do."""
 
 import subprocess
+import time
 from typing import Any
 
 import pytest
@@ -37,6 +38,19 @@ def test_units_that_raise_or_crash_or_lose_the_device_fail_alone() -> None:
 def test_a_unit_that_hangs_is_ended() -> None:
     seen: list[Result] = []
     (result,) = runner(seen, unit_seconds=0.5).run(Job("planted", units("hang")))
+    assert result["status"] == "failed" and "no answer" in result["message"]
+
+
+def test_a_worker_that_has_answered_is_not_waited_for() -> None:
+    seen: list[Result] = []
+    started = time.monotonic()
+    (result,) = runner(seen).run(Job("planted", units("linger")))
+    assert result["status"] == "ok" and time.monotonic() - started < 60
+
+
+def test_a_worker_that_stops_talking_is_ended() -> None:
+    seen: list[Result] = []
+    (result,) = runner(seen, unit_seconds=10.0).run(Job("planted", units("close")))
     assert result["status"] == "failed" and "no answer" in result["message"]
 
 
