@@ -21,6 +21,7 @@ from trainer.loss import linear_cross_entropy
 
 EPS = 1e-5
 FORWARD, BOTH = "forward", "forward + backward"
+COMPILE = "torch.compile"
 BF16_BYTES = 2
 
 Tensors = tuple[Tensor, ...]
@@ -74,7 +75,7 @@ def function_of(name: str, side: str) -> Function:
     row = BENCHMARKS[name]
     if side == "eager":
         return row.eager
-    if side == "torch.compile":
+    if side == COMPILE:
         compiled: Function = torch.compile(row.eager, dynamic=False)
         return compiled
     if side in row.others:

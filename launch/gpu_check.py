@@ -14,8 +14,8 @@ from data import cli
 from data.errors import InputError
 from data.progress import Progress
 from launch import gpu_benchmarks, gpu_cases, gpu_report
-from launch.gpu_benchmarks import Model
-from launch.gpu_facts import facts
+from launch.gpu_benchmarks import COMPILE, Model
+from launch.gpu_facts import facts, takes_several_processes
 from launch.gpu_jobs import Budget, Job, Result, Runner, Unit
 from trainer.files import require_writable, write_report
 from trainer.kernels import registry
@@ -40,9 +40,12 @@ def run(config: "BenchConfig") -> None:
         if path is not None:
             require_writable(Path(path), option)
     if not torch.cuda.is_available():
+        made_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
         raise InputError(
-            "PyTorch sees no GPU, and there is nothing to time without one; --static reports what "
-            "the compiler makes of the kernels, --cpu times what runs on a CPU"
+            f"PyTorch {torch.__version__}, made for {made_for}, sees no GPU, and there is nothing "
+            "to time without one. If nvidia-smi shows one, its driver is older than that CUDA: "
+            "install a PyTorch made for an older one. --static reports what the compiler makes of "
+            "the kernels, --cpu times what runs on a CPU"
         )
     report = measure("cuda", config.budget_seconds)
     gpu_report.print_report(report["facts"], report["checks"], report["timings"])
@@ -87,10 +90,10 @@ def measure(
     checks = [
         job for name in wanted(list(gpu_cases.ROWS)) for job in check_jobs(name, device, largest)
     ]
-    timings = [
-        time_job(name, device, models, seconds) for name in wanted(list(gpu_benchmarks.BENCHMARKS))
-    ]
-    at_once = max(1, min(CHECKS_AT_ONCE, cli.available_cores() // 2))
+    benchmarks = wanted(list(gpu_benchmarks.BENCHMARKS))
+    timings = [time_job(benchmarks, device, models, seconds)] if benchmarks else []
+    most = CHECKS_AT_ONCE if takes_several_processes() else 1
+    at_once = max(1, min(most, cli.available_cores() // 2))
 
     def work(kind: str, jobs: Sequence[Job], say: Callable[[Result], str], **how: Any) -> Any:
         with Progress(kind, total=sum(len(job.units) for job in jobs), unit=kind) as bar:
@@ -99,6 +102,8 @@ def measure(
 
     checked = work("check", checks, _check_line, at_once=at_once)
     timed = work("timing", timings, _timing_line)
+    shapes = [asdict(model) for model in models]
+    timed.sort(key=lambda r: (benchmarks.index(r["operator"]), shapes.index(r["model"])))
     found = facts(torch.device(device))
     failed = [r for r in checked if r["status"] != "ok"] + [
         r for r in timed if r["status"] == "failed"
@@ -147,21 +152,31 @@ def check_jobs(name: str, device: str, largest: float = math.inf) -> list[Job]:
     ]
 
 
-def time_job(name: str, device: str, models: Sequence[Model], seconds: float) -> Job:
-    """All sides of a benchmark at all shapes: ours in each implementation that is not eager."""
+def time_job(names: Sequence[str], device: str, models: Sequence[Model], seconds: float) -> Job:
+    """All benchmarks, in one process: a start takes as long as several timings.
+
+    What is left when time is up comes last: the shapes of later models, and before them
+    torch.compile, whose compiler takes the longest.
+    """
+    sides = [{"operator": name} | side for name in names for side in _sides(name, device)]
+    sides.sort(key=lambda side: side["side"] == COMPILE)
+    common = {"kind": "time", "seconds": seconds}
+    return Job(
+        "timings",
+        tuple(common | side | {"model": asdict(model)} for model in models for side in sides),
+    )
+
+
+def _sides(name: str, device: str) -> list[Unit]:
+    """All sides of a benchmark: ours in each implementation that is not eager."""
     row = gpu_benchmarks.BENCHMARKS[name]
     sides: list[Unit] = [{"side": "eager", "choice": "auto", "comparison": True}]
-    if row.ours is not None:
-        ours = {b: choice for b, choice in backends(name, device).items() if b != "reference"}
-        sides += [{"side": backend, "choice": choice} for backend, choice in ours.items()]
-        sides += [
-            {"side": side, "choice": "auto", "comparison": True}
-            for side in ("torch.compile", *row.others)
-        ]
-    common = {"kind": "time", "operator": name, "seconds": seconds}
-    return Job(
-        name, tuple(common | side | {"model": asdict(model)} for model in models for side in sides)
-    )
+    if row.ours is None:
+        return sides
+    ours = {b: choice for b, choice in backends(name, device).items() if b != "reference"}
+    sides += [{"side": backend, "choice": choice} for backend, choice in ours.items()]
+    others = (COMPILE, *row.others)
+    return sides + [{"side": side, "choice": "auto", "comparison": True} for side in others]
 
 
 def _shown(bar: Progress, say: Callable[[Result], str]) -> Callable[[Result], None]:

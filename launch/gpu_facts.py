@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from trainer.kernels import library, registry
+
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = "unknown"
 PACKAGES = ("torch", "triton", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4")
@@ -21,9 +23,22 @@ def facts(device: torch.device) -> dict[str, str]:
         "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
+        "csrc": "built" if _is_built(device) else "not built",
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def takes_several_processes() -> bool:
+    """Whether several processes may use a GPU at the same time, as far as its driver tells."""
+    modes = _output(["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"])
+    return "Exclusive" not in modes
+
+
+def _is_built(device: torch.device) -> bool:
+    """Whether the operators of csrc/ were compiled for this type of device, and could be loaded."""
+    registry.operators()
+    return library.is_loaded(device.type)
 
 
 def _card(device: torch.device) -> dict[str, str]:

@@ -18,11 +18,15 @@ of the matrix products. copy: the same of a copy in memory, on this GPU, in this
 Others apply no mask. A side that computes something else, or fails, is not compared.
 """
 Line = dict[str, Any]
+SLOWER = {"PCIE", "NVL", "MIG", "40GB"}
+"""In the names of cards that share an architecture with one that is listed, not its data sheet."""
 
 
 def ceiling_of(gpu: str) -> Gpu | None:
     """What the data sheet lets expect of a card, by its name; None for one that is not listed."""
     words = gpu.replace("-", " ").split()
+    if SLOWER & {word.upper() for word in words}:
+        return None
     return next((known for known in GPUS.values() if known.name.split()[0] in words), None)
 
 

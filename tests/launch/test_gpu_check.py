@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,23 @@ def test_the_command_writes_and_ends_with_its_status(
     assert Path(paths["csv"]).exists()
 
 
+@pytest.mark.parametrize(("several", "expected"), [(True, 6), (False, 1)])
+def test_checks_run_together_where_the_gpu_allows_it(
+    several: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def run_all(runner: Any, jobs: Any, at_once: int = 1) -> list[Any]:
+        asked.append(at_once)
+        return []
+
+    monkeypatch.setattr(gpu_check.cli, "available_cores", lambda: 64)
+    monkeypatch.setattr(gpu_check, "takes_several_processes", lambda: several)
+    monkeypatch.setattr(gpu_check.Runner, "run_all", run_all)
+    measure("cpu", 1)
+    assert asked == [expected, 1]
+
+
 def test_without_a_gpu_the_error_says_what_runs_without_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -129,11 +147,17 @@ def test_on_a_gpu_every_implementation_is_checked_and_timed(
         jobs = check_jobs("gather_scale", "cuda")
         assert [job.name.split(", ")[1] for job in jobs] == names["gather_scale"]
         assert {len(job.units) for job in jobs} == {len(cases("gather_scale"))}
-        job = time_job("gather_scale", "cuda", MODELS, 0.3)
-        sides = [unit["side"] for unit in job.units]
-        assert sides == ["eager", "triton", "cuda", "torch.compile"] * 2
-        ours = [unit["side"] for unit in job.units if not unit.get("comparison")]
-        assert ours == ["triton", "cuda"] * 2
+        units = time_job(["copy", "gather_scale", "swiglu"], "cuda", MODELS, 0.3).units
+        assert [unit["model"] for unit in units[: len(units) // 2]] == [asdict(MODELS[0])] * 9
+        sides = [(unit["operator"], unit["side"]) for unit in units[: len(units) // 2]]
+        assert sides == [
+            ("copy", "eager"),
+            *(("gather_scale", side) for side in ("eager", "triton", "cuda")),
+            *(("swiglu", side) for side in ("eager", "triton", "liger")),
+            *((name, "torch.compile") for name in ("gather_scale", "swiglu")),
+        ]
+        ours = {unit["side"] for unit in units if not unit.get("comparison")}
+        assert ours == {"triton", "cuda"}
         assert list(backends("copy", "cuda")) == ["pytorch"]
     finally:
         monkeypatch.undo()

@@ -74,7 +74,15 @@ def test_ceilings_are_those_of_the_card(gpu: str, name: str) -> None:
 
 
 def test_an_unknown_card_has_no_ceiling() -> None:
-    assert ceiling_of("NVIDIA GH200 480GB") is None
+    for name in (
+        "NVIDIA GH200 480GB",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 NVL",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM4-40GB",
+        "NVIDIA A100-PCIE-40GB",
+    ):
+        assert ceiling_of(name) is None, name
     assert lines(RECORDED, "NVIDIA H200")[2]["of_ceiling"] is None
 
 
