@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from launch import kernel_traffic
+from trainer.kernels import attention_flash
 from trainer.kernels.attention import attention
 from trainer.kernels.gather_scale import gather_scale
 from trainer.kernels.rms_norm import rms_norm
@@ -185,6 +186,14 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tenso
     return attention(query, key, value, head_mask=mask)
 
 
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Without a mask."""
+    library = attention_flash.find(query)
+    if library is None:
+        raise ModuleNotFoundError("no FlashAttention for this GPU is installed")
+    return attention_flash.attend(library, query, key, value, None, query.shape[-1] ** -0.5)
+
+
 def _attention_work(model: Model) -> dict[str, int]:
     """Two products forward and five backward, over the half of the scores that is seen."""
     product = model.batch * model.heads * model.length**2 * model.head_dim
@@ -250,6 +259,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         inputs=_attention_inputs,
         eager=_eager_attention,
         ours=_attention,
+        others={"flash-attn": _flash_attention},
         work=_attention_work,
         unit="operations",
     ),

@@ -2,8 +2,9 @@
 
 On a GPU: CUDA events, medians. Before each timed call other work is queued, long enough that the
 call's kernels are all launched before the first of them starts: what is measured is the GPU's time,
-not Python's. That work also replaces what the L2 cache holds, and calls take turns among several
-sets of arguments.
+not Python's. That work also replaces what the L2 cache holds, by reading: what a cache was written
+would still have to leave it, in the call's own time. Calls take turns among several sets of
+arguments.
 """
 
 import math
@@ -56,8 +57,8 @@ class CudaTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._filler = torch.empty(FILLER_BYTES, dtype=torch.uint8, device=device)
-        self._fill_seconds = min(self._between(lambda index: self._filler.zero_(), 5, 0))
+        self._filler = torch.zeros(FILLER_BYTES // 4, device=device)
+        self._fill_seconds = min(self._between(lambda index: self._filler.sum(), 5, 0))
 
     def times(self, call: Callable[[int], object], repeats: int) -> list[float]:
         torch.cuda.synchronize(self.device)
@@ -70,7 +71,7 @@ class CudaTimer:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in "se"] for _ in range(repeats)]
         for index, (start, end) in enumerate(pairs):
             for _ in range(min(fills, MOST_FILLS)):
-                self._filler.zero_()
+                self._filler.sum()
             start.record()
             call(index)
             end.record()
@@ -117,7 +118,7 @@ def _summary(timer: Timer, call: Callable[[int], object], seconds: float) -> dic
 
 def _calls(function: Function, sets: Sequence[Tensors]) -> dict[str, Callable[[int], object]]:
     """By pass: a call with the index-th set of arguments, starting over after the last."""
-    gradients = [[torch.randn_like(x) for x in _results(function(*inputs))] for inputs in sets]
+    gradients = [[_gradient(x) for x in _results(function(*inputs))] for inputs in sets]
 
     def forward(index: int) -> object:
         return function(*sets[index % len(sets)])
@@ -131,6 +132,11 @@ def _calls(function: Function, sets: Sequence[Tensors]) -> dict[str, Callable[[i
         )
 
     return {FORWARD: forward, BOTH: both}
+
+
+def _gradient(result: Tensor) -> Tensor:
+    """Random; 1 for a loss, as training has it, where some packages do less then."""
+    return torch.randn_like(result) if result.dim() else torch.ones_like(result)
 
 
 def _results(values: Any) -> list[Tensor]:

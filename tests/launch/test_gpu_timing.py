@@ -12,7 +12,8 @@ from torch import Tensor
 from launch import gpu_benchmarks, gpu_timing
 from launch.gpu_benchmarks import BENCHMARKS, BOTH, FORWARD, MODELS, Benchmark, Model
 from launch.gpu_timing import CudaTimer, DifferentResultError, measure, rotations
-from trainer.kernels import registry
+from trainer.kernels import attention_flash, registry
+from trainer.kernels.attention import attention
 
 CPU = torch.device("cpu")
 TINY = Model(
@@ -46,12 +47,32 @@ def test_torch_compile_is_timed() -> None:
     assert [entry["pass"] for entry in result["passes"]] == [FORWARD, BOTH]
 
 
-@pytest.mark.parametrize("name", [name for name, row in BENCHMARKS.items() if row.others])
+@pytest.mark.parametrize("name", [n for n, row in BENCHMARKS.items() if "liger" in row.others])
 def test_a_package_that_is_missing_says_so(name: str) -> None:
     if importlib.util.find_spec("liger_kernel") is not None:
         pytest.skip("liger-kernel is installed")
     with pytest.raises(ModuleNotFoundError, match="liger_kernel"):
         measure(unit(name, "liger"), CPU)
+
+
+def test_flash_attention_is_timed_without_a_mask_where_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def attend(library: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        calls.append((library, *rest))
+        return attention(query, key, value)
+
+    found = [None, attention_flash.LIBRARIES[0]]
+    monkeypatch.setattr(attention_flash, "find", lambda query: found[-1])
+    monkeypatch.setattr(attention_flash, "attend", attend)
+    result = measure(unit("attention", "flash-attn"), CPU)
+    assert [entry["pass"] for entry in result["passes"]] == [FORWARD, BOTH]
+    assert set(calls) == {(attention_flash.LIBRARIES[0], None, TINY.head_dim**-0.5)}
+    found.pop()
+    with pytest.raises(ModuleNotFoundError, match="FlashAttention"):
+        measure(unit("attention", "flash-attn"), CPU)
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x * 1.2, lambda x: x[1:], lambda x: x * torch.nan])
@@ -115,18 +136,37 @@ def test_cuda_events_give_seconds_behind_queued_work(monkeypatch: pytest.MonkeyP
         FakeEvent.now += 2.0
 
     def fill(filler: Tensor) -> None:
+        assert filler.numel() == 2
         fills.append(len(calls))
         FakeEvent.now += 1.0
 
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(gpu_timing, "FILLER_BYTES", 8)
-    monkeypatch.setattr(Tensor, "zero_", fill)
+    monkeypatch.setattr(Tensor, "sum", fill)
     timer = CudaTimer(CPU)
     assert timer.times(call, 3) == [0.002] * 3
     # The first call tells how long launching takes.
     assert calls == [0, 0, 1, 2]
     assert set(fills[-3:]) >= {3} and len(fills) >= 5 + 3
+
+
+def test_a_loss_is_differentiated_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+
+    def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.float().sum()
+        total.register_hook(lambda gradient: given.append(gradient))
+        return total, x * 1
+
+    row = Benchmark(
+        inputs=lambda model, device: (torch.ones(7, requires_grad=True),),
+        eager=loss,
+        work=lambda model: {BOTH: 1},
+    )
+    monkeypatch.setitem(BENCHMARKS, "planted", row)
+    measure(unit("planted", "eager"), CPU)
+    assert given and all(gradient == 1 for gradient in given)
 
 
 def test_shapes_are_those_of_the_models() -> None:
