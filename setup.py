@@ -32,8 +32,14 @@ def torch_folder() -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler: on the path, or in the toolkit, whose folder usually is not on it."""
+    toolkit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=Path(toolkit, "bin"))
+
+
 def wants_cuda() -> bool:
-    if shutil.which("nvcc") is None:
+    if find_nvcc() is None:
         return False
     if os.environ.get("SHORN_CUDA") == "1":
         return True
@@ -83,7 +89,9 @@ class BuildOperators(build_ext):
         # Python loads PyTorch's libraries out of sight of others: what is used must be linked. A
         # PyTorch without CUDA has no such library, and compiles ours all the same.
         cuda = ["-ltorch_cuda"] if (libraries / "libtorch_cuda.so").exists() else []
-        return ["nvcc", *FLAGS, *ARCHITECTURES, *host, *output, *cuda]
+        nvcc = find_nvcc()
+        assert nvcc is not None
+        return [nvcc, *FLAGS, *ARCHITECTURES, *host, *output, *cuda]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildOperators})

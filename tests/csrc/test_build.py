@@ -55,10 +55,24 @@ def test_without_pytorch_nothing_is_compiled(tmp_path: Path) -> None:
 def test_failing_compiler_is_only_a_warning(tmp_path: Path) -> None:
     false = shutil.which("false")
     assert false is not None
-    # A path without nvcc: only the C++ operator is tried.
-    libraries, output = build(tmp_path, CXX=false, PATH=str(tmp_path))
+    # No nvcc: only the C++ operator is tried.
+    libraries, output = build(tmp_path, CXX=false, PATH=str(tmp_path), CUDA_HOME=str(tmp_path))
     assert libraries == set()
     assert "warning: csrc/gather_scale.cpp was not built" in output
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_nvcc_need_not_be_on_the_path(variable: str, tmp_path: Path) -> None:
+    false = shutil.which("false")
+    assert false is not None
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    (tmp_path / "cuda" / "bin" / "nvcc").symlink_to(false)
+    toolkit = str(tmp_path / "cuda")
+    environment = {"CUDA_HOME": "", "CUDA_PATH": "", "PATH": str(tmp_path), variable: toolkit}
+    libraries, output = build(tmp_path, CXX=false, SHORN_CUDA="1", **environment)
+    assert libraries == set()
+    assert f"{toolkit}/bin/nvcc" in output
+    assert "warning: csrc/gather_scale.cu was not built" in output
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 
 One program computes one token. A row that fits into a program's registers is read once
 (`row_kernel`). Longer rows, and those with a teacher's beside them, are walked twice, for the sums
-and for the gradient (`walk_kernel`). The second walk finds its rows in the L2 cache as long as all
-rows of a launch fit there: the callers' chunks of bf16 logits take at most 32 MiB, teacher
-included. Each row is one program's, so results are the same bits every time.
+and for the gradient (`walk_kernel`). The second walk finds its row in the L2 cache as long as the
+rows of all programs that run at a time fit there. Each row is one program's, so results are the
+same bits every time.
 """
 
 import torch
