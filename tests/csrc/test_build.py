@@ -69,7 +69,7 @@ def test_nvcc_need_not_be_on_the_path(variable: str, tmp_path: Path) -> None:
     (tmp_path / "cuda" / "bin" / "nvcc").symlink_to(false)
     toolkit = str(tmp_path / "cuda")
     environment = {"CUDA_HOME": "", "CUDA_PATH": "", "PATH": str(tmp_path), variable: toolkit}
-    libraries, output = build(tmp_path, CXX=false, SHORN_CUDA="1", **environment)
+    libraries, output = build(tmp_path, False, CXX=false, SHORN_CUDA="1", **environment)
     assert libraries == set()
     assert f"{toolkit}/bin/nvcc" in output
     assert "warning: csrc/gather_scale.cu was not built" in output
