@@ -323,9 +323,15 @@ ROWS: dict[str, Row] = {
         tolerance=_ELEMENTWISE,
     ),
     # Tokens, width, vocabulary. Logits of the operator are rounded to its dtype. Rows of up to
-    # 32,768 ids without a teacher have a kernel of their own.
+    # 32,768 ids without a teacher have a kernel of their own; a GPU takes 2,048 tokens at a time.
     "cross_entropy": Row(
-        sizes=((5, 8, 17), (257, 256, 1003), (1024, 512, 32000), (130, 256, 49152)),
+        sizes=(
+            (5, 8, 17),
+            (257, 256, 1003),
+            (1024, 512, 32000),
+            (130, 256, 49152),
+            (2500, 64, 1003),
+        ),
         draw=_draw_linear_cross_entropy,
         run=_run_linear_cross_entropy,
         formula=_exact_linear_cross_entropy,

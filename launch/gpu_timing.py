@@ -25,6 +25,8 @@ LEAST_REPEATS = 5
 MOST_REPEATS = 100
 FILLER_BYTES = 2**30
 MOST_FILLS = 16
+FIRST_FILLS = 200
+"""Before anything is timed: a tenth of a second, in which an idle GPU's clocks rise."""
 LARGEST_DIFFERENCE = 0.05
 """Between two sides' results, over the largest: bf16 rounds at different places."""
 
@@ -58,7 +60,7 @@ class CudaTimer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._filler = torch.zeros(FILLER_BYTES // 4, device=device)
-        self._fill_seconds = min(self._between(lambda index: self._filler.sum(), 5, 0))
+        self._fill_seconds = min(self._between(lambda index: self._filler.sum(), FIRST_FILLS, 0))
 
     def times(self, call: Callable[[int], object], repeats: int) -> list[float]:
         torch.cuda.synchronize(self.device)

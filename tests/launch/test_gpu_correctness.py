@@ -11,6 +11,7 @@ from launch.gpu_cases import MASKS, ROWS, Case, arguments, cases, draw_mask
 from launch.gpu_check import backends
 from launch.gpu_correctness import WrongResultError, check, poisoned, require_close
 from trainer.kernels import registry
+from trainer.kernels.linear_cross_entropy import default_chunk
 
 CPU = torch.device("cpu")
 SMALL = 4096
@@ -34,6 +35,16 @@ def test_cases_cover_dtypes_masks_and_large_shapes(name: str) -> None:
     assert {case.mask for case in every} == set(MASKS)
     assert {case.dtype for case in every} == set(gpu_cases.DTYPES)
     assert 3 <= len(small) < len(every) == 3 * len(ROWS[name].sizes)
+
+
+def test_losses_of_several_chunks_are_checked_in_16_bits() -> None:
+    """With weights that count: only then is the head's gradient a sum of several products."""
+    dtypes = set()
+    for case in cases("cross_entropy"):
+        tokens, width, vocabulary = case.sizes
+        if tokens > default_chunk(2 * vocabulary, width, "cuda") and case.mask != "zeros":
+            dtypes.add(case.dtype)
+    assert dtypes >= {"bf16", "fp16"}
 
 
 def test_every_operator_is_checked() -> None:
