@@ -45,16 +45,28 @@ TYPES = {
     [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)],
 )
 def test_compiles_ahead_of_time(architecture: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.trainer.kernels.compile_kernels", str(architecture)]
+    compiled = Counter(run("compile_kernels", str(architecture), tmp_path).split())
+    assert compiled.keys() == {compilation.name for compilation in compilations()}
+    assert min(compiled.values()) >= 4
+
+
+@pytest.mark.parametrize("largest", ["700", pytest.param("inf", marks=pytest.mark.slow)])
+def test_triton_launches_what_is_checked_on_a_gpu(largest: str, tmp_path: Path) -> None:
+    """Every kernel, as its own compiler at run time asks for it."""
+    launched = dict(line.split() for line in run("launch_kernels", largest, tmp_path).splitlines())
+    assert launched.keys() == {f"{entry.module}.{entry.function}" for entry in compilations()}
+
+
+def run(script: str, argument: str, cache: Path) -> str:
+    """What a script beside this file prints in a process that compiles kernels."""
+    command = [sys.executable, "-m", f"tests.trainer.kernels.{script}", argument]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["TRITON_CACHE_DIR"] = str(cache)
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    compiled = Counter(result.stdout.split())
-    assert compiled.keys() == {compilation.name for compilation in compilations()}
-    assert min(compiled.values()) >= 4
+    return result.stdout
 
 
 class Recorder:
