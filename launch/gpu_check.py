@@ -30,7 +30,7 @@ _CHOICES: tuple[registry.Choice, ...] = ("reference", "triton", "auto")
 
 
 def run(config: "BenchConfig") -> None:
-    """Checks, measures, prints the report and writes it to --json and --csv.
+    """Checks, measures, writes the report to --json and --csv and prints it.
 
     Raises:
         InputError: there is no GPU.
@@ -48,11 +48,11 @@ def run(config: "BenchConfig") -> None:
             "the kernels, --cpu times what runs on a CPU"
         )
     report = measure("cuda", config.budget_seconds)
-    gpu_report.print_report(report["facts"], report["checks"], report["timings"])
     if config.json is not None:
         write_report(Path(config.json), report)
     if config.csv is not None:
         gpu_report.write_csv(Path(config.csv), report["facts"], report["timings"])
+    gpu_report.print_report(report["facts"], report["checks"], report["timings"])
     if not report["passed"]:
         sys.exit(1)
 

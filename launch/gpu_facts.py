@@ -45,7 +45,12 @@ def _card(device: torch.device) -> dict[str, str]:
     if device.type != "cuda":
         name = platform.processor() or platform.machine()
         return {"gpu": f"none ({name})", "power cap": UNKNOWN, "driver": UNKNOWN}
-    properties: Any = torch.cuda.get_device_properties(device)
+    try:
+        properties: Any = torch.cuda.get_device_properties(device)
+    # A kernel that took the device down must not take the report along.
+    except RuntimeError as error:
+        reason = f"{UNKNOWN} ({str(error).splitlines()[0]})"
+        return {"gpu": reason, "power cap": UNKNOWN, "driver": UNKNOWN}
     cap, driver = _ask_driver(getattr(properties, "uuid", None))
     return {
         "gpu": properties.name,

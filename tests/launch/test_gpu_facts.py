@@ -73,6 +73,17 @@ def test_compiled_operators_are_told_from_missing_ones(
     assert facts(torch.device("cuda"))["csrc"] == ("built" if built else "not built")
 
 
+def test_a_lost_device_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure\nmore")
+
+    answers(monkeypatch, None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lose)
+    found = facts(torch.device("cuda"))
+    assert found["gpu"] == "unknown (CUDA error: unspecified launch failure)"
+    assert found["commit"].startswith("abc1234")
+
+
 def test_without_a_gpu_and_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_facts, "_output", lambda command: "")
     found = facts(torch.device("cpu"))
