@@ -45,23 +45,21 @@ def hang(unit: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def linger(unit: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """As with compilers in the background: the interpreter waits for them before it ends."""
+    # As compilers in the background do.
     atexit.register(time.sleep, 600)
     return {}
 
 
 def close(unit: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Says nothing more, and does not end."""
     os.closerange(3, 64)
-    time.sleep(600)
-    return {}
+    return hang(unit, device)
 
 
 def complain(unit: dict[str, Any], device: torch.device) -> dict[str, Any]:
     raise ValueError("no such\nthing")
 
 
-def lose_device(unit: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def lose(unit: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """As after an illegal access: the device answers nothing any more."""
 
     def answer(device: torch.device) -> None:
@@ -76,13 +74,6 @@ KEPT: list[torch.library.Library] = []
 if __name__ == "__main__":
     if "PLANTED" in os.environ:
         plant_wrong_gradient()
-    gpu_worker.KINDS |= {
-        "echo": echo,
-        "crash": crash,
-        "hang": hang,
-        "linger": linger,
-        "close": close,
-        "complain": complain,
-        "lose": lose_device,
-    }
+    for misbehave in (echo, crash, hang, linger, close, complain, lose):
+        gpu_worker.KINDS[misbehave.__name__] = misbehave
     gpu_worker.main()
