@@ -135,7 +135,7 @@ def _swiglu_inputs(model: Model, device: torch.device) -> Tensors:
 
 
 def _liger_swiglu(gate: Tensor, up: Tensor, mask: Tensor) -> Any:
-    """Without a mask."""
+    """Without a mask. Leaves the gradients in place of its arguments, which the next call takes."""
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     return LigerSiLUMulFunction.apply(gate, up)
