@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from trainer.kernels.compilation import compilations
-from trainer.kernels.static import GPUS, Record, compile_triton
+from trainer.kernels.compilation import VOCABULARY, compilations
+from trainer.kernels.static import GPUS, THREADS, Record, compile_triton
 from trainer.kernels.static_cuda import compile_cuda, traffic
 
 pytestmark = pytest.mark.skipif(
@@ -29,13 +29,17 @@ MEMORY_BOUND_REGISTERS = 128
 """Two blocks of 256 threads on a multiprocessor."""
 LEAST_SHARED_BYTES = 99 << 10
 """What a block may have on every GPU since the first of Ampere."""
+READ_TWICE = {"distillation.forward": 2 * 2 * VOCABULARY}
+"""By kernel: bytes of each program that count as read once, because an L2 cache serves the rest."""
+CACHES = {"sm_80": (108, 40e6), "sm_90": (132, 50e6), "sm_100": (148, 126e6)}
+"""Multiprocessors and bytes of the L2 cache."""
 PINNED = {
     "3.6": {
         "attention.forward": 200,
         "attention.backward_query": 216,
         "attention.backward_key": 240,
         "cross_entropy.forward": 64,
-        "distillation.forward": 80,
+        "distillation.forward": 64,
         "gather_scale.forward": 40,
         "gather_scale.backward": 80,
         "rms_norm.forward": 48,
@@ -50,7 +54,7 @@ PINNED = {
         "attention.backward_query": 224,
         "attention.backward_key": 248,
         "cross_entropy.forward": 64,
-        "distillation.forward": 80,
+        "distillation.forward": 64,
         "gather_scale.forward": 40,
         "gather_scale.backward": 80,
         "rms_norm.forward": 48,
@@ -65,7 +69,7 @@ PINNED = {
         "attention.backward_query": 224,
         "attention.backward_key": 240,
         "cross_entropy.forward": 64,
-        "distillation.forward": 80,
+        "distillation.forward": 64,
         "gather_scale.forward": 48,
         "gather_scale.backward": 96,
         "rms_norm.forward": 64,
@@ -128,6 +132,18 @@ def wasteful(records: Iterable[Record]) -> list[str]:
     ]
 
 
+def crowded(records: Iterable[Record]) -> list[str]:
+    """Kernels of which so many programs run at a time that the L2 cache cannot hold what each of
+    them reads twice."""
+    found = []
+    for record in records:
+        multiprocessors, cache = CACHES[record.arch]
+        programs = record.occupancy * THREADS / record.threads * multiprocessors
+        if programs * READ_TWICE.get(record.kernel, 0) > cache / 2:
+            found.append(record.kernel)
+    return found
+
+
 def unpredicted(records: Iterable[Record]) -> list[str]:
     """Kernels with a dot that do not say how many operations it takes, or move so many bytes that
     memory and not the tensor cores bounds them."""
@@ -179,6 +195,12 @@ def test_dots_run_on_tensor_cores(arch: int) -> None:
 @each_arch
 def test_kernels_move_little_more_than_they_must(arch: int) -> None:
     assert wasteful(compiled(arch)) == []
+
+
+@each_arch
+def test_what_is_read_twice_fits_half_of_the_cache(arch: int) -> None:
+    assert READ_TWICE.keys() <= {record.kernel for record in compiled(arch)}
+    assert crowded(compiled(arch)) == []
 
 
 @each_arch
@@ -235,3 +257,6 @@ def test_the_contracts_can_be_broken() -> None:
     assert unpredicted([replace(product, predicted_us=2 * memory_us(product))]) == []
     assert wasteful([replace(records[0], bytes_over_minimum=1.11)]) == ["scale: 1.11"]
     assert wasteful([replace(records[0], bytes_over_minimum=None)]) == ["scale: None"]
+    walk = replace(records[0], kernel="distillation.forward", threads=256, occupancy=0.375)
+    assert crowded([walk]) == ["distillation.forward"]
+    assert crowded([replace(walk, threads=1024, occupancy=0.5)]) == []

@@ -3,8 +3,9 @@
 One program computes one token. A row that fits into a program's registers is read once
 (`row_kernel`). Longer rows, and those with a teacher's beside them, are walked twice, for the sums
 and for the gradient (`walk_kernel`). The second walk finds its row in the L2 cache as long as the
-rows of all programs that run at a time fit there. Each row is one program's, so results are the
-same bits every time.
+rows of all programs that run at a time fit there, of which large programs make few; it goes back
+from the end, so that of longer rows a part is found. Each row is one program's, so results are
+the same bits every time.
 """
 
 import torch
@@ -16,7 +17,7 @@ from trainer.kernels.compilation import ENABLE_FP_FUSION, VOCABULARY, WIDTH, Com
 from trainer.kernels.linear_cross_entropy import default_chunk
 
 _ROW = 32768
-_WALK = 4096
+_WALK = 8192
 _OPTIONS = {"num_stages": 1, "enable_fp_fusion": ENABLE_FP_FUSION}
 
 
@@ -111,8 +112,9 @@ def walk_kernel(
         divergence = shift + tl.log(cool_total) - tl.log(teacher_total)
         tl.store(divergences + token, tl.where(weight == 0, 0.0, divergence))
         teacher_scale = weight * share * temperature
-    for start in range(0, classes, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
+    steps = tl.cdiv(classes, COLUMNS)
+    for step in range(steps):
+        column = (steps - 1 - step) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < classes
         values = tl.load(row + column, mask=inside, other=lowest).to(tl.float32)
         gradient = tl.exp(values - top) * (scale / total) - tl.where(column == target, scale, 0.0)
@@ -182,7 +184,7 @@ def _row_tile(classes: int) -> dict[str, int]:
 
 
 def _walk_tile(classes: int) -> dict[str, int]:
-    return {"COLUMNS": min(_WALK, triton.next_power_of_2(classes)), "num_warps": 8}
+    return {"COLUMNS": min(_WALK, triton.next_power_of_2(classes)), "num_warps": 32}
 
 
 _CHUNK, _TAUGHT_CHUNK = (default_chunk(count * VOCABULARY, WIDTH, "cuda") for count in (1, 2))
