@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from launch import kernel_traffic
 from trainer.kernels import attention_flash, registry
@@ -126,6 +127,12 @@ def _liger_rms_norm(x: Tensor, residual: Tensor, gain: Tensor, mask: Tensor) -> 
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
     return LigerFusedAddRMSNormFunction.apply(x, residual, gain, EPS, 0.0, "llama", False)
+
+
+def _pytorch_rms_norm(x: Tensor, residual: Tensor, gain: Tensor, mask: Tensor) -> Tensors:
+    """Without a mask: PyTorch's own kernel behind an addition."""
+    total = x + residual
+    return functional.rms_norm(total, gain.shape, gain, EPS), total
 
 
 def _swiglu_inputs(model: Model, device: torch.device) -> Tensors:
@@ -285,7 +292,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         inputs=_rms_norm_inputs,
         eager=kernel_traffic.rms_norm,
         ours=_rms_norm,
-        others={"liger": _liger_rms_norm},
+        others={"liger": _liger_rms_norm, "F.rms_norm": _pytorch_rms_norm},
         work=_moved(_stream, 4, 4),
     ),
     "rope": Benchmark(

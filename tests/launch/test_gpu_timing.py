@@ -41,9 +41,12 @@ def test_every_operator_is_timed() -> None:
     assert {operator.name for operator in registry.operators()} <= BENCHMARKS.keys()
 
 
-@pytest.mark.slow
-def test_torch_compile_is_timed() -> None:
-    result = measure(unit("swiglu", "torch.compile"), CPU)
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("rms_norm", "F.rms_norm"), pytest.param("swiglu", "torch.compile", marks=pytest.mark.slow)],
+)
+def test_what_pytorch_has_itself_is_timed(name: str, side: str) -> None:
+    result = measure(unit(name, side), CPU)
     assert [entry["pass"] for entry in result["passes"]] == [FORWARD, BOTH]
 
 
