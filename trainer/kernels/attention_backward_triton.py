@@ -14,12 +14,14 @@ from trainer.kernels.attention import first_keys
 from trainer.kernels.attention_tiles import (
     BOUND_BYTES,
     DOT_FLOPS,
+    FP32,
     LOG2_E,
     MASK_BYTES,
     ROWS_BYTES,
     STATISTIC_BYTES,
     choose,
     compiled_constants,
+    compiled_tiles,
     constants,
     key_limits,
     load_mask,
@@ -30,8 +32,24 @@ from trainer.kernels.attention_tiles import (
 )
 from trainer.kernels.compilation import HEADS, TOKENS, Compilation, Tile
 
-_QUERY_TILES = {80: Tile(64, 64, 8, 2), 90: Tile(64, 64, 4, 2), 100: Tile(128, 64, 8, 2)}
-_KEY_TILES = {80: Tile(32, 64, 8, 2), 90: Tile(32, 128, 8, 2), 100: Tile(32, 64, 8, 2)}
+_QUERY_TILES = {
+    80: (Tile(64, 64, 8, 2), Tile(64, 16, 8, 2)),
+    90: (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)),
+    100: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    120: (Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+    FP32: (Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)),
+}
+_KEY_TILES = {
+    80: (Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
+    90: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+    100: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+    FP32: (Tile(16, 64, 8, 2), Tile(16, 32, 8, 2)),
+}
+
+
+# Numbers in a program's gradient of keys, above which registers do not hold that of values too: one
+# is found after the other.
+_LARGEST_SUM = tl.constexpr(128 * 128)
 
 
 @triton.jit
@@ -152,42 +170,53 @@ def _query_limits(
 
 @triton.jit
 def _key_gradients(
-    before: tl.tuple,
     tile: tl.tuple,
     sources: tl.tuple,
     limits: tl.tuple,
-    length: tl.int32,
     scale: tl.float32,
+    HAS_MASK: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
+    GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    OF_VALUES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Adds what one head gives to the gradients of a tile of keys, but for the scale, and values.
+    """Gradients of a tile of keys, but for the scale, and of values; 0 where not asked for.
     Scores are transposed: [keys, queries]."""
     keys, values, column = tile
-    gradient, query, stride, query_stride = sources[0]
-    first, logsumexp, delta, mask = sources[1]
-    d_keys, d_values = before
-    low, diagonal, high = limits
-    # A head whose mask is 0 has no queries.
-    low = tl.where(mask == 0.0, high, low)
-    for start in range(low, high, ROWS):
-        row = start + tl.arange(0, ROWS)
-        queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
-        gradients = load_rows(gradient, start, stride, length, ROWS, HEAD_DIM, WIDTH)
-        logarithm = tl.load(logsumexp + row, mask=row < length, other=0.0) * LOG2_E
-        along = tl.load(delta + row, mask=row < length, other=0.0)
-        scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-        weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[None, :]) * mask
-        if HAS_BOUNDS or start < diagonal:
-            seen = visible(row, column, first, length, HAS_BOUNDS, True)
-            weights = tl.where(seen, weights, 0.0)
-        rounded = weights.to(gradients.dtype)
-        d_values = tl.dot(rounded, gradients, d_values, input_precision="ieee")
-        d_weights = tl.dot(values, tl.trans(gradients), input_precision="ieee")
-        d_scores = weights * (d_weights - along[None, :])
-        d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
+    gradients_of, queries_of, stride, query_stride, query_head_stride = sources[0]
+    first, logsumexp, delta, head_mask = sources[1]
+    begin, before = sources[2]
+    low, diagonal, high, length = limits
+    WIDTH: tl.constexpr = keys.shape[1]
+    d_keys = tl.zeros(keys.shape, tl.float32)
+    d_values = tl.zeros(keys.shape, tl.float32)
+    for head in range(begin, begin + GROUP):
+        mask = load_mask(head_mask, head, HAS_MASK)
+        gradient = gradients_of + head * HEAD_DIM
+        query = queries_of + query_head_stride * head
+        here = (before + head).to(tl.int64) * length
+        # A head whose mask is 0 has no queries.
+        for start in range(tl.where(mask == 0.0, high, low), high, ROWS):
+            row = start + tl.arange(0, ROWS)
+            queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
+            gradients = load_rows(gradient, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+            inside = row < length
+            logarithm = tl.load(logsumexp + here + row, mask=inside, other=0.0) * LOG2_E
+            along = tl.load(delta + here + row, mask=inside, other=0.0)
+            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+            weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[None, :]) * mask
+            if HAS_BOUNDS or start < diagonal:
+                seen = visible(row, column, first, length, HAS_BOUNDS, True)
+                weights = tl.where(seen, weights, 0.0)
+            if OF_VALUES:
+                rounded = weights.to(gradients.dtype)
+                d_values = tl.dot(rounded, gradients, d_values, input_precision="ieee")
+            if OF_KEYS:
+                d_weights = tl.dot(values, tl.trans(gradients), input_precision="ieee")
+                d_scores = weights * (d_weights - along[None, :])
+                d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
     return d_keys, d_values
 
 
@@ -234,22 +263,23 @@ def backward_key_kernel(
     keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
     values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
     tile = (keys, values, start + tl.arange(0, COLUMNS))
-    limits = _query_limits(last + sequence, start, length, HAS_BOUNDS, ROWS, COLUMNS)
-    d_keys = tl.zeros((COLUMNS, WIDTH), tl.float32)
-    d_values = tl.zeros((COLUMNS, WIDTH), tl.float32)
-    for head in range(key_head * GROUP, key_head * GROUP + GROUP):
-        mask = load_mask(head_mask, head, HAS_MASK)
-        there = gradient + sequence * stride * GROUP + head * HEAD_DIM
-        queries = query + batch * query_batch_stride + query_head_stride * head
-        here = (batch * key_heads * GROUP + head).to(tl.int64) * length
-        statistics = (first + sequence, logsumexp + here, delta + here, mask)
-        rows = (there, queries, stride * GROUP, query_stride)
-        before, sources = (d_keys, d_values), (rows, statistics)
-        d_keys, d_values = _key_gradients(
-            before, tile, sources, limits, length, scale, HAS_BOUNDS, ROWS, HEAD_DIM, WIDTH
-        )
+    low, diagonal, high = _query_limits(last + sequence, start, length, HAS_BOUNDS, ROWS, COLUMNS)
+    limits = (low, diagonal, high, length)
+    gradient += sequence * stride * GROUP
+    query += batch * query_batch_stride
+    rows = (gradient, query, stride * GROUP, query_stride, query_head_stride)
+    statistics = (first + sequence, logsumexp, delta, head_mask)
+    sources = (rows, statistics, (key_head * GROUP, batch * key_heads * GROUP))
+    TOGETHER: tl.constexpr = COLUMNS * WIDTH <= _LARGEST_SUM
+    d_keys, d_values = _key_gradients(
+        tile, sources, limits, scale, HAS_MASK, HAS_BOUNDS, GROUP, ROWS, HEAD_DIM, True, TOGETHER
+    )
     place = sequence * stride + key_head * HEAD_DIM
     store_rows(d_key + place, d_keys * scale, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
+    if not TOGETHER:
+        _, d_values = _key_gradients(
+            tile, sources, limits, scale, HAS_MASK, HAS_BOUNDS, GROUP, ROWS, HEAD_DIM, False, True
+        )
     store_rows(d_value + place, d_values, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
 
 
@@ -275,7 +305,7 @@ def backward(
     d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
     output, logsumexp = output.contiguous(), logsumexp.contiguous()
     delta = torch.empty_like(logsumexp)
-    tile = choose(_QUERY_TILES, query.device)
+    tile = choose(_QUERY_TILES, query)
     options = constants(tile, query, key, head_mask, first is not None)
     blocks = triton.cdiv(length, options["ROWS"])
     partial = delta.new_empty((0 if head_mask is None else batch * blocks, heads))
@@ -295,7 +325,7 @@ def backward(
             **options,
             **tile.options(),
         )
-        tile = choose(_KEY_TILES, query.device)
+        tile = choose(_KEY_TILES, query)
         options = constants(tile, query, key, head_mask, first is not None)
         backward_key_kernel[(triton.cdiv(length, options["COLUMNS"]) * batch * key_heads,)](
             *inputs,
@@ -360,7 +390,7 @@ COMPILATIONS = (
             flops=3 * DOT_FLOPS,
             shape="gradient, query, key and value [2, 4096, 32, 128] bf16, mask fp32",
         )
-        for number, tile in _QUERY_TILES.items()
+        for number, tile in compiled_tiles(_QUERY_TILES).items()
     ),
     *(
         Compilation(
@@ -385,6 +415,6 @@ COMPILATIONS = (
             f"[2, 4096, {key_heads}, 128], mask fp32",
         )
         for operator, key_heads in _KEY_HEADS.items()
-        for number, tile in _KEY_TILES.items()
+        for number, tile in compiled_tiles(_KEY_TILES).items()
     ),
 )

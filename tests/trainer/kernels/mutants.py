@@ -61,8 +61,9 @@ MUTANTS = (
             ("diagonal not masked in dK, dV", "or start < diagonal", "or start < low"),
             ("documents forgotten in dK, dV", "length, HAS_BOUNDS, True)", "length, False, True)"),
             ("last query of another key", "tl.minimum(start + COLUMNS, length) - 1", "start"),
-            ("one head of the group", "key_head * GROUP + GROUP)", "key_head * GROUP + 1)"),
-            ("masked heads are computed", "low = tl.where(mask == 0.0, high, low)", "low = low"),
+            ("one head of the group", "begin + GROUP)", "begin + 1)"),
+            ("masked heads are computed", "tl.where(mask == 0.0, high, low), high", "low, high"),
+            ("values of wide heads forgotten", "HEAD_DIM, False, True", "HEAD_DIM, False, False"),
             ("partial sums of one row", " + block) * heads", ") * heads"),
         )
     ),
