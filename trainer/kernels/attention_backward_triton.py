@@ -79,7 +79,7 @@ def _query_gradient(
         weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[:, None])
         if HAS_BOUNDS or start >= diagonal:
             column = start + tl.arange(0, COLUMNS)
-            seen = visible(row, column, first, length, HAS_BOUNDS, False)
+            seen = visible(row, column, first, length, HAS_BOUNDS)
             weights = tl.where(seen, weights, 0.0)
         d_weights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
         d_scores = weights * (d_weights - along[:, None])
@@ -158,14 +158,26 @@ def _query_limits(
     HAS_BOUNDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Where the queries that see the keys from `start` begin, where those that see all of them do
-    unless there are bounds, and where they end."""
+    unless there are bounds, where they end, and where all queries end."""
     low = start // ROWS * ROWS
     high = length
     if HAS_BOUNDS:
         high = tl.load(last + tl.minimum(start + COLUMNS, length) - 1) + 1
-    return low, tl.minimum(low + (ROWS if ROWS > COLUMNS else COLUMNS), high), high
+    diagonal = tl.minimum(low + (ROWS if ROWS > COLUMNS else COLUMNS), high)
+    return low, diagonal, high, length
+
+
+@triton.jit
+def _last_seen(
+    last: tl.tensor, column: tl.tensor, length: tl.int32, HAS_BOUNDS: tl.constexpr
+) -> tl.tensor:
+    """The last query that sees each key, if there are bounds."""
+    seen = column
+    if HAS_BOUNDS:
+        seen = tl.load(last + column, mask=column < length, other=0)
+    return seen
 
 
 @triton.jit
@@ -184,9 +196,9 @@ def _key_gradients(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Gradients of a tile of keys, but for the scale, and of values; 0 where not asked for.
     Scores are transposed: [keys, queries]."""
-    keys, values, column = tile
+    keys, values, column, last_query = tile
     gradients_of, queries_of, stride, query_stride, query_head_stride = sources[0]
-    first, logsumexp, delta, head_mask = sources[1]
+    logsumexp, delta, head_mask = sources[1]
     begin, before = sources[2]
     low, diagonal, high, length = limits
     WIDTH: tl.constexpr = keys.shape[1]
@@ -208,7 +220,9 @@ def _key_gradients(
             scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
             weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[None, :]) * mask
             if HAS_BOUNDS or start < diagonal:
-                seen = visible(row, column, first, length, HAS_BOUNDS, True)
+                seen = column[:, None] <= row[None, :]
+                if HAS_BOUNDS:
+                    seen = seen & (row[None, :] <= last_query[:, None])
                 weights = tl.where(seen, weights, 0.0)
             if OF_VALUES:
                 rounded = weights.to(gradients.dtype)
@@ -227,7 +241,6 @@ def backward_key_kernel(
     key: tl.tensor,
     value: tl.tensor,
     head_mask: tl.tensor,
-    first: tl.tensor,
     last: tl.tensor,
     logsumexp: tl.tensor,
     delta: tl.tensor,
@@ -262,14 +275,14 @@ def backward_key_kernel(
     value += batch * value_batch_stride + key_head * value_head_stride
     keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
     values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-    tile = (keys, values, start + tl.arange(0, COLUMNS))
-    low, diagonal, high = _query_limits(last + sequence, start, length, HAS_BOUNDS, ROWS, COLUMNS)
-    limits = (low, diagonal, high, length)
+    column = start + tl.arange(0, COLUMNS)
+    last += sequence
+    tile = (keys, values, column, _last_seen(last, column, length, HAS_BOUNDS))
+    limits = _query_limits(last, start, length, HAS_BOUNDS, ROWS, COLUMNS)
     gradient += sequence * stride * GROUP
     query += batch * query_batch_stride
     rows = (gradient, query, stride * GROUP, query_stride, query_head_stride)
-    statistics = (first + sequence, logsumexp, delta, head_mask)
-    sources = (rows, statistics, (key_head * GROUP, batch * key_heads * GROUP))
+    sources = (rows, (logsumexp, delta, head_mask), (key_head * GROUP, batch * key_heads * GROUP))
     TOGETHER: tl.constexpr = COLUMNS * WIDTH <= _LARGEST_SUM
     d_keys, d_values = _key_gradients(
         tile, sources, limits, scale, HAS_MASK, HAS_BOUNDS, GROUP, ROWS, HEAD_DIM, True, TOGETHER
@@ -329,7 +342,6 @@ def backward(
         options = constants(tile, query, key, head_mask, first is not None)
         backward_key_kernel[(triton.cdiv(length, options["COLUMNS"]) * batch * key_heads,)](
             *inputs,
-            query if first is None else first,
             query if first is None else _last_queries(first),
             logsumexp,
             delta,
@@ -358,13 +370,12 @@ _WIDE_INTEGERS = tuple(f"{name}_{kind}_stride" for name in _INPUTS for kind in (
 _SIGNATURE = {
     **dict.fromkeys(("gradient", *_INPUTS), "*bf16"),
     **dict.fromkeys(("head_mask", "logsumexp", "delta"), "*fp32"),
-    "first": "*i32",
     **dict.fromkeys(_INTEGERS, "i32"),
     **dict.fromkeys(_WIDE_INTEGERS, "i64"),
     "scale": "fp32",
 }
 _QUERY_BYTES = 6 * ROWS_BYTES + 2 * STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
-_KEY_BYTES = 2 * ROWS_BYTES + 2 * STATISTIC_BYTES + 2 * BOUND_BYTES + MASK_BYTES
+_KEY_BYTES = 2 * ROWS_BYTES + 2 * STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
 # Key heads: those of LLaMA 2 7B, and of Llama 3 8B (arXiv 2407.21783, table 3).
 _KEY_HEADS = {"attention": HEADS, "grouped_attention": 8}
 
@@ -378,6 +389,7 @@ COMPILATIONS = (
                 **_SIGNATURE,
                 **dict.fromkeys(("output", "d_query"), "*bf16"),
                 "partial": "*fp32",
+                "first": "*i32",
                 "heads": "i32",
             },
             aligned=(*_INTEGERS, *_WIDE_INTEGERS, "heads"),

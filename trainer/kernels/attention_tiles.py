@@ -1,9 +1,9 @@
 """What the Triton kernels of attention share: tiles, which keys are visible, sizes.
 
-Tiles are chosen for each architecture so that no loop keeps in memory what registers cannot hold.
-For the same reason one loop walks the tiles on both sides of the diagonal, instead of one for each.
-Those of sm_80 need at most 99 KiB of shared memory, which every GPU since the first of Ampere has;
-where there are no tiles of its own, they serve.
+Tiles are chosen for each architecture and width of heads so that no loop keeps in memory what
+registers cannot hold. For the same reason one loop walks the tiles on both sides of the diagonal,
+instead of one for each. Those of sm_80 and of fp32 need at most 99 KiB of shared memory, which
+every GPU since the first of Ampere has; where there are no tiles of its own, those of sm_80 serve.
 """
 
 import torch
@@ -154,14 +154,10 @@ def visible(
     first: tl.tensor,
     length: tl.int32,
     HAS_BOUNDS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
 ) -> tl.tensor:
-    """[rows, columns], whether queries see keys; the other way round where TRANSPOSED."""
-    below, across = row[:, None], column[None, :]
-    if TRANSPOSED:
-        below, across = row[None, :], column[:, None]
-    seen = across <= below
+    """[rows, columns], whether queries see keys."""
+    seen = column[None, :] <= row[:, None]
     if HAS_BOUNDS:
         first_key = tl.load(first + row, mask=row < length, other=0)
-        seen = seen & (across >= (first_key[None, :] if TRANSPOSED else first_key[:, None]))
+        seen = seen & (column[None, :] >= first_key[:, None])
     return seen

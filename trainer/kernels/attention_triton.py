@@ -68,7 +68,7 @@ def _attend(
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         if HAS_BOUNDS or start >= diagonal:
             column = start + tl.arange(0, COLUMNS)
-            seen = visible(row, column, first, length, HAS_BOUNDS, False)
+            seen = visible(row, column, first, length, HAS_BOUNDS)
             scores = tl.where(seen, scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - larger[:, None])

@@ -33,7 +33,7 @@ MODULES = (
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a program of attention computes at a time where rows have 256 bytes, and how."""
+    """What a program of attention computes at a time, and how."""
 
     rows: int
     """Queries."""
