@@ -31,11 +31,14 @@ def with_heads(
     mask = query if optional else None
     with patch.object(attention_tiles, "architecture", return_value=architecture):
         tile = attention_tiles.choose(_TILES[record.function], query)
+    constants = attention_tiles.constants(tile, query, key, mask, optional)
+    if "TOGETHER" in record.constants:
+        constants["TOGETHER"] = tile.together
     return replace(
         record,
         name=f"{record.name} {head_dim} {dtype} {'complete' if optional else 'plain'}",
         signature={name: kind.replace("bf16", dtype) for name, kind in record.signature.items()},
-        constants=attention_tiles.constants(tile, query, key, mask, optional),
+        constants=constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         architectures=(architecture,),

@@ -41,15 +41,10 @@ _QUERY_TILES = {
 }
 _KEY_TILES = {
     80: (Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
-    90: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+    90: (Tile(32, 128, 8, 2), Tile(16, 64, 8, 2, together=False)),
     100: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
     FP32: (Tile(16, 64, 8, 2), Tile(16, 32, 8, 2)),
 }
-
-
-# Numbers in a program's gradient of keys, above which registers do not hold that of values too: one
-# is found after the other.
-_LARGEST_SUM = tl.constexpr(128 * 128)
 
 
 @triton.jit
@@ -265,6 +260,7 @@ def backward_key_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ) -> None:
     """Gradients of COLUMNS keys and values of one key head, over the GROUP heads that read it."""
     block, batch, key_head = position(length, key_heads, COLUMNS)
@@ -283,7 +279,6 @@ def backward_key_kernel(
     query += batch * query_batch_stride
     rows = (gradient, query, stride * GROUP, query_stride, query_head_stride)
     sources = (rows, (logsumexp, delta, head_mask), (key_head * GROUP, batch * key_heads * GROUP))
-    TOGETHER: tl.constexpr = COLUMNS * WIDTH <= _LARGEST_SUM
     d_keys, d_values = _key_gradients(
         tile, sources, limits, scale, HAS_MASK, HAS_BOUNDS, GROUP, ROWS, HEAD_DIM, True, TOGETHER
     )
@@ -340,6 +335,7 @@ def backward(
         )
         tile = choose(_KEY_TILES, query)
         options = constants(tile, query, key, head_mask, first is not None)
+        options["TOGETHER"] = tile.together
         backward_key_kernel[(triton.cdiv(length, options["COLUMNS"]) * batch * key_heads,)](
             *inputs,
             query if first is None else _last_queries(first),
@@ -416,7 +412,7 @@ COMPILATIONS = (
                 "key_heads": "i32",
             },
             aligned=(*_INTEGERS, *_WIDE_INTEGERS, *(("key_heads",) if key_heads % 16 == 0 else ())),
-            constants=compiled_constants(tile, key_heads),
+            constants={**compiled_constants(tile, key_heads), "TOGETHER": tile.together},
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             architectures=(number,),

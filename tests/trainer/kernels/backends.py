@@ -21,8 +21,7 @@ TILES: dict[str, dict[str, object]] = {
     "attention": {"_TILES": {80: (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1))}},
     "attention_backward": {
         "_QUERY_TILES": {80: (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1))},
-        # Of wide heads the gradients of keys and values are found one after the other.
-        "_KEY_TILES": {80: (Tile(16, 32, 4, 1), Tile(16, 128, 4, 1))},
+        "_KEY_TILES": {80: (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1, together=False))},
     },
     "cross_entropy": {"_ROW": 64, "_WALK": 32},
     "gather_scale": {
