@@ -42,9 +42,6 @@ def compile_kernel(compilation: Compilation, architecture: int) -> Any:
 
 def variants(compilation: Compilation) -> Iterator[Compilation]:
     """Other ways in which the same kernel is launched."""
-    if "attention" in compilation.name:
-        yield from of_attention(compilation)
-        return
     off = dict.fromkeys([name for name in compilation.constants if name.startswith("HAS_")], False)
     yield replace(compilation, constants={**compilation.constants, **off}, aligned=())
     for dtype in ("fp16", "fp32"):
@@ -69,14 +66,15 @@ def of_attention(compilation: Compilation) -> Iterator[Compilation]:
     (number,) = compilation.architectures
     plain = with_heads(compilation, number, 80, "bf16", False)
     yield replace(plain, constants={**plain.constants, "GROUP": 4}, aligned=())
-    for head_dim, dtype in ((128, "fp16"), (128, "fp32"), (256, "bf16"), (32, "bf16")):
+    for head_dim, dtype in ((32, "fp16"), (128, "fp32"), (256, "bf16")):
         yield with_heads(compilation, number, head_dim, dtype, True)
 
 
 if __name__ == "__main__":
     architecture = int(sys.argv[1])
     for base in filter(lambda base: base.runs_on(architecture), compilations()):
-        for kind in (base, *variants(base)):
+        others = of_attention if "attention" in base.name else variants
+        for kind in (base, *others(base)):
             compiled = compile_kernel(kind, architecture)
             assert compiled.asm["cubin"]
             print(base.name)
