@@ -64,11 +64,8 @@ MUTANTS = (
                 "row[None, :] <= last_query",
                 "row[None, :] < length + last_query",
             ),
-            (
-                "last query of the key before",
-                "tl.load(last + column, mask",
-                "tl.load(last + column - 1, mask",
-            ),
+            ("one query too few in dK, dV", "<= last_query", "< last_query"),
+            ("no key sees its query in dK, dV", "[:, None] <= row", "[:, None] < row"),
             ("last query of another key", "tl.minimum(start + COLUMNS, length) - 1", "start"),
             ("one head of the group", "begin + GROUP)", "begin + 1)"),
             ("masked heads are computed", "tl.where(mask == 0.0, high, low), high", "low, high"),
