@@ -182,6 +182,31 @@ def test_no_loop_spills_without_what_is_optional(arch: int) -> None:
     assert spilling(records) == []
 
 
+@pytest.mark.parametrize(
+    ("arch", "module"),
+    [
+        (90, "wide_head_kernels"),
+        *(pytest.param(n, "head_kernels", marks=pytest.mark.slow) for n in (*sorted(GPUS), 120)),
+    ],
+)
+def test_contracts_hold_for_other_heads(
+    arch: int, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loop spills, tiles fit; on sm_90 the tensor cores compute what is not in fp32."""
+    if arch not in GPUS:  # of which only occupancy and predicted times depend
+        monkeypatch.setitem(GPUS, arch, GPUS[80])
+    records, failures = compile_triton([arch], f"tests.trainer.{module}")
+    assert not failures, failures
+    assert len(records) >= 6
+    assert spilling(records) == []
+    single = [r for r in records if " fp32 " in r.kernel]
+    least = records if arch in (80, 120) else single
+    assert [r.kernel for r in least if r.shared_bytes > LEAST_SHARED_BYTES] == []
+    assert [r.kernel for r in records if r.shared_bytes > GPUS[arch].shared_bytes - 1024] == []
+    if arch == 90:
+        assert without_tensor_cores(r for r in records if r not in single) == []
+
+
 @each_arch
 def test_memory_bound_kernels_access_16_bytes(arch: int) -> None:
     assert narrow(compiled(arch)) == []

@@ -14,12 +14,14 @@ from trainer.kernels.attention import first_keys
 from trainer.kernels.attention_tiles import (
     BOUND_BYTES,
     DOT_FLOPS,
+    FP32,
     LOG2_E,
     MASK_BYTES,
     ROWS_BYTES,
     STATISTIC_BYTES,
     choose,
     compiled_constants,
+    compiled_tiles,
     constants,
     key_limits,
     load_mask,
@@ -30,8 +32,19 @@ from trainer.kernels.attention_tiles import (
 )
 from trainer.kernels.compilation import HEADS, TOKENS, Compilation, Tile
 
-_QUERY_TILES = {80: Tile(64, 64, 8, 2), 90: Tile(64, 64, 4, 2), 100: Tile(128, 64, 8, 2)}
-_KEY_TILES = {80: Tile(32, 64, 8, 2), 90: Tile(32, 128, 8, 2), 100: Tile(32, 64, 8, 2)}
+_QUERY_TILES = {
+    80: (Tile(64, 64, 8, 2), Tile(64, 16, 8, 2)),
+    90: (Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)),
+    100: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    120: (Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+    FP32: (Tile(32, 32, 8, 2), Tile(32, 16, 8, 2)),
+}
+_KEY_TILES = {
+    80: (Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
+    90: (Tile(32, 128, 8, 2), Tile(16, 64, 8, 2, together=False)),
+    100: (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+    FP32: (Tile(16, 64, 8, 2), Tile(16, 32, 8, 2)),
+}
 
 
 @triton.jit
@@ -61,7 +74,7 @@ def _query_gradient(
         weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[:, None])
         if HAS_BOUNDS or start >= diagonal:
             column = start + tl.arange(0, COLUMNS)
-            seen = visible(row, column, first, length, HAS_BOUNDS, False)
+            seen = visible(row, column, first, length, HAS_BOUNDS)
             weights = tl.where(seen, weights, 0.0)
         d_weights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
         d_scores = weights * (d_weights - along[:, None])
@@ -140,54 +153,79 @@ def _query_limits(
     HAS_BOUNDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Where the queries that see the keys from `start` begin, where those that see all of them do
-    unless there are bounds, and where they end."""
+    unless there are bounds, where they end, and where all queries end."""
     low = start // ROWS * ROWS
     high = length
     if HAS_BOUNDS:
         high = tl.load(last + tl.minimum(start + COLUMNS, length) - 1) + 1
-    return low, tl.minimum(low + (ROWS if ROWS > COLUMNS else COLUMNS), high), high
+    diagonal = tl.minimum(low + (ROWS if ROWS > COLUMNS else COLUMNS), high)
+    return low, diagonal, high, length
+
+
+@triton.jit
+def _last_seen(
+    last: tl.tensor, column: tl.tensor, length: tl.int32, HAS_BOUNDS: tl.constexpr
+) -> tl.tensor:
+    """The last query that sees each key, if there are bounds."""
+    seen = column
+    if HAS_BOUNDS:
+        seen = tl.load(last + column, mask=column < length, other=0)
+    return seen
 
 
 @triton.jit
 def _key_gradients(
-    before: tl.tuple,
     tile: tl.tuple,
     sources: tl.tuple,
     limits: tl.tuple,
-    length: tl.int32,
     scale: tl.float32,
+    HAS_MASK: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
+    GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    OF_VALUES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Adds what one head gives to the gradients of a tile of keys, but for the scale, and values.
+    """Gradients of a tile of keys, but for the scale, and of values; 0 where not asked for.
     Scores are transposed: [keys, queries]."""
-    keys, values, column = tile
-    gradient, query, stride, query_stride = sources[0]
-    first, logsumexp, delta, mask = sources[1]
-    d_keys, d_values = before
-    low, diagonal, high = limits
-    # A head whose mask is 0 has no queries.
-    low = tl.where(mask == 0.0, high, low)
-    for start in range(low, high, ROWS):
-        row = start + tl.arange(0, ROWS)
-        queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
-        gradients = load_rows(gradient, start, stride, length, ROWS, HEAD_DIM, WIDTH)
-        logarithm = tl.load(logsumexp + row, mask=row < length, other=0.0) * LOG2_E
-        along = tl.load(delta + row, mask=row < length, other=0.0)
-        scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-        weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[None, :]) * mask
-        if HAS_BOUNDS or start < diagonal:
-            seen = visible(row, column, first, length, HAS_BOUNDS, True)
-            weights = tl.where(seen, weights, 0.0)
-        rounded = weights.to(gradients.dtype)
-        d_values = tl.dot(rounded, gradients, d_values, input_precision="ieee")
-        d_weights = tl.dot(values, tl.trans(gradients), input_precision="ieee")
-        d_scores = weights * (d_weights - along[None, :])
-        d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
+    keys, values, column, last_query = tile
+    gradients_of, queries_of, stride, query_stride, query_head_stride = sources[0]
+    logsumexp, delta, head_mask = sources[1]
+    begin, before = sources[2]
+    low, diagonal, high, length = limits
+    WIDTH: tl.constexpr = keys.shape[1]
+    d_keys = tl.zeros(keys.shape, tl.float32)
+    d_values = tl.zeros(keys.shape, tl.float32)
+    for head in range(begin, begin + GROUP):
+        mask = load_mask(head_mask, head, HAS_MASK)
+        gradient = gradients_of + head * HEAD_DIM
+        query = queries_of + query_head_stride * head
+        here = (before + head).to(tl.int64) * length
+        # A head whose mask is 0 has no queries.
+        for start in range(tl.where(mask == 0.0, high, low), high, ROWS):
+            row = start + tl.arange(0, ROWS)
+            queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
+            gradients = load_rows(gradient, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+            inside = row < length
+            logarithm = tl.load(logsumexp + here + row, mask=inside, other=0.0) * LOG2_E
+            along = tl.load(delta + here + row, mask=inside, other=0.0)
+            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+            weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[None, :]) * mask
+            if HAS_BOUNDS or start < diagonal:
+                seen = column[:, None] <= row[None, :]
+                if HAS_BOUNDS:
+                    seen = seen & (row[None, :] <= last_query[:, None])
+                weights = tl.where(seen, weights, 0.0)
+            if OF_VALUES:
+                rounded = weights.to(gradients.dtype)
+                d_values = tl.dot(rounded, gradients, d_values, input_precision="ieee")
+            if OF_KEYS:
+                d_weights = tl.dot(values, tl.trans(gradients), input_precision="ieee")
+                d_scores = weights * (d_weights - along[None, :])
+                d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
     return d_keys, d_values
 
 
@@ -198,7 +236,6 @@ def backward_key_kernel(
     key: tl.tensor,
     value: tl.tensor,
     head_mask: tl.tensor,
-    first: tl.tensor,
     last: tl.tensor,
     logsumexp: tl.tensor,
     delta: tl.tensor,
@@ -223,6 +260,7 @@ def backward_key_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ) -> None:
     """Gradients of COLUMNS keys and values of one key head, over the GROUP heads that read it."""
     block, batch, key_head = position(length, key_heads, COLUMNS)
@@ -233,23 +271,23 @@ def backward_key_kernel(
     value += batch * value_batch_stride + key_head * value_head_stride
     keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
     values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-    tile = (keys, values, start + tl.arange(0, COLUMNS))
-    limits = _query_limits(last + sequence, start, length, HAS_BOUNDS, ROWS, COLUMNS)
-    d_keys = tl.zeros((COLUMNS, WIDTH), tl.float32)
-    d_values = tl.zeros((COLUMNS, WIDTH), tl.float32)
-    for head in range(key_head * GROUP, key_head * GROUP + GROUP):
-        mask = load_mask(head_mask, head, HAS_MASK)
-        there = gradient + sequence * stride * GROUP + head * HEAD_DIM
-        queries = query + batch * query_batch_stride + query_head_stride * head
-        here = (batch * key_heads * GROUP + head).to(tl.int64) * length
-        statistics = (first + sequence, logsumexp + here, delta + here, mask)
-        rows = (there, queries, stride * GROUP, query_stride)
-        before, sources = (d_keys, d_values), (rows, statistics)
-        d_keys, d_values = _key_gradients(
-            before, tile, sources, limits, length, scale, HAS_BOUNDS, ROWS, HEAD_DIM, WIDTH
-        )
+    column = start + tl.arange(0, COLUMNS)
+    last += sequence
+    tile = (keys, values, column, _last_seen(last, column, length, HAS_BOUNDS))
+    limits = _query_limits(last, start, length, HAS_BOUNDS, ROWS, COLUMNS)
+    gradient += sequence * stride * GROUP
+    query += batch * query_batch_stride
+    rows = (gradient, query, stride * GROUP, query_stride, query_head_stride)
+    sources = (rows, (logsumexp, delta, head_mask), (key_head * GROUP, batch * key_heads * GROUP))
+    d_keys, d_values = _key_gradients(
+        tile, sources, limits, scale, HAS_MASK, HAS_BOUNDS, GROUP, ROWS, HEAD_DIM, True, TOGETHER
+    )
     place = sequence * stride + key_head * HEAD_DIM
     store_rows(d_key + place, d_keys * scale, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
+    if not TOGETHER:
+        _, d_values = _key_gradients(
+            tile, sources, limits, scale, HAS_MASK, HAS_BOUNDS, GROUP, ROWS, HEAD_DIM, False, True
+        )
     store_rows(d_value + place, d_values, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
 
 
@@ -275,7 +313,7 @@ def backward(
     d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
     output, logsumexp = output.contiguous(), logsumexp.contiguous()
     delta = torch.empty_like(logsumexp)
-    tile = choose(_QUERY_TILES, query.device)
+    tile = choose(_QUERY_TILES, query)
     options = constants(tile, query, key, head_mask, first is not None)
     blocks = triton.cdiv(length, options["ROWS"])
     partial = delta.new_empty((0 if head_mask is None else batch * blocks, heads))
@@ -295,11 +333,11 @@ def backward(
             **options,
             **tile.options(),
         )
-        tile = choose(_KEY_TILES, query.device)
+        tile = choose(_KEY_TILES, query)
         options = constants(tile, query, key, head_mask, first is not None)
+        options["TOGETHER"] = tile.together
         backward_key_kernel[(triton.cdiv(length, options["COLUMNS"]) * batch * key_heads,)](
             *inputs,
-            query if first is None else first,
             query if first is None else _last_queries(first),
             logsumexp,
             delta,
@@ -328,13 +366,12 @@ _WIDE_INTEGERS = tuple(f"{name}_{kind}_stride" for name in _INPUTS for kind in (
 _SIGNATURE = {
     **dict.fromkeys(("gradient", *_INPUTS), "*bf16"),
     **dict.fromkeys(("head_mask", "logsumexp", "delta"), "*fp32"),
-    "first": "*i32",
     **dict.fromkeys(_INTEGERS, "i32"),
     **dict.fromkeys(_WIDE_INTEGERS, "i64"),
     "scale": "fp32",
 }
 _QUERY_BYTES = 6 * ROWS_BYTES + 2 * STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
-_KEY_BYTES = 2 * ROWS_BYTES + 2 * STATISTIC_BYTES + 2 * BOUND_BYTES + MASK_BYTES
+_KEY_BYTES = 2 * ROWS_BYTES + 2 * STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
 # Key heads: those of LLaMA 2 7B, and of Llama 3 8B (arXiv 2407.21783, table 3).
 _KEY_HEADS = {"attention": HEADS, "grouped_attention": 8}
 
@@ -348,6 +385,7 @@ COMPILATIONS = (
                 **_SIGNATURE,
                 **dict.fromkeys(("output", "d_query"), "*bf16"),
                 "partial": "*fp32",
+                "first": "*i32",
                 "heads": "i32",
             },
             aligned=(*_INTEGERS, *_WIDE_INTEGERS, "heads"),
@@ -360,7 +398,7 @@ COMPILATIONS = (
             flops=3 * DOT_FLOPS,
             shape="gradient, query, key and value [2, 4096, 32, 128] bf16, mask fp32",
         )
-        for number, tile in _QUERY_TILES.items()
+        for number, tile in compiled_tiles(_QUERY_TILES).items()
     ),
     *(
         Compilation(
@@ -374,7 +412,7 @@ COMPILATIONS = (
                 "key_heads": "i32",
             },
             aligned=(*_INTEGERS, *_WIDE_INTEGERS, *(("key_heads",) if key_heads % 16 == 0 else ())),
-            constants=compiled_constants(tile, key_heads),
+            constants={**compiled_constants(tile, key_heads), "TOGETHER": tile.together},
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             architectures=(number,),
@@ -385,6 +423,6 @@ COMPILATIONS = (
             f"[2, 4096, {key_heads}, 128], mask fp32",
         )
         for operator, key_heads in _KEY_HEADS.items()
-        for number, tile in _KEY_TILES.items()
+        for number, tile in compiled_tiles(_KEY_TILES).items()
     ),
 )

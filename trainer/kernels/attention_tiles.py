@@ -1,9 +1,9 @@
 """What the Triton kernels of attention share: tiles, which keys are visible, sizes.
 
-Tiles are chosen for each architecture so that no loop keeps in memory what registers cannot hold.
-For the same reason one loop walks the tiles on both sides of the diagonal, instead of one for each.
-Those of sm_80 need at most 99 KiB of shared memory, which every GPU since the first of Ampere has;
-where there are no tiles of its own, they serve.
+Tiles are chosen for each architecture and width of heads so that no loop keeps in memory what
+registers cannot hold. For the same reason one loop walks the tiles on both sides of the diagonal,
+instead of one for each. Those of sm_80 and of fp32 need at most 99 KiB of shared memory, which
+every GPU since the first of Ampere has; where there are no tiles of its own, those of sm_80 serve.
 """
 
 import torch
@@ -12,6 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from trainer.kernels.compilation import HEAD_DIM, HEADS, TOKENS, Tile
+
+FP32 = 0
+"""Stands for an architecture: products in fp32 run on no tensor core, on all alike."""
+Tiles = dict[int, tuple[Tile, Tile]]
+"""By architecture, 90 for sm_90, and FP32: the tile of heads up to HEAD_DIM, and of wider ones."""
 
 BATCH = 2
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -30,27 +35,31 @@ def architecture(device: torch.device) -> int:
     return 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 80
 
 
-def choose(tiles: dict[int, Tile], device: torch.device) -> Tile:
-    """A kernel's tile on a device, of those of each architecture."""
-    return tiles.get(architecture(device), tiles[80])
+def choose(tiles: Tiles, query: Tensor) -> Tile:
+    """A kernel's tile for queries [B, S, H, D] on their device, of those it has."""
+    number = FP32 if query.dtype == torch.float32 else architecture(query.device)
+    usual, wide = tiles.get(number, tiles[80])
+    return usual if query.shape[3] <= HEAD_DIM else wide
 
 
 def constants(
     tile: Tile, query: Tensor, key: Tensor, head_mask: Tensor | None, bounded: bool
 ) -> dict[str, int | float | bool]:
-    """The compile-time arguments of a kernel; a tile halves where rows are twice as long."""
-    head_dim = query.shape[3]
-    width = max(16, triton.next_power_of_2(head_dim))
-    longer = max(1, width * query.element_size() // 256)
+    """The compile-time arguments of a kernel."""
     return {
         "HAS_MASK": head_mask is not None,
         "HAS_BOUNDS": bounded,
         "GROUP": query.shape[2] // key.shape[2],
-        "HEAD_DIM": head_dim,
-        "WIDTH": width,
-        "ROWS": max(16, tile.rows // longer),
-        "COLUMNS": max(16, tile.columns // longer),
+        "HEAD_DIM": query.shape[3],
+        "WIDTH": max(16, triton.next_power_of_2(query.shape[3])),
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
     }
+
+
+def compiled_tiles(tiles: Tiles) -> dict[int, Tile]:
+    """By architecture, those of a 7B model's shapes."""
+    return {number: usual for number, (usual, _) in tiles.items() if number != FP32}
 
 
 def compiled_constants(tile: Tile, key_heads: int = HEADS) -> dict[str, int | float | bool]:
@@ -145,14 +154,10 @@ def visible(
     first: tl.tensor,
     length: tl.int32,
     HAS_BOUNDS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
 ) -> tl.tensor:
-    """[rows, columns], whether queries see keys; the other way round where TRANSPOSED."""
-    below, across = row[:, None], column[None, :]
-    if TRANSPOSED:
-        below, across = row[None, :], column[:, None]
-    seen = across <= below
+    """[rows, columns], whether queries see keys."""
+    seen = column[None, :] <= row[:, None]
     if HAS_BOUNDS:
         first_key = tl.load(first + row, mask=row < length, other=0)
-        seen = seen & (across >= (first_key[None, :] if TRANSPOSED else first_key[:, None]))
+        seen = seen & (column[None, :] >= first_key[:, None])
     return seen

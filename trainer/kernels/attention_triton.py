@@ -14,12 +14,14 @@ from trainer.kernels.attention_backward_triton import backward as backward
 from trainer.kernels.attention_tiles import (
     BOUND_BYTES,
     DOT_FLOPS,
+    FP32,
     LOG2_E,
     MASK_BYTES,
     ROWS_BYTES,
     STATISTIC_BYTES,
     choose,
     compiled_constants,
+    compiled_tiles,
     constants,
     key_limits,
     load_mask,
@@ -30,7 +32,12 @@ from trainer.kernels.attention_tiles import (
 )
 from trainer.kernels.compilation import Compilation, Tile
 
-_TILES = {80: Tile(128, 32, 8, 3), 90: Tile(128, 64, 8, 2), 100: Tile(128, 64, 8, 2)}
+_TILES = {
+    80: (Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
+    90: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    100: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    FP32: (Tile(64, 16, 8, 2), Tile(32, 16, 8, 2)),
+}
 # Finite, so that the difference of two of them is a number.
 _LOWEST = tl.constexpr(-3.0e38)
 
@@ -61,7 +68,7 @@ def _attend(
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         if HAS_BOUNDS or start >= diagonal:
             column = start + tl.arange(0, COLUMNS)
-            seen = visible(row, column, first, length, HAS_BOUNDS, False)
+            seen = visible(row, column, first, length, HAS_BOUNDS)
             scores = tl.where(seen, scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - larger[:, None])
@@ -141,7 +148,7 @@ def forward(
     output = query.new_empty(query.shape)
     logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)
     first = first_keys(query, documents, window)
-    tile = choose(_TILES, query.device)
+    tile = choose(_TILES, query)
     options = constants(tile, query, key, head_mask, first is not None)
     with torch.cuda.device_of(query):
         forward_kernel[(triton.cdiv(length, options["ROWS"]) * batch * heads,)](
@@ -193,5 +200,5 @@ COMPILATIONS = tuple(
         flops=2 * DOT_FLOPS,
         shape="query, key and value [2, 4096, 32, 128] bf16, mask fp32",
     )
-    for number, tile in _TILES.items()
+    for number, tile in compiled_tiles(_TILES).items()
 )

@@ -33,7 +33,7 @@ MODULES = (
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a program of attention computes at a time where rows have 256 bytes, and how."""
+    """What a program of attention computes at a time, and how."""
 
     rows: int
     """Queries."""
@@ -41,6 +41,9 @@ class Tile:
     """Keys."""
     num_warps: int
     num_stages: int
+    together: bool = True
+    """Whether one walk over the queries finds the gradients of keys and those of values: two hold
+    half as many numbers at a time, and compute the scores twice."""
 
     def options(self) -> dict[str, int | bool]:
         """Those of a launch."""

@@ -18,10 +18,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Tiles so small that small tensors need several programs, and programs several steps.
 TILES: dict[str, dict[str, object]] = {
-    "attention": {"_TILES": {80: Tile(32, 16, 4, 1)}},
+    "attention": {"_TILES": {80: (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1))}},
     "attention_backward": {
-        "_QUERY_TILES": {80: Tile(16, 32, 4, 1)},
-        "_KEY_TILES": {80: Tile(16, 32, 4, 1)},
+        "_QUERY_TILES": {80: (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1))},
+        "_KEY_TILES": {80: (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1, together=False))},
     },
     "cross_entropy": {"_ROW": 64, "_WALK": 32},
     "gather_scale": {

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from tests.trainer.head_kernels import with_heads
 from trainer.kernels.compilation import ENABLE_FP_FUSION, Compilation, compilations
 
 
@@ -41,17 +42,11 @@ def compile_kernel(compilation: Compilation, architecture: int) -> Any:
 
 def variants(compilation: Compilation) -> Iterator[Compilation]:
     """Other ways in which the same kernel is launched."""
-    flags = [name for name in compilation.constants if name.startswith("HAS_")]
-    off: dict[str, int | float | bool] = dict.fromkeys(flags, False)
-    if "attention" in compilation.name:
-        off |= {"GROUP": 4, "HEAD_DIM": 80}
+    off = dict.fromkeys([name for name in compilation.constants if name.startswith("HAS_")], False)
     yield replace(compilation, constants={**compilation.constants, **off}, aligned=())
     for dtype in ("fp16", "fp32"):
         types = {name: t.replace("bf16", dtype) for name, t in compilation.signature.items()}
-        constants = dict(compilation.constants)
-        if compilation.flops and dtype == "fp32":  # its rows are twice as long
-            constants |= {name: constants[name] // 2 for name in ("ROWS", "COLUMNS")}
-        yield replace(compilation, signature=types, constants=constants)
+        yield replace(compilation, signature=types)
     if compilation.name == "rope.forward":
         partial = {**compilation.constants, "REST": 64, "BLOCK_HALF": 32, "POSITIONS": 2}
         yield replace(compilation, constants=partial)
@@ -66,10 +61,20 @@ def variants(compilation: Compilation) -> Iterator[Compilation]:
         yield replace(compilation, signature=types, constants=constants)
 
 
+def of_attention(compilation: Compilation) -> Iterator[Compilation]:
+    """Heads of other widths and dtypes have tiles of their own."""
+    (number,) = compilation.architectures
+    plain = with_heads(compilation, number, 80, "bf16", False)
+    yield replace(plain, constants={**plain.constants, "GROUP": 4}, aligned=())
+    for head_dim, dtype in ((32, "fp16"), (128, "fp32"), (256, "bf16")):
+        yield with_heads(compilation, number, head_dim, dtype, True)
+
+
 if __name__ == "__main__":
     architecture = int(sys.argv[1])
     for base in filter(lambda base: base.runs_on(architecture), compilations()):
-        for kind in (base, *variants(base)):
+        others = of_attention if "attention" in base.name else variants
+        for kind in (base, *others(base)):
             compiled = compile_kernel(kind, architecture)
             assert compiled.asm["cubin"]
             print(base.name)

@@ -38,8 +38,8 @@ _TILES = "attention_tiles"
 _BACKWARD = "attention_backward_triton"
 
 MUTANTS = (
-    Mutant("attention", "no query sees itself", "across <= below", "across < below", 0, _TILES),
-    Mutant("attention", "one key too few", "across >= (", "across > (", 0, _TILES),
+    Mutant("attention", "no query sees itself", "] <= row[:", "] < row[:", 0, _TILES),
+    Mutant("attention", "one key too few", "] >= first_key", "] > first_key", 0, _TILES),
     Mutant("attention", "one row too many", "row < length", "row <= length", 1, _TILES),
     Mutant("attention", "keys of another row", "(first + start)", "(first + start + 1)", 0, _TILES),
     Mutant("attention", "heads of another group", "head // GROUP * key", "head % GROUP * key"),
@@ -59,10 +59,17 @@ MUTANTS = (
             ("delta forgotten in dK", "(d_weights - along[None, :])", "d_weights"),
             ("diagonal not masked in dQ", "or start >= diagonal", "or start > diagonal"),
             ("diagonal not masked in dK, dV", "or start < diagonal", "or start < low"),
-            ("documents forgotten in dK, dV", "length, HAS_BOUNDS, True)", "length, False, True)"),
+            (
+                "documents forgotten in dK, dV",
+                "row[None, :] <= last_query",
+                "row[None, :] < length + last_query",
+            ),
+            ("one query too few in dK, dV", "<= last_query", "< last_query"),
+            ("no key sees its query in dK, dV", "[:, None] <= row", "[:, None] < row"),
             ("last query of another key", "tl.minimum(start + COLUMNS, length) - 1", "start"),
-            ("one head of the group", "key_head * GROUP + GROUP)", "key_head * GROUP + 1)"),
-            ("masked heads are computed", "low = tl.where(mask == 0.0, high, low)", "low = low"),
+            ("one head of the group", "begin + GROUP)", "begin + 1)"),
+            ("masked heads are computed", "tl.where(mask == 0.0, high, low), high", "low, high"),
+            ("values of wide heads forgotten", "HEAD_DIM, False, True", "HEAD_DIM, False, False"),
             ("partial sums of one row", " + block) * heads", ") * heads"),
         )
     ),

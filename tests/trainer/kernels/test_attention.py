@@ -225,10 +225,17 @@ def test_fp64_keeps_its_precision(backend: str) -> None:
 
 
 def test_wide_heads(backend: str) -> None:
-    """The kernels take 256 channels in smaller tiles, and leave more to the reference."""
+    """The kernels take 256 channels in tiles of their own, and leave more to the reference."""
     torch.manual_seed(10)
-    for width in (200, 260):
-        compare(run, formula, [torch.randn(1, 20, 1, width) for _ in range(3)])
+    documents = torch.arange(20).div(7, rounding_mode="floor").unsqueeze(0)
+
+    def of_documents(function: Any) -> Any:
+        return lambda *tensors: function(*tensors, documents)
+
+    for width in (200, 256, 260):
+        inputs = [torch.randn(1, 20, heads, width) for heads in (2, 1, 1)]
+        compare(run, formula, inputs)
+        compare(of_documents(run), of_documents(formula), (*inputs, torch.rand(2)))
 
 
 WRONG = [

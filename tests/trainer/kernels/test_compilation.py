@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels import attention_tiles
+from trainer.kernels.attention_tiles import FP32
 from trainer.kernels.compilation import (
     CHANNELS,
     ENABLE_FP_FUSION,
@@ -178,17 +179,23 @@ def test_is_launched_as_compiled(compilation: Compilation, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("capability", "architecture"),
+    ("capability", "number"),
     [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((12, 0), 80)],
 )
 def test_every_gpu_has_a_tile(
-    capability: tuple[int, int], architecture: int, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GPUs of which no tile is known take that which needs least shared memory."""
-    tiles = {80: Tile(128, 32, 8, 3), 90: Tile(128, 64, 8, 2), 100: Tile(64, 64, 4, 2)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert attention_tiles.choose(tiles, torch.device("cuda")) is tiles[architecture]
-    assert attention_tiles.choose(tiles, torch.device("cpu")) is tiles[80]
+    assert attention_tiles.architecture(torch.device("cpu")) == 80
+    found = attention_tiles.architecture(torch.device("cuda"))
+    tiles = {n: (Tile(n, 16, 8, 2), Tile(n, 32, 8, 2)) for n in (80, 90, 100, FP32)}
+    monkeypatch.setattr(attention_tiles, "architecture", lambda _: found)
+    for head_dim, columns in ((64, 16), (128, 16), (129, 32), (256, 32)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            query = torch.empty(1, 1, 1, head_dim, dtype=dtype, device="meta")
+            rows = FP32 if dtype == torch.float32 else number
+            assert attention_tiles.choose(tiles, query) == Tile(rows, columns, 8, 2)
 
 
 @pytest.mark.parametrize("compilation", compilations(), ids=lambda compilation: compilation.name)
