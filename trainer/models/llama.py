@@ -164,19 +164,20 @@ class CausalLM(nn.Module):
         """ids [B, S] -> output of the final norm [B, S, m]."""
         for name, z in masks.tensors().items():
             assert z.dtype in (torch.float32, torch.float64), f"{name} masks are {z.dtype}"
-        x = self._embed(ids, masks.stream)
+        stream = masks.stream
+        x = self._embed(ids, stream)
         if self.frequencies.device != ids.device:
             self.frequencies = self.frequencies.to(ids.device)
         cos, sin = rotary_tables(self.frequencies, ids.shape[1], x.dtype)
         for index, layer in enumerate(self.blocks):
-            block = masks.for_layer(index)
+            block = masks.for_layer(index, stream)
             arguments = (x, cos, sin, block)
             recompute = self.checkpoint_activations and not block.units.skipped
             if recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
-        output: Tensor = self.get_submodule(self.names.final_norm)(x, masks.stream)
+        output: Tensor = self.get_submodule(self.names.final_norm)(x, stream)
         return output
 
     def forward(

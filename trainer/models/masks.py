@@ -1,6 +1,6 @@
 """Multiplicative masks over a decoder's units: residual dimensions, blocks, heads, channels."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,11 +102,6 @@ class Masks:
     hold_scale: bool = False
     """Multiply the gains of all norms by sqrt(d / n) for n of d dimensions that are live, so that
     these keep the scale they have behind a norm over all d; off, they shrink as others leave."""
-    stream: StreamMasks = field(init=False, repr=False)
-    """The masks of the residual stream."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stream", self._read_stream())
 
     def compact(self, config: ModelConfig, *, multiple: int, passes: int = 1) -> "Masks":
         """The same masks, with the forward pass restricted to the units that are not zero.
@@ -125,8 +120,10 @@ class Masks:
         live = find_live_units(self.tensors(), config, multiple)
         return replace(self, live=live, reuse=Reuse(passes) if passes > 1 else None)
 
-    def _read_stream(self) -> StreamMasks:
-        # The number of live dimensions stays a tensor, so that the host does not wait for it.
+    @property
+    def stream(self) -> StreamMasks:
+        """The masks of the residual stream, computed at each access; the number of live dimensions
+        stays a tensor, so that the host does not wait for it."""
         units = None if self.live is None else self.live.hidden
         if self.hidden is None:
             return StreamMasks(units=units, reuse=self.reuse)
@@ -139,14 +136,14 @@ class Masks:
             gain = (self.hidden.new_full((), self.hidden.shape[0]) / live).sqrt()
         return StreamMasks(self.hidden, units, scale, gain, self.reuse)
 
-    def for_layer(self, index: int) -> LayerMasks:
-        """The masks of block `index`."""
+    def for_layer(self, index: int, stream: StreamMasks) -> LayerMasks:
+        """The masks of block `index`, with those of the stream, which all blocks share."""
         layer = None if self.layer is None else self.layer[index]
         residual = self.hidden if layer is None else layer
         if self.hidden is not None and layer is not None:
             residual = self.hidden * layer
         return LayerMasks(
-            stream=self.stream,
+            stream=stream,
             residual=residual,
             head=None if self.head is None else self.head[index],
             intermediate=None if self.intermediate is None else self.intermediate[index],

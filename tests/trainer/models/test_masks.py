@@ -27,22 +27,23 @@ def test_for_layer_picks_the_rows_of_one_block() -> None:
         head=torch.tensor([[1.0, 0.0], [0.3, 0.7]]),
         intermediate=torch.eye(2),
     )
-    block = masks.for_layer(1)
+    block = masks.for_layer(1, masks.stream)
     assert block.residual is not None
     assert torch.equal(block.residual, torch.tensor([0.4, 0.2]))
     columns = block.head_columns(3)
     assert columns is not None
     assert torch.equal(columns, torch.tensor([0.3, 0.3, 0.3, 0.7, 0.7, 0.7]))
-    first = masks.for_layer(0).intermediate
+    first = masks.for_layer(0, masks.stream).intermediate
     assert first is not None and first.tolist() == [1.0, 0.0]
 
 
 def test_absent_families_stay_absent() -> None:
-    block = Masks(layer=torch.tensor([0.5])).for_layer(0)
+    masks = Masks(layer=torch.tensor([0.5]))
+    block = masks.for_layer(0, masks.stream)
     assert block.stream.mask is None and block.stream.live is None
     assert block.head_columns(4) is None and block.intermediate is None
     assert block.residual is not None and block.residual.item() == 0.5
-    assert Masks().for_layer(3).residual is None
+    assert Masks().for_layer(3, Masks().stream).residual is None
     assert list(Masks(head=torch.ones(1, 1)).tensors()) == ["head"]
 
 
