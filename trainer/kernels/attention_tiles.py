@@ -4,8 +4,8 @@ Tiles are chosen for each architecture and width of heads so that no loop keeps 
 registers cannot hold. For the same reason one loop walks the tiles on both sides of the diagonal,
 instead of one for each. Those of sm_80 and of fp32 need at most 99 KiB of shared memory, which
 every GPU since the first of Ampere has; where there are no tiles of its own, those of sm_80 serve.
-One case is left: Triton 3.6 on sm_120 spills in the forward loop in fp32, of 65 to 128 channels with
-documents or a window; 3.8 and 3.9 do not.
+One case is left: on sm_120 Triton 3.6 spills in the forward loop in fp32, of 65 to 128 channels
+with documents or a window; 3.8 and 3.9 do not.
 """
 
 import torch
