@@ -107,6 +107,7 @@ MUTANTS = (
         "tl.maximum(top, tl.max(values, 0))",
         "tl.max(values, 0)",
     ),
+    Mutant("cross_entropy", "second walk: first step left out", "steps - 1 - step", "steps - step"),
     Mutant("cross_entropy", "distance not rescaled", "distance * faded", "distance"),
     Mutant("cross_entropy", "stride of the other input", "* taught_stride", "* stride"),
     Mutant("cross_entropy", "gradient not cooled", "(values - top) * cooling", "(values - top)"),
