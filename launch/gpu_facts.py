@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trainer.kernels import library, registry
+from trainer.kernels import library, linear_cross_entropy, registry
 
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = "unknown"
@@ -24,6 +24,7 @@ def facts(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "csrc": "built" if _is_built(device) else "not built",
+        "head's gradient": "summed by products" if _adds(device) else "summed apart",
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -39,6 +40,11 @@ def _is_built(device: torch.device) -> bool:
     """Whether the operators of csrc/ were compiled for this type of device, and could be loaded."""
     registry.operators()
     return library.is_loaded(device.type)
+
+
+def _adds(device: torch.device) -> bool:
+    """Whether bf16 products of the loss add to fp32 sums themselves."""
+    return linear_cross_entropy.adds_to(torch.float32, torch.bfloat16, device)
 
 
 def _card(device: torch.device) -> dict[str, str]:

@@ -15,7 +15,8 @@ NOTES = """\
 GPU time of one call in bf16, launches hidden behind queued work: medians.
 GB/s: inputs and outputs once each, the least there is to move, over the time; TFLOP/s: operations \
 of the matrix products. copy: the same of a copy in memory, on this GPU, in this run.
-Others apply no mask. A side that computes something else, or fails, is not compared.
+Others apply no mask. A side that computes something else, or fails, is not compared. Liger's \
+SwiGLU writes its gradients over its arguments, which then are not those of the other sides.
 """
 Line = dict[str, Any]
 SLOWER = {"PCIE", "NVL", "MIG", "40GB"}

@@ -2,8 +2,8 @@
 
 On a GPU: CUDA events, medians. Before each timed call other work is queued, long enough that the
 call's kernels are all launched before the first of them starts: what is measured is the GPU's time,
-not Python's. That work also replaces what the L2 cache holds, by reading: what a cache was written
-would still have to leave it, in the call's own time. Calls take turns among several sets of
+not Python's. That work also replaces what the L2 cache holds, by reading: data that still has to be
+written back would cost time inside the timed call. Calls take turns among several sets of
 arguments.
 """
 
@@ -137,7 +137,7 @@ def _calls(function: Function, sets: Sequence[Tensors]) -> dict[str, Callable[[i
 
 
 def _gradient(result: Tensor) -> Tensor:
-    """Random; 1 for a loss, as training has it, where some packages do less then."""
+    """Random; 1 for a loss, as training has it: some packages skip work then."""
     return torch.randn_like(result) if result.dim() else torch.ones_like(result)
 
 
@@ -166,6 +166,8 @@ def _sets(inputs: Tensors, device: torch.device) -> int:
     size = sum(x.numel() * x.element_size() for x in inputs)
     if device.type != "cuda":
         return rotations(size, 0, size)
+    # Memory that earlier timings left to PyTorch is free too.
+    torch.cuda.empty_cache()
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     return rotations(size, cache, torch.cuda.mem_get_info(device)[0])
 

@@ -37,7 +37,8 @@ class TeacherModel(CausalLM):
 
     def states_and_head(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids [B, S] -> output of the final norm [B, S, d] and the head's weight [V, d]."""
-        return self._hidden_states(ids, Masks()), self.head_weight
+        masks = Masks()
+        return self._hidden_states(ids, masks, masks.stream), self.head_weight
 
 
 class Teacher:

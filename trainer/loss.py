@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.kernels import registry
 from trainer.kernels.linear_cross_entropy import default_chunk
 
 
@@ -111,7 +112,10 @@ def _linear_loss(
         head_weight = teaching.head_weight.detach()
     if chunk_tokens is None:
         classes = weight.shape[0] * (1 if teaching is None else 2)
-        chunk_tokens = default_chunk(classes, weight.shape[1], weight.device.type)
+        # Where no kernel runs there are copies of the logits in fp32: chunks stay small.
+        plain = registry.runs_reference("cross_entropy", weight.device)
+        device = "cpu" if plain else weight.device.type
+        chunk_tokens = default_chunk(classes, weight.shape[1], device)
     differentiate = torch.is_grad_enabled()
     loss, token_loss, token_kl, _, _ = torch.ops.shorn.linear_cross_entropy(
         hidden,

@@ -29,6 +29,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, smi: str | None, **more: Any) -> li
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card(**more))
+    monkeypatch.setattr(gpu_facts.linear_cross_entropy, "adds_to", lambda *_: True)
     return asked
 
 
@@ -42,6 +43,7 @@ def test_the_driver_is_asked_about_this_card(monkeypatch: pytest.MonkeyPatch) ->
         "580.65.06",
     )
     assert found["memory"] == "80 GiB" and found["capability"] == "9.0"
+    assert found["head's gradient"] == "summed by products"
     assert found["commit"] == "abc1234 with changes" and torch.__version__.startswith(
         found["torch"]
     )
@@ -87,4 +89,5 @@ def test_a_lost_device_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_and_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_facts, "_output", lambda command: "")
     found = facts(torch.device("cpu"))
+    assert found["head's gradient"] == "summed apart"
     assert found["gpu"].startswith("none") and found["commit"] == gpu_facts.UNKNOWN

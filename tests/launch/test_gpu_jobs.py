@@ -50,7 +50,7 @@ def test_a_worker_that_has_answered_is_not_waited_for() -> None:
 
 def test_a_worker_that_stops_talking_is_ended() -> None:
     seen: list[Result] = []
-    (result,) = runner(seen, unit_seconds=10.0).run(Job("planted", units("close")))
+    (result,) = runner(seen, unit_seconds=30.0).run(Job("planted", units("close")))
     assert result["status"] == "failed" and "no answer" in result["message"]
 
 

@@ -52,7 +52,7 @@ PINNED = {
     "3.8": {
         "attention.forward": 192,
         "attention.backward_query": 224,
-        "attention.backward_key": 248,
+        "attention.backward_key": 232,
         "cross_entropy.forward": 64,
         "distillation.forward": 64,
         "gather_scale.forward": 40,

@@ -143,14 +143,14 @@ def adds_to(total: torch.dtype, factor: torch.dtype, device: torch.device) -> bo
 
     CUDA's can, in versions of PyTorch that do it right; asked of the device itself.
     """
-    ones = torch.ones(16, 16, dtype=factor, device=device)
-    # What 16 is added to here has more digits than a 16-bit number.
-    sums = torch.full((16, 16), 4097.0, dtype=total, device=device)
     try:
+        ones = torch.ones(16, 16, dtype=factor, device=device)
+        # What 16 is added to here has more digits than a 16-bit number.
+        sums = torch.full((16, 16), 4097.0, dtype=total, device=device)
         torch.addmm(sums, ones, ones, out_dtype=total, out=sums)
+        return bool((sums == 4113).all())
     except RuntimeError:
         return False
-    return bool((sums == 4113).all())
 
 
 def _check_targets(targets: Tensor, classes: int) -> None:

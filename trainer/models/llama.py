@@ -160,11 +160,10 @@ class CausalLM(nn.Module):
         fold = Fold(columns=stream.units, column_scale=stream.mask)
         return fold_weight(x.flatten(0, 1), fold, self).unflatten(0, ids.shape)
 
-    def _hidden_states(self, ids: Tensor, masks: Masks) -> Tensor:
-        """ids [B, S] -> output of the final norm [B, S, m]."""
+    def _hidden_states(self, ids: Tensor, masks: Masks, stream: StreamMasks) -> Tensor:
+        """ids [B, S] -> output of the final norm [B, S, m]; `stream` is that of the masks."""
         for name, z in masks.tensors().items():
             assert z.dtype in (torch.float32, torch.float64), f"{name} masks are {z.dtype}"
-        stream = masks.stream
         x = self._embed(ids, stream)
         if self.frequencies.device != ids.device:
             self.frequencies = self.frequencies.to(ids.device)
@@ -202,8 +201,9 @@ class CausalLM(nn.Module):
             Logits [B, S, V] in the parameters' dtype, or LossOutput.
         """
         masks = masks or Masks()
-        states = self._hidden_states(ids, masks)
-        head = fold_weight(self.head_weight, masks.stream.reading, "head")
+        stream = masks.stream
+        states = self._hidden_states(ids, masks, stream)
+        head = fold_weight(self.head_weight, stream.reading, "head")
         if targets is None:
             return F.linear(states, head)
         if weights is None:

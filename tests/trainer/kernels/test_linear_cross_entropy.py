@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.trainer.kernels.comparison import compiles
+from trainer import loss as loss_module
 from trainer.kernels import registry
 from trainer.kernels.linear_cross_entropy import LOGITS_BYTES, adds_to, default_chunk
 from trainer.loss import Teaching, linear_cross_entropy, linear_distillation
@@ -157,6 +158,29 @@ def test_a_chunk_is_bounded(classes: int, width: int, device: str) -> None:
     assert tokens <= (2048 if device == "cuda" else max(256, width / 2))
 
 
+def test_a_gpu_takes_larger_chunks() -> None:
+    assert [default_chunk(32000, 512, device) for device in ("cpu", "cuda")] == [256, 2048]
+    assert default_chunk(128256, 4096, "cuda") == 2048
+    assert default_chunk(2 * 128256, 4096, "cuda") == 1024
+
+
+@pytest.mark.parametrize(("plain", "device"), [(True, "cpu"), (False, "meta")])
+def test_chunks_are_those_of_the_device_and_of_what_runs_there(
+    plain: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def choose(*arguments: Any) -> int:
+        asked.append(arguments)
+        return 4
+
+    monkeypatch.setattr(loss_module, "default_chunk", choose)
+    monkeypatch.setattr(registry, "runs_reference", lambda name, where: plain)
+    hidden, weight, targets, token_weights = (tensor.to("meta") for tensor in draw()[:4])
+    linear_cross_entropy(hidden, weight, targets, token_weights)
+    assert asked == [(CLASSES, WIDTH, device)]
+
+
 @pytest.fixture
 def wide_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Products of 16-bit matrices add to fp32 ones, as CUDA's do; the factor `beta` of each."""
@@ -200,8 +224,12 @@ def test_a_device_is_asked_whether_its_products_add_to_fp32(
         adds_to.cache_clear()
         monkeypatch.setattr(torch, "addmm", wrong)
         assert not adds_to(*question)
-    monkeypatch.undo()
+
+    def lacks(*_: Tensor, **options: Any) -> Tensor:
+        raise NotImplementedError("no such product")
+
     adds_to.cache_clear()
+    monkeypatch.setattr(torch, "addmm", lacks)
     assert not adds_to(*question)
 
 

@@ -1,5 +1,6 @@
 """torch.compile traces a whole model, with masks and without, as one graph."""
 
+from collections.abc import Iterator
 from unittest.mock import patch
 
 import pytest
@@ -14,8 +15,18 @@ from trainer.models.llama import CausalLM
 from trainer.models.masks import Masks
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """Before the test, and after it."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "operators"])
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "masked"]
+)
 @pytest.mark.parametrize("name", ["mistral-window", "gpt_neox"])
 def test_one_graph_with_the_same_loss_and_gradients(
     name: str, masked: bool, reference: bool
@@ -25,8 +36,6 @@ def test_one_graph_with_the_same_loss_and_gradients(
     model = CausalLM(config)
     init_weights(model, seed=0)
     ids = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(0))
-    # Never met before by another test's guards, nor left to them.
-    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = []
     for call in (model, compiled):

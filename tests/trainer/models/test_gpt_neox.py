@@ -85,7 +85,7 @@ def test_dead_dimensions_stay_zero_and_their_weights_do_not_matter() -> None:
     dead = masks.hidden == 0
     ids = torch.randint(0, 61, (2, 20))
     with torch.no_grad():
-        states = model._hidden_states(ids, masks)
+        states = model._hidden_states(ids, masks, masks.stream)
         assert not states[..., dead].any()
         before = model(ids, masks)
         tensors = dict(model.named_parameters())
