@@ -48,8 +48,7 @@ void store(__mmask16 mask, T* target, __m512 value) {
   }
 }
 
-// Stores all lanes past the cache, where a cached store would first read what it overwrites;
-// `target` is part of a row that may_stream.
+// Stores all lanes past the cache, where a cached store would first read what it overwrites.
 template <typename T>
 void stream(T* target, __m512 value) {
   if constexpr (std::is_same_v<T, float>) {
@@ -60,81 +59,171 @@ void stream(T* target, __m512 value) {
 }
 
 template <typename T>
-bool may_stream(const T* row) {
-  return reinterpret_cast<std::uintptr_t>(row) % 64 == 0;
-}
-
-template <typename T>
 void zero_row(std::int64_t size, bool streams, T* row) {
-  constexpr std::int64_t kLine = 64 / sizeof(T);
-  const std::int64_t lines = streams && may_stream(row) ? size / kLine : 0;
-  for (std::int64_t line = 0; line < lines; ++line) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(row + line * kLine), _mm512_setzero_si512());
+  if (!streams) {
+    std::memset(row, 0, size * sizeof(T));
+    return;
   }
-  std::memset(row + lines * kLine, 0, (size - lines * kLine) * sizeof(T));
+  constexpr std::int64_t kLine = 64 / sizeof(T);
+  for (std::int64_t column = 0; column < size; column += kLine) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(row + column), _mm512_setzero_si512());
+  }
 }
-
-// Other threads see streamed stores only after this.
-inline void finish_rows() { _mm_sfence(); }
 
 // Lanes 0 to count - 1.
 inline __mmask16 first(std::int32_t count) {
   return static_cast<__mmask16>((1u << count) - 1u);
 }
 
-// out[j] = row[c_j] * row_scale * column_scale[c_j]; column_scale is padded to whole vectors. Rows
-// are selected too irregularly for the processor to foresee `next`, the row after this one.
-template <typename T>
-void forward_row(const Selection& columns, const T* row, const T* next, float row_scale,
-                 const float* column_scale, T* out) {
-  const __m512 by_row = _mm512_set1_ps(row_scale);
+// How many rows are walked side by side: they share what is done for a column, and the processor
+// waits for all of them at once.
+constexpr int kRows = 4;
+
+// out[r][j] = row[r][c_j] * row_scale[r] * column_scale[c_j]; column_scale is padded to whole
+// vectors.
+template <int kCount, typename T>
+void forward_group(const Selection& columns, const T* const* rows, const float* row_scale,
+                   const float* column_scale, T* const* out) {
   for (std::size_t k = 0; k < columns.masks.size(); ++k) {
     const __mmask16 mask = columns.masks[k];
-    const std::int32_t start = columns.starts[k], count = columns.starts[k + 1] - start;
-    _mm_prefetch(reinterpret_cast<const char*>(next + 16 * k), _MM_HINT_T0);
-    const __m512 value = _mm512_mul_ps(load(mask, row + 16 * k), by_row);
-    const __m512 product = _mm512_mul_ps(value, _mm512_loadu_ps(column_scale + 16 * k));
-    store(first(count), out + start, _mm512_maskz_compress_ps(mask, product));
+    const std::int32_t start = columns.starts[k];
+    const __mmask16 packed = first(columns.starts[k + 1] - start);
+    const __m512 by_column = _mm512_loadu_ps(column_scale + 16 * k);
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) {
+      const __m512 by_row = _mm512_set1_ps(row_scale[r]);
+      const __m512 value = _mm512_mul_ps(load(mask, rows[r] + 16 * k), by_row);
+      const __m512 product = _mm512_mul_ps(value, by_column);
+      store(packed, out[r] + start, _mm512_maskz_compress_ps(mask, product));
+    }
   }
 }
 
-// The row's part of d_weight (whole, zeros included), of the column sums (padded to whole vectors)
-// and its own sum, as far as wanted; `weight` is read for the sums only.
-template <bool kWeight, bool kSums, typename T, typename G>
-float backward_row(const Selection& columns, const G* gradient, const T* weight, const T* next,
-                   float row_scale, const float* column_scale, bool streams, T* d_weight,
-                   float* sums) {
-  const __m512 by_row = _mm512_set1_ps(row_scale);
-  __m512 total = _mm512_setzero_ps();
-  const std::size_t whole = columns.size / 16;
-  streams = streams && may_stream(d_weight);
-  for (std::size_t k = 0; k < columns.masks.size(); ++k) {
-    const __mmask16 mask = columns.masks[k];
-    const std::int32_t start = columns.starts[k], count = columns.starts[k + 1] - start;
-    const __m512 packed = load(first(count), gradient + start);
-    const __m512 value = _mm512_maskz_expand_ps(mask, packed);
-    const __m512 by_column = _mm512_loadu_ps(column_scale + 16 * k);
-    if constexpr (kSums) {
-      _mm_prefetch(reinterpret_cast<const char*>(next + 16 * k), _MM_HINT_T0);
-      const __m512 product = _mm512_mul_ps(value, load(mask, weight + 16 * k));
-      total = _mm512_mask3_fmadd_ps(product, by_column, total, mask);
-      const __m512 sum = _mm512_loadu_ps(sums + 16 * k);
-      _mm512_storeu_ps(sums + 16 * k, _mm512_fmadd_ps(product, by_row, sum));
+// Rows [begin, end) of the result.
+template <typename T>
+void forward_vectors(const Forward<T>& task, std::int64_t begin, std::int64_t end) {
+  const auto group = [&](auto count, std::int64_t i) {
+    constexpr int kCount = decltype(count)::value;
+    const T* rows[kCount];
+    float row_scale[kCount];
+    T* out[kCount];
+    for (int r = 0; r < kCount; ++r) {
+      const std::int64_t row = task.rows.source(i + r);
+      rows[r] = task.weight + row * task.stride;
+      row_scale[r] = task.row_scale(row);
+      out[r] = task.result + (i + r) * task.columns.count;
     }
-    if constexpr (kWeight) {
-      const __m512 scaled = _mm512_mul_ps(value, by_row);
-      const __m512 product = _mm512_maskz_mul_ps(mask, scaled, by_column);
-      if (streams && k < whole) {
-        stream(d_weight + 16 * k, product);
-      } else {
-        store(k < whole ? 0xffff : first(columns.size % 16), d_weight + 16 * k, product);
-      }
-    }
-  }
+    forward_group<kCount>(task.columns, rows, row_scale, task.column_scale.data(), out);
+  };
+  std::int64_t i = begin;
+  for (; i + kRows <= end; i += kRows) group(std::integral_constant<int, kRows>(), i);
+  for (; i < end; ++i) group(std::integral_constant<int, 1>(), i);
+}
+
+// Sum of sixteen lanes.
+inline float sum(__m512 value) {
   alignas(64) float lanes[16];
-  _mm512_store_ps(lanes, total);
+  _mm512_store_ps(lanes, value);
   for (int width = 8; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   }
   return lanes[0];
+}
+
+// One row of a backward pass.
+template <typename T, typename G>
+struct BackwardRow {
+  const G* gradient;
+  const T* weight;
+  float row_scale;
+  T* d_weight;
+};
+
+// The rows' parts of d_weight (whole, zeros included) and of the column sums (padded to whole
+// vectors), and their own sums, as far as wanted; the weight is read for sums only.
+template <int kCount, bool kWeight, bool kSums, typename T, typename G>
+void backward_group(const Selection& columns, const BackwardRow<T, G>* rows,
+                    const float* column_scale, bool streams, float* sums, float* totals) {
+  __m512 total[kCount];
+  for (int r = 0; r < kCount; ++r) total[r] = _mm512_setzero_ps();
+  const std::size_t whole = columns.size / 16;
+  for (std::size_t k = 0; k < columns.masks.size(); ++k) {
+    const __mmask16 mask = columns.masks[k];
+    const std::int32_t start = columns.starts[k];
+    const __mmask16 packed = first(columns.starts[k + 1] - start);
+    const __m512 by_column = _mm512_loadu_ps(column_scale + 16 * k);
+    __m512 column_sum;
+    if constexpr (kSums) column_sum = _mm512_loadu_ps(sums + 16 * k);
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) {
+      const BackwardRow<T, G>& row = rows[r];
+      const __m512 by_row = _mm512_set1_ps(row.row_scale);
+      const __m512 value = _mm512_maskz_expand_ps(mask, load(packed, row.gradient + start));
+      if constexpr (kSums) {
+        const __m512 product = _mm512_mul_ps(value, load(mask, row.weight + 16 * k));
+        total[r] = _mm512_mask3_fmadd_ps(product, by_column, total[r], mask);
+        column_sum = _mm512_fmadd_ps(product, by_row, column_sum);
+      }
+      if constexpr (kWeight) {
+        const __m512 product = _mm512_maskz_mul_ps(mask, _mm512_mul_ps(value, by_row), by_column);
+        if (streams) {
+          stream(row.d_weight + 16 * k, product);
+        } else {
+          store(k < whole ? 0xffff : first(columns.size % 16), row.d_weight + 16 * k, product);
+        }
+      }
+    }
+    if constexpr (kSums) _mm512_storeu_ps(sums + 16 * k, column_sum);
+  }
+  for (int r = 0; r < kCount; ++r) totals[r] = sum(total[r]);
+}
+
+template <int kCount, typename T, typename G>
+void backward_group(const Backward<T, G>& task, const BackwardRow<T, G>* rows, bool streams,
+                    float* sums, float* totals) {
+  const auto group = sums == nullptr            ? backward_group<kCount, true, false, T, G>
+                     : task.d_weight == nullptr ? backward_group<kCount, false, true, T, G>
+                                                : backward_group<kCount, true, true, T, G>;
+  group(task.columns, rows, task.column_scale.data(), streams, sums, totals);
+}
+
+// Blocks [begin, end) of kBlockRows rows of the weight.
+template <typename T, typename G>
+void backward_vectors(const Backward<T, G>& task, std::int64_t begin, std::int64_t end) {
+  const std::int64_t size = task.columns.size;
+  const bool streams = task.streams && size * sizeof(T) % 64 == 0 &&
+                       reinterpret_cast<std::uintptr_t>(task.d_weight) % 64 == 0;
+  for (std::int64_t block = begin; block < end; ++block) {
+    float* sums = task.sums == nullptr ? nullptr : task.sums + block * task.sums_width;
+    if (sums != nullptr) std::fill_n(sums, task.sums_width, 0.0f);
+    BackwardRow<T, G> rows[kBlockRows];
+    std::int64_t places[kBlockRows];
+    float totals[kBlockRows];
+    int live = 0;
+    const std::int64_t last = std::min(task.rows.size, (block + 1) * kBlockRows);
+    for (std::int64_t row = block * kBlockRows; row < last; ++row) {
+      const std::int64_t i = task.rows.target(row);
+      T* d_weight = task.d_weight == nullptr ? nullptr : task.d_weight + row * size;
+      if (i >= 0) {
+        rows[live] = {task.gradient + i * task.columns.count, task.weight + row * task.stride,
+                      task.row_scale(row), d_weight};
+        places[live++] = row;
+      } else {
+        if (d_weight != nullptr) zero_row(size, streams, d_weight);
+        if (task.d_row_scale != nullptr) task.d_row_scale[row] = 0;
+      }
+    }
+    int done = 0;
+    for (; done + kRows <= live; done += kRows) {
+      backward_group<kRows>(task, rows + done, streams, sums, totals + done);
+    }
+    for (; done < live; ++done) {
+      backward_group<1>(task, rows + done, streams, sums, totals + done);
+    }
+    if (task.d_row_scale != nullptr) {
+      for (int r = 0; r < live; ++r) task.d_row_scale[places[r]] = totals[r];
+    }
+  }
+  // Other threads see streamed stores only after this.
+  _mm_sfence();
 }

@@ -33,18 +33,14 @@ void spread(const Selection& columns, const T* values, T* row) {
   }
 }
 
-#if !SHORN_AVX512
-template <typename T>
-void zero_row(std::int64_t size, bool, T* row) {
-  std::memset(row, 0, size * sizeof(T));
-}
-
-inline void finish_rows() {}
-#endif
-
 // Rows [begin, end) of the result.
 template <typename T>
 void forward_rows(const Forward<T>& task, std::int64_t begin, std::int64_t end) {
+#if SHORN_AVX512
+  if constexpr (!std::is_same_v<T, double>) {
+    if (task.columns.kind == Selection::kVectors) return forward_vectors(task, begin, end);
+  }
+#endif
   const std::int64_t m = task.columns.count;
   const Wide<T>* column_scale = task.column_scale.data();
   std::vector<T> buffer(m);
@@ -53,16 +49,6 @@ void forward_rows(const Forward<T>& task, std::int64_t begin, std::int64_t end) 
     const T* values = task.weight + row * task.stride;
     const Wide<T> row_scale = task.row_scale(row);
     T* out = task.result + i * m;
-#if SHORN_AVX512
-    if constexpr (!std::is_same_v<T, double>) {
-      if (task.columns.kind == Selection::kVectors) {
-        const std::int64_t next = task.rows.source(i + 1 < end ? i + 1 : i);
-        forward_row(task.columns, values, task.weight + next * task.stride, row_scale,
-                    column_scale, out);
-        continue;
-      }
-    }
-#endif
     if (task.columns.kind != Selection::kAll) {
       select(task.columns, values, buffer.data());
       values = buffer.data();
@@ -91,21 +77,9 @@ Wide<T> reduce_row(const G* gradient, const T* weight, Wide<T> row_scale,
 // The row's part of the gradients: the whole of d_weight's row, and its sum, which is returned.
 template <typename T, typename G>
 Wide<T> backward_row(const Backward<T, G>& task, const G* gradient, const T* weight,
-                     [[maybe_unused]] const T* next, Wide<T> row_scale, T* d_weight,
-                     Wide<T>* sums, T* buffer) {
+                     Wide<T> row_scale, T* d_weight, Wide<T>* sums, T* buffer) {
   const Selection& columns = task.columns;
   const Wide<T>* column_scale = task.column_scale.data();
-#if SHORN_AVX512
-  if constexpr (!std::is_same_v<T, double>) {
-    if (columns.kind == Selection::kVectors) {
-      const auto row = sums == nullptr       ? backward_row<true, false, T, G>
-                       : d_weight == nullptr ? backward_row<false, true, T, G>
-                                             : backward_row<true, true, T, G>;
-      return row(columns, gradient, weight, next, row_scale, column_scale, task.streams, d_weight,
-                 sums);
-    }
-  }
-#endif
   Wide<T> total = 0;
   if (sums != nullptr) {
     if (columns.kind != Selection::kAll) {
@@ -127,6 +101,11 @@ Wide<T> backward_row(const Backward<T, G>& task, const G* gradient, const T* wei
 // Blocks [begin, end) of kBlockRows rows of the weight.
 template <typename T, typename G>
 void backward_blocks(const Backward<T, G>& task, std::int64_t begin, std::int64_t end) {
+#if SHORN_AVX512
+  if constexpr (!std::is_same_v<T, double>) {
+    if (task.columns.kind == Selection::kVectors) return backward_vectors(task, begin, end);
+  }
+#endif
   const std::int64_t m = task.columns.count, size = task.columns.size;
   std::vector<T> buffer(m);
   const std::int64_t last = std::min(task.rows.size, end * kBlockRows);
@@ -140,15 +119,11 @@ void backward_blocks(const Backward<T, G>& task, std::int64_t begin, std::int64_
     T* d_weight = task.d_weight == nullptr ? nullptr : task.d_weight + row * size;
     Wide<T> total = 0;
     if (i >= 0) {
-      std::int64_t next = row + 1;
-      while (next < last && task.rows.target(next) < 0) ++next;
       total = backward_row(task, task.gradient + i * m, task.weight + row * task.stride,
-                           task.weight + (next < last ? next : row) * task.stride,
                            task.row_scale(row), d_weight, sums, buffer.data());
     } else if (d_weight != nullptr) {
-      zero_row(size, task.streams, d_weight);
+      std::memset(d_weight, 0, size * sizeof(T));
     }
     if (task.d_row_scale != nullptr) task.d_row_scale[row] = total;
   }
-  finish_rows();
 }
