@@ -75,8 +75,7 @@ inline __mmask16 first(std::int32_t count) {
   return static_cast<__mmask16>((1u << count) - 1u);
 }
 
-// How many rows are walked side by side: they share what is done for a column, and the processor
-// waits for all of them at once.
+// How many rows are walked side by side: they share what is done for a column.
 constexpr int kRows = 4;
 
 // out[r][j] = row[r][c_j] * row_scale[r] * column_scale[c_j]; column_scale is padded to whole
