@@ -69,8 +69,7 @@ LAYERS = {
 """Matrices of a layer (arXiv 2307.09288, 2310.06694, 2502.02737)."""
 
 SMALL = "SmolLM2 135M"
-"""Its weights take about a millisecond or less, where calls count as much as loops: what is measured
-there decides about no goal."""
+"""Its weights take about a millisecond or less: what is measured there decides about no goal."""
 
 
 def loss_inputs(vocabulary: int, tokens: int, hidden: int) -> LossInputs:
