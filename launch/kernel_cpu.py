@@ -115,7 +115,7 @@ def measure(config: "BenchConfig") -> dict[str, Any]:
     Raises:
         InputError: there is not enough memory for the full logits.
     """
-    require_memory(config.memory_tokens, max(config.vocabularies))
+    require_memory(config.tokens, max(config.vocabularies))
     keep_freed_memory()
     torch.set_num_threads(config.threads)
     losses = [measure_loss(config, vocabulary) for vocabulary in config.vocabularies]
@@ -132,7 +132,6 @@ def measure(config: "BenchConfig") -> dict[str, Any]:
         "gather_scale_backend": registry.which("gather_scale", "cpu"),
         "hidden": config.hidden,
         "tokens": config.tokens,
-        "memory_tokens": config.memory_tokens,
         "repeats": config.repeats,
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
@@ -142,8 +141,13 @@ def measure(config: "BenchConfig") -> dict[str, Any]:
 
 def measure_loss(config: "BenchConfig", vocabulary: int) -> dict[str, Any]:
     """Peak memory and time of both losses at one vocabulary, fp32."""
-    sizes = {"vocabulary": vocabulary, "hidden": config.hidden, "threads": config.threads}
-    peaks = {kind: peak_bytes(kind, tokens=config.memory_tokens, **sizes) for kind in LOSSES}
+    sizes = {
+        "vocabulary": vocabulary,
+        "tokens": config.tokens,
+        "hidden": config.hidden,
+        "threads": config.threads,
+    }
+    peaks = {kind: peak_bytes(kind, **sizes) for kind in LOSSES}
     inputs = loss_inputs(vocabulary, config.tokens, config.hidden)
 
     def timed(loss: Loss) -> Callable[[], float]:
@@ -248,8 +252,8 @@ def print_result(result: dict[str, Any]) -> None:
     """Prints what was measured, and the ratios beside their goals."""
     console = Console()
     table = Table(
-        title=f"linear cross-entropy, forward + backward, fp32, width {result['hidden']}; "
-        f"memory of {result['memory_tokens']} tokens, time of {result['tokens']}"
+        title=f"linear cross-entropy of {result['tokens']} tokens, forward + backward, fp32, "
+        f"width {result['hidden']}"
     )
     for heading in ("vocabulary", "MB full", "MB fused", "ratio", "s full", "s fused", "ratio"):
         table.add_column(heading, justify="right")

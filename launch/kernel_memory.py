@@ -46,7 +46,7 @@ def peak_bytes(kind: str, **sizes: int) -> int:
     if result.returncode:
         raise InputError(
             f"measuring the {kind} loss of {sizes} ended with status {result.returncode}: "
-            f"{result.stderr.strip()[-500:]}; with less memory, lower --memory-tokens"
+            f"{result.stderr.strip()[-500:]}; with less memory, lower --tokens"
         )
     return int(result.stdout)
 
@@ -60,7 +60,7 @@ def require_memory(tokens: int, vocabulary: int) -> None:
         if 1.25 * needed > available:
             raise InputError(
                 f"full logits of {tokens} tokens and {vocabulary} ids take {needed / 1e9:.1f} GB, "
-                f"and {available / 1e9:.1f} GB are free; lower --memory-tokens"
+                f"and {available / 1e9:.1f} GB are free; lower --tokens"
             )
 
 

@@ -18,7 +18,6 @@ TINY: dict[str, Any] = {
     "cpu": True,
     "vocabularies": (50, 70),
     "tokens": 12,
-    "memory_tokens": 12,
     "hidden": 8,
     "repeats": 2,
 }
@@ -183,7 +182,7 @@ def test_the_loss_meets_its_memory_goal() -> None:
 
 
 def test_a_measurement_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"full logits .* lower --memory-tokens"):
+    with pytest.raises(InputError, match=r"full logits .* lower --tokens"):
         kernel_memory.require_memory(10**9, 10**6)
 
 
@@ -194,7 +193,7 @@ def test_a_measurement_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"static": True, "cpu": True}, "either --static or --cpu"),
         ({"static": True, "archs": (70,)}, "--archs 70"),
         ({"static": True, "archs": ()}, "--archs needs"),
-        ({"cpu": True, "memory_tokens": 0}, "--memory-tokens 0"),
+        ({"cpu": True, "tokens": 0}, "--tokens 0"),
         ({"cpu": True, "vocabularies": (100, 0)}, "--vocabularies 0"),
     ],
 )

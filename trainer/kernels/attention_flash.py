@@ -32,10 +32,18 @@ LIBRARIES = (
 """FlashAttention-3, 4 and 2, in the order in which they are taken."""
 
 
-def backend() -> Literal["flash", "sdpa"]:
-    """What computes attention on a GPU: "flash" with any of the packages, else PyTorch's own."""
-    names = {library.module.split(".")[0] for library in LIBRARIES}
-    return "flash" if any(importlib.util.find_spec(name) for name in names) else "sdpa"
+def backend(device: torch.device | None = None) -> Literal["flash", "sdpa"]:
+    """What computes attention on a GPU: "flash" with any of the packages, else PyTorch's own.
+
+    With a device, a package counts only if it can be imported and knows that GPU; without one
+    nothing is imported and no GPU is asked.
+    """
+    if device is None:
+        names = {library.module.split(".")[0] for library in LIBRARIES}
+        return "flash" if any(importlib.util.find_spec(name) for name in names) else "sdpa"
+    capability = torch.cuda.get_device_capability(device)[0]
+    fitting = [library for library in LIBRARIES if capability in dict(library.largest)]
+    return "flash" if any(_function(library) for library in fitting) else "sdpa"
 
 
 def find(query: Tensor) -> Library | None:

@@ -30,18 +30,19 @@ _WEIGHTS = (torch.float32, torch.float64)
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def default_chunk(classes: int, width: int, device: str = "cpu") -> int:
-    """Tokens per chunk for a head [classes, width] (a teacher doubles the classes).
+def default_chunk(tokens: int, classes: int, width: int, device: str = "cpu") -> int:
+    """Tokens per chunk of `tokens` for a head [classes, width] (a teacher doubles the classes).
 
-    Their logits fill at most LOGITS_BYTES, and on a CPU at most half of the memory of the head's
-    gradient, unless that makes matrix products of few rows. A multiple of 64 suits matrix units.
+    Their logits fill at most LOGITS_BYTES, and on a CPU at most the memory of the head's gradient
+    and an eighth of that of all logits, unless that makes matrix products of few rows. A multiple
+    of 64 suits matrix units.
     Every chunk reads and writes that gradient, 8 bytes for each weight beside 6 operations of each
     token: at 3 TB/s and 600 Tflop/s, an eighth of the products' time for 2,048 tokens and a half
     for 512. More than 2,048 gain little.
     """
-    most = _MOST_TOKENS if device == "cuda" else width // 2
-    tokens = min(LOGITS_BYTES.get(device, LOGITS_BYTES["cpu"]) // (4 * classes), most)
-    return max(_FEWEST_TOKENS, tokens // 64 * 64)
+    most = _MOST_TOKENS if device == "cuda" else min(width, tokens // 8)
+    chunk = min(LOGITS_BYTES.get(device, LOGITS_BYTES["cpu"]) // (4 * classes), most)
+    return max(_FEWEST_TOKENS, chunk // 64 * 64)
 
 
 def _run(

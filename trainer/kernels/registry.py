@@ -37,8 +37,8 @@ class Operator:
     """Dotted path of the Triton module, imported when it first runs."""
     compiled: bool = False
     """Whether csrc/ implements it, for CPUs (C++) and GPUs (CUDA)."""
-    fused: Callable[[], Backend] | None = None
-    """Which of FUSED a GPU runs unless Triton is asked for; None: neither."""
+    fused: Callable[[torch.device | None], Backend] | None = None
+    """Which of FUSED a GPU (None: any) runs unless Triton is asked for; None: neither."""
 
 
 _operators: dict[str, Operator] = {}
@@ -99,7 +99,7 @@ def choose(choice: Choice, device: torch.device | str) -> dict[str, Backend]:
     kind = torch.device(device).type
     _check(choice, kind)
     _choice = choice
-    _decide()
+    _decide(torch.device(device) if kind == "cuda" and torch.cuda.is_available() else None)
     return {name: which(name, kind) for name in names}
 
 
@@ -142,14 +142,15 @@ def triton_module(name: str, device: torch.device) -> ModuleType | None:
     return importlib.import_module(_operators[name].triton) if has_kernels(name, device) else None
 
 
-def _decide() -> None:
+def _decide(gpu: torch.device | None = None) -> None:
+    """Fills the table; what depends on the GPU is asked of `gpu`, if there is one."""
     for kind in ("cpu", "cuda"):
         _with_triton[kind] = _has_triton(kind)
         for operator in _operators.values():
-            _running[operator.name, kind] = _backend(operator, kind)
+            _running[operator.name, kind] = _backend(operator, kind, gpu)
 
 
-def _backend(operator: Operator, kind: str) -> Backend:
+def _backend(operator: Operator, kind: str, gpu: torch.device | None) -> Backend:
     if _choice == "reference":
         return "reference"
     if _choice == "triton" and _has_triton(kind):
@@ -157,7 +158,7 @@ def _backend(operator: Operator, kind: str) -> Backend:
     if operator.compiled and library.is_loaded(kind):
         return "c++" if kind == "cpu" else "cuda"
     if operator.fused is not None and kind == "cuda":
-        return operator.fused()
+        return operator.fused(gpu)
     return "triton" if kind == "cuda" and _has_triton(kind) else "reference"
 
 

@@ -204,6 +204,34 @@ def test_is_named_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None
     assert attention_flash.backend() == "flash"
 
 
+@pytest.mark.parametrize(
+    ("module", "capability", "backend"),
+    [
+        ("flash_attn_interface", 8, "sdpa"),
+        ("flash_attn_interface", 9, "flash"),
+        ("flash_attn.cute", 10, "flash"),
+        ("flash_attn", 7, "sdpa"),
+        ("flash_attn", 8, "flash"),
+    ],
+)
+def test_is_chosen_where_it_knows_the_gpu(
+    module: str, capability: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(Installed(module, False), monkeypatch, capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with registry.chosen("auto", "cuda:1") as running:
+        assert running["attention"] == backend == registry.which("attention", "cuda")
+
+
+def test_is_not_chosen_where_it_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, but built for another PyTorch, say."""
+    use(Installed("none of them", False), monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with registry.chosen("auto", "cuda") as running:
+        assert running["attention"] == "sdpa"
+
+
 @pytest.mark.slow
 def test_version_4_compiles_without_a_gpu() -> None:
     """Both passes for sm_90, through our call, at shapes that we use."""
