@@ -263,7 +263,7 @@ def _ids(count: int) -> Tensor:
 
 def _chunk(models: int) -> int:
     """Tokens of which the loss holds logits at a time."""
-    return default_chunk(TOKENS, models * VOCABULARY, WIDTH, "cuda")
+    return default_chunk(TOKENS, models * VOCABULARY, "cuda")
 
 
 def _table() -> Tensor:

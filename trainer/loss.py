@@ -115,7 +115,7 @@ def _linear_loss(
         # Where no kernel runs there are copies of the logits in fp32: chunks stay small.
         plain = registry.runs_reference("cross_entropy", weight.device)
         device = "cpu" if plain else weight.device.type
-        chunk_tokens = default_chunk(len(targets), classes, weight.shape[1], device)
+        chunk_tokens = default_chunk(len(targets), classes, device)
     differentiate = torch.is_grad_enabled()
     loss, token_loss, token_kl, _, _ = torch.ops.shorn.linear_cross_entropy(
         hidden,

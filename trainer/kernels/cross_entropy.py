@@ -13,6 +13,8 @@ from trainer.kernels import registry
 from trainer.kernels.arguments import check_like, check_rows, refuse, wide_dtype
 
 NAME = "cross_entropy"
+_BLOCK_BYTES = 2**20
+"""Of logits per thread that a CPU's cache holds while several operations read and write them."""
 
 
 def cross_entropy_(
@@ -63,6 +65,40 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy_` in PyTorch operations."""
     _check(logits, targets, token_weights, taught, share, temperature)
+    results = [
+        _reference(
+            logits[rows],
+            targets[rows],
+            token_weights[rows],
+            None if taught is None else taught[rows],
+            share,
+            temperature,
+        )
+        for rows in _blocks(logits)
+    ]
+    losses, divergences = (torch.cat(parts) for parts in zip(*results, strict=True))
+    return losses, divergences
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows that are computed one block after another: all, or on a CPU what its caches hold."""
+    tokens, classes = logits.shape
+    block = tokens
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        row = classes * wide_dtype(logits).itemsize
+        block = torch.get_num_threads() * _BLOCK_BYTES // row
+    block = max(1, block)
+    return [slice(start, start + block) for start in range(0, tokens or 1, block)]
+
+
+def _reference(
+    logits: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    taught: Tensor | None,
+    share: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
     ignored, targets = token_weights == 0, targets.unsqueeze(1)
     divergences, difference = token_weights.new_empty(0), None
     if taught is not None:

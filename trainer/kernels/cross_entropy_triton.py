@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.compilation import ENABLE_FP_FUSION, TOKENS, VOCABULARY, WIDTH, Compilation
+from trainer.kernels.compilation import ENABLE_FP_FUSION, TOKENS, VOCABULARY, Compilation
 from trainer.kernels.linear_cross_entropy import default_chunk
 
 _ROW = 32768
@@ -187,9 +187,7 @@ def _walk_tile(classes: int) -> dict[str, int]:
     return {"COLUMNS": min(_WALK, triton.next_power_of_2(classes)), "num_warps": 32}
 
 
-_CHUNK, _TAUGHT_CHUNK = (
-    default_chunk(TOKENS, count * VOCABULARY, WIDTH, "cuda") for count in (1, 2)
-)
+_CHUNK, _TAUGHT_CHUNK = (default_chunk(TOKENS, count * VOCABULARY, "cuda") for count in (1, 2))
 # Logits read and their gradient written, 2 bytes each, with a target, a weight and a loss.
 _BYTES = _CHUNK * (2 * 2 * VOCABULARY + 8 + 4 + 4)
 # A teacher's logits and a divergence besides.

@@ -21,7 +21,7 @@ from trainer.kernels.cross_entropy import cross_entropy_, divergence, divergence
 
 NAME = "linear_cross_entropy"
 
-LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**30}
+LOGITS_BYTES = {"cpu": 2**28, "cuda": 2**30}
 """Size of one chunk of logits in bytes, if they were fp32, a teacher's included; more where 256
 tokens take more."""
 _FEWEST_TOKENS, _MOST_TOKENS = 256, 2048
@@ -30,17 +30,16 @@ _WEIGHTS = (torch.float32, torch.float64)
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def default_chunk(tokens: int, classes: int, width: int, device: str = "cpu") -> int:
-    """Tokens per chunk of `tokens` for a head [classes, width] (a teacher doubles the classes).
+def default_chunk(tokens: int, classes: int, device: str = "cpu") -> int:
+    """Tokens per chunk of `tokens` for a head of `classes` rows (a teacher doubles them).
 
-    Their logits fill at most LOGITS_BYTES, and on a CPU at most the memory of the head's gradient
-    and an eighth of that of all logits, unless that makes matrix products of few rows. A multiple
-    of 64 suits matrix units.
-    Every chunk reads and writes that gradient, 8 bytes for each weight beside 6 operations of each
-    token: at 3 TB/s and 600 Tflop/s, an eighth of the products' time for 2,048 tokens and a half
+    Their logits fill at most LOGITS_BYTES, and on a CPU at most an eighth of the memory of all
+    logits, unless that makes matrix products of few rows. A multiple of 64 suits matrix units.
+    Every chunk reads and writes the head's gradient, 8 bytes for each weight beside 6 operations
+    of each token: at 3 TB/s and 600 Tflop/s, an eighth of the products' time for 2,048 tokens and a half
     for 512. More than 2,048 gain little.
     """
-    most = _MOST_TOKENS if device == "cuda" else min(width, tokens // 8)
+    most = _MOST_TOKENS if device == "cuda" else tokens // 8
     chunk = min(LOGITS_BYTES.get(device, LOGITS_BYTES["cpu"]) // (4 * classes), most)
     return max(_FEWEST_TOKENS, chunk // 64 * 64)
 

@@ -111,7 +111,7 @@ def launch(name: str, module: ModuleType) -> None:
         module.backward(rows(CHANNELS), rows(CHANNELS), rows(CHANNELS), vector(CHANNELS))
     elif name in ("cross_entropy.forward", "distillation.forward"):
         taught = name.startswith("distillation")
-        tokens = default_chunk(TOKENS, (2 if taught else 1) * VOCABULARY, WIDTH, "cuda")
+        tokens = default_chunk(TOKENS, (2 if taught else 1) * VOCABULARY, "cuda")
         logits, teacher = (
             vector(tokens * VOCABULARY, half).view(tokens, VOCABULARY) for _ in range(2)
         )

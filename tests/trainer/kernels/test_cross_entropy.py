@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer.kernels.comparison import DTYPES, close, draw_rows
+from trainer.kernels import cross_entropy
 from trainer.kernels.cross_entropy import cross_entropy_
 
 WIDE_AND_NARROW = (torch.float64, *DTYPES)
@@ -100,6 +101,22 @@ def test_teacher_equals_formula(
 ) -> None:
     for shape in ((1, 1), (5, 17), (6, 130)):
         compare(draw(shape, dtype, teacher=True, share=share, temperature=temperature), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", WIDE_AND_NARROW, ids=str)
+@pytest.mark.parametrize("teacher", [False, True])
+def test_blocks_of_rows_equal_formula(
+    teacher: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: blocks of one row, and of two with one left over."""
+    options: dict[str, Any] = {"share": 0.5, "temperature": 2.0} if teacher else {}
+    for rows in (1, 2):
+        row = 17 * (8 if dtype == torch.float64 else 4)
+        monkeypatch.setattr(cross_entropy, "_BLOCK_BYTES", rows * row)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        case = draw((5, 17), dtype, teacher=teacher, **options)
+        assert len(cross_entropy._blocks(case.logits)) == -(-5 // rows)
+        compare(case, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

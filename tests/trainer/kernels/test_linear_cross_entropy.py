@@ -148,25 +148,25 @@ def test_the_chosen_implementation_computes_the_chunks(
 
 
 @pytest.mark.parametrize("classes", [1, 1000, 32000, 49152, 128256, 2 * 128256])
-@pytest.mark.parametrize("width", [1, 64, 512, 4096])
 @pytest.mark.parametrize("tokens", [0, 100, 2048, 8192])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_chunk_is_bounded(classes: int, width: int, tokens: int, device: str) -> None:
-    chunk = default_chunk(tokens, classes, width, device)
+def test_a_chunk_is_bounded(classes: int, tokens: int, device: str) -> None:
+    chunk = default_chunk(tokens, classes, device)
     assert chunk % 64 == 0
     small = 4 * chunk * classes <= LOGITS_BYTES[device]
     assert chunk == 256 or (chunk > 256 and small)
-    assert chunk <= (2048 if device == "cuda" else max(256, min(width, tokens / 8)))
+    assert chunk <= (2048 if device == "cuda" else max(256, tokens / 8))
 
 
 def test_a_gpu_takes_larger_chunks() -> None:
-    assert [default_chunk(4096, 32000, 512, kind) for kind in ("cpu", "cuda")] == [512, 2048]
-    assert default_chunk(4096, 128256, 4096, "cuda") == 2048
-    assert default_chunk(4096, 2 * 128256, 4096, "cuda") == 1024
+    assert [default_chunk(4096, 32000, kind) for kind in ("cpu", "cuda")] == [512, 2048]
+    assert default_chunk(4096, 128256, "cuda") == 2048
+    assert default_chunk(4096, 2 * 128256, "cuda") == 1024
 
 
 def test_a_cpu_takes_larger_chunks_of_more_tokens() -> None:
-    assert [default_chunk(count, 32000, 512) for count in (2048, 3072, 8192)] == [256, 384, 512]
+    assert [default_chunk(count, 32000) for count in (2048, 3072, 8192)] == [256, 384, 1024]
+    assert default_chunk(8192, 128256) == 512
 
 
 @pytest.mark.parametrize(("plain", "device"), [(True, "cpu"), (False, "meta")])
@@ -183,7 +183,7 @@ def test_chunks_are_those_of_the_device_and_of_what_runs_there(
     monkeypatch.setattr(registry, "runs_reference", lambda name, where: plain)
     hidden, weight, targets, token_weights = (tensor.to("meta") for tensor in draw()[:4])
     linear_cross_entropy(hidden, weight, targets, token_weights)
-    assert asked == [(len(targets), CLASSES, WIDTH, device)]
+    assert asked == [(len(targets), CLASSES, device)]
 
 
 @pytest.fixture
