@@ -36,8 +36,8 @@ def default_chunk(tokens: int, classes: int, device: str = "cpu") -> int:
     Their logits fill at most LOGITS_BYTES, and on a CPU at most an eighth of the memory of all
     logits, unless that makes matrix products of few rows. A multiple of 64 suits matrix units.
     Every chunk reads and writes the head's gradient, 8 bytes for each weight beside 6 operations
-    of each token: at 3 TB/s and 600 Tflop/s, an eighth of the products' time for 2,048 tokens and a half
-    for 512. More than 2,048 gain little.
+    of each token: at 3 TB/s and 600 Tflop/s, an eighth of the products' time for 2,048 tokens and
+    a half for 512. More than 2,048 gain little.
     """
     most = _MOST_TOKENS if device == "cuda" else tokens // 8
     chunk = min(LOGITS_BYTES.get(device, LOGITS_BYTES["cpu"]) // (4 * classes), most)
