@@ -32,7 +32,8 @@ namespace {
 constexpr std::int64_t kBlockRows = 32;
 constexpr std::int64_t kMinimumRun = 16;
 constexpr std::int64_t kGrain = 1 << 14;  // elements worth a thread
-constexpr std::int64_t kStreamedBytes = 1 << 20;  // of a gradient, too many for the cache in a model
+// Of a gradient that goes past the cache: until a model uses it, others have filled the cache.
+constexpr std::int64_t kStreamedBytes = 1 << 20;
 
 struct Run {
   std::int64_t start, length, target;

@@ -63,7 +63,7 @@ class TrainConfig:
 
     kernels: Literal["auto", "reference", "triton", "cuda"] = "auto"
     """What computes the operators. auto: on a GPU compiled CUDA code, FlashAttention or PyTorch's
-    attention, and Triton, as far as installed; on a CPU compiled C++ code and PyTorch. reference:
+    attention, and Triton, as far as usable; on a CPU compiled C++ code and PyTorch. reference:
     PyTorch; triton: Triton throughout; cuda: as auto, refused without compiled CUDA code."""
 
     activation_checkpointing: bool = False

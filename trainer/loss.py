@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.kernels import registry
-from trainer.kernels.linear_cross_entropy import default_chunk
+# Defines the operator.
+import trainer.kernels.linear_cross_entropy  # noqa: F401
 
 
 class Teaching(NamedTuple):
@@ -110,12 +110,6 @@ def _linear_loss(
         _, _, share, temperature, top_k = teaching
         states = teaching.states.detach().flatten(0, -2)
         head_weight = teaching.head_weight.detach()
-    if chunk_tokens is None:
-        classes = weight.shape[0] * (1 if teaching is None else 2)
-        # Where no kernel runs there are copies of the logits in fp32: chunks stay small.
-        plain = registry.runs_reference("cross_entropy", weight.device)
-        device = "cpu" if plain else weight.device.type
-        chunk_tokens = default_chunk(len(targets), classes, device)
     differentiate = torch.is_grad_enabled()
     loss, token_loss, token_kl, _, _ = torch.ops.shorn.linear_cross_entropy(
         hidden,

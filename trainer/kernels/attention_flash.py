@@ -36,7 +36,8 @@ def backend(device: torch.device | None = None) -> Literal["flash", "sdpa"]:
     """What computes attention on a GPU: "flash" with any of the packages, else PyTorch's own.
 
     With a device, a package counts only if it can be imported and knows that GPU; without one
-    nothing is imported and no GPU is asked.
+    nothing is imported and no GPU is asked. What no package computes (fp32, documents, heads that
+    are too wide, traced calls) is left to PyTorch's own even then.
     """
     if device is None:
         names = {library.module.split(".")[0] for library in LIBRARIES}

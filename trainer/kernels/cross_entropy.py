@@ -65,6 +65,8 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy_` in PyTorch operations."""
     _check(logits, targets, token_weights, taught, share, temperature)
+    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return _reference(logits, targets, token_weights, taught, share, temperature)
     results = [
         _reference(
             logits[rows],
@@ -81,13 +83,10 @@ def reference(
 
 
 def _blocks(logits: Tensor) -> list[slice]:
-    """Rows that are computed one block after another: all, or on a CPU what its caches hold."""
+    """Rows that a CPU's caches hold, one block after another; one of no rows without tokens."""
     tokens, classes = logits.shape
-    block = tokens
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        row = classes * wide_dtype(logits).itemsize
-        block = torch.get_num_threads() * _BLOCK_BYTES // row
-    block = max(1, block)
+    row = classes * wide_dtype(logits).itemsize
+    block = max(1, torch.get_num_threads() * _BLOCK_BYTES // row)
     return [slice(start, start + block) for start in range(0, tokens or 1, block)]
 
 

@@ -40,7 +40,7 @@ def default_chunk(tokens: int, classes: int, device: str = "cpu") -> int:
     a half for 512. More than 2,048 gain little.
     """
     most = _MOST_TOKENS if device == "cuda" else tokens // 8
-    chunk = min(LOGITS_BYTES.get(device, LOGITS_BYTES["cpu"]) // (4 * classes), most)
+    chunk = min(LOGITS_BYTES.get(device, LOGITS_BYTES["cpu"]) // (4 * max(1, classes)), most)
     return max(_FEWEST_TOKENS, chunk // 64 * 64)
 
 
@@ -54,7 +54,7 @@ def _run(
     share: float,
     temperature: float,
     top_k: int,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> Results:
@@ -78,6 +78,8 @@ def _run(
     ignored = token_weights == 0
     targets, token_weights = targets.masked_fill(ignored, 0), token_weights.to(losses.dtype)
     _check_targets(targets, len(weight))
+    if chunk_tokens is None:
+        chunk_tokens = _chunk_tokens(len(targets), weight, states)
     shape = min(chunk_tokens, len(targets)), len(weight)
     logits_buffer = hidden.new_empty(shape)
     taught_buffer = None if states is None else states.new_empty(shape)
@@ -102,6 +104,14 @@ def _run(
     if states is not None:
         loss = loss + factor * torch.dot(divergences, token_weights)
     return loss, losses, divergences, d_hidden, d_weight
+
+
+def _chunk_tokens(tokens: int, weight: Tensor, states: Tensor | None) -> int:
+    """`default_chunk` for what runs on the weight's device."""
+    classes = len(weight) * (1 if states is None else 2)
+    # Where a GPU runs no kernel there are copies of the logits in fp32: chunks stay small.
+    plain = registry.runs_reference("cross_entropy", weight.device)
+    return default_chunk(tokens, classes, "cpu" if plain else weight.device.type)
 
 
 def _to_gradient(
@@ -186,7 +196,7 @@ def _check(
 
 
 def _check_numbers(
-    classes: int, share: float, temperature: float, top_k: int, chunk_tokens: int
+    classes: int, share: float, temperature: float, top_k: int, chunk_tokens: int | None
 ) -> None:
     if not 0 <= share <= 1:
         refuse(NAME, "share", "in [0, 1]", share)
@@ -194,7 +204,7 @@ def _check_numbers(
         refuse(NAME, "temperature", "above 0 and finite", temperature)
     if not 0 <= top_k <= classes:
         refuse(NAME, "top_k", f"in [0, {classes}]", top_k)
-    if chunk_tokens < 1:
+    if chunk_tokens is not None and chunk_tokens < 1:
         refuse(NAME, "chunk_tokens", "at least 1", chunk_tokens)
 
 
@@ -208,7 +218,7 @@ def _allocate(
     share: float,
     temperature: float,
     top_k: int,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> Results:
@@ -255,7 +265,7 @@ def _register() -> torch.library.Library:
     schema = (
         "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor token_weights, "
         "Tensor? states, Tensor? head_weight, float share, float temperature, int top_k, "
-        "int chunk_tokens, bool needs_hidden, bool needs_weight) "
+        "int? chunk_tokens, bool needs_hidden, bool needs_weight) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     registry.define(space, schema, _run, _allocate)

@@ -83,9 +83,10 @@ def choose(choice: Choice, device: torch.device | str) -> dict[str, Backend]:
     Args:
         choice: "reference": PyTorch operations, which torch.compile can fuse. "triton": the Triton
             kernels. "cuda": the compiled code of csrc/, for attention FlashAttention or PyTorch's
-            own, and Triton where there is none. "auto": on a GPU as "cuda", with what is installed;
-            on a CPU the C++ code where it was built and the reference elsewhere. CPU tensors never
-            run Triton unless its interpreter is on (TRITON_INTERPRET=1) and `choice` asks for it.
+            own, and Triton where there is none. "auto": on a GPU as "cuda", with what is installed
+            and can be used there (for which FlashAttention is imported); on a CPU the C++ code
+            where it was built and the reference elsewhere. CPU tensors never run Triton unless its
+            interpreter is on (TRITON_INTERPRET=1) and `choice` asks for it.
         device: what the run computes on.
 
     Returns:

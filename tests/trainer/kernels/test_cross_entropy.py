@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from tests.trainer.kernels.comparison import DTYPES, close, draw_rows
 from trainer.kernels import cross_entropy
@@ -117,6 +118,20 @@ def test_blocks_of_rows_equal_formula(
         case = draw((5, 17), dtype, teacher=teacher, **options)
         assert len(cross_entropy._blocks(case.logits)) == -(-5 // rows)
         compare(case, 1e-5)
+
+
+def test_is_compiled_once_for_all_numbers_of_rows() -> None:
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(cross_entropy_, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (5, 9, 14):
+        case = draw((rows, 300), torch.float32)
+        logits = case.logits.clone()
+        losses, _ = compiled(logits, *case[1:3])
+        expected_losses, _, gradient = formula(case)
+        close(losses, expected_losses, 3e-6)
+        close(logits, gradient, 3e-6)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

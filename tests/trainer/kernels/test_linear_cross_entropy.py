@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from tests.trainer.kernels.comparison import compiles
-from trainer import loss as loss_module
+from trainer.kernels import linear_cross_entropy as operator
 from trainer.kernels import registry
 from trainer.kernels.linear_cross_entropy import LOGITS_BYTES, adds_to, default_chunk
 from trainer.loss import Teaching, linear_cross_entropy, linear_distillation
@@ -173,17 +174,25 @@ def test_a_cpu_takes_larger_chunks_of_more_tokens() -> None:
 def test_chunks_are_those_of_the_device_and_of_what_runs_there(
     plain: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[Any, ...]] = []
-
-    def choose(*arguments: Any) -> int:
-        asked.append(arguments)
-        return 4
-
-    monkeypatch.setattr(loss_module, "default_chunk", choose)
     monkeypatch.setattr(registry, "runs_reference", lambda name, where: plain)
-    hidden, weight, targets, token_weights = (tensor.to("meta") for tensor in draw()[:4])
-    linear_cross_entropy(hidden, weight, targets, token_weights)
-    assert asked == [(len(targets), CLASSES, device)]
+    monkeypatch.setattr(operator, "default_chunk", lambda *arguments: arguments)
+    weight = torch.empty(CLASSES, WIDTH, device="meta")
+    chosen: Any = operator._chunk_tokens
+    assert chosen(TOKENS, weight, None) == (TOKENS, CLASSES, device)
+    assert chosen(TOKENS, weight, weight) == (TOKENS, 2 * CLASSES, device)
+
+
+def test_is_compiled_once_for_all_numbers_of_tokens() -> None:
+    """Although the chunk follows from them."""
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    loss = torch.compile(linear_cross_entropy, backend=counter, fullgraph=True, dynamic=True)
+    weight = torch.randn(7, 3)
+    for tokens in (2048, 3072, 8192):
+        hidden, targets = torch.randn(tokens, 3), torch.randint(7, (tokens,))
+        arguments = hidden, weight, targets, torch.full((tokens,), 1 / tokens)
+        torch.testing.assert_close(loss(*arguments), linear_cross_entropy(*arguments))
+    assert counter.frame_count == 1
 
 
 @pytest.fixture
