@@ -168,7 +168,7 @@ def _silence() -> Iterator[None]:
 
 def _program_name() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name}" if spec else sys.argv[0]
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
 
 
 def _nested_type(annotation: Any) -> type | None:

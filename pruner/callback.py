@@ -2,23 +2,20 @@
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from data.errors import InputError
 from pruner.constraint import Rule
-from pruner.masks import alive_counts, span, to_masks
 from pruner.shapes import Shape
-from trainer.callbacks.base import Callback
+from pruner.units import on_counts, span, to_masks
+from trainer.loop import Callback, Trainer
+from trainer.models.computed import ComputedUnits, computed_flops
 from trainer.models.folding import Reuse
-from trainer.models.live import LiveUnits, computed_flops
 from trainer.models.masks import Masks
 from trainer.parallel import compute_dtype
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
 
 LABELS = {
     "hidden": "hidden",
@@ -52,23 +49,27 @@ class ShearCallback(Callback):
         self._leaves: list[Tensor] = []
         self._steered = False
 
-    def on_train_start(self, t: "Trainer") -> None:
-        if t.step == t.config.steps:
-            t.masks = self.final_masks(t)
+    def on_train_start(self, trainer: Trainer) -> None:
+        if trainer.step == trainer.config.steps:
+            trainer.masks = self.final_masks(trainer)
 
-    def on_step_start(self, t: "Trainer") -> None:
+    def on_step_start(self, trainer: Trainer) -> None:
         self._outputs, self._leaves = [], []
         draws = self.rule.config.draws
         if draws != "micro-batch":
-            self._draw(t, t.context.rank if draws == "rank" else 0, t.micro_batches)
+            self._draw(
+                trainer, trainer.context.rank if draws == "rank" else 0, trainer.micro_batches
+            )
 
-    def on_micro_batch(self, t: "Trainer") -> None:
+    def on_micro_batch(self, trainer: Trainer) -> None:
         if self.rule.config.draws == "micro-batch":
-            self._draw(t, t.context.rank * t.micro_batches + t.micro_batch, 1)
+            self._draw(
+                trainer, trainer.context.rank * trainer.micro_batches + trainer.micro_batch, 1
+            )
 
-    def _draw(self, t: "Trainer", draw: int, passes: int) -> None:
+    def _draw(self, trainer: Trainer, draw: int, passes: int) -> None:
         """Makes masks for the next `passes` forward and backward passes of this rank."""
-        masks = self.rule.masks(t.step, draw)
+        masks = self.rule.masks(trainer.step, draw)
         self.z = {name: z.detach() for name, z in masks.items()}
         joined = self._joined(masks)
         outputs = joined.tensors()
@@ -76,99 +77,101 @@ class ShearCallback(Callback):
         trained = [name for name, z in outputs.items() if z.requires_grad]
         self._outputs += [outputs[name] for name in trained]
         self._leaves += [leaves[name] for name in trained]
-        t.masks = self._compact(joined.with_tensors(leaves), t)
-        live = t.masks.live
+        trainer.masks = self._compact(joined.with_tensors(leaves), trainer)
+        live = trainer.masks.computed
         if live is not None:
-            model, seq_len = t.model.config, t.config.seq_len
-            t.throughput.recount(lambda causal: computed_flops(model, live, seq_len, causal))
-            if passes > 1 and self._may_share(live, t):
-                t.masks = replace(t.masks, reuse=Reuse(passes))
+            model, seq_len = trainer.model.config, trainer.config.seq_len
+            trainer.throughput.recount(lambda causal: computed_flops(model, live, seq_len, causal))
+            if passes > 1 and self._may_share(live, trainer):
+                trainer.masks = replace(trainer.masks, reuse=Reuse(passes))
 
     def _joined(self, masks: dict[str, Tensor]) -> Masks:
         return to_masks(masks, self.source, hold_scale=self.rule.config.holds_scale)
 
-    def _compact(self, masks: Masks, t: "Trainer") -> Masks:
+    def _compact(self, masks: Masks, trainer: Trainer) -> Masks:
         if not self.rule.config.compact:
             return masks
-        padding = PADDING.get(t.context.device.type, 16)
-        return masks.compact(t.model.config, multiple=padding)
+        padding = PADDING.get(trainer.context.device.type, 16)
+        return masks.compact(trainer.model.config, multiple=padding)
 
-    def _may_share(self, live: LiveUnits, t: "Trainer") -> bool:
+    def _may_share(self, live: ComputedUnits, trainer: Trainer) -> bool:
         """Whether the passes of this draw share their gathered weights.
 
         That puts off the gradients of what is gathered to the last pass, and FSDP reduces in each
         pass what has a gradient: ranks with different live units would disagree about it, and
         replicas (HSDP) must reduce the same parameters every time.
         """
-        if self.rule.config.draws != "step" or t.config.replicas > 1:
+        if self.rule.config.draws != "step" or trainer.config.replicas > 1:
             return False
-        model = t.model.config
+        model = trainer.model.config
         share = computed_flops(model, live, 0, True) / model.flops_per_token(0, True)
-        itemsize = compute_dtype(t.config.precision, t.context.device).itemsize
+        itemsize = compute_dtype(trainer.config.precision, trainer.context.device).itemsize
         # The gathered weights, and the fp32 sums of their gradients.
         return model.num_parameters() * share * (itemsize + 4) <= self.room
 
-    def on_backward(self, t: "Trainer") -> None:
+    def after_backward(self, trainer: Trainer) -> None:
         self._steered = bool(self._outputs)
         if not self._steered:
             return
         gradients = [torch.zeros_like(z) if z.grad is None else z.grad for z in self._leaves]
         scores = self.rule.backward(self._outputs, gradients)
         self._outputs, self._leaves = [], []
-        joined = t.context.all_reduce_sum(torch.cat([gradient.flatten() for gradient in scores]))
+        joined = trainer.context.all_reduce_sum(
+            torch.cat([gradient.flatten() for gradient in scores])
+        )
         parts = joined.split([gradient.numel() for gradient in scores])
         for gradient, part in zip(scores, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def on_update(self, t: "Trainer") -> None:
+    def after_optimizer_step(self, trainer: Trainer) -> None:
         # Not earlier: a step whose gradients are not finite must leave the scores as they are.
         if self._steered:
-            self.rule.update(t.step)
+            self.rule.update(trainer.step)
 
-    def on_gradients(self, t: "Trainer") -> None:
+    def before_optimizer_step(self, trainer: Trainer) -> None:
         # A loss that is not finite breaks every row: GuardCallback says so.
-        sound = self._steered and math.isfinite(t.record["loss"])
+        sound = self._steered and math.isfinite(trainer.record["loss"])
         rows = self.rule.broken_rows() if sound else []
         if rows:
             more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
             raise InputError(
                 f"the mask gradients of {', '.join(rows[:3])}{more} are not finite at step "
-                f"{t.step + 1}; nothing was updated. Run the same command with a lower --lr (now "
-                f"{t.config.lr:g}): it resumes from the last checkpoint, if one was saved. A lower "
-                f"--mask-lr (now {self.rule.config.learning_rate:g}) is another run: give it "
-                "another --output"
+                f"{trainer.step + 1}; nothing was updated. Run the same command with a lower --lr "
+                f"(now {trainer.config.lr:g}): it resumes from the last checkpoint, if one was "
+                f"saved. A lower --mask-lr (now {self.rule.config.learning_rate:g}) is another "
+                "run: give it another --output"
             )
 
-    def on_step_end(self, t: "Trainer") -> None:
-        self._report(t, t.step - 1)
-        if t.step == t.config.steps:
-            t.masks = self.final_masks(t)
-        elif t.config.eval_interval and t.step % t.config.eval_interval == 0:
+    def on_step_end(self, trainer: Trainer) -> None:
+        self._report(trainer, trainer.step - 1)
+        if trainer.step == trainer.config.steps:
+            trainer.masks = self.final_masks(trainer)
+        elif trainer.config.eval_interval and trainer.step % trainer.config.eval_interval == 0:
             # Equal on all ranks and free of noise, whatever the ranks drew for training.
             with torch.no_grad():
-                masks = self.rule.masks(t.step - 1, None)
-            t.masks = self._compact(self._joined(masks), t)
+                masks = self.rule.masks(trainer.step - 1, None)
+            trainer.masks = self._compact(self._joined(masks), trainer)
 
-    def _report(self, t: "Trainer", step: int) -> None:
+    def _report(self, trainer: Trainer, step: int) -> None:
         """Alive and target units, multipliers and temperature of the masks the step used."""
-        alive = {name: alive_counts(z).tolist() for name, z in self.z.items()}
+        alive = {name: on_counts(z).tolist() for name, z in self.z.items()}
         for name, family in self.rule.members.items():
             counts, label = alive[name], LABELS[name]
             low, high = min(counts), max(counts)
-            t.bar_fields[label] = f"{span(counts)}/{family.target}"
-            t.record[f"alive_{name}"] = sum(counts) / len(counts)
-            t.record[f"alive_{name}_min"] = low
-            t.record[f"alive_{name}_max"] = high
-            t.record[f"target_{name}"] = self.rule.current_target(family, step)
+            trainer.bar_fields[label] = f"{span(counts)}/{family.target}"
+            trainer.record[f"alive_{name}"] = sum(counts) / len(counts)
+            trainer.record[f"alive_{name}_min"] = low
+            trainer.record[f"alive_{name}_max"] = high
+            trainer.record[f"target_{name}"] = self.rule.current_target(family, step)
         duals = torch.cat([dual.abs().flatten() for dual in self.rule.duals().values()])
         multiplier = float(duals.mean())
-        t.record["lambda"] = multiplier
-        t.record["temperature"] = self.rule.temperature(step)
-        t.bar_fields["λ"] = f"{multiplier:.3f}"
+        trainer.record["lambda"] = multiplier
+        trainer.record["temperature"] = self.rule.temperature(step)
+        trainer.bar_fields["λ"] = f"{multiplier:.3f}"
 
-    def final_masks(self, t: "Trainer") -> Masks:
+    def final_masks(self, trainer: Trainer) -> Masks:
         """The masks to evaluate."""
-        return self._compact(self._joined(self.rule.final()), t)
+        return self._compact(self._joined(self.rule.final()), trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return self.rule.state_dict()

@@ -20,7 +20,7 @@ from torch import Tensor
 from data.errors import InputError
 from pruner.config import MaskConfig
 from pruner.hard_concrete import gate, gate_slope, logistic_noise, probability_nonzero
-from pruner.masks import Family, indicator
+from pruner.units import Family, indicator
 from trainer.schedule import learning_rate
 
 ADAM_BETAS = (0.9, 0.95)

@@ -14,19 +14,16 @@ import binascii
 import json
 import zlib
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pruner.callback import ShearCallback
-from pruner.masks import alive_counts
-from trainer.callbacks.base import Callback
+from pruner.units import on_counts
 from trainer.callbacks.metrics import truncate_after
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 
 FILE = "history.jsonl"
 RECORDS = 200
@@ -56,23 +53,25 @@ class HistoryCallback(Callback):
         self.path = output / FILE
         self._file: IO[str] | None = None
 
-    def on_train_start(self, t: "Trainer") -> None:
-        if not t.context.is_main:
+    def on_train_start(self, trainer: Trainer) -> None:
+        if not trainer.context.is_main:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        truncate_after(self.path, t.step)
+        truncate_after(self.path, trainer.step)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def on_step_end(self, t: "Trainer") -> None:
-        steps = t.config.steps
-        end = t.step in (1, steps)
-        if self._file is None or not (end or t.step % record_interval(steps) == 0):
+    def on_step_end(self, trainer: Trainer) -> None:
+        steps = trainer.config.steps
+        end = trainer.step in (1, steps)
+        if self._file is None or not (end or trainer.step % record_interval(steps) == 0):
             return
-        record = self._record(t.step, masks=end or t.step % snapshot_interval(steps) == 0)
+        record = self._record(
+            trainer.step, masks=end or trainer.step % snapshot_interval(steps) == 0
+        )
         self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
         self._file.flush()
 
-    def on_exit(self, t: "Trainer") -> None:
+    def on_exit(self, trainer: Trainer) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -86,7 +85,7 @@ class HistoryCallback(Callback):
                 "units": family.units,
                 "target": family.target,
                 "current_target": rule.current_target(family, step - 1),
-                "alive": alive_counts(z[name]).tolist(),
+                "alive": on_counts(z[name]).tolist(),
                 "nonzero": (z[name] > 0).sum(-1).tolist(),
                 "multipliers": [float(f"{v:.6g}") for v in duals[name].flatten().tolist()],
                 "histogram": histogram(z[name]),

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruner.config import MaskConfig
-from pruner.masks import Family, to_masks
 from pruner.shapes import Shape, shape_of
+from pruner.units import Family, to_masks
 from trainer.loop import next_token_targets
-from trainer.models.llama import CausalLM
+from trainer.models.decoder import CausalLM
 from trainer.models.names import Names, Role
 from trainer.parallel import DistributedContext
 from trainer.run import full_tensors

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.reader import TokenReader
-from pruner.basis import measure_basis, turn
 from pruner.config import ShearConfig
 from pruner.importance import measure
+from pruner.rotation import measure_basis, turn
 from trainer.domains import measured_reference
 from trainer.evaluate import evaluate, report
 from trainer.files import save_tensors
-from trainer.models.llama import CausalLM
+from trainer.models.decoder import CausalLM
 from trainer.parallel import DistributedContext, reshard
 
 FILE = "source.safetensors"
@@ -44,7 +44,7 @@ class Measurements:
     """[rows, units] of each family (pruner.importance.measure), of hidden dimensions in `basis`;
     None for flat initial scores."""
     basis: Tensor | None = None
-    """[d, d] fp64: what the residual stream is turned to before it is pruned (pruner.basis); None:
+    """[d, d] fp64: what the residual stream is turned to before it is pruned (rotation.py); None:
     it stays as it is."""
 
 

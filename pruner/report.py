@@ -14,16 +14,16 @@ from torch import Tensor
 from pruner.config import ShearConfig
 from pruner.constraint import Rule
 from pruner.extract import Extraction
-from pruner.masks import alive_counts, kept_indices, polarised, span, to_masks
 from pruner.measurements import Measurements
 from pruner.shapes import Shape, shape_of
+from pruner.units import kept_indices, on_counts, polarised, span, to_masks
 from trainer.files import replace_folder, save_tensors
-from trainer.identity import weights_fingerprint
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config
-from trainer.models.llama import CausalLM
 from trainer.models.masks import Masks
+from trainer.models.sources import weights_fingerprint
 from trainer.run import full_tensors, publish, save_tensors_of, say, training_report
 
 CHECK_TOKENS = 64
@@ -146,7 +146,7 @@ def require_same_constants(written: ModelConfig, source: ModelConfig) -> None:
 def _units(rule: Rule, z: dict[str, Tensor]) -> dict[str, Any]:
     """What each row of each family keeps, and whether the kept units are fully on."""
     kept = {name: (values > 0).sum(-1) for name, values in z.items()}
-    alive = {name: alive_counts(values) for name, values in z.items()}
+    alive = {name: on_counts(values) for name, values in z.items()}
     return {
         "families": {name: asdict(family) for name, family in rule.members.items()},
         "target": {name: [family.target] * family.rows for name, family in rule.members.items()},

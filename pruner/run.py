@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from data.reader import TokenReader
-from pruner.basis import basis_in_force, turn
 from pruner.budget import parse_budget
 from pruner.callback import ShearCallback
 from pruner.config import ShearConfig
 from pruner.constraint import Rule, make_rule, require_reachable
 from pruner.history import HistoryCallback
 from pruner.importance import initial_scores
-from pruner.masks import families
 from pruner.measurements import (
     Measurements,
     keep,
@@ -22,19 +20,21 @@ from pruner.measurements import (
 )
 from pruner.proposal import TARGET_FILE, settle_together
 from pruner.report import finish
+from pruner.rotation import basis_in_force, turn
 from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
+from pruner.units import families
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
 from trainer.config import check_layout
 from trainer.distillation import TeacherSource, check_teacher, load_teacher, teacher_identity
 from trainer.domains import DomainOptions, Domains, starting_domains
-from trainer.identity import claim_output, run_identity, weights_fingerprint
+from trainer.identity import claim_output, run_identity
 from trainer.loop import Trainer
 from trainer.memory import room_bytes
 from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import check_weights, load_config, resolve_model
-from trainer.models.llama import CausalLM
-from trainer.models.sources import is_hub_id, local_folder
+from trainer.models.sources import is_hub_id, local_folder, weights_fingerprint
 from trainer.parallel import DistributedContext
 from trainer.run import (
     build_model,
@@ -63,7 +63,7 @@ class Inputs:
     held_out: TokenReader | None
     domains: Domains
     basis: str
-    """The basis of the residual stream in force (pruner.basis)."""
+    """The basis of the residual stream in force (pruner.rotation)."""
 
 
 def shear(config: ShearConfig) -> Trainer | None:

@@ -72,6 +72,68 @@ def test_imports_run_one_way(package: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def imported_files(path: Path, files: dict[str, Path]) -> set[Path]:
+    """Files of ours that `path` imports anywhere: at its top, in functions, for types alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # What is imported may be a module of the package, or a name inside a module.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in files else node.module for name in names]
+        found |= {files[name] for name in names if name in files}
+    return found - {path}
+
+
+def circles(graph: dict[Path, set[Path]]) -> list[set[Path]]:
+    """Groups of files each of which reaches, by imports, all others of its group and itself."""
+
+    def reached(start: Path) -> set[Path]:
+        seen: set[Path] = set()
+        waiting = [start]
+        while waiting:
+            for file in graph[waiting.pop()] - seen:
+                seen.add(file)
+                waiting.append(file)
+        return seen
+
+    reach = {file: reached(file) for file in graph}
+    groups = [{other for other in reach[file] if file in reach[other]} for file in graph]
+    return [group for index, group in enumerate(groups) if group and group not in groups[:index]]
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    paths = sources("data", "trainer", "pruner", "launch")
+    files = {module_name(path): path for path in paths}
+    graph = {path: imported_files(path, files) for path in paths}
+    names = [sorted(module_name(path) for path in group) for group in circles(graph)]
+    assert not names, names
+
+
+def test_the_rule_sees_circles() -> None:
+    a, b, c = Path("a"), Path("b"), Path("c")
+    assert circles({a: {b}, b: {c}, c: set()}) == []
+    assert circles({a: {b}, b: {a}, c: {a}}) == [{a, b}]
+
+
+def test_nothing_imports_a_command() -> None:
+    """`launch.shorn` starts commands by name; only tests import their entries."""
+    wrong = [
+        f"{path.relative_to(ROOT)}: {node.module}"
+        for path in sources("data", "trainer", "pruner", "launch")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("__main__")
+    ]
+    assert not wrong, wrong
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def test_no_relative_imports() -> None:
     """Imports name their package: `python launch/cpt.py` and `-m launch.cpt` must both work."""
     wrong = [

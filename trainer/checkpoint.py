@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,11 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from data.errors import InputError
-from trainer.callbacks.base import Callback
+from trainer.loop import Callback, Trainer
 from trainer.parallel import DistributedContext
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
 
 MARKER = "COMMITTED"
 STATE_FILE = "state.pt"
@@ -42,7 +39,7 @@ class Checkpointer:
         """The newest committed checkpoint, the same on every rank."""
         return self.context.broadcast(_committed(self.directory)[-1:] or [None])[0]
 
-    def save(self, trainer: "Trainer") -> Path:
+    def save(self, trainer: Trainer) -> Path:
         """Saves the state after `trainer.step` steps.
 
         Raises InputError on every rank when the disk is full or cannot be written; older
@@ -66,7 +63,7 @@ class Checkpointer:
         self.context.check(problem)
         return final
 
-    def restore(self, trainer: "Trainer", path: Path) -> None:
+    def restore(self, trainer: Trainer, path: Path) -> None:
         """Loads a checkpoint into `trainer`, also when it was saved by another number of ranks.
 
         Raises InputError naming the file when a content hash differs, or when the callbacks differ
@@ -105,7 +102,7 @@ class Checkpointer:
                 shutil.rmtree(partial, ignore_errors=True)
         self.context.barrier()
 
-    def _prepare(self, partial: Path, trainer: "Trainer") -> str | None:
+    def _prepare(self, partial: Path, trainer: Trainer) -> str | None:
         shutil.rmtree(partial, ignore_errors=True)
         problem = _attempt(lambda: partial.mkdir(parents=True), partial)
         if problem:
@@ -133,9 +130,7 @@ class Checkpointer:
         mine = {n: _sha256(folder / n) for n in names[self.context.rank :: self.context.world]}
         return {name: value for part in self.context.gather(mine) for name, value in part.items()}
 
-    def _commit(
-        self, trainer: "Trainer", partial: Path, final: Path, hashes: dict[str, str]
-    ) -> None:
+    def _commit(self, trainer: Trainer, partial: Path, final: Path, hashes: dict[str, str]) -> None:
         marker = {"step": trainer.step, "tokens": trainer.tokens, "sha256": hashes}
         with (partial / MARKER).open("w", encoding="utf-8") as file:
             json.dump(marker, file, indent=1)
@@ -185,7 +180,7 @@ def _committed(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if (path / MARKER).exists())
 
 
-def _write_state(trainer: "Trainer", rng: list[dict[str, Any]], path: Path) -> None:
+def _write_state(trainer: Trainer, rng: list[dict[str, Any]], path: Path) -> None:
     state = {
         "step": trainer.step,
         "tokens": trainer.tokens,

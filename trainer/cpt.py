@@ -25,12 +25,12 @@ from trainer.domains import (
     start_reference,
     starting_domains,
 )
-from trainer.identity import claim_output, run_identity, weights_fingerprint
+from trainer.identity import claim_output, run_identity
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import check_weights, load_config, resolve_model
-from trainer.models.llama import CausalLM
-from trainer.models.sources import fetch_advice, is_hub_id, local_folder
+from trainer.models.sources import fetch_advice, is_hub_id, local_folder, weights_fingerprint
 from trainer.parallel import DistributedContext
 from trainer.run import (
     build_model,

@@ -12,14 +12,13 @@ from data.errors import InputError
 from data.reader import TokenReader
 from data.tokenizers import load_tokenizer
 from trainer.config import DistillationConfig, TrainConfig
-from trainer.identity import weights_fingerprint
-from trainer.loss import Teaching
+from trainer.kernels.linear_cross_entropy import TeacherOutput
 from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config, load_sharded, resolve_model
-from trainer.models.llama import CausalLM
 from trainer.models.masks import Masks
-from trainer.models.sources import TOKENIZER_FILES
+from trainer.models.sources import TOKENIZER_FILES, weights_fingerprint
 from trainer.parallel import DistributedContext, compute_dtype, shard
 
 
@@ -54,12 +53,12 @@ class Teacher:
         self.config = config
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor) -> Teaching:
+    def __call__(self, ids: Tensor) -> TeacherOutput:
         """What the teacher says about ids [B, S]; collective."""
         states, head_weight = self.network.states_and_head(ids)
         config = self.config
         assert config.weight is not None
-        return Teaching(states, head_weight, config.weight, config.temperature, config.top_k)
+        return TeacherOutput(states, head_weight, config.weight, config.temperature, config.top_k)
 
 
 def settle_teacher(

@@ -11,7 +11,7 @@ from typing import Any
 from data.errors import InputError
 from data.reader import TokenReader
 from trainer.evaluate import evaluate
-from trainer.models.llama import CausalLM
+from trainer.models.decoder import CausalLM
 from trainer.parallel import DistributedContext
 from trainer.run import publish, say
 from trainer.scaling import fitted_reference

@@ -1,6 +1,5 @@
 """What makes a run this run: only the configuration that started an output folder resumes it."""
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -50,20 +49,6 @@ def run_identity(
         **{f"model.{name}": value for name, value in shape.items()},
         **others,
     }
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """Hash of a model folder's safetensors files: sizes, headers and a few samples of each, so it
-    costs no time."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for position in range(0, size, max(1, size // 64)):
-                file.seek(position)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
 
 
 def claim_output(

@@ -1,22 +1,88 @@
 """The training loop. Everything beyond a plain optimizer step lives in callbacks."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from data.batches import Batch, BatchStream
-from trainer.callbacks.base import Callback
 from trainer.config import TrainConfig
 from trainer.distillation import Teacher
 from trainer.memory import explain_out_of_memory
-from trainer.models.llama import CausalLM
+from trainer.models.decoder import CausalLM
 from trainer.models.masks import Masks
 from trainer.optimizer import clip_gradients
 from trainer.parallel import DistributedContext, prepare_pass
 from trainer.schedule import learning_rate
 from trainer.throughput import Throughput
+
+
+class Callback:
+    """Base class of everything that hooks into `trainer.loop.Trainer`.
+
+    The hooks run in the order of the trainer's list of callbacks, on every rank. A hook that
+    communicates must do so on every rank. A callback reads and writes the trainer it is given:
+
+    * `trainer.step`: completed optimizer steps; during a step its own zero-based number.
+    * `trainer.masks`: `trainer.models.masks.Masks` or None; set in `on_step_start` for every
+      forward of the step, or in `on_micro_batch` for the next one.
+    * `trainer.record`: metrics of the step, JSON-able, written to metrics.jsonl as one line.
+    * `trainer.bar_fields`: what the progress bar shows next to the loss, already formatted.
+    * `trainer.context.all_reduce_sum(tensor)`: sums a tensor over ranks in place and returns it.
+    """
+
+    name: ClassVar[str]
+    """Key of this callback's state in a checkpoint; unique among the callbacks of a trainer."""
+
+    optional_state: ClassVar[bool] = False
+    """Whether a run may be resumed with this callback added or left out, its state then starting
+    anew or being dropped."""
+
+    def on_train_start(self, trainer: "Trainer") -> None:
+        """Before the first step, after a checkpoint (if any) was restored."""
+
+    def on_step_start(self, trainer: "Trainer") -> None:
+        """Before the batch is drawn."""
+
+    def on_micro_batch(self, trainer: "Trainer") -> None:
+        """Before each forward pass; `trainer.micro_batch` is its number on this rank."""
+
+    def after_backward(self, trainer: "Trainer") -> None:
+        """After the last backward pass of the step.
+
+        Gradients of the model are complete (summed over micro-batches and ranks). Gradients of
+        tensors that a callback owns are local to the rank: the loss is already divided by the
+        step's global number of target tokens, so a plain sum over ranks completes them.
+        `trainer.record` holds the step's losses.
+        """
+
+    def before_optimizer_step(self, trainer: "Trainer") -> None:
+        """After clipping, before the model changes; `trainer.record` holds `grad_norm`."""
+
+    def after_optimizer_step(self, trainer: "Trainer") -> None:
+        """After the optimizer changed the model: update what else is trained.
+
+        The step's time and tokens/s include it; `trainer.step` is still the step's zero-based
+        number.
+        """
+
+    def on_step_end(self, trainer: "Trainer") -> None:
+        """After the optimizer step; `trainer.step` counts it. Not part of the step's time."""
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        """After the last step, or after a stop that was asked for (`trainer.stopping`)."""
+
+    def on_exit(self, trainer: "Trainer") -> None:
+        """When the loop is left, also by an exception: release what is held, do not communicate."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State saved in checkpoints: tensors, numbers, strings, lists and dictionaries, equal on
+        all ranks."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; tensors arrive on the CPU."""
 
 
 class Trainer:
@@ -88,14 +154,14 @@ class Trainer:
         self._call("on_step_start")
         batch = self.context.together(self.stream.next)
         self._forward_backward(batch)
-        self._call("on_backward")
+        self._call("after_backward")
         norm = clip_gradients(self.model, self.config.clip, self.context.mesh)
         self.record["grad_norm"] = norm.item()
-        self._call("on_gradients")
+        self._call("before_optimizer_step")
         self.record["lr"] = self._set_learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._call("on_update")
+        self._call("after_optimizer_step")
         self.step += 1
         step_tokens = self.config.global_batch * self.config.seq_len
         self.tokens += step_tokens
@@ -128,7 +194,7 @@ class Trainer:
                 masks=self.masks,
                 targets=targets[rows],
                 weights=weights[rows],
-                teaching=self.teacher(ids[rows]) if self.teacher else None,
+                teacher_output=self.teacher(ids[rows]) if self.teacher else None,
             )
             output.loss.backward()
             sums[0] += output.token_loss.double().sum(dim=1) @ owners[rows]

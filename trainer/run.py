@@ -15,7 +15,6 @@ from data.mixture import Mixture, MixtureConfig
 from data.reader import TokenReader
 from data.sampler import DomainSampler
 from data.tokenizers import load_tokenizer
-from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpoint import CheckpointCallback
 from trainer.callbacks.evaluate import EvaluateCallback
 from trainer.callbacks.guard import GuardCallback
@@ -27,11 +26,11 @@ from trainer.config import TrainConfig
 from trainer.evaluate import report as held_out_report
 from trainer.files import require_writable, write_report
 from trainer.kernels import registry
-from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import init_weights, load_sharded, save_model
-from trainer.models.llama import CausalLM
 from trainer.models.sources import TOKENIZER_FILES
 from trainer.optimizer import build_optimizer
 from trainer.parallel import DistributedContext, compute_dtype, shard, whole

@@ -14,16 +14,16 @@ from pruner.callback import ShearCallback
 from pruner.config import MaskConfig
 from pruner.constraint import make_rule
 from pruner.importance import initial_scores
-from pruner.masks import families, indicator, polarised, to_masks
 from pruner.shapes import Shape, shape_of
+from pruner.units import families, indicator, polarised, to_masks
 from tests.distributed import run_ranks
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import init_weights
-from trainer.models.llama import CausalLM
 from trainer.optimizer import build_optimizer
 from trainer.run import build_model, full_tensors
 from trainer.throughput import Throughput
@@ -207,11 +207,11 @@ def test_scores_stay_when_the_gradient_is_not_finite() -> None:
         for parameter in trainer.model.parameters():
             parallel.local(parameter).fill_(float("nan"))
 
-    def refuse(t: Trainer) -> None:
+    def refuse(trainer: Trainer) -> None:
         raise Stop
 
     trainer.callbacks.append(type("Guard", (), {"__getattr__": lambda *_: lambda t: None})())
-    trainer.callbacks[-1].on_gradients = refuse  # type: ignore[method-assign]
+    trainer.callbacks[-1].before_optimizer_step = refuse  # type: ignore[method-assign]
     with pytest.raises(Stop):
         trainer.train_step()
     after = callback.state_dict()

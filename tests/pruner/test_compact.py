@@ -47,8 +47,8 @@ def test_the_forward_pass_shrinks() -> None:
     trainer.fit()
     hook.remove()
     assert shapes[0] == 16 and shapes[-1] == 10
-    assert trainer.masks is not None and trainer.masks.live is not None
-    units = trainer.masks.live.layers
+    assert trainer.masks is not None and trainer.masks.computed is not None
+    units = trainer.masks.computed.layers
     assert sum(layer.skipped for layer in units) == 1
     kept = next(layer for layer in units if not layer.skipped)
     assert kept.channels is not None and len(kept.channels) == 10
@@ -104,8 +104,8 @@ def test_ranks_that_skip_different_layers_stay_in_step(micro_batch: int) -> None
         seen = []
         while trainer.step < 4:
             trainer.train_step()
-            assert trainer.masks is not None and trainer.masks.live is not None
-            seen.append([layer.skipped for layer in trainer.masks.live.layers])
+            assert trainer.masks is not None and trainer.masks.computed is not None
+            seen.append([layer.skipped for layer in trainer.masks.computed.layers])
         return seen
 
     first, second = run_ranks(skipped, 2)

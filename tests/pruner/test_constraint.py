@@ -10,7 +10,7 @@ from data.errors import InputError
 from pruner.config import MaskConfig
 from pruner.constraint import Paper, Projection, Rule, make_rule, require_reachable, threshold
 from pruner.hard_concrete import gate
-from pruner.masks import Family, alive_counts, polarised
+from pruner.units import Family, on_counts, polarised
 
 MEMBERS = {"hidden": Family("hidden", 1, 24, 15), "intermediate": Family("intermediate", 4, 40, 11)}
 
@@ -145,7 +145,7 @@ def test_paper_rule_keeps_the_target_count_but_need_not_polarise() -> None:
     final = rule.final()
     for name, family in MEMBERS.items():
         assert (final[name] > 0).sum(-1).tolist() == [family.target] * family.rows
-        assert (alive_counts(final[name]) <= family.target).all()
+        assert (on_counts(final[name]) <= family.target).all()
     assert not polarised(final, MEMBERS)
     assert all(s.abs().max().item() <= rule.BOUND + 1e-5 for s in rule.scores.values())
 

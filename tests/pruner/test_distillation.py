@@ -16,7 +16,7 @@ from tests.pruner.test_run import configure
 from trainer import distillation
 from trainer.config import DISTILL_WEIGHT, DistillationConfig
 from trainer.cpt import continue_pretraining
-from trainer.identity import weights_fingerprint
+from trainer.models.sources import weights_fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from data.errors import InputError
 from pruner.extract import Extraction, extract
-from pruner.masks import families, to_masks
 from pruner.shapes import Shape, shape_of, validate
+from pruner.units import families, to_masks
 from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config, load_model, save_model
-from trainer.models.llama import CausalLM
 from trainer.models.masks import Masks
 
 BASE: dict[str, Any] = {

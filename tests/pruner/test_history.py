@@ -24,13 +24,12 @@ from pruner.history import (
     record_interval,
     snapshot_interval,
 )
-from pruner.masks import families
 from pruner.shapes import shape_of
+from pruner.units import families
 from tests.distributed import run_ranks
 from tests.pruner.test_callback import MODEL, TARGET, make_trainer
-from trainer.callbacks.base import Callback
 from trainer.checkpoint import Checkpointer
-from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 
 
 class Watch(Callback):

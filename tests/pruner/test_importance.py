@@ -9,14 +9,14 @@ from torch import Tensor
 
 from pruner.config import MaskConfig
 from pruner.importance import initial_scores, measure, standardise
-from pruner.masks import families, to_masks
 from pruner.shapes import Shape, shape_of
+from pruner.units import families, to_masks
 from tests.distributed import run_ranks
 from tests.factories import write_model
 from trainer import parallel
 from trainer.config import TrainConfig
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config
-from trainer.models.llama import CausalLM
 from trainer.models.masks import Masks
 from trainer.run import build_model, pretrained
 

@@ -16,12 +16,11 @@ from tests.distributed import run_ranks
 from tests.trainer.tiny import losses, make_trainer, options, weights
 from trainer import checkpoint
 from trainer.callbacks import checkpoint as callback_module
-from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpoint import STOP_SIGNALS
 from trainer.callbacks.evaluate import EvaluateCallback
 from trainer.callbacks.mixture import MixtureCallback
 from trainer.checkpoint import MARKER, Checkpointer
-from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 
 
 class Wanderer(Callback):

@@ -24,8 +24,8 @@ from trainer.cpt import continue_pretraining
 from trainer.distillation import Teacher, TeacherSource, load_teacher, open_teacher
 from trainer.loop import Trainer, next_token_targets
 from trainer.memory import teacher_bytes
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import init_weights, load_config, load_model
-from trainer.models.llama import CausalLM
 from trainer.optimizer import build_optimizer
 from trainer.run import build_model, random_init
 from trainer.throughput import Throughput
@@ -146,11 +146,11 @@ def teacher_on_a_rank(folder: Path, reshard: bool) -> tuple[int, int, bool]:
     teacher = load_teacher(source_of(folder), HALF, train, SHAPE, context)
     assert teacher is not None
     ids = torch.arange(12).view(2, 6)
-    teaching = teacher(ids)
+    teacher_output = teacher(ids)
     assert {p.dtype for p in teacher.network.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in teacher.network.parameters())
     whole = load_model(folder, dtype=torch.bfloat16)
-    logits = teaching.states @ teaching.head_weight.t()
+    logits = teacher_output.states @ teacher_output.head_weight.t()
     same = torch.equal(logits, whole(ids)) and not logits.requires_grad
     return *held_bytes(teacher), same
 

@@ -13,8 +13,8 @@ from tests.distributed import run_ranks
 from tests.trainer.tiny import SHAPE, options
 from trainer import parallel
 from trainer.evaluate import DomainLoss, evaluate, overall, report
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import init_weights
-from trainer.models.llama import CausalLM
 from trainer.run import build_model, random_init
 
 LENGTH = 32

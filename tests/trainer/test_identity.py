@@ -7,8 +7,9 @@ from data.errors import InputError
 from tests.trainer.tiny import SHAPE, options
 from trainer import parallel
 from trainer.config import TrainConfig
-from trainer.identity import claim_output, read_identity, run_identity, weights_fingerprint
+from trainer.identity import claim_output, read_identity, run_identity
 from trainer.models.config import ModelConfig
+from trainer.models.sources import weights_fingerprint
 
 
 def claim(

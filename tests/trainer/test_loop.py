@@ -15,10 +15,9 @@ from data.errors import InputError
 from tests.distributed import run_ranks
 from tests.trainer.tiny import SHAPE, losses, make_trainer, options
 from trainer import parallel
-from trainer.callbacks.base import Callback
-from trainer.loop import Trainer, next_token_targets
+from trainer.loop import Callback, Trainer, next_token_targets
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import init_weights
-from trainer.models.llama import CausalLM
 from trainer.models.masks import Masks
 from trainer.optimizer import build_optimizer
 from trainer.run import build_model, random_init
@@ -59,7 +58,7 @@ class Capture(Callback):
     def on_step_start(self, t: Trainer) -> None:
         t.masks = make_masks()
 
-    def on_backward(self, t: Trainer) -> None:
+    def after_backward(self, t: Trainer) -> None:
         assert t.masks is not None
         for name, z in t.masks.tensors().items():
             assert z.grad is not None
@@ -217,7 +216,7 @@ class Clock(Callback):
     def __init__(self) -> None:
         self.now = 100.0
 
-    def on_update(self, t: Trainer) -> None:
+    def after_optimizer_step(self, t: Trainer) -> None:
         assert t.step == 0
         self.now += 2.0
 

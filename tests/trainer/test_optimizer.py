@@ -7,7 +7,7 @@ from torch import nn
 from tests.distributed import run_ranks
 from tests.trainer.tiny import SHAPE, options
 from trainer import parallel
-from trainer.models.llama import CausalLM
+from trainer.models.decoder import CausalLM
 from trainer.optimizer import build_optimizer, clip_gradients
 from trainer.run import build_model, random_init
 

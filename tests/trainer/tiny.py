@@ -10,9 +10,8 @@ import torch
 from data.mixture import MixtureConfig
 from data.reader import TokenReader
 from trainer import parallel
-from trainer.callbacks.base import Callback
 from trainer.config import TrainConfig
-from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 from trainer.models.config import ModelConfig
 from trainer.run import build_model, build_trainer, full_tensors, random_init
 

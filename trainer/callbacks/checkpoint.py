@@ -3,13 +3,10 @@
 import signal
 import time
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from trainer.callbacks.base import Callback
 from trainer.checkpoint import Checkpointer
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_OF_ONE_REQUEST = 5.0
@@ -33,23 +30,23 @@ class CheckpointCallback(Callback):
         self._received_at: float | None = None
         self._previous: dict[int, Any] = {}
 
-    def on_train_start(self, t: "Trainer") -> None:
-        if t.step < t.config.steps:
+    def on_train_start(self, trainer: Trainer) -> None:
+        if trainer.step < trainer.config.steps:
             self._previous = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
 
-    def on_step_end(self, t: "Trainer") -> None:
-        stop = t.context.any(self._received_at is not None)
-        finished = t.step == t.config.steps
-        if stop or finished or (self.interval and t.step % self.interval == 0):
-            path = self.checkpointer.save(t)
-            if stop and t.context.is_main:
+    def on_step_end(self, trainer: Trainer) -> None:
+        stop = trainer.context.any(self._received_at is not None)
+        finished = trainer.step == trainer.config.steps
+        if stop or finished or (self.interval and trainer.step % self.interval == 0):
+            path = self.checkpointer.save(trainer)
+            if stop and trainer.context.is_main:
                 print(f"stopped: saved {path}; run the same command again to resume", flush=True)
-        t.stopping = t.stopping or stop
+        trainer.stopping = trainer.stopping or stop
         if finished and not stop:
             # What follows needs no saving, so a signal may end it.
             self._restore_handlers()
 
-    def on_exit(self, t: "Trainer") -> None:
+    def on_exit(self, trainer: Trainer) -> None:
         self._restore_handlers()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

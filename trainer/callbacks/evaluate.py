@@ -1,13 +1,10 @@
 """Held-out evaluation per domain during training."""
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from data.reader import TokenReader
-from trainer.callbacks.base import Callback
 from trainer.evaluate import DomainLoss, evaluate, report
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 
 
 class EvaluateCallback(Callback):
@@ -28,26 +25,28 @@ class EvaluateCallback(Callback):
         self.results: dict[str, DomainLoss] = {}
         self._step = -1
 
-    def on_step_end(self, t: "Trainer") -> None:
-        if t.step == t.config.steps or (self.interval and t.step % self.interval == 0):
-            self._evaluate(t)
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.step == trainer.config.steps or (
+            self.interval and trainer.step % self.interval == 0
+        ):
+            self._evaluate(trainer)
 
-    def on_train_end(self, t: "Trainer") -> None:
-        if self._step != t.step and not t.stopping:
-            self._evaluate(t)
+    def on_train_end(self, trainer: Trainer) -> None:
+        if self._step != trainer.step and not trainer.stopping:
+            self._evaluate(trainer)
 
-    def _evaluate(self, t: "Trainer") -> None:
+    def _evaluate(self, trainer: Trainer) -> None:
         self.results = evaluate(
-            t.model,
+            trainer.model,
             self.reader,
             self.reader.domains,
             self.sequences,
-            t.config.micro_batch,
-            t.context,
-            t.masks,
+            trainer.config.micro_batch,
+            trainer.context,
+            trainer.masks,
         )
-        self._step = t.step
-        t.record["held_out"] = report(self.results)
+        self._step = trainer.step
+        trainer.record["held_out"] = report(self.results)
 
     def state_dict(self) -> dict[str, Any]:
         losses = {name: [d.loss, d.tokens] for name, d in self.results.items()}

@@ -1,14 +1,11 @@
 """Stops a run that has become meaningless, before the damage is saved."""
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from data.errors import InputError
-from trainer.callbacks.base import Callback
 from trainer.checkpoint import Checkpointer
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 
 
 class GuardCallback(Callback):
@@ -20,15 +17,16 @@ class GuardCallback(Callback):
     def __init__(self, checkpointer: Checkpointer) -> None:
         self.checkpointer = checkpointer
 
-    def on_gradients(self, t: "Trainer") -> None:
+    def before_optimizer_step(self, trainer: Trainer) -> None:
         for name in ("loss", "grad_norm"):
-            value = t.record[name]
+            value = trainer.record[name]
             if not math.isfinite(value):
                 last = self.checkpointer.latest()
                 where = f"resumes from {last}" if last else "starts again: no checkpoint exists yet"
-                config = t.config
+                config = trainer.config
                 raise InputError(
-                    f"{name} is {value} at step {t.step + 1} (it must be finite); nothing was "
-                    f"updated. Run the same command with a lower --lr or --clip (now {config.lr:g} "
-                    f"and {config.clip:g}), such as --lr {config.lr / 2:g}: it {where}"
+                    f"{name} is {value} at step {trainer.step + 1} (it must be finite); nothing "
+                    f"was updated. Run the same command with a lower --lr or --clip (now "
+                    f"{config.lr:g} and {config.clip:g}), such as --lr {config.lr / 2:g}: it "
+                    f"{where}"
                 )

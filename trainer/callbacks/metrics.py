@@ -3,12 +3,9 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar
+from typing import IO, Any, ClassVar
 
-from trainer.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 
 
 class MetricsCallback(Callback):
@@ -29,27 +26,31 @@ class MetricsCallback(Callback):
         self._board: Any = None
         self._last = -1
 
-    def on_train_start(self, t: "Trainer") -> None:
-        if not t.context.is_main:
+    def on_train_start(self, trainer: Trainer) -> None:
+        if not trainer.context.is_main:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        truncate_after(self.path, t.step)
-        self._last = t.step
+        truncate_after(self.path, trainer.step)
+        self._last = trainer.step
         self._file = self.path.open("a", encoding="utf-8")
         if self._board_folder is not None:
-            self._board = _open_board(self._board_folder, t.step + 1)
+            self._board = _open_board(self._board_folder, trainer.step + 1)
 
-    def on_step_end(self, t: "Trainer") -> None:
-        due = t.step % self.interval == 0 or t.step == t.config.steps or "held_out" in t.record
+    def on_step_end(self, trainer: Trainer) -> None:
+        due = (
+            trainer.step % self.interval == 0
+            or trainer.step == trainer.config.steps
+            or "held_out" in trainer.record
+        )
         if due and self._file is not None:
-            self._file.write(json.dumps(t.record | t.throughput.mfu()) + "\n")
+            self._file.write(json.dumps(trainer.record | trainer.throughput.mfu()) + "\n")
             self._file.flush()
-            self._last = t.step
+            self._last = trainer.step
             if self._board is not None:
-                for key, value in _numbers(t.record):
-                    self._board.add_scalar(key, value, t.step)
+                for key, value in _numbers(trainer.record):
+                    self._board.add_scalar(key, value, trainer.step)
 
-    def on_exit(self, t: "Trainer") -> None:
+    def on_exit(self, trainer: Trainer) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None

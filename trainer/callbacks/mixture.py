@@ -1,12 +1,9 @@
 """Feeds per-domain training losses to the domain mixture and its weights to the data stream."""
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from data.mixture import Mixture
-from trainer.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 
 
 class MixtureCallback(Callback):
@@ -27,16 +24,18 @@ class MixtureCallback(Callback):
         self._count: dict[str, int] = {}
         self._tokens = 0
 
-    def on_step_end(self, t: "Trainer") -> None:
-        for domain, count in t.domain_tokens.items():
-            self._loss_sum[domain] = self._loss_sum.get(domain, 0.0) + t.domain_loss_sum[domain]
+    def on_step_end(self, trainer: Trainer) -> None:
+        for domain, count in trainer.domain_tokens.items():
+            self._loss_sum[domain] = (
+                self._loss_sum.get(domain, 0.0) + trainer.domain_loss_sum[domain]
+            )
             self._count[domain] = self._count.get(domain, 0) + count
-        self._tokens += t.config.global_batch * t.config.seq_len
-        if t.step % self.interval == 0:
+        self._tokens += trainer.config.global_batch * trainer.config.seq_len
+        if trainer.step % self.interval == 0:
             weights = self.mixture.update(self._loss_sum, self._count, self._tokens)
-            t.stream.set_weights(weights)
+            trainer.stream.set_weights(weights)
             self._loss_sum, self._count, self._tokens = {}, {}, 0
-        t.record["domain_weights"] = dict(self.mixture.weights)
+        trainer.record["domain_weights"] = dict(self.mixture.weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {

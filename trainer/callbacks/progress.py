@@ -1,12 +1,9 @@
 """The progress display of a training run."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from data.progress import Progress
-from trainer.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 
 
 class ProgressCallback(Callback):
@@ -19,29 +16,29 @@ class ProgressCallback(Callback):
         self.description = description
         self._bar: Progress | None = None
 
-    def on_train_start(self, t: "Trainer") -> None:
+    def on_train_start(self, trainer: Trainer) -> None:
         self._bar = Progress(
             self.description,
-            total=t.config.steps,
+            total=trainer.config.steps,
             unit="step",
-            completed=t.step,
-            enabled=t.context.is_main,
+            completed=trainer.step,
+            enabled=trainer.context.is_main,
         )
 
-    def on_step_end(self, t: "Trainer") -> None:
+    def on_step_end(self, trainer: Trainer) -> None:
         assert self._bar is not None
         fields = {
-            "loss": f"{t.loss:.3f}",
-            "lr": f"{t.record['lr']:.2e}",
-            "tok/s": f"{t.record['tokens_per_second']:,.0f}",
+            "loss": f"{trainer.loss:.3f}",
+            "lr": f"{trainer.record['lr']:.2e}",
+            "tok/s": f"{trainer.record['tokens_per_second']:,.0f}",
         }
-        fields |= {key: f"{100 * value:.1f}%" for key, value in t.throughput.mfu().items()}
-        self._bar.update(1, **(fields | t.bar_fields))
-        held_out = t.record.get("held_out")
+        fields |= {key: f"{100 * value:.1f}%" for key, value in trainer.throughput.mfu().items()}
+        self._bar.update(1, **(fields | trainer.bar_fields))
+        held_out = trainer.record.get("held_out")
         if held_out:
             losses = "  ".join(f"{name} {values['loss']:.3f}" for name, values in held_out.items())
-            self._bar.message(f"step {t.step}: held-out loss  {losses}")
+            self._bar.message(f"step {trainer.step}: held-out loss  {losses}")
 
-    def on_exit(self, t: "Trainer") -> None:
+    def on_exit(self, trainer: Trainer) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.errors import InputError
 from trainer.files import replace_folder, save_tensors
 from trainer.models.config import ModelConfig
-from trainer.models.llama import CausalLM
+from trainer.models.decoder import CausalLM
 from trainer.models.names import Role, names_of
 from trainer.models.sources import INDEX_FILE, convert_gguf, resolve_model
 from trainer.parallel import local_region

@@ -47,11 +47,11 @@ class LayerNorm(nn.Module):
         `stream` holds the masks of x's dimensions (None: all ones); those with mask 0 do not enter
         mean and variance, and are 0 in the result.
         """
-        if stream is None or stream.live is None:
+        if stream is None or stream.nonzero is None:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        live = stream.live.to(values.dtype)
-        share = live / live.sum().clamp(min=1)
+        nonzero = stream.nonzero.to(values.dtype)
+        share = nonzero / nonzero.sum().clamp(min=1)
         centred = values - (values * share).sum(-1, keepdim=True)
         variance = (centred.square() * share).sum(-1, keepdim=True)
         normed = (centred * torch.rsqrt(variance + self.eps)).to(x.dtype)

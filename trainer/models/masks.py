@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trainer.models.computed import ALL_UNITS, ComputedUnits, LayerUnits, find_computed_units
 from trainer.models.config import ModelConfig
 from trainer.models.folding import Fold, Reuse
-from trainer.models.live import ALL_UNITS, LayerUnits, LiveUnits, find_live_units
 
 FAMILIES = ("hidden", "layer", "head", "intermediate")
 """Names of the masks of a model."""
@@ -39,8 +39,8 @@ class StreamMasks:
         return self.mask if self.mask is None or self.gain is None else self.mask * self.gain
 
     @property
-    def live(self) -> Tensor | None:
-        """[m] bool: which of the computed dimensions are live; None: all."""
+    def nonzero(self) -> Tensor | None:
+        """[m] bool: which of the computed dimensions have z > 0; None: all."""
         if self.mask is None:
             return None
         mask = self.mask.detach()
@@ -95,7 +95,7 @@ class Masks:
     """[L, H] query heads."""
     intermediate: Tensor | None = None
     """[L, F] channels of the feed-forward layers."""
-    live: LiveUnits | None = None
+    computed: ComputedUnits | None = None
     """The units that are computed (`compact`); None: all, dense."""
     reuse: Reuse | None = None
     """Keeps folded weights between the forward passes of one draw (`compact`)."""
@@ -117,23 +117,23 @@ class Masks:
             passes: forward and backward passes this draw is made for. Each weight is then folded
                 once, and receives its gradient in the last of them.
         """
-        live = find_live_units(self.tensors(), config, multiple)
-        return replace(self, live=live, reuse=Reuse(passes) if passes > 1 else None)
+        computed = find_computed_units(self.tensors(), config, multiple)
+        return replace(self, computed=computed, reuse=Reuse(passes) if passes > 1 else None)
 
     @property
     def stream(self) -> StreamMasks:
         """The masks of the residual stream, computed at each access; the number of live dimensions
         stays a tensor, so that the host does not wait for it."""
-        units = None if self.live is None else self.live.hidden
+        units = None if self.computed is None else self.computed.hidden
         if self.hidden is None:
             return StreamMasks(units=units, reuse=self.reuse)
-        live = (self.hidden.detach() > 0).sum().clamp(min=1)
-        computed = self.hidden.shape[0] if units is None else units.shape[0]
+        nonzero = (self.hidden.detach() > 0).sum().clamp(min=1)
+        width = self.hidden.shape[0] if units is None else units.shape[0]
         # A tensor divided by a tensor: number / tensor is a rounded reciprocal, 1 only nearly.
-        scale = self.hidden.new_full((), computed) / live
+        scale = self.hidden.new_full((), width) / nonzero
         gain = None
         if self.hold_scale:
-            gain = (self.hidden.new_full((), self.hidden.shape[0]) / live).sqrt()
+            gain = (self.hidden.new_full((), self.hidden.shape[0]) / nonzero).sqrt()
         return StreamMasks(self.hidden, units, scale, gain, self.reuse)
 
     def for_layer(self, index: int, stream: StreamMasks) -> LayerMasks:
@@ -147,7 +147,7 @@ class Masks:
             residual=residual,
             head=None if self.head is None else self.head[index],
             intermediate=None if self.intermediate is None else self.intermediate[index],
-            units=ALL_UNITS if self.live is None else self.live.layers[index],
+            units=ALL_UNITS if self.computed is None else self.computed.layers[index],
         )
 
     @classmethod

@@ -12,12 +12,11 @@ from data.errors import InputError
 from data.mixture import Mixture, MixtureConfig
 from data.reader import TokenReader
 from tests.trainer.tiny import losses, make_trainer, options, weights
-from trainer.callbacks.base import Callback
 from trainer.callbacks.evaluate import EvaluateCallback
 from trainer.callbacks.metrics import MetricsCallback, truncate_after
 from trainer.callbacks.mixture import MixtureCallback
 from trainer.evaluate import evaluate
-from trainer.loop import Trainer
+from trainer.loop import Callback, Trainer
 
 
 class Breaker(Callback):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from tests.trainer.head_kernels import with_heads
+from tests.launch.bench_kernels.static.head_kernels import with_heads
 from trainer.kernels.compilation import ENABLE_FP_FUSION, Compilation, compilations
 
 

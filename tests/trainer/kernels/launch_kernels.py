@@ -7,7 +7,7 @@ import sys
 import torch
 import triton
 
-from launch.gpu_cases import ROWS, arguments, cases
+from launch.bench_kernels.gpu.cases import ROWS, arguments, cases
 from tests.trainer.kernels.checking_driver import ARCHITECTURE, LAUNCHES, Driver
 from trainer.kernels import attention_tiles, registry
 

@@ -16,7 +16,8 @@ WITHOUT_LIBRARIES = """
 from pathlib import Path
 import sys
 import torch
-from trainer.kernels import library, registry
+from trainer.kernels import library
+from trainer.kernels import registry
 library.FOLDER = Path(sys.argv[1])
 from trainer.kernels.gather_scale import gather_scale
 print(registry.which("gather_scale", "cpu"))

@@ -15,30 +15,40 @@ from torch.utils.checkpoint import checkpoint
 from tests.trainer.kernels.comparison import compiles
 from trainer.kernels import linear_cross_entropy as operator
 from trainer.kernels import registry
-from trainer.kernels.linear_cross_entropy import LOGITS_BYTES, adds_to, default_chunk
-from trainer.loss import Teaching, linear_cross_entropy, linear_distillation
+from trainer.kernels.linear_cross_entropy import (
+    LOGITS_BYTES,
+    TeacherOutput,
+    adds_to,
+    default_chunk,
+    linear_cross_entropy,
+    linear_distillation,
+)
 
 TOKENS, WIDTH, CLASSES = 11, 8, 70
 
 
-def draw(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Teaching]:
+def draw(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, TeacherOutput]:
     torch.manual_seed(0)
     hidden, weight = torch.randn(TOKENS, WIDTH), torch.randn(CLASSES, WIDTH)
     states, head = torch.randn(TOKENS, 6).to(dtype), torch.randn(CLASSES, 6).to(dtype)
     token_weights = torch.rand(TOKENS) * (torch.arange(TOKENS) % 3 > 0)
     targets = torch.randint(CLASSES, (TOKENS,)).masked_fill(token_weights == 0, -100)
-    teaching = Teaching(states, head, share=0.4, temperature=1.5)
-    return hidden.to(dtype), weight.to(dtype), targets, token_weights, teaching
+    teacher_output = TeacherOutput(states, head, share=0.4, temperature=1.5)
+    return hidden.to(dtype), weight.to(dtype), targets, token_weights, teacher_output
 
 
 def losses_of(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """The loss as a function of hidden states and weight: plain, and with each kind of teacher."""
-    _, _, targets, token_weights, teaching = draw(dtype)
+    _, _, targets, token_weights, teacher_output = draw(dtype)
     rest = targets, token_weights
-    few = teaching._replace(top_k=5)
+    few = teacher_output._replace(top_k=5)
     return {
         "plain": lambda hidden, weight: linear_cross_entropy(hidden, weight, *rest, 4)[0],
-        "taught": lambda hidden, weight: linear_distillation(hidden, weight, *rest, teaching, 4)[0],
+        "taught": lambda hidden, weight: linear_distillation(
+            hidden, weight, *rest, teacher_output, 4
+        )[0],
         "top-k": lambda hidden, weight: linear_distillation(hidden, weight, *rest, few, 4)[0],
     }
 
@@ -74,8 +84,8 @@ def test_compiles_without_graph_break(backend: str, kind: str) -> None:
 def test_operator_is_registered_correctly(
     backend: str, needs: tuple[bool, bool], teacher: bool
 ) -> None:
-    hidden, weight, targets, token_weights, teaching = draw()
-    taught = tuple(teaching) if teacher else (None, None, 0.0, 1.0, 0)
+    hidden, weight, targets, token_weights, teacher_output = draw()
+    taught = tuple(teacher_output) if teacher else (None, None, 0.0, 1.0, 0)
     hidden.requires_grad_(needs[0])
     weight.requires_grad_(needs[1])
     arguments = (hidden, weight, targets, token_weights, *taught, 4, *needs)
@@ -274,14 +284,14 @@ WRONG = [
 
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_bad_input_is_refused(changed: dict[str, Any], message: str) -> None:
-    hidden, weight, targets, token_weights, teaching = draw()
+    hidden, weight, targets, token_weights, teacher_output = draw()
     given: dict[str, Any] = {
         "hidden": hidden,
         "weight": weight,
         "targets": targets,
         "token_weights": token_weights,
-        "states": teaching.states,
-        "head_weight": teaching.head_weight,
+        "states": teacher_output.states,
+        "head_weight": teacher_output.head_weight,
         "share": 0.4,
         "temperature": 1.5,
         "top_k": 0,

@@ -11,8 +11,8 @@ from tests.trainer.kernels.backends import INTERPRETED, running
 from tests.trainer.models.cases import CASES, random_masks
 from trainer import parallel
 from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import init_weights
-from trainer.models.llama import CausalLM
 
 FAMILIES = ("llama-mha", "mistral-window", "qwen3", "gpt_neox")
 

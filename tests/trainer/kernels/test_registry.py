@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.errors import InputError
-from launch.evaluate import EvaluateConfig
+from launch.evaluate.config import EvaluateConfig
 from trainer.config import TrainConfig
 from trainer.kernels import attention_flash, library, registry
 from trainer.kernels.swiglu import swiglu
@@ -22,7 +22,8 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from trainer.kernels import library, registry
+from trainer.kernels import library
+from trainer.kernels import registry
 from trainer.kernels.attention import attention
 from trainer.kernels.cross_entropy import cross_entropy_
 from trainer.kernels.gather_scale import gather_scale

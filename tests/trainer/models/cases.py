@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer.models.config import ModelConfig
-from trainer.models.llama import CausalLM
+from trainer.models.decoder import CausalLM
 from trainer.models.masks import Masks
 
 _SIZES: dict[str, Any] = {

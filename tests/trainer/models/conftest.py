@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from launch.demo_stages import download_gguf
+from launch.demo.stages import download_gguf
 from tests.conftest import ROOT
 from trainer.models.hf import convert_gguf, resolve_model
 

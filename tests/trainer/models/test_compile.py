@@ -10,8 +10,8 @@ from torch import Tensor
 from tests.trainer.models.cases import CASES, random_masks
 from trainer.kernels import registry
 from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import init_weights
-from trainer.models.llama import CausalLM
 from trainer.models.masks import Masks
 
 

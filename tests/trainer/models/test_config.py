@@ -6,7 +6,7 @@ import torch
 from data.errors import InputError
 from tests.trainer.models.cases import CASES
 from trainer.models.config import ModelConfig
-from trainer.models.llama import CausalLM
+from trainer.models.decoder import CausalLM
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 32_000,

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.trainer.models.cases import NEOX_CASES, pair, random_masks
-from trainer.models.llama import CausalLM, LossOutput
+from trainer.models.decoder import CausalLM, LossOutput
 from trainer.models.masks import Masks
 
 

@@ -16,6 +16,7 @@ from tests.distributed import run_ranks
 from tests.trainer.models.cases import CASES, NEOX_CASES, random_masks
 from trainer.models import hf
 from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import (
     check_weights,
     init_weights,
@@ -24,7 +25,6 @@ from trainer.models.hf import (
     load_sharded,
     save_model,
 )
-from trainer.models.llama import CausalLM
 
 
 def _folder(

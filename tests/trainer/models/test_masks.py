@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer.models.cases import CASES, pair, random_masks
-from trainer.models.llama import CausalLM
+from trainer.models.decoder import CausalLM
 from trainer.models.masks import Masks
 
 FULL = {"hidden": (48,), "layer": (3,), "head": (3, 6), "intermediate": (3, 80)}
@@ -40,7 +40,7 @@ def test_for_layer_picks_the_rows_of_one_block() -> None:
 def test_absent_families_stay_absent() -> None:
     masks = Masks(layer=torch.tensor([0.5]))
     block = masks.for_layer(0, masks.stream)
-    assert block.stream.mask is None and block.stream.live is None
+    assert block.stream.mask is None and block.stream.nonzero is None
     assert block.head_columns(4) is None and block.intermediate is None
     assert block.residual is not None and block.residual.item() == 0.5
     assert Masks().for_layer(3, Masks().stream).residual is None
@@ -50,7 +50,7 @@ def test_absent_families_stay_absent() -> None:
 def test_moving_makes_masks_dense_again() -> None:
     config = pair("llama")[0].config
     masks = random_masks(0).compact(config, multiple=4, passes=2).to("cpu")
-    assert masks.live is None and masks.reuse is None
+    assert masks.computed is None and masks.reuse is None
     assert masks.tensors().keys() == FULL.keys()
 
 

@@ -1,0 +1,51 @@
+"""Options of launch.bench_kernels."""
+
+from dataclasses import dataclass
+
+from data.errors import InputError
+
+KNOWN_ARCHS = (80, 90, 100)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Check and time every operator on a GPU; or report on kernels without one."""
+
+    static: bool = False
+    """Compile every kernel ahead of time and report registers, widths, traffic, predicted time."""
+    cpu: bool = False
+    """Time linear cross-entropy and gather-scale on this CPU, and their memory."""
+    archs: tuple[int, ...] = KNOWN_ARCHS
+    """--static: compute capabilities, of 80 (A100), 90 (H100) and 100 (B200)."""
+    vocabularies: tuple[int, ...] = (32000, 49152, 128256)
+    """--cpu: rows of the head."""
+    tokens: int = 4096
+    """--cpu: tokens of the loss."""
+    hidden: int = 512
+    """--cpu: width of the head."""
+    repeats: int = 7
+    """--cpu: measurements of each kind, after one that is not counted."""
+    threads: int = 1
+    """--cpu: CPU threads."""
+    budget_seconds: float = 470.0
+    """On a GPU: time for everything; what is left then is skipped."""
+    csv: str | None = None
+    """On a GPU: write the timings to this file."""
+    json: str | None = None
+    """Write the result to this file."""
+
+    def __post_init__(self) -> None:
+        if self.static and self.cpu:
+            raise InputError("choose what to report: either --static or --cpu, or neither on a GPU")
+        for name, values in (("archs", self.archs), ("vocabularies", self.vocabularies)):
+            if not values:
+                raise InputError(f"--{name} needs at least one value")
+        for arch in self.archs:
+            if arch not in KNOWN_ARCHS:
+                raise InputError(f"--archs {arch} is not one of {', '.join(map(str, KNOWN_ARCHS))}")
+        for name in ("vocabularies", "tokens", "hidden", "repeats", "threads"):
+            value = min(self.vocabularies) if name == "vocabularies" else getattr(self, name)
+            if value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if not self.budget_seconds > 0:
+            raise InputError(f"--budget-seconds {self.budget_seconds} must be more than 0")

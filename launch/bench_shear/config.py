@@ -1,0 +1,51 @@
+"""Options of launch.bench_shear."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from data.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchConfig:
+    """Time a shearing step at several sparsities against the source's and the target's own step.
+
+    "compact, 50% of the way": on as many units as lie halfway from the source's to the target's.
+    """
+
+    hidden: int = 512
+    """Width of the source."""
+    layers: int = 12
+    """Blocks of the source."""
+    heads: int = 8
+    """Heads of the source."""
+    ffn: int = 1408
+    """Feed-forward channels of the source."""
+    vocabulary: int = 8192
+    """Rows of embedding and head."""
+    target: str = "layers=9,hidden=256,heads=4,ffn=704"
+    """Shape to prune to."""
+    batch: int = 4
+    """Sequences per step."""
+    micro_batch: int | None = None
+    """Sequences per pass; None: all."""
+    seq_len: int = 512
+    """Tokens per sequence."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision."""
+    threads: int | None = None
+    """CPU threads; None: all cores."""
+    repeats: int = 9
+    """Steps of each kind, after one that is not counted."""
+    json: str | None = None
+    """Write the result to this file."""
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("hidden", "layers", "heads", "ffn", "vocabulary", "batch"), 1)
+        least |= {"micro_batch": 1, "seq_len": 2, "threads": 1, "repeats": 1}
+        for name, limit in least.items():
+            value = getattr(self, name)
+            if value is not None and value < limit:
+                raise InputError(f"--{name.replace('_', '-')} {value} must be at least {limit}")
+        if self.hidden % self.heads:
+            raise InputError(f"--hidden {self.hidden} is not a multiple of --heads {self.heads}")

@@ -1,0 +1,326 @@
+"""What `python -m launch.bench_shear` measures: source, masked, compact and target steps."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from data.batches import Batch
+from data.errors import InputError
+from data.progress import Progress
+from launch.bench_shear.config import BenchConfig
+from launch.compare.config import refuse_budget
+from pruner.callback import ShearCallback
+from pruner.config import MaskConfig
+from pruner.constraint import make_rule
+from pruner.shapes import config_of, parse_target, shape_of
+from pruner.units import families, indicator
+from trainer import parallel
+from trainer.config import TrainConfig
+from trainer.files import require_writable, write_report
+from trainer.kernels import registry
+from trainer.loop import Callback, Trainer
+from trainer.models import folding
+from trainer.models.config import ModelConfig
+from trainer.optimizer import build_optimizer
+from trainer.parallel import DistributedContext
+from trainer.run import build_model, random_init
+from trainer.throughput import Throughput
+
+RUN_STEPS = 1000
+"""Steps of the run whose schedule the timed steps are taken from."""
+PROGRESS = (0.0, 0.25, 0.5, 0.75)
+"""Fractions of the way to the target at which compact steps are timed, besides the target."""
+
+
+class RandomStream:
+    """The same random batch at every step."""
+
+    domains = ("random",)
+
+    def __init__(self, vocabulary: int, config: TrainConfig) -> None:
+        shape = (config.global_batch, config.seq_len)
+        ids = np.random.default_rng(config.seed).integers(0, vocabulary, shape)
+        self.batch = Batch(ids=ids, domains=np.zeros(len(ids), dtype=np.int64), step=0)
+
+    def next(self) -> Batch:
+        return self.batch
+
+
+class Clock(Callback):
+    """Times of one step: forward and backward, masks included, and all of it."""
+
+    name: ClassVar[str] = "clock"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start = self.backward = self.end = 0.0
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def on_step_start(self, t: Trainer) -> None:
+        self.start = self.now()
+
+
+class Stopwatch(Callback):
+    """Reads the clock where the measured parts end."""
+
+    name: ClassVar[str] = "stopwatch"
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def after_backward(self, t: Trainer) -> None:
+        self.clock.backward = self.clock.now()
+
+    def after_optimizer_step(self, t: Trainer) -> None:
+        self.clock.end = self.clock.now()
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kind of step: a trainer, the step of the schedule it stands at, and its masks."""
+
+    trainer: Trainer
+    step: int = 0
+    shear: ShearCallback | None = None
+
+    def run(self, clock: Clock) -> tuple[float, float]:
+        """Seconds of forward and backward, and of the whole step."""
+        trainer = self.trainer
+        trainer.masks, trainer.step = None, self.step
+        trainer.callbacks = [clock, *([self.shear] if self.shear else []), Stopwatch(clock)]
+        trainer.train_step()
+        return clock.backward - clock.start, clock.end - clock.start
+
+
+def run(config: BenchConfig) -> None:
+    """Measures, prints the result and writes it to --json."""
+    if config.json is not None:
+        require_writable(Path(config.json), "--json")
+    result = measure(config)
+    print_result(result)
+    if config.json is not None:
+        write_report(Path(config.json), result)
+
+
+def measure(config: BenchConfig) -> dict[str, Any]:
+    """Times all variants in turns and returns medians, ratios and what they were measured on."""
+    source = model_config(config)
+    refuse_budget("--target", config.target)
+    target = parse_target(config.target, shape_of(source))
+    pruned = config_of(target, source)
+    train = TrainConfig(
+        steps=RUN_STEPS,
+        seq_len=config.seq_len,
+        global_batch=config.batch,
+        micro_batch=config.micro_batch or config.batch,
+        lr=1e-6,
+        precision=config.precision,
+        threads=config.threads,
+        eval_sequences=0,
+    )
+    if train.global_batch % train.micro_batch:
+        raise InputError(
+            f"--micro-batch {train.micro_batch} does not divide --batch {train.global_batch}"
+        )
+    context = parallel.init(threads=config.threads)
+    large, small = (_trainer(model, train, context) for model in (source, pruned))
+    variants = {"dense source": Variant(large), "target": Variant(small)}
+    last = int(RUN_STEPS * MaskConfig().harden) - 2
+    for progress in PROGRESS:
+        step = max(0, round(progress * RUN_STEPS * MaskConfig().warmup) - 1)
+        shear = _shear(source, config, context, polarised=False)
+        variants[f"compact, {progress:.0%} of the way"] = Variant(large, step, shear)
+    at_target = _shear(source, config, context, polarised=True)
+    variants["compact at target"] = Variant(large, last, at_target)
+    variants["compact, hardened"] = Variant(large, RUN_STEPS - 2, at_target)
+    dense = _shear(source, config, context, polarised=True, compact=False)
+    variants["dense masked"] = Variant(large, last, dense)
+    clock = Clock(context.device)
+    seconds = _alternate(variants, clock, config.repeats)
+    share = _operator_share(variants["compact at target"], clock, config.repeats)
+    return _result(config, source, pruned, seconds, share, context)
+
+
+def model_config(config: BenchConfig) -> ModelConfig:
+    """The source's architecture."""
+    return ModelConfig(
+        family="llama",
+        vocab_size=config.vocabulary,
+        hidden_size=config.hidden,
+        intermediate_size=config.ffn,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        num_kv_heads=config.heads,
+        head_dim=config.hidden // config.heads,
+        max_position_embeddings=config.seq_len,
+    )
+
+
+def _trainer(model: ModelConfig, train: TrainConfig, context: DistributedContext) -> Trainer:
+    network = build_model(model, train, context, load=random_init(train.seed))
+    stream: Any = RandomStream(model.vocab_size, train)
+    speed = Throughput(model, seq_len=train.seq_len, device=context.device, world=context.world)
+    return Trainer(
+        model=network,
+        optimizer=build_optimizer(network, train),
+        stream=stream,
+        config=train,
+        context=context,
+        throughput=speed,
+        callbacks=[],
+    )
+
+
+def _shear(
+    source: ModelConfig,
+    config: BenchConfig,
+    context: DistributedContext,
+    *,
+    polarised: bool,
+    compact: bool = True,
+) -> ShearCallback:
+    """Masks from random scores; `polarised` ones are far apart, as at the end of a run."""
+    shape = shape_of(source)
+    members = families(parse_target(config.target, shape), shape)
+    generator = torch.Generator().manual_seed(0)
+    scores: dict[str, Tensor] = {}
+    for name, family in members.items():
+        values = torch.randn(family.rows, family.units, generator=generator)
+        if polarised:
+            values = 4 * indicator(values, family.target) + 0.1 * values
+        scores[name] = values.to(context.device)
+    masks = MaskConfig(mask_lr=1e-6, compact=compact)
+    return ShearCallback(make_rule(members, scores, masks, RUN_STEPS, 0), shape)
+
+
+def _alternate(
+    variants: dict[str, Variant], clock: Clock, repeats: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Times of each variant, one step of each in turn; the first round is not counted."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    with Progress("bench", total=(repeats + 1) * len(variants), unit="step") as bar:
+        for round_number in range(repeats + 1):
+            for name, variant in variants.items():
+                taken = variant.run(clock)
+                if round_number:
+                    seconds[name].append(taken)
+                bar.update()
+    return seconds
+
+
+def _operator_share(variant: Variant, clock: Clock, repeats: int) -> float:
+    """Median share of gather-scale, forward and backward, in the whole step."""
+    shares = []
+    for _ in range(repeats):
+        spent = [0.0]
+        with _timed_operator(clock, spent):
+            _, whole = variant.run(clock)
+        shares.append(spent[0] / whole)
+    return statistics.median(shares)
+
+
+@contextmanager
+def _timed_operator(clock: Clock, spent: list[float]) -> Iterator[None]:
+    """Adds the time of every call of the operator to spent[0]."""
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = clock.now()
+            result = function(*arguments)
+            spent[0] += clock.now() - start
+            return result
+
+        return call
+
+    names = ("gather_scale", "gather_scale_backward")
+    originals = {name: getattr(folding, name) for name in names}
+    for name, function in originals.items():
+        setattr(folding, name, timed(function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(folding, name, function)
+
+
+def _result(
+    config: BenchConfig,
+    source: ModelConfig,
+    pruned: ModelConfig,
+    seconds: dict[str, list[tuple[float, float]]],
+    share: float,
+    context: DistributedContext,
+) -> dict[str, Any]:
+    names = ("forward_backward", "step")
+    medians = {
+        name: {
+            kind: statistics.median(times)
+            for kind, times in zip(names, zip(*taken, strict=True), strict=True)
+        }
+        for name, taken in seconds.items()
+    }
+
+    def ratio(over: str, under: str, kind: str) -> float:
+        # Of neighbours in time: the machine's own speed drifts.
+        index = names.index(kind)
+        pairs = zip(seconds[over], seconds[under], strict=True)
+        return statistics.median(first[index] / second[index] for first, second in pairs)
+
+    return {
+        "source": shape_of(source).describe(),
+        "target": shape_of(pruned).describe(),
+        "tokens": config.batch * config.seq_len,
+        "repeats": config.repeats,
+        "device": str(context.device),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gather_scale": registry.which("gather_scale", context.device),
+        "seconds": medians,
+        "compact_target_over_target_cpt": ratio("compact at target", "target", names[0]),
+        "step_target_over_target_cpt": ratio("compact at target", "target", names[1]),
+        "hardened_over_target_cpt": ratio("compact, hardened", "target", names[0]),
+        "dense_masked_over_dense": ratio("dense masked", "dense source", names[0]),
+        "dense_masked_step_over_dense": ratio("dense masked", "dense source", names[1]),
+        "gather_scale_share": share,
+    }
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Prints the medians, and the ratios to the target's own step."""
+    console = Console()
+    table = Table(title=f"{result['tokens']} tokens, {result['threads']} threads, seconds (median)")
+    for heading in ("step of", "forward + backward", "÷ target", "whole step", "÷ target"):
+        table.add_column(heading, justify="left" if heading == "step of" else "right")
+    base = result["seconds"]["target"]
+    for name, times in result["seconds"].items():
+        cells = [name]
+        for kind, value in times.items():
+            cells += [f"{value:.3f}", f"{value / base[kind]:.2f}"]
+        table.add_row(*cells)
+    console.print(table)
+    for key in (
+        "compact_target_over_target_cpt",
+        "step_target_over_target_cpt",
+        "hardened_over_target_cpt",
+        "dense_masked_over_dense",
+        "dense_masked_step_over_dense",
+        "gather_scale_share",
+    ):
+        console.print(f"{key:32} {result[key]:.3f}")
+    console.print(f"gather-scale: {result['gather_scale']}")

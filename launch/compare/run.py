@@ -1,0 +1,48 @@
+"""A comparison from its options to the table."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data.sources import find_files
+from launch.compare.config import CompareConfig
+from launch.compare.dead_units import dead_units_plan
+from launch.compare.losses import losses_plan
+from launch.compare.stages import StageMaker
+from launch.stages import Stages
+from launch.tasks import Task, run_tasks
+from trainer.files import require_writable, write_report
+from trainer.models.hf import load_config, resolve_model
+
+
+def run(config: CompareConfig) -> dict[str, Any] | None:
+    """Runs the stages that are not finished, prints the table and returns what --json writes.
+
+    An interrupted comparison prints the rows it has. Raises InputError before anything runs for
+    options that cannot work with the source or the input, and at the end for stages that failed.
+    """
+    source = load_config(resolve_model(config.source, weights=False, option="--source"))
+    if config.json is not None:
+        require_writable(Path(config.json), "--json")
+    find_files(config.input)
+    maker = StageMaker(config)
+    plan = dead_units_plan(maker, source) if config.dead_units else losses_plan(maker, source)
+    done: set[str] = set()
+    results: dict[str, Any] | None = None
+
+    def finished(task: Task) -> None:
+        nonlocal results
+        done.add(task.name)
+        # A finished run needs none, and they are the largest thing it leaves.
+        shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
+        results = plan.results(done)
+        if config.json is not None and results is not None:
+            write_report(Path(config.json), results)
+
+    stages = Stages(maker.output, number=len(plan.tasks))
+    try:
+        run_tasks(plan.tasks, stages, jobs=config.jobs, running=maker.running, finished=finished)
+    finally:
+        if results is not None:
+            plan.show(results)
+    return results

@@ -1,0 +1,150 @@
+"""The stages of a comparison as commands: text, tokens, pruning, training, measuring."""
+
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.compare.config import CompareConfig, Method
+from launch.compare.text import split_documents
+from launch.stages import ROOT, command, python
+from launch.tasks import Task
+
+EVALUATION = "evaluation.json"
+"""File of held-out losses in the folder of a measuring stage."""
+
+
+class StageMaker:
+    """Makes the tasks of a comparison; a task's name is its folder below the output folder.
+
+    Settings leave out where outputs lie and how many threads work, so that neither makes a finished
+    stage run again.
+    """
+
+    def __init__(self, config: CompareConfig) -> None:
+        self.config = config
+        self.output = Path(config.output)
+        self.running: set[subprocess.Popen[bytes]] = set()
+        """Processes of the stages that are at work."""
+        self.threads: list[object] = []
+        if config.threads is not None or config.jobs > 1:
+            self.threads = ["--threads", config.threads or 1]
+
+    def inputs(self) -> list[Task]:
+        """Text, split by document, and its tokens."""
+        config = self.config
+        documents = (config.held_out_documents, config.train_documents)
+        text = self._task(
+            "text",
+            settings={"input": config.input, "domains": config.domains, "documents": documents},
+            action=lambda: split_documents(
+                config.input, config.domains, *documents, self.output / "text"
+            ),
+        )
+        tokens = self._task(
+            "tokens",
+            settings={"seq_len": config.seq_len, "source": config.source},
+            after=("text",),
+            action=self._tokenize,
+        )
+        return [text, tokens]
+
+    def measure(self, name: str, model: Task | None, kind: str) -> Task:
+        """Held-out losses of a finished run, or of the source."""
+        config = self.config
+        folder = config.source if model is None else model.folder
+        flags = ["--split", "train", "--seq-len", config.seq_len, "--sequences", config.sequences]
+        flags += ["--precision", config.precision]
+        words = ["-m", "launch.evaluate", "--model", folder, *flags]
+        words += ["--data", self.output / "tokens" / "held_out"]
+        words += ["--json", self.output / name / EVALUATION]
+        return self._task(
+            name,
+            kind=kind,
+            settings={"flags": flags},
+            after=("tokens",) if model is None else ("tokens", model.name),
+            action=lambda: self._command(name, words, EVALUATION),
+        )
+
+    def shear(self, name: str, target: str, method: Method, seed: int, kind: str) -> Task:
+        """A run of pruner.shear to the shape `target`."""
+        config = self.config
+        flags = ["--target", target, "--steps", method.shear_steps, "--lr", config.shear_lr]
+        # A fixed mixture steers towards no losses, so measuring them would be lost time.
+        flags += [*self._training_flags(seed), "--reference-sequences", 1]
+        flags += ["--no-activation-checkpointing"]
+        flags += [word.replace("{seed}", str(seed)) for word in method.shear_flags]
+        words = ["-m", "pruner.shear", "--source", config.source, *flags]
+        return self._training_task(name, words, flags, "tokens", "shear.json", kind)
+
+    def train(self, name: str, pruned: Task, method: Method, seed: int, kind: str) -> Task:
+        """Continued pre-training of a pruned model, or from scratch in its shape."""
+        config = self.config
+        rate = config.random_lr if method.random else config.cpt_lr
+        flags = ["--steps", config.steps - method.shear_steps, "--lr", rate]
+        flags += self._training_flags(seed)
+        flags += ["--init", "random"] if method.random else []
+        flags += [word.replace("{seed}", str(seed)) for word in method.cpt_flags]
+        words = [ROOT / "launch" / "cpt.py", "--model", pruned.folder, *flags]
+        return self._training_task(name, words, flags, pruned.name, "cpt.json", kind)
+
+    def _training_task(
+        self,
+        name: str,
+        words: Sequence[object],
+        flags: Sequence[object],
+        after: str,
+        report: str,
+        kind: str,
+    ) -> Task:
+        words = [*words, "--data", self.output / "tokens" / "train"]
+        words += ["--output", self.output / name]
+        return self._task(
+            name,
+            kind=kind,
+            settings={"flags": flags},
+            after=(after,),
+            action=lambda: self._command(name, words, report),
+        )
+
+    def _task(
+        self,
+        name: str,
+        *,
+        settings: Mapping[str, Any],
+        action: Callable[[], None],
+        after: tuple[str, ...] = (),
+        kind: str = "",
+    ) -> Task:
+        return Task(name, kind or name, settings, after, self.output / name, action)
+
+    def _training_flags(self, seed: int) -> list[object]:
+        config = self.config
+        return [
+            *("--seq-len", config.seq_len, "--global-batch", config.batch),
+            *("--micro-batch", config.batch, "--warmup-ratio", 0.1),
+            *("--precision", config.precision, "--mixture", "fixed"),
+            *("--domain-weights", config.domain_weights, "--eval-sequences", 0, "--seed", seed),
+        ]
+
+    def _tokenize(self) -> None:
+        for part in ("train", "held_out"):
+            words: list[object] = ["-m", "data.tokenize", "--tokenizer", self.config.source]
+            words += ["--input", self.output / "text" / f"{part}.jsonl.zst"]
+            words += ["--output", self.output / "tokens" / part]
+            words += ["--seq-len", self.config.seq_len]
+            words += ["--domain-field", "meta.domain", "--held-out", 0]
+            self._command("tokens", words, f"{part}/manifest.json", threads=False)
+
+    def _command(
+        self, name: str, words: Sequence[object], makes: str, *, threads: bool = True
+    ) -> None:
+        """Runs a stage's command without the user's own settings, which would change the numbers;
+        `makes` is a file in the stage's folder."""
+        command(
+            [python(), *words, *(self.threads if threads else ())],
+            makes=self.output / name / makes,
+            settings_file=self.output / "shorn.toml",
+            log=self.output / "logs" / f"{name.replace('/', '-')}.log",
+            running=self.running,
+        )

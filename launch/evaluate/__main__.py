@@ -1,0 +1,24 @@
+"""Held-out loss and perplexity per domain, and document perplexity of a text file.
+
+Under torchrun every rank holds the whole model and scores its share of the sequences.
+"""
+
+from data import cli
+from launch.evaluate.config import EvaluateConfig
+
+EXAMPLES = """
+python -m launch.evaluate --model runs/cpt --data runs/tokens
+python -m launch.evaluate --model runs/cpt --data runs/tokens --split train --sequences 16
+python -m launch.evaluate --model runs/cpt --text wikitext2_test.txt --window 2048 --json ppl.json
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = cli.parse(EvaluateConfig, section="evaluate", argv=argv, examples=EXAMPLES)
+    from launch.evaluate.run import run
+
+    run(config)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,231 @@
+"""What the output folders of runs tell about them, during the run and after it."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from data.errors import InputError
+from launch.demo.plots import first_step_on_target
+from pruner.history import FILE as HISTORY
+from pruner.history import decode_mask, read_records
+from pruner.shapes import Shape, config_of, parse_target, shape_of
+from pruner.units import OFF
+from trainer.identity import FILE as IDENTITY
+from trainer.identity import read_identity
+from trainer.models.config import ModelConfig
+
+COMMANDS = {"shear": "shear.json", "cpt": "cpt.json"}
+"""Commands whose runs can be shown, and the report that marks such a run as finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyState:
+    """Counts of one mask family, each row on its own."""
+
+    rows: int
+    units: int
+    target: int
+    """Units every row keeps at the end."""
+    current_target: float
+    alive: list[int]
+    """Units of each row whose mask is at least 0.99."""
+    kept: list[int]
+    """Units of each row whose mask is above 0."""
+
+    @property
+    def soft(self) -> int:
+        """Units that are kept but not alive."""
+        return sum(self.kept) - sum(self.alive)
+
+    @property
+    def settled(self) -> bool:
+        """Whether every row has its target alive and nothing else."""
+        return all(count == self.target for count in (*self.alive, *self.kept))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The content of one output folder."""
+
+    folder: Path
+    command: str
+    """A key of COMMANDS."""
+    identity: dict[str, Any]
+    """The content of run.json."""
+    metrics: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+    report: dict[str, Any] | None
+    """The command's own report; None while the run is not finished."""
+    model: ModelConfig
+    """The model that the run started from."""
+    target: Shape | None
+    """The shape that a shearing run makes."""
+    masks: dict[str, np.ndarray]
+    """The newest masks there are, [rows, columns] by family, in 0 .. 1."""
+    masks_step: int | None
+    """Completed steps when `masks` were recorded; None for those that were extracted."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return int(self.identity["steps"])
+
+    @property
+    def step(self) -> int:
+        """Completed steps that are on record."""
+        return max((int(r[-1]["step"]) for r in (self.metrics, self.history) if r), default=0)
+
+    @property
+    def written(self) -> float | None:
+        """When the metrics were last written, in seconds since 1970."""
+        path = self.folder / "metrics.jsonl"
+        return path.stat().st_mtime if path.exists() else None
+
+
+def read_run(folder: Path) -> Run:
+    """Reads an output folder. Raises InputError where there is none of a command in COMMANDS."""
+    advice = "name the --output folder of pruner.shear or launch/cpt.py"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; {advice}")
+    identity = read_identity(folder)
+    if identity is None:
+        raise InputError(f"{folder} holds no run (there is no {IDENTITY}); {advice}")
+    command = identity.get("command")
+    if command not in COMMANDS:
+        raise InputError(f"{folder} is a run of {command!r}, which has no page; {advice}")
+    try:
+        model = _model(identity)
+        report = _read_report(folder / COMMANDS[command])
+        history = read_records(folder / HISTORY) if command == "shear" else []
+        masks, step = _newest_masks(folder, report, history) if command == "shear" else ({}, None)
+        shape = parse_target(identity["target"], shape_of(model)) if command == "shear" else None
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder} cannot be read ({type(error).__name__}: {error}); it was written by another "
+            "version or is damaged: resume the run, or name another folder"
+        ) from error
+    metrics = read_records(folder / "metrics.jsonl")
+    return Run(folder, command, identity, metrics, history, report, model, shape, masks, step)
+
+
+def _model(identity: dict[str, Any]) -> ModelConfig:
+    names = [field.name for field in fields(ModelConfig)]
+    stored = {name: identity[f"model.{name}"] for name in names if f"model.{name}" in identity}
+    return ModelConfig(**stored)
+
+
+def _read_report(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
+
+
+def _newest_masks(
+    folder: Path, report: dict[str, Any] | None, history: list[dict[str, Any]]
+) -> tuple[dict[str, np.ndarray], int | None]:
+    path = folder / "masks.safetensors"
+    if report is not None and path.exists():
+        tensors = load_file(path)
+        return {n.removeprefix("z."): v for n, v in tensors.items() if n.startswith("z.")}, None
+    for record in reversed(history):
+        if "masks" in record:
+            masks = {name: decode_mask(entry) for name, entry in record["masks"].items()}
+            return masks, int(record["step"])
+    return {}, None
+
+
+def removed_layers(run: Run) -> list[int]:
+    """Layers without a place in the extracted model, which keeps every mask above 0; before there
+    is one, layers whose newest mask is at most OFF."""
+    if "layer" not in run.masks:
+        return []
+    limit = 0.0 if run.masks_step is None else OFF
+    return [int(index) for index in np.flatnonzero(run.masks["layer"][0] <= limit)]
+
+
+def family_states(run: Run) -> dict[str, FamilyState]:
+    """The newest counts of each family: those of the extracted model once there is one, else of the
+    last record; none for a run without either."""
+    if run.report is not None and "families" in run.report:
+        report = run.report
+        return {
+            name: FamilyState(
+                rows=family["rows"],
+                units=family["units"],
+                target=family["target"],
+                current_target=family["target"],
+                alive=report["alive"][name],
+                kept=report["kept"][name],
+            )
+            for name, family in report["families"].items()
+        }
+    if not run.history:
+        return {}
+    return {
+        name: FamilyState(
+            rows=family["rows"],
+            units=family["units"],
+            target=family["target"],
+            current_target=family["current_target"],
+            alive=family["alive"],
+            kept=family["nonzero"],
+        )
+        for name, family in run.history[-1]["families"].items()
+    }
+
+
+def parameters(run: Run) -> dict[str, int]:
+    """Parameters of the run's model ("source"), and of its "target" where it has one, with and
+    "_non_embedding" without embeddings."""
+    models = {"source": run.model}
+    if run.target is not None:
+        models["target"] = config_of(run.target, run.model)
+    counts = {}
+    for name, model in models.items():
+        counts[name] = model.num_parameters()
+        counts[f"{name}_non_embedding"] = model.num_parameters(embeddings=False)
+    return counts
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """The numbers at the head of the page, JSON-able; None where something is not known."""
+    last = run.metrics[-1] if run.metrics else {}
+    measured = [record["held_out"] for record in run.metrics if record.get("held_out")]
+    held_out = measured[-1] if measured else {}
+    result: dict[str, Any] = {
+        "folder": str(run.folder),
+        "command": run.command,
+        "finished": run.report is not None,
+        "step": run.step,
+        "steps": run.steps,
+        "tokens": last.get("tokens", 0),
+        "loss": last.get("loss"),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "held_out": {name: row["loss"] for name, row in held_out.items()},
+        "parameters": parameters(run),
+    }
+    if run.report is not None and run.report.get("tokens_per_second"):
+        result["tokens_per_second"] = run.report["tokens_per_second"]
+    return result | (_mask_facts(run) if run.command == "shear" else {})
+
+
+def _mask_facts(run: Run) -> dict[str, Any]:
+    states = family_states(run)
+    names = [name for name in states if run.metrics and f"alive_{name}_min" in run.metrics[-1]]
+    reached = names and all(state.current_target == state.target for state in states.values())
+    polarised = all(state.settled for state in states.values()) if states else None
+    return {
+        "source": asdict(shape_of(run.model)),
+        "target": asdict(run.target) if run.target else None,
+        "rule": run.identity.get("masks.rule"),
+        "polarised": run.report["polarised"] if run.report else polarised,
+        "kept_not_alive": {name: state.soft for name, state in states.items()},
+        "alive": {name: state.alive for name, state in states.items()},
+        "on_target_since_step": first_step_on_target(run.metrics, names) if reached else None,
+    }

@@ -1,0 +1,92 @@
+"""Options of a comparison: which methods and targets they name, and what is refused."""
+
+from typing import Any
+
+import pytest
+
+from data.errors import InputError
+from launch.compare.config import METHODS, TARGETS, CompareConfig, Method, methods_of, targets_of
+
+
+def configure(**options: Any) -> CompareConfig:
+    return CompareConfig(source="model", input=("text",), **options)
+
+
+def test_every_method_trains_for_the_same_number_of_steps() -> None:
+    config = configure(shear_steps=3, cpt_steps=4)
+    methods = {method.name: method for method in methods_of(config)}
+    assert tuple(methods) == METHODS and config.steps == 7
+    assert {name: method.shear_steps for name, method in methods.items()} == {
+        "ours": 3,
+        "paper": 3,
+        "blocks": 0,
+        "blocks+kl": 0,
+        "activation": 0,
+        "activation+kl": 0,
+        "magnitude": 0,
+        "random": 0,
+    }
+    assert methods["paper"].shear_flags == ("--rule", "paper")
+    published = ("--basis", "source", "--norm-scale", "live")
+    for name, start in (("activation+kl", "activation"), ("random", "activation")):
+        assert methods[name].prunes_as == start
+        assert methods[name].shear_flags == methods[start].shear_flags
+        assert methods[name].shear_flags == ("--init", "importance", *published)
+    taught = {name for name, method in methods.items() if "--teacher" in method.cpt_flags}
+    assert taught == {"blocks+kl", "activation+kl"}
+    assert methods["ours"].shear_flags == ("--lr", "0.0008")
+    assert methods["ours"].cpt_flags == ("--lr", "0.0008", "--warmup-ratio", "0.03")
+
+
+def test_variants_are_ours_with_other_flags() -> None:
+    variants = ("taylor=--init taylor", "late=--steps 2 --mask-lr 1|--lr 3e-4 --eps {seed}")
+    found = methods_of(configure(methods=(), variant=variants, shear_steps=5))
+    rate, after = ("--lr", "0.0008"), ("--lr", "0.0008", "--warmup-ratio", "0.03")
+    assert found == [
+        Method("taylor", 5, (*rate, "--init", "taylor"), after),
+        Method("late", 2, (*rate, "--mask-lr", "1"), (*after, "--lr", "3e-4", "--eps", "{seed}")),
+    ]
+    (joined,) = methods_of(configure(methods=(), variant=("late=--steps=0 --init=flat",)))
+    assert joined == Method("late", 0, (*rate, "--init=flat"), after)
+
+
+def test_targets_are_named_shapes() -> None:
+    found = targets_of(configure(targets=("half", "small=layers=2,hidden=24")))
+    assert found == {"half": TARGETS["half"], "small": "layers=2,hidden=24"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("best",)}, r"--methods best: unknown; known are ours, paper, blocks"),
+        ({"methods": ("ours", "ours")}, r"two methods are called 'ours'"),
+        ({"variant": ("paper=--init flat",)}, r"two methods are called 'paper'"),
+        ({"methods": ()}, r"no method to compare"),
+        ({"variant": ("taylor",)}, r"--variant 'taylor' is not NAME=FLAGS"),
+        ({"variant": ("a/b=--init flat",)}, r"is not NAME=FLAGS"),
+        ({"variant": ("x=--steps 40",)}, r"--steps 40 must be a number from 0 to 39"),
+        ({"variant": ("x=--steps",)}, r"--steps  must be a number"),
+        ({"variant": ("x=--steps=40",)}, r"--steps 40 must be a number from 0 to 39"),
+        ({"variant": ("x=--init flat|--steps 3",)}, r"give --steps N before the \| only"),
+        ({"variant": ("x=--seed 10{seed}",)}, r"--seed is the comparison's to set"),
+        ({"variant": ("x=|--global_batch=4",)}, r"--global-batch is the comparison's to set"),
+        ({"variant": ("x=--init 'flat",)}, r"--variant \"x=--init 'flat\": No closing quotation"),
+        ({"targets": ("params=10k",)}, r"--targets 'params=10k': budgets are resolved by pruner"),
+        ({"targets": ("a=speedup=2",)}, r"--targets 'speedup=2': budgets are resolved by pruner"),
+        ({"targets": ("third",)}, r"'third' is neither half nor quarter nor NAME=SIZES"),
+        ({"targets": ("half", "half=layers=2")}, r"the name 'half' is not usable, or given"),
+        ({"targets": ()}, r"no target"),
+        ({"seeds": ()}, r"--seeds \[\]"),
+        ({"seeds": (1, 1)}, r"--seeds \[1, 1\]"),
+        ({"sparsities": (0.5, 95.0)}, r"--sparsities 95.0: must lie between 0 and 1"),
+        ({"shear_steps": 0}, r"--shear-steps 0: must be at least 1"),
+        ({"jobs": 0}, r"--jobs 0"),
+        ({"seq_len": 1}, r"--seq-len 1: must be at least 2"),
+        ({"threads": 0}, r"--threads 0: must be at least 1"),
+        ({"cpt_lr": 0.0}, r"--cpt-lr 0.0: must be above 0 and finite"),
+        ({"random_lr": float("nan")}, r"--random-lr nan: must be above 0 and finite"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        configure(**options)

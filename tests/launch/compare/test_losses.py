@@ -1,0 +1,264 @@
+"""Rows of a comparison: what is planned, and that numbers are those of the stages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.errors import InputError
+from launch.compare.config import CompareConfig
+from launch.compare.losses import block_count, leads, losses_plan, print_results
+from launch.compare.stages import StageMaker
+from launch.tasks import Task
+from trainer.models.config import ModelConfig
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def source() -> ModelConfig:
+    return ModelConfig.from_hf(SMOLLM2)
+
+
+def maker(output: Path, **options: Any) -> StageMaker:
+    return StageMaker(CompareConfig(source="model", input=("t",), output=str(output), **options))
+
+
+def test_block_count_is_the_nearest_in_parameters(source: ModelConfig) -> None:
+    assert source.num_parameters(embeddings=False) == 106_203_456
+    block = 3_540_096
+    for layers in (1, 7, 29):
+        exact = layers * block + 576
+        assert block_count(source, exact) == layers
+        assert block_count(source, exact + block // 2 - 1) == layers
+    assert block_count(source, 14 * block + block // 2 + 577) == 15
+    assert block_count(source, 0) == 1
+    assert block_count(source, 10**9) == 29
+
+
+def test_plan_of_the_named_targets(
+    source: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = losses_plan(maker(tmp_path), source)
+    printed = capsys.readouterr().out
+    assert "half, blocks: 13 of 30 blocks, 46.02M (-1.0% of the target's)" in printed
+    assert "quarter, blocks: 7 of 30 blocks, 24.78M (+0.7% of the target's)" in printed
+    names = [task.name for task in plan.tasks]
+    assert len(set(names)) == len(names)
+    tasks = {task.name: task for task in plan.tasks}
+    for name, task in tasks.items():
+        assert set(task.after) <= tasks.keys() and task.folder == tmp_path / name
+    # What does not depend on the seed is pruned and measured once.
+    shears = [name for name in names if name.endswith("/shear")]
+    assert len(shears) == 2 * (2 * 3 + 3)
+    cpts = [name for name in names if name.endswith("/cpt")]
+    assert len(cpts) == 2 * 8 * 3
+    assert tasks["half/random/seed-1/cpt"].after == ("half/activation/shear",)
+    assert tasks["half/blocks+kl/seed-1/cpt"].after == ("half/blocks/shear",)
+    assert names.index("half/magnitude/seed-0/cpt") < names.index("half/ours/seed-1/shear")
+    flags = {
+        name: task.settings["flags"] for name, task in tasks.items() if "flags" in task.settings
+    }
+    for target, layers in (("half", 13), ("quarter", 7)):
+        blocks = f"layers={layers},hidden=576,heads=9,kv-heads=3,ffn=1536"
+        assert flags[f"{target}/blocks/shear"][1] == blocks
+
+
+def test_all_rows_train_on_equally_many_tokens(source: ModelConfig, tmp_path: Path) -> None:
+    variants = ("late=--steps 4", "once=--steps 0 --init taylor|--lr 1e-3")
+    plan = losses_plan(maker(tmp_path, variant=variants, seeds=(3,)), source)
+    settings = {task.name: list(task.settings.get("flags", ())) for task in plan.tasks}
+    for name, flags in settings.items():
+        if name.endswith("/cpt"):
+            (pruned,) = next(task.after for task in plan.tasks if task.name == name)
+            steps = [words[words.index("--steps") + 1] for words in (settings[pruned], flags)]
+            assert sum(steps) == 40, name
+            batch = [
+                words[words.index("--global-batch") + 1] for words in (settings[pruned], flags)
+            ]
+            assert batch == [8, 8]
+    assert settings["half/once/seed-3/cpt"][-2:] == ["--lr", "1e-3"]
+    assert settings["half/random/seed-3/cpt"][2:4] == ["--lr", 1e-3]
+    assert settings["half/random/seed-3/cpt"][-2:] == ["--init", "random"]
+
+
+def test_a_target_that_the_source_cannot_give_is_refused(
+    source: ModelConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="hidden=1000 is outside"):
+        losses_plan(maker(tmp_path, targets=("big=hidden=1000",)), source)
+
+
+def write_stages(plan_tasks: list[Any], losses: dict[str, tuple[float, float]]) -> None:
+    """What measuring and shearing stages would have written; `losses` by a part of their names."""
+    for task in plan_tasks:
+        task.folder.mkdir(parents=True, exist_ok=True)
+        for part, values in losses.items():
+            if part in task.name:
+                domains = dict(zip(("c4", "github"), ({"loss": v} for v in values), strict=True))
+                (task.folder / "evaluation.json").write_text(json.dumps({"domains": domains}))
+        report = {
+            "target_shape": {"layers": 24},
+            **spent(task),
+            "parameters": {"target_non_embedding": 46_469_808},
+            "kept_not_alive": {"hidden": 1, "layer": 2},
+        }
+        (task.folder / "shear.json").write_text(json.dumps(report))
+        (task.folder / "cpt.json").write_text(json.dumps(spent(task)))
+        taught = {"distill.weight": 0.9} if "/ours/" in task.name else {}
+        (task.folder / "run.json").write_text(json.dumps(taught))
+
+
+def spent(task: Task) -> dict[str, int]:
+    """Steps and tokens of a stage, from its command; a measuring one has none."""
+    flags = [str(word) for word in task.settings.get("flags", ())]
+    steps = int(flags[flags.index("--steps") + 1]) if "--steps" in flags else 0
+    return {"steps": steps, "tokens": steps * 8 * 256}
+
+
+def test_numbers_are_those_of_the_stages(
+    source: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = ("ours", "activation", "random")
+    options: dict[str, Any] = {"methods": methods, "targets": ("half",), "seeds": (0, 1)}
+    plan = losses_plan(maker(tmp_path, **options), source)
+    losses = {
+        "source": (3.0, 2.0),
+        "ours/seed-0/pruned": (6.0, 5.0),
+        "ours/seed-1/pruned": (6.5, 5.5),
+        "ours/seed-0/trained": (5.0, 4.0),
+        "ours/seed-1/trained": (5.2, 4.4),
+        "activation/pruned": (8.0, 7.0),
+        "activation/seed-0/trained": (5.3, 4.3),
+        "activation/seed-1/trained": (5.5, 4.5),
+        "random/seed-0/trained": (7.0, 7.0),
+    }
+    write_stages(plan.tasks, losses)
+    done = {task.name for task in plan.tasks if "random/seed-1" not in task.name}
+    assert plan.results({"source"}) is None
+    results = plan.results(done)
+    assert results is not None
+    assert results["tokens"] == 40 * 8 * 256 and results["missing_rows"] == 1
+    assert results["source_held_out"] == {"c4": 3.0, "github": 2.0, "all": 2.5}
+    rows = {(row["method"], row["seed"]): row for row in results["rows"]}
+    assert len(rows) == 5
+    assert rows["ours", 1]["pruned"] == {"c4": 6.5, "github": 5.5, "all": 6.0}
+    assert rows["activation", 0]["pruned"] == rows["activation", 1]["pruned"]
+    assert rows["random", 0]["pruned"] is None and rows["random", 0]["kept_not_alive"] is None
+    assert (rows["ours", 0]["shear_steps"], rows["ours", 0]["cpt_steps"]) == (16, 24)
+    assert (rows["random", 0]["shear_steps"], rows["random", 0]["cpt_steps"]) == (0, 40)
+    assert {row["tokens"] for row in results["rows"]} == {results["tokens"]}
+    weights = {row["method"]: row["distill_weight"] for row in results["rows"]}
+    assert weights == {"ours": 0.9, "activation": 0.0, "random": 0.0}
+    ours, activation, random = results["summary"]
+    assert ours["trained"]["c4"] == {"mean": pytest.approx(5.1), "min": 5.0, "max": 5.2}
+    assert activation["pruned"]["c4"] == {"mean": 8.0, "min": 8.0, "max": 8.0}
+    assert ours["kept_not_alive"] == [3, 3] and random["pruned"] == {}
+    by_domain = {lead["domain"]: lead for lead in results["leads"]}
+    assert by_domain["c4"]["lower_by"] == pytest.approx(0.3) and by_domain["c4"]["beyond_spread"]
+    assert by_domain["github"]["lower_by"] == pytest.approx(0.2)
+    assert not by_domain["github"]["beyond_spread"]
+    assert by_domain["all"]["best_other"] == "activation"
+    capsys.readouterr()
+    plan.show(results)
+    table = capsys.readouterr().out
+    assert "5.100 (5.00..5.20)" in table and "8.000 (8.00)" in table
+    assert "1 rows are not finished" in table
+    assert "c4: ours is 0.300 below the best other, activation, more than the spread" in table
+
+
+def test_rows_of_other_lengths_are_refused(source: ModelConfig, tmp_path: Path) -> None:
+    plan = losses_plan(maker(tmp_path, methods=("ours",), targets=("half",), seeds=(0,)), source)
+    write_stages(plan.tasks, {"": (1.0, 1.0)})
+    done = {task.name for task in plan.tasks}
+    assert plan.results(done) is not None
+    report = tmp_path / "half/ours/seed-0/cpt/cpt.json"
+    report.write_text(json.dumps({"steps": 24, "tokens": 12 * 8 * 256}))
+    with pytest.raises(InputError, match=r"took 40 steps and 57,344 tokens.* 40 and 81,920: del"):
+        plan.results(done)
+
+
+def test_blocks_of_a_source_with_one_are_refused(tmp_path: Path) -> None:
+    source = ModelConfig.from_hf(SMOLLM2 | {"num_hidden_layers": 1})
+    sizes = "small=hidden=432,heads=6,kv-heads=2"
+    with pytest.raises(
+        InputError, match=r"--methods blocks: model has a single block.*ours paper a"
+    ):
+        losses_plan(maker(tmp_path, targets=(sizes,)), source)
+
+
+def lead_rows(method: str, losses: dict[int, float]) -> list[dict[str, Any]]:
+    return [
+        {"target": "half", "method": method, "seed": seed, "trained": {"all": loss}}
+        for seed, loss in losses.items()
+    ]
+
+
+def test_leads_compare_the_seeds_that_both_have() -> None:
+    ours = lead_rows("ours", {0: 2.0, 1: 3.0, 2: 1.0})
+    (lead,) = leads(ours + lead_rows("paper", {1: 2.5, 2: 2.0, 7: 0.5}))
+    assert lead["seeds"] == [1, 2] and lead["lower_by"] == 0.25 and lead["beyond_spread"] is False
+    (lead,) = leads(ours + lead_rows("paper", {0: 4.0, 1: 3.5}))
+    assert lead["lower_by"] == 1.25 and lead["beyond_spread"] is True
+    (lead,) = leads(ours + lead_rows("paper", {0: 1.0, 1: 1.5}))
+    assert lead["lower_by"] == -1.25 and lead["beyond_spread"] is True
+    (lead,) = leads(ours + lead_rows("paper", {0: 1.5}) + lead_rows("random", {0: 9.0, 1: 9.0}))
+    assert lead["best_other"] == "paper" and lead["lower_by"] == -0.5
+    assert lead["beyond_spread"] is None
+    assert leads(ours + lead_rows("paper", {8: 1.0})) == []
+
+
+def test_leads_are_printed_with_their_side(capsys: pytest.CaptureFixture[str]) -> None:
+    lead = {"target": "half", "domain": "all", "best_other": "paper"}
+    spread = {"all": {"mean": 1.0, "min": 1.0, "max": 1.0}}
+    entry = {"target": "half", "method": "ours", "non_embedding_parameters": 1}
+    results = {
+        "source_held_out": {"all": 1.0},
+        "source_non_embedding_parameters": 1,
+        "targets": {"half": "layers=1"},
+        "summary": [entry | {"kept_not_alive": [], "pruned": {}, "trained": spread}],
+        "leads": [
+            lead | {"lower_by": -0.066, "beyond_spread": None},
+            lead | {"lower_by": -0.5, "beyond_spread": True},
+        ],
+        "missing_rows": 0,
+    }
+    print_results(results)
+    printed = capsys.readouterr().out
+    assert "all: ours is 0.066 above the best other, paper, one seed: no spread" in printed
+    assert "0.500 above the best other, paper, more than the spread over seeds" in printed
+
+
+def test_leads_need_ours_and_another() -> None:
+    ours = lead_rows("ours", {0: 1.0})
+    assert leads(ours) == [] and leads(lead_rows("paper", {0: 1.0})) == []
+    assert leads(ours + lead_rows("taylor", {0: 1.0})) == []
+    elsewhere = [row | {"target": "quarter"} for row in lead_rows("paper", {0: 1.0})]
+    assert leads(ours + elsewhere) == []
+
+
+def test_nothing_is_printed_of_a_target_without_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    print_results(
+        {
+            "source_held_out": {"all": 1.0},
+            "source_non_embedding_parameters": 1,
+            "targets": {"half": "layers=1"},
+            "summary": [],
+            "leads": [],
+            "missing_rows": 0,
+        }
+    )
+    assert capsys.readouterr().out == ""

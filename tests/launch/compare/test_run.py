@@ -1,0 +1,158 @@
+"""A whole comparison of a tiny model, its stages run in this process; resumed and extended."""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.errors import InputError
+from launch import tasks
+from launch.compare import stages as comparison_stages
+from launch.compare.config import CompareConfig
+from launch.compare.run import run
+from tests.factories import write_documents, write_model
+
+SIZES = "layers=2,hidden=24,heads=2,kv-heads=1,ffn=24"
+
+
+class Inline:
+    """An executor that does the work in the thread it is given in."""
+
+    def __init__(self, jobs: int) -> None:
+        assert jobs == 1
+
+    def __enter__(self) -> "Inline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
+        future: Future[None] = Future()
+        try:
+            function(*arguments)
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modules that stages run, here instead of in processes of their own."""
+    ran: list[str] = []
+
+    def command(words: Sequence[object], *, makes: Path, **_: object) -> None:
+        line = [str(word) for word in words[1:]]
+        module = line[1] if line[0] == "-m" else "launch.cpt"
+        ran.append(module)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [module, *line[line.index(line[1]) + 1 :]])
+            if module == "launch.cpt":
+                patch.setattr(sys, "argv", line)
+                runpy.run_path(line[0], run_name="__main__")
+            else:
+                patch.delitem(sys.modules, module, raising=False)
+                runpy.run_module(module, run_name="__main__")
+        assert makes.exists()
+
+    monkeypatch.setattr(comparison_stages, "command", command)
+    monkeypatch.setattr(tasks, "ThreadPoolExecutor", Inline)
+    return ran
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Callable[..., CompareConfig]:
+    model = write_model(tmp_path / "model", num_hidden_layers=3)
+    text = write_documents(tmp_path / "text.jsonl", number=12)
+
+    def make(**options: Any) -> CompareConfig:
+        paths = {"input": (str(text),), "json": str(tmp_path / "out.json")}
+        sizes: dict[str, Any] = {"held_out_documents": 3, "train_documents": 9, "sequences": 2}
+        sizes |= {"seq_len": 32, "batch": 2, "shear_steps": 2, "cpt_steps": 2, "threads": 1}
+        return CompareConfig(
+            source=str(model),
+            output=str(tmp_path / "out"),
+            domain_weights="alpha=0.5,beta=0.5",
+            precision="fp32",
+            **({"targets": (f"small={SIZES}",), "seeds": (0,)} | sizes | paths | options),
+        )
+
+    return make
+
+
+def held_out(folder: Path) -> dict[str, float]:
+    domains = json.loads((folder / "evaluation.json").read_text())["domains"]
+    return {name: values["loss"] for name, values in domains.items()}
+
+
+def test_a_comparison_runs_resumes_and_grows(
+    commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
+) -> None:
+    methods = ("ours", "blocks", "random")
+    results = run(configure(methods=methods, variant=("once=--steps 0 --init taylor",)))
+    assert results is not None and json.loads((tmp_path / "out.json").read_text()) == results
+    rows = {row["method"]: row for row in results["rows"]}
+    assert set(rows) == {*methods, "once"}
+    small = tmp_path / "out" / "small"
+    for name, row in rows.items():
+        trained = held_out(small / name / "seed-0" / "trained")
+        assert {domain: row["trained"][domain] for domain in trained} == trained
+        assert row["shear_steps"] + row["cpt_steps"] == 4 and row["tokens"] == 4 * 2 * 32
+    assert rows["blocks"]["shape"]["hidden"] == 32 and rows["blocks"]["shape"]["layers"] == 1
+    assert rows["ours"]["pruned"]["alpha"] == held_out(small / "ours/seed-0/pruned")["alpha"]
+    assert rows["random"]["non_embedding_parameters"] == rows["ours"]["non_embedding_parameters"]
+    assert not list(tmp_path.glob("out/**/checkpoints"))
+
+    commands.clear()
+    again = run(configure(methods=methods, variant=("once=--steps 0 --init taylor",)))
+    assert again == results and commands == []
+
+    run(configure(methods=(*methods, "activation"), threads=None))
+    # The one-shot model is there already, because the random one has its shape.
+    assert commands == ["launch.evaluate", "launch.cpt", "launch.evaluate"]
+
+    commands.clear()
+    run(configure(methods=("blocks",), seeds=(0, 1)))
+    assert commands == ["launch.cpt", "launch.evaluate"]
+
+    commands.clear()
+    run(configure(methods=("ours",), cpt_steps=3))
+    assert commands == ["launch.cpt", "launch.evaluate"]
+
+
+def test_what_cannot_work_is_refused_before_any_stage(
+    commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    refused: dict[str, dict[str, Any]] = {
+        r"--input '/nowhere/\*.zst' matches no files": {"input": ("/nowhere/*.zst",)},
+        r"--json .*folder is a folder": {"json": str(tmp_path / "folder")},
+        r"--targets odd: hidden size 23 is not a multiple": {"targets": ("odd=hidden=23",)},
+        r"--sparsities 0.001: target .* is the source's own": {
+            "dead_units": True,
+            "sparsities": (0.001,),
+        },
+    }
+    for message, options in refused.items():
+        with pytest.raises(InputError, match=message):
+            run(configure(**options))
+    assert commands == [] and not (tmp_path / "out").exists()
+
+
+def test_dead_units_of_both_rules(
+    commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
+) -> None:
+    results = run(configure(dead_units=True, sparsities=(0.5,), shear_steps=4))
+    assert results is not None
+    assert commands == ["data.tokenize"] * 2 + ["pruner.shear"] * 2
+    projection, paper = results["rows"]
+    assert projection["polarised"] and sum(projection["kept_not_alive"].values()) == 0
+    assert projection["kept"] == projection["alive"] == paper["kept"]
+    report = json.loads((tmp_path / "out/dead-units/50/paper/seed-0/shear.json").read_text())
+    assert paper["alive"] == report["alive"]

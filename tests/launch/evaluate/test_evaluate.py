@@ -1,0 +1,124 @@
+"""`python -m launch.evaluate`: its numbers are transformers' own; what it cannot do it refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.errors import InputError
+from data.reader import TokenReader
+from launch.evaluate.__main__ import main
+from tests.factories import write_model, write_tokens
+
+
+def transformers_loss(folder: Path, ids: torch.Tensor) -> tuple[float, int]:
+    """Mean next-token loss over all positions of ids [n, L], and the number of targets."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(ids).logits.double()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return loss.item(), ids[:, 1:].numel()
+
+
+def test_held_out_losses_equal_transformers(
+    tmp_path: Path, tiny_model: Path, tiny_tokens: Path
+) -> None:
+    result_file = tmp_path / "out" / "result.json"
+    arguments = ["--model", str(tiny_model), "--data", str(tiny_tokens), "--seq-len", "32"]
+    main([*arguments, "--sequences", "3", "--batch", "2", "--json", str(result_file)])
+    result = json.loads(result_file.read_text())
+    reader = TokenReader(tiny_tokens, 32, split="held_out")
+    assert sorted(result["domains"]) == ["alpha", "beta"]
+    total, count = 0.0, 0
+    for domain, row in result["domains"].items():
+        rows = torch.arange(min(3, reader.sizes[domain])).numpy()
+        loss, targets = transformers_loss(tiny_model, torch.from_numpy(reader.read(domain, rows)))
+        assert row["tokens"] == targets
+        assert row["loss"] == pytest.approx(loss, rel=1e-5)
+        assert row["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+        total, count = total + loss * targets, count + targets
+    assert result["overall"]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert result["overall"]["tokens"] == count
+
+
+def test_document_is_scored_with_the_stated_window_and_bos(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "the shape of a model is a contract. ähnlich! " * 3
+    file = tmp_path / "document.txt"
+    file.write_text(text, encoding="utf-8")
+    result_file = tmp_path / "result.json"
+    arguments = ["--model", str(tiny_model), "--text", str(file), "--window", "64"]
+    main([*arguments, "--bos", "every", "--json", str(result_file)])
+    score = json.loads(result_file.read_text())["text"]
+    # The byte-level tokenizer has one id per byte.
+    tokens = len(text.encode())
+    assert score["tokens"] == score["targets"] == score["bytes"] == tokens
+    assert (score["window"], score["stride"], score["bos"]) == (64, None, "every")
+    assert score["perplexity"] == pytest.approx(math.exp(score["nll"] / tokens))
+    assert score["bits_per_byte"] == pytest.approx(score["nll"] / tokens / math.log(2))
+    shown = capsys.readouterr().out
+    assert "one in front of every window" in shown
+    assert "windows of 64 side by side" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--data TOKENS, --text FILE"),
+        (["--text", "missing.txt"], "missing.txt"),
+        (["--data", "TOKENS", "--seq-len", "512"], "512"),
+        (["--data", "TOKENS", "--seq-len", "1"], "--seq-len 1"),
+        (["--text", "TEXT", "--window", "512"], "at most 256 positions"),
+        (["--text", "TEXT", "--window", "64", "--bos", "yes", "--stride", "64"], "--stride 64"),
+        (["--text", "SHORT", "--window", "64"], "nothing to predict"),
+        (["--data", "TOKENS", "--seq-len", "32", "--json", "FOLDER"], "is a folder"),
+        (["--data", "DAMAGED", "--seq-len", "32"], "alpha"),
+    ],
+)
+def test_impossible_requests_are_refused_before_weights_load(
+    tmp_path: Path, tiny_model: Path, tiny_tokens: Path, arguments: list[str], message: str
+) -> None:
+    text, short = tmp_path / "text.txt", tmp_path / "short.txt"
+    text.write_text("some text that is long enough to score " * 5)
+    short.write_text("a")
+    known = {"TOKENS": tiny_tokens, "TEXT": text, "SHORT": short, "FOLDER": tmp_path}
+    if "DAMAGED" in arguments:
+        damage(tiny_tokens, "alpha")
+        known["DAMAGED"] = tiny_tokens
+    (tiny_model / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(InputError, match=message):
+        main(["--model", str(tiny_model), *(str(known.get(word, word)) for word in arguments)])
+
+
+def test_a_bos_the_tokenizer_lacks_is_refused_before_weights_load(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    settings = tiny_model / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": None}))
+    (tiny_model / "model.safetensors").write_bytes(b"not weights")
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    with pytest.raises(InputError, match="no BOS token; use --bos no"):
+        main(["--model", str(tiny_model), "--text", str(text), "--bos", "yes", "--window", "64"])
+
+
+def damage(tokens: Path, domain: str) -> None:
+    """Flip one byte in the held-out shard of `domain`."""
+    file = next(
+        path for path in tokens.rglob("*.bin") if "held" in str(path) and domain in str(path)
+    )
+    content = bytearray(file.read_bytes())
+    content[10] ^= 1
+    file.write_bytes(content)
+
+
+def test_tokens_of_a_larger_vocabulary_are_refused(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    tokens = write_tokens(tmp_path / "tokens", tiny_tokenizer)
+    model = write_model(tmp_path / "small", vocab_size=100)
+    with pytest.raises(InputError, match="100"):
+        main(["--model", str(model), "--data", str(tokens), "--seq-len", "32"])

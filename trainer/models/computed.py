@@ -1,0 +1,168 @@
+"""Which units a masked forward pass has to compute: those whose mask is not zero."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.models.config import ModelConfig
+
+
+class LayerUnits(NamedTuple):
+    """The units of one block that are computed, ascending int64 indices; None means all."""
+
+    queries: Tensor | None = None
+    """[h * head_dim] channels of query heads; every computed KV head has equally many heads."""
+    keys: Tensor | None = None
+    """[k * head_dim] channels of the KV heads they read."""
+    fused: Tensor | None = None
+    """[3 h * head_dim] rows of those heads in a matrix that fuses query, key and value."""
+    channels: Tensor | None = None
+    """[f] feed-forward channels."""
+    skipped: bool = False
+    """The block's own mask is 0: it passes its input on."""
+
+
+ALL_UNITS = LayerUnits()
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedUnits:
+    """The units of a model that are computed."""
+
+    hidden: Tensor | None
+    """[m] int64 residual dimensions; None: all."""
+    layers: list[LayerUnits]
+
+
+def find_computed_units(
+    masks: Mapping[str, Tensor], config: ModelConfig, multiple: int
+) -> ComputedUnits:
+    """Live units (z > 0) of the masks hidden [d], layer [L], head [L, H] and intermediate [L, F],
+    as far as present.
+
+    Dead units pad the dimensions and channels to multiples of `multiple`, and the heads so that
+    every KV head with a live query head keeps equally many. At least one unit of each kind is
+    computed. One transfer from the masks' device and one to it.
+    """
+    if not masks:
+        return ComputedUnits(None, [ALL_UNITS] * config.num_layers)
+    alive = _to_host(masks)
+    upload = _Upload(next(iter(masks.values())).device)
+    hidden = alive.get("hidden")
+    upload.add("hidden", None if hidden is None else padded_units(hidden, multiple))
+    skipped = ~alive.get("layer", np.ones(config.num_layers, dtype=bool))
+    for index in range(config.num_layers):
+        if skipped[index]:
+            continue
+        if "head" in alive:
+            chosen = computed_heads(alive["head"][index], config.num_kv_heads)
+            if chosen is not None:
+                heads, groups = chosen
+                upload.add(f"{index}.queries", expand(heads, config.head_dim))
+                if config.fused_qkv:
+                    upload.add(f"{index}.fused", expand(heads, 3 * config.head_dim))
+                else:
+                    upload.add(f"{index}.keys", expand(groups, config.head_dim))
+        if "intermediate" in alive:
+            channels = padded_units(alive["intermediate"][index], multiple)
+            upload.add(f"{index}.channels", channels)
+    found = upload.send()
+    layers = [
+        LayerUnits(
+            queries=found.get(f"{index}.queries"),
+            keys=found.get(f"{index}.keys"),
+            fused=found.get(f"{index}.fused"),
+            channels=found.get(f"{index}.channels"),
+            skipped=bool(skipped[index]),
+        )
+        for index in range(config.num_layers)
+    ]
+    return ComputedUnits(found.get("hidden"), layers)
+
+
+def padded_units(alive: np.ndarray, multiple: int) -> np.ndarray | None:
+    """Indices of the live units [F] and of as many dead ones, the first, as make the number a
+    positive multiple of `multiple`; None when that is all of them."""
+    live = np.flatnonzero(alive)
+    count = max(1, -(-len(live) // multiple)) * multiple
+    if count >= len(alive):
+        return None
+    dead = np.flatnonzero(~alive)[: count - len(live)]
+    return np.sort(np.concatenate([live, dead]))
+
+
+def computed_heads(alive: np.ndarray, kv_heads: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """(query heads, KV heads) to compute of the live query heads [H]; None when that is all.
+
+    KV heads without a live query head are left out; the others keep as many query heads as the
+    fullest of them has live.
+    """
+    grouped = alive.reshape(kv_heads, -1)
+    counts = grouped.sum(1)
+    groups = np.flatnonzero(counts) if counts.any() else np.array([0])
+    size = max(1, int(counts.max()))
+    if size * len(groups) == len(alive):
+        return None
+    # A stable sort puts the live heads of a group first, in order.
+    own = np.sort(np.argsort(~grouped[groups], axis=1, kind="stable")[:, :size], axis=1)
+    return (groups[:, None] * grouped.shape[1] + own).ravel(), groups
+
+
+def expand(heads: np.ndarray, width: int) -> np.ndarray:
+    """Indices of all channels of `heads`, each `width` wide."""
+    return (heads[:, None] * width + np.arange(width)).ravel()
+
+
+def computed_flops(config: ModelConfig, live: ComputedUnits, seq_len: int, causal: bool) -> float:
+    """Forward plus backward FLOPs of one token through the units of `live`, in the conventions of
+    ModelConfig.flops_per_token."""
+    width = config.hidden_size if live.hidden is None else len(live.hidden)
+    head = 6.0 * config.vocab_size * width
+    total = head
+    for units in live.layers:
+        if units.skipped:
+            continue
+        keys_of = units.keys if units.fused is None else units.queries
+        kept = (units.queries, keys_of, units.channels)
+        queries, keys, channels = (None if index is None else len(index) for index in kept)
+        block = replace(
+            config,
+            num_layers=1,
+            hidden_size=width,
+            num_heads=(queries or config.query_size) // config.head_dim,
+            num_kv_heads=(keys or config.kv_size) // config.head_dim,
+            intermediate_size=channels or config.intermediate_size,
+        )
+        total += block.flops_per_token(seq_len, causal) - head
+    return total
+
+
+def _to_host(masks: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    # Not z > 0: a NaN must reach the loss, where it is noticed.
+    joined = torch.cat([~(z.detach() <= 0).flatten() for z in masks.values()]).cpu().numpy()
+    ends = np.cumsum([z.numel() for z in masks.values()])
+    parts = np.split(joined, ends[:-1])
+    return {name: part.reshape(masks[name].shape) for name, part in zip(masks, parts, strict=True)}
+
+
+class _Upload:
+    """Index arrays collected by name and sent to the device in one piece."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, array: np.ndarray | None) -> None:
+        if array is not None:
+            self.arrays[name] = array
+
+    def send(self) -> dict[str, Tensor]:
+        if not self.arrays:
+            return {}
+        joined = torch.from_numpy(np.concatenate(list(self.arrays.values())).astype(np.int64))
+        parts = joined.to(self.device).split([len(array) for array in self.arrays.values()])
+        return dict(zip(self.arrays, parts, strict=True))
