@@ -1,14 +1,13 @@
 """Global batches split over ranks."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from data.cli import rank as process_rank
 from data.errors import InputError
+from data.log import logger
 from data.reader import TokenReader
 from data.sampler import DomainSampler
 
@@ -112,12 +111,10 @@ class BatchStream:
     def _announce_epochs(self) -> None:
         epochs = self.epochs
         for domain, epoch in epochs.items():
-            if epoch > self._announced[domain] and self.rank == 0 and process_rank() == 0:
+            if epoch > self._announced[domain] and self.rank == 0:
                 size = self.reader.sizes[domain]
-                print(
-                    f"domain {domain} starts epoch {epoch + 1} ({size:,} samples per epoch)",
-                    file=sys.stderr,
-                    flush=True,
+                logger.warning(
+                    f"domain {domain} starts epoch {epoch + 1} ({size:,} samples per epoch)"
                 )
         self._announced = epochs
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.errors import InputError
+from data.machine import rank
 
 T = TypeVar("T")
 
@@ -115,24 +116,6 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _exit_at_once(0)
-
-
-def rank() -> int:
-    """This process's rank in the group its launcher started; 0 without a launcher."""
-    return int(os.environ.get("RANK") or 0)
-
-
-def available_cores() -> int:
-    """CPU cores this process may use; all of the machine's where the system does not tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def warn(message: str) -> None:
-    """Prints a warning once, on rank 0."""
-    if rank() == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _has_process_group() -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.errors import InputError
+from data.files import sync_folder, write_text
 from data.manifest import (
     DTYPES,
     FILE_NAME,
@@ -32,8 +33,6 @@ from data.manifest import (
     ShardRecord,
     differences,
     dtype_for,
-    sync_directory,
-    write_atomic,
 )
 from data.progress import Progress
 from data.sources import AUTO
@@ -219,7 +218,7 @@ class Job:
                 self._clear()
         for leftover in self.partial.rglob("*.tmp"):
             leftover.unlink(missing_ok=True)
-        write_atomic(path, json.dumps(self.arguments))
+        write_text(path, json.dumps(self.arguments))
 
     def _clear(self) -> None:
         for entry in self.partial.iterdir():
@@ -328,7 +327,7 @@ class Job:
             if source.exists():
                 source.replace(target)
         (self.partial / FILE_NAME).replace(self.output / FILE_NAME)
-        sync_directory(self.output)
+        sync_folder(self.output)
         shutil.rmtree(self.partial / REPORTS)
 
     def _tidy(self) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data.errors import InputError
+from data.files import write_json
 
 VERSION = 1
 FILE_NAME = "manifest.json"
@@ -112,7 +112,7 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """Writes the manifest atomically."""
-        write_atomic(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest":
@@ -190,29 +190,6 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         if ours != other:
             lines.append(f"{key}: {_shorten(other)} there, {_shorten(ours)} now")
     return lines
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file so that it is either complete or absent."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Makes renames in `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _plain(record: TokenizerRecord | ShardRecord) -> dict[str, Any]:

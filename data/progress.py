@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from data.cli import rank
+from data.machine import rank
 
 T = TypeVar("T")
 

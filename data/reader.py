@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cli import warn
 from data.errors import InputError
+from data.log import logger
 from data.manifest import HELD_OUT, TRAIN, Manifest
 from data.shards import OpenShards, ShardReader, Verify, allow_open_files
 
@@ -50,7 +50,7 @@ class TokenReader:
                 f"{directory} (tokens: {counts}); use a shorter seq_len or tokenize more text"
             )
         if short:
-            warn(
+            logger.warning(
                 f"left out of the {split} split, shorter than one sample of {seq_len:,} tokens: "
                 f"{counts}"
             )

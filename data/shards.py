@@ -20,7 +20,8 @@ from typing import IO, Literal
 import numpy as np
 
 from data.errors import InputError
-from data.manifest import DTYPES, ShardRecord, sync_directory
+from data.files import sync_folder
+from data.manifest import DTYPES, ShardRecord
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
@@ -90,7 +91,7 @@ class ShardWriter:
                 _finish(file)
         for suffix in SUFFIXES:
             self._temporary(suffix).replace(self._final(suffix))
-        sync_directory(self._final(".bin").parent)
+        sync_folder(self._final(".bin").parent)
         return ShardRecord(
             path=self._path,
             tokens=sum(self._lengths),

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from data.errors import InputError
-from data.manifest import HELD_OUT, TRAIN, ShardRecord, SourceRecord, dtype_for, write_atomic
+from data.files import write_text
+from data.manifest import HELD_OUT, TRAIN, ShardRecord, SourceRecord, dtype_for
 from data.shards import SUFFIXES, ShardWriter
 from data.sources import (
     JSON_SUFFIXES,
@@ -86,7 +87,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(asdict(self)))
+        write_text(path, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, path: Path) -> "Report | None":

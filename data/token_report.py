@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data.cli import warn
+from data.log import logger
 from data.manifest import HELD_OUT, TRAIN, Manifest
 
 
@@ -37,15 +37,17 @@ def print_report(manifest: Manifest, output: Path, seq_len: int, worked: bool) -
     Console().print(table)
     without = [domain for domain in train if domain not in held_out]
     if without:
-        warn(
+        logger.warning(
             f"no held-out documents in {', '.join(without)}; evaluation leaves these domains out "
             "(raise --held-out or add documents)"
         )
     only = [domain for domain in held_out if domain not in train]
     if only:
-        warn(f"only held-out documents in {', '.join(only)}; training leaves these domains out")
+        logger.warning(
+            f"only held-out documents in {', '.join(only)}; training leaves these domains out"
+        )
     short = [domain for domain, tokens in train.items() if tokens < seq_len]
     if short:
-        warn(f"less than one sample of {seq_len:,} training tokens in {', '.join(short)}")
+        logger.warning(f"less than one sample of {seq_len:,} training tokens in {', '.join(short)}")
     state = "tokens in" if worked else "already tokenized with these arguments, nothing to do:"
     print(f"{state} {output}")

@@ -1,7 +1,8 @@
 """`python -m data.tokenize`: text files to checksummed token shards per domain, with a manifest."""
 
-from data.cli import available_cores, parse, run
+from data.cli import parse, run
 from data.job import Job, TokenizeConfig
+from data.machine import available_cores
 from data.sources import Fields, domain_name, find_files
 from data.tasks import Settings
 from data.token_report import print_report

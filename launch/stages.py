@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+from data.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,12 +91,7 @@ def _read_marker(path: Path) -> dict[str, Any]:
 
 
 def _write_marker(path: Path, identity: str, *, finished: bool, seconds: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({"identity": identity, "finished": finished, "seconds": seconds}) + "\n"
-    )
-    temporary.replace(path)
+    write_json(path, {"identity": identity, "finished": finished, "seconds": seconds})
 
 
 def say(text: str) -> None:

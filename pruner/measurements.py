@@ -22,8 +22,8 @@ from pruner.importance import measure
 from pruner.rotation import measure_basis, turn
 from trainer.domains import measured_reference
 from trainer.evaluate import evaluate, report
-from trainer.files import save_tensors
 from trainer.models.decoder import CausalLM
+from trainer.models.hf import save_tensors
 from trainer.parallel import DistributedContext, reshard
 
 FILE = "source.safetensors"

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.errors import InputError
+from data.log import logger
 from pruner.budget import BLOCK_PARAMETERS, SHARE, SPEEDUP, Budget, Proposal, propose, smallest
 from pruner.latency import POSITIONS, Timer, decode_timer, measure_latency
 from pruner.shapes import Shape, config_of, shape_of, validate
@@ -42,7 +43,7 @@ def settle_together(
         if trained or (output / "shear.json").exists():
             record = recorded(output, budget, source)
         if record is not None:
-            print(f"target {budget.text} is {record['shape']} ({output / TARGET_FILE})", flush=True)
+            logger.info(f"target {budget.text} is {record['shape']} ({output / TARGET_FILE})")
         else:
             try:
                 record = settle(budget, source, context.device, dtype)
@@ -122,7 +123,7 @@ def _for_speedup(
 ) -> tuple[Proposal, dict[str, Any]]:
     threads = f", threads {torch.get_num_threads()}" if device.type == "cpu" else ""
     setting = f"{device.type}, {str(dtype).removeprefix('torch.')}, batch 1, {POSITIONS} positions"
-    print(f"measuring how decoding time depends on the shape ({setting}{threads})", flush=True)
+    logger.info(f"measuring how decoding time depends on the shape ({setting}{threads})")
     model = measure_latency(source, timer, dtype.itemsize)
     before = model.predict(source)
     proposal = propose(source, model.predict, before / budget.amount, budget.fixed)
@@ -188,13 +189,17 @@ def _explain(record: dict[str, Any], budget: Budget, source: Shape, target: Shap
     if record["used"] < SHARE:
         among = f"largest shapes within the {limit}, for the steps between shapes are coarse"
     given = f" and have {_sizes(budget)}" if budget.fixed else ""
-    print(f"why: it uses {record['used']:.1%} of the {limit} and is, among the {among}{given},")
-    print("  the one nearest to the source and its proportions")
+    logger.info(
+        f"why: it uses {record['used']:.1%} of the {limit} and is, among the {among}{given},"
+    )
+    logger.info("  the one nearest to the source and its proportions")
     if latency:
         error = latency["model"]["error"]
-        print(
+        logger.info(
             f"predicted from times measured here ({latency['setting']}), fitted within {error:.0%}"
         )
         if not latency["measured"]:
-            print("not measured: both models together need more than half of the device's memory")
-    print(f"the same shape by name: --target {record['shape']}", flush=True)
+            logger.info(
+                "not measured: both models together need more than half of the device's memory"
+            )
+    logger.info(f"the same shape by name: --target {record['shape']}")

@@ -11,20 +11,21 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
+from data.files import replace_folder
+from data.log import logger
 from pruner.config import ShearConfig
 from pruner.constraint import Rule
 from pruner.extract import Extraction
 from pruner.measurements import Measurements
 from pruner.shapes import Shape, shape_of
 from pruner.units import kept_indices, on_counts, polarised, span, to_masks
-from trainer.files import replace_folder, save_tensors
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.hf import load_config
+from trainer.models.hf import load_config, save_tensors
 from trainer.models.masks import Masks
 from trainer.models.sources import weights_fingerprint
-from trainer.run import full_tensors, publish, save_tensors_of, say, training_report
+from trainer.run import full_tensors, publish, save_tensors_of, training_report
 
 CHECK_TOKENS = 64
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.1, "float16": 0.02}
@@ -92,7 +93,7 @@ def finish(
         print_tables(report)
     if not report["polarised"]:
         _warn_unpolarised(trainer, report)
-    say(context, f"model: {output / 'model'}  report: {output / 'shear.json'}")
+    logger.info(f"model: {output / 'model'}  report: {output / 'shear.json'}")
     return report
 
 
@@ -187,8 +188,7 @@ def _put_in_place(z: dict[str, Tensor], basis: Tensor | None, output: Path) -> s
 
 def _warn_unpolarised(trainer: Trainer, report: dict[str, Any]) -> None:
     units = ", ".join(f"{name} {count}" for name, count in report["kept_not_alive"].items())
-    say(
-        trainer.context,
+    logger.info(
         f"warning: the masks did not polarise. Kept units that are not alive (z < 0.99): {units}; "
         "their soft values are folded into the weights. More steps help, and --rule projection "
         "always polarises",

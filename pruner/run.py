@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.log import logger
 from data.reader import TokenReader
 from pruner.budget import parse_budget
 from pruner.callback import ShearCallback
@@ -45,7 +46,6 @@ from trainer.run import (
     pretrained,
     publish,
     require_copy,
-    say,
     say_finished,
 )
 
@@ -92,8 +92,8 @@ def shear(config: ShearConfig) -> Trainer | None:
     if proposal is not None:
         publish(context, proposal, [output / TARGET_FILE])
     for message in inputs.domains.messages():
-        say(context, message)
-    say(context, f"source {inputs.source.describe()}  target {inputs.target.describe()}")
+        logger.info(message)
+    logger.info(f"source {inputs.source.describe()}  target {inputs.target.describe()}")
     source = _teacher(config, inputs)
     teacher = load_teacher(source, config.distillation, config.train, inputs.model, context)
     model = build_model(
@@ -213,7 +213,7 @@ def _measurements(
     measured = load_kept(output, None if model is None else key, context)
     if measured is None:
         assert model is not None
-        say(context, "measuring the source: held-out loss and importance of its units")
+        logger.info("measuring the source: held-out loss and importance of its units")
         data = (inputs.reader, inputs.held_out, inputs.domains.weights, inputs.basis)
         measured = measure_source(model, config, context, *data)
         keep(measured, output, key, context)
@@ -221,12 +221,11 @@ def _measurements(
         turn(model, measured.basis)
     if measured.basis is not None:
         turned = int(((measured.basis != 0).sum(0) > 1).sum())
-        say(
-            context,
+        logger.info(
             f"turned to principal components: {turned} of {inputs.source.hidden} dimensions",
         )
     for domain, values in measured.held_out.items():
-        say(context, f"source, held-out {domain}: loss {values['loss']:.4f}")
+        logger.info(f"source, held-out {domain}: loss {values['loss']:.4f}")
     return measured
 
 

@@ -9,7 +9,6 @@ renamed when all of it is on disk.
 import errno
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from data.errors import InputError
+from data.files import sync_file, sync_folder, write_json
 from trainer.loop import Callback, Trainer
 from trainer.parallel import DistributedContext
 
@@ -132,14 +132,10 @@ class Checkpointer:
 
     def _commit(self, trainer: Trainer, partial: Path, final: Path, hashes: dict[str, str]) -> None:
         marker = {"step": trainer.step, "tokens": trainer.tokens, "sha256": hashes}
-        with (partial / MARKER).open("w", encoding="utf-8") as file:
-            json.dump(marker, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(partial)
+        write_json(partial / MARKER, marker)
         shutil.rmtree(final, ignore_errors=True)  # a folder of that name without a marker
         partial.rename(final)
-        _sync_folder(self.directory)
+        sync_folder(self.directory)
         for old in _committed(self.directory)[: -self.keep]:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = old.rename(old.with_name(f".{old.name}.removed"))
@@ -191,10 +187,8 @@ def _write_state(trainer: Trainer, rng: list[dict[str, Any]], path: Path) -> Non
         "optional": [callback.name for callback in trainer.callbacks if callback.optional_state],
         "rng": rng,
     }
-    with path.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    torch.save(state, path)
+    sync_file(path)
 
 
 def _rng_state() -> dict[str, Any]:
@@ -237,11 +231,3 @@ def _disk_full(directory: Path, reason: str) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

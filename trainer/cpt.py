@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import InputError
+from data.log import logger
 from data.mixture import MixtureConfig
 from data.reader import TokenReader
 from trainer import parallel
@@ -43,7 +44,6 @@ from trainer.run import (
     random_init,
     require_copy,
     save_pretrained,
-    say,
     say_finished,
     training_report,
 )
@@ -187,7 +187,7 @@ def _check_steps(config: TrainConfig) -> None:
 def _require_one_teacher(inputs: Inputs, context: DistributedContext) -> None:
     """Says who teaches. Raises InputError on every rank when some have no teacher."""
     if inputs.note is not None:
-        say(context, inputs.note)
+        logger.info(inputs.note)
     found = context.gather(inputs.teacher is not None)
     ranks = [rank for rank, own in enumerate(found) if own]
     if 0 < len(ranks) < len(found):
@@ -199,12 +199,12 @@ def _require_one_teacher(inputs: Inputs, context: DistributedContext) -> None:
 
 def _say_notes(inputs: Inputs, config: TrainConfig, data: str, context: DistributedContext) -> None:
     for message in inputs.domains.messages():
-        say(context, message)
+        logger.info(message)
     if any(inputs.used.values()):
         total = sum(inputs.used.values())
-        say(context, f"data: goes on after the {total:,} samples that shearing has drawn")
+        logger.info(f"data: goes on after the {total:,} samples that shearing has drawn")
     if config.eval_sequences and inputs.held_out is None:
-        say(context, f"note: {data} has no held-out sequences: nothing will be evaluated")
+        logger.info(f"note: {data} has no held-out sequences: nothing will be evaluated")
 
 
 def _reference(
@@ -265,8 +265,7 @@ def finish(trainer: Trainer, source: Path, output: Path, json_copy: Path | None)
     save_pretrained(trainer.model, trainer.context, output / "model", tokenizer_from=source)
     report = training_report(trainer)
     publish(trainer.context, report, [*([json_copy] if json_copy else []), output / "cpt.json"])
-    say(
-        trainer.context,
+    logger.info(
         f"final loss {trainer.loss:.4f} after {trainer.tokens:,} tokens "
         f"({report['tokens_per_second']:,.0f} tokens/s in steps, "
         f"{report['wall_tokens_per_second']:,.0f} with evaluation and checkpoints): "

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+from data.log import logger
 from data.reader import TokenReader
 from trainer.evaluate import evaluate
 from trainer.models.decoder import CausalLM
 from trainer.parallel import DistributedContext
-from trainer.run import publish, say
+from trainer.run import publish
 from trainer.scaling import fitted_reference
 
 FILE = "reference.json"
@@ -204,7 +205,7 @@ def start_reference(
         losses = measured_reference(model, reader, REFERENCE_SEQUENCES, batch, context)
         publish(context, {"reference": losses, "sequences": REFERENCE_SEQUENCES}, [path])
     values = ", ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
-    say(context, f"reference losses (the start model's on training text, {path}): {values}")
+    logger.info(f"reference losses (the start model's on training text, {path}): {values}")
     return losses
 
 

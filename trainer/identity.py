@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+from data.files import write_json
+from data.log import logger
 from trainer.checkpoint import latest_step
 from trainer.config import TrainConfig
-from trainer.files import write_report
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext
 
@@ -73,7 +74,7 @@ def claim_output(
         if problem is None and saved is not None:
             first = (latest_step(output / "checkpoints") or 0) + 1
             for name, value in changes.items():
-                print(f"note: {name} {saved[name]} -> {value} from step {first}", flush=True)
+                logger.info(f"note: {name} {saved[name]} -> {value} from step {first}")
     context.check(problem)
 
 
@@ -104,7 +105,7 @@ def _difference(output: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> 
 
 def _write(path: Path, identity: dict[str, Any]) -> str | None:
     try:
-        write_report(path, identity)
+        write_json(path, identity)
     except OSError as error:
         return f"--output {path.parent} cannot be written: {error.strerror}; choose another folder"
     return None

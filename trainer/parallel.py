@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from data.cli import available_cores
 from data.errors import InputError
+from data.machine import available_cores
 
 T = TypeVar("T")
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from data.batches import BatchStream
-from data.cli import available_cores
 from data.errors import InputError
+from data.files import require_writable, write_json
+from data.log import logger
+from data.machine import available_cores
 from data.manifest import FILE_NAME, HELD_OUT
 from data.mixture import Mixture, MixtureConfig
 from data.reader import TokenReader
@@ -24,7 +26,6 @@ from trainer.callbacks.progress import ProgressCallback
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
 from trainer.evaluate import report as held_out_report
-from trainer.files import require_writable, write_report
 from trainer.kernels import registry
 from trainer.loop import Callback, Trainer
 from trainer.memory import check_memory
@@ -117,7 +118,7 @@ def choose_kernels(choice: registry.Choice, context: DistributedContext) -> None
     """Chooses what computes the operators from now on, and says it. Raises InputError where that
     cannot run on the ranks' devices."""
     running = registry.choose(choice, context.device)
-    say(context, "kernels: " + ", ".join(f"{name} {by}" for name, by in running.items()))
+    logger.info("kernels: " + ", ".join(f"{name} {by}" for name, by in running.items()))
 
 
 def build_model(
@@ -216,7 +217,7 @@ def build_trainer(
     latest = checkpointer.latest()
     if latest is not None:
         checkpointer.restore(trainer, latest)
-        say(context, f"resuming from {latest}: {trainer.step} of {config.steps} steps are done")
+        logger.info(f"resuming from {latest}: {trainer.step} of {config.steps} steps are done")
     return trainer
 
 
@@ -286,7 +287,7 @@ def publish(context: DistributedContext, report: dict[str, Any], paths: Sequence
     if context.is_main:
         try:
             for path in paths:
-                write_report(path, report)
+                write_json(path, report)
         except OSError as error:
             problem = f"cannot write {path}: {error.strerror}; free space or choose another file"
     context.check(problem)
@@ -300,12 +301,6 @@ def require_copy(context: DistributedContext, path: Path | None) -> None:
 
 def say_finished(context: DistributedContext, report: Path, copy: Path | None) -> None:
     """Says that the run of `report` is finished, and copies the report to `copy` (--json)."""
-    say(context, f"{report.parent}: this run is finished; its report is {report}")
+    logger.info(f"{report.parent}: this run is finished; its report is {report}")
     if copy is not None:
         publish(context, json.loads(report.read_text(encoding="utf-8")), [copy])
-
-
-def say(context: DistributedContext, text: str) -> None:
-    """Prints one line on rank 0."""
-    if context.is_main:
-        print(text, flush=True)

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from data.files import require_writable, write_json
 from data.progress import Progress
 from launch.bench_kernels.config import BenchConfig
 from launch.bench_kernels.losses import LOSSES, Loss, loss_inputs
 from launch.bench_kernels.memory import peak_bytes, require_memory
-from trainer.files import require_writable, write_report
 from trainer.kernels import registry
 from trainer.kernels.gather_scale import gather_scale
 from trainer.parallel import keep_freed_memory
@@ -73,7 +73,7 @@ def run(config: BenchConfig) -> None:
     result = measure(config)
     print_result(result)
     if config.json is not None:
-        write_report(Path(config.json), result)
+        write_json(Path(config.json), result)
 
 
 def measure(config: BenchConfig) -> dict[str, Any]:

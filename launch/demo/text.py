@@ -20,6 +20,7 @@ from pathlib import Path
 import zstandard
 
 from data.errors import InputError
+from data.files import partial_path, replace_file
 from data.progress import Progress
 
 DOCUMENT_CHARACTERS = 12_000
@@ -75,9 +76,9 @@ def _write_domain(
         if written >= budget:
             break
     compressed = zstandard.ZstdCompressor(level=6).compress(buffer.getvalue().encode("utf-8"))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(compressed)
-    temporary.replace(path)
+    partial = partial_path(path)
+    partial.write_bytes(compressed)
+    replace_file(partial, path)
     return written
 
 

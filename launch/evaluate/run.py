@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.errors import InputError
+from data.files import require_writable, write_json
 from data.progress import Progress
 from data.reader import TokenReader
 from data.tokenizers import load_tokenizer
@@ -21,7 +22,6 @@ from launch.evaluate.document import (
 )
 from trainer import parallel
 from trainer.evaluate import DomainLoss, evaluate, overall, report
-from trainer.files import require_writable, write_report
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config, load_model, resolve_model
@@ -76,7 +76,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if context.is_main:
         _print(result)
         if config.json is not None:
-            write_report(Path(config.json), result)
+            write_json(Path(config.json), result)
     return result
 
 

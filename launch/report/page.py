@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+from data.files import write_json, write_text
+from data.log import logger
 from launch.report.config import ReportConfig
 from launch.report.curves import training_groups
 from launch.report.figures import Group, Picture, label, mask_groups
@@ -27,7 +29,6 @@ from launch.report.run_folder import (
     removed_layers,
 )
 from launch.report.style import STYLE_SHEET
-from trainer.files import write_report
 
 COMMANDS = {"shear": "Shearing", "cpt": "Continued pre-training"}
 UNKNOWN = "not known yet"
@@ -52,15 +53,13 @@ def run(config: ReportConfig) -> dict[str, Any]:
     text = page(runs)
     numbers: dict[str, Any] = {"page": str(path), "bytes": len(text.encode())}
     numbers["runs"] = [facts(one) for one in runs]
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
         for file in copies:
-            write_report(file, numbers)
+            write_json(file, numbers)
     except OSError as error:
         raise _cannot_write(path, error) from error
-    print(f"{path} ({numbers['bytes'] / 1e6:.1f} MB)", flush=True)
+    logger.info(f"{path} ({numbers['bytes'] / 1e6:.1f} MB)")
     return numbers
 
 

@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from data import cli
+from data import cli, machine
 from data.cli import parse, run
 from data.errors import InputError
+from data.log import logger
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -201,7 +202,7 @@ def test_other_ranks_let_rank_zero_speak_first(
         run(lambda: raise_error(InputError("bad")))
     assert stop.value.code == 2 and time.monotonic() - start >= 0.2
     assert capsys.readouterr().err == "error (rank 3): bad\n"
-    cli.warn("not shown")
+    logger.warning("not shown")
     assert capsys.readouterr().err == ""
 
 
@@ -254,7 +255,7 @@ def test_help_keeps_no_rank_waiting(
 
 
 def test_available_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli.available_cores() == len(os.sched_getaffinity(0))
+    assert machine.available_cores() == len(os.sched_getaffinity(0))
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert cli.available_cores() == 7
+    assert machine.available_cores() == 7

@@ -197,7 +197,7 @@ def test_crash_right_after_publishing_leaves_nothing_in_the_end(
     make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("data.job.sync_directory", interrupt)
+        patch.setattr("data.job.sync_folder", interrupt)
         with pytest.raises(KeyboardInterrupt):
             make_job().run(1)
     output = make_job().output

@@ -5,6 +5,7 @@ import time
 from types import FrameType
 from typing import Any, ClassVar
 
+from data.log import logger
 from trainer.checkpoint import Checkpointer
 from trainer.loop import Callback, Trainer
 
@@ -40,7 +41,7 @@ class CheckpointCallback(Callback):
         if stop or finished or (self.interval and trainer.step % self.interval == 0):
             path = self.checkpointer.save(trainer)
             if stop and trainer.context.is_main:
-                print(f"stopped: saved {path}; run the same command again to resume", flush=True)
+                logger.info(f"stopped: saved {path}; run the same command again to resume")
         trainer.stopping = trainer.stopping or stop
         if finished and not stop:
             # What follows needs no saving, so a signal may end it.

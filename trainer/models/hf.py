@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import InputError
-from trainer.files import replace_folder, save_tensors
+from data.files import follow_umask, partial_path, replace_file, replace_folder
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.names import Role, names_of
@@ -361,3 +362,14 @@ def init_weights(model: CausalLM, std: float = 0.02, seed: int = 0) -> None:
             local.copy_(values[region])
         else:
             local.fill_(0.0 if name.endswith(".bias") else 1.0)
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file. Raises OSError or SafetensorError when that fails."""
+    partial = partial_path(path)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, partial, metadata=metadata)
+    follow_umask(partial)
+    replace_file(partial, path)

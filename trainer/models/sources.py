@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data.errors import InputError
-from trainer.files import follow_umask
+from data.files import follow_umask
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 INDEX_FILE = "model.safetensors.index.json"

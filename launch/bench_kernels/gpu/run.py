@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from data import cli
 from data.errors import InputError
+from data.files import require_writable, write_json
+from data.machine import available_cores
 from data.progress import Progress
 from launch.bench_kernels.config import BenchConfig
 from launch.bench_kernels.gpu import benchmarks as gpu_benchmarks
@@ -20,7 +21,6 @@ from launch.bench_kernels.gpu import report as gpu_report
 from launch.bench_kernels.gpu.benchmarks import COMPILE, Model
 from launch.bench_kernels.gpu.facts import facts, takes_several_processes
 from launch.bench_kernels.gpu.jobs import Budget, Job, Result, Runner, Unit
-from trainer.files import require_writable, write_report
 from trainer.kernels import registry
 
 SECONDS_PER_PASS = 0.3
@@ -49,7 +49,7 @@ def run(config: BenchConfig) -> None:
         )
     report = measure("cuda", config.budget_seconds)
     if config.json is not None:
-        write_report(Path(config.json), report)
+        write_json(Path(config.json), report)
     if config.csv is not None:
         gpu_report.write_csv(Path(config.csv), report["facts"], report["timings"])
     gpu_report.print_report(report["facts"], report["checks"], report["timings"])
@@ -93,7 +93,7 @@ def measure(
     benchmarks = wanted(list(gpu_benchmarks.BENCHMARKS))
     timings = [time_job(benchmarks, device, models, seconds)] if benchmarks else []
     most = CHECKS_AT_ONCE if takes_several_processes() else 1
-    at_once = max(1, min(most, cli.available_cores() // 2))
+    at_once = max(1, min(most, available_cores() // 2))
 
     def work(kind: str, jobs: Sequence[Job], say: Callable[[Result], str], **how: Any) -> Any:
         with Progress(kind, total=sum(len(job.units) for job in jobs), unit=kind) as bar:

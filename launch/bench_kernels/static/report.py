@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.files import require_writable, write_json
 from data.progress import Progress
 from launch.bench_kernels import traffic as kernel_traffic
 from launch.bench_kernels.config import BenchConfig
@@ -17,7 +18,6 @@ from launch.bench_kernels.static import compile as static
 from launch.bench_kernels.static import cuda as static_cuda
 from launch.bench_kernels.static.compile import ARCHS, GPUS, Failure, Loop, Record
 from launch.bench_kernels.traffic import Traffic
-from trainer.files import require_writable, write_report
 
 NOTES = """\
 load, store: bits per access of a thread that carry most of a kernel's bytes, inside its loops if \
@@ -47,7 +47,7 @@ def run(config: BenchConfig) -> None:
     report = measure(config.archs)
     print_report(report)
     if config.json is not None:
-        write_report(Path(config.json), as_json(report))
+        write_json(Path(config.json), as_json(report))
     if report["failures"]:
         sys.exit(1)
 

@@ -113,7 +113,7 @@ def test_checks_run_together_where_the_gpu_allows_it(
         asked.append(at_once)
         return []
 
-    monkeypatch.setattr(gpu_check.cli, "available_cores", lambda: 64)
+    monkeypatch.setattr(gpu_check, "available_cores", lambda: 64)
     monkeypatch.setattr(gpu_check, "takes_several_processes", lambda: several)
     monkeypatch.setattr(gpu_check.Runner, "run_all", run_all)
     measure("cpu", 1)

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from data.errors import InputError
-from trainer.files import follow_umask, replace_folder, require_writable, save_tensors
+from data.files import follow_umask, replace_folder, require_writable
+from trainer.models.hf import save_tensors
 
 
 def mode(path: Path) -> int:

@@ -1,0 +1,103 @@
+"""Files and folders that appear whole or not at all, on disk before anybody relies on them.
+
+They get the permissions of the user's umask.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from data.errors import InputError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, and its folder where that is missing. Raises OSError when that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        replace_file(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file as `write_text` does."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def partial_path(path: Path) -> Path:
+    """Where this process writes what becomes `path`; other processes write elsewhere."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def replace_file(partial: Path, path: Path) -> None:
+    """Moves a written file to `path`, in place of what is there, once it is on disk."""
+    sync_file(partial)
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Moves the folder `new` to `path`, in place of what is there, once its files are on disk."""
+    for file in new.iterdir():
+        sync_file(file)
+    sync_folder(new)
+    old = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the content of a file is on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until names that were given in a folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Raises InputError, naming `option`, when `write_text` could not write `path`.
+
+    Leaves nothing behind; a file that exists stays as it is.
+    """
+    try:
+        if path.is_dir():
+            raise InputError(f"{option} {path} is a folder; name a file in it")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{option} {path}: cannot write there: {error.strerror}; name a file in another folder"
+        ) from None
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file, or a folder with all its files, the permissions that new ones would have.
+
+    safetensors and tempfile make theirs readable by their owner alone.
+    """
+    # There is no way to read the umask without setting it.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if path.is_dir():
+        path.chmod(0o777 & ~umask)
+        for entry in path.iterdir():
+            follow_umask(entry)
+    else:
+        path.chmod(0o666 & ~umask)

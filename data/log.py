@@ -1,0 +1,42 @@
+"""The logger of every command: what happens goes to stdout, warnings and errors to stderr.
+
+Rank 0 speaks for all: the other ranks are quiet but for errors, or show everything, each line with
+its rank, at level "debug".
+"""
+
+import logging
+import os
+import sys
+from typing import IO
+
+from data.machine import rank
+
+LEVELS = ("debug", "info", "warning", "error")
+LEVEL_VARIABLE = "SHORN_LOG_LEVEL"
+
+logger = logging.getLogger("shorn")
+
+
+def set_level(level: str) -> None:
+    """Shows messages of `level` (one of LEVELS) and above, here and in processes started later."""
+    os.environ[LEVEL_VARIABLE] = level
+    logger.setLevel(level.upper())
+
+
+class _Handler(logging.Handler):
+    """Writes to the streams that are in place when a message comes, as `print` does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        own = rank()
+        if own and record.levelno < logging.ERROR and logger.level > logging.DEBUG:
+            return
+        label = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        tag = f"[rank {own}] " if own else ""
+        stream: IO[str] = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        print(f"{tag}{label}{record.getMessage()}", file=stream, flush=True)
+
+
+logger.addHandler(_Handler())
+logger.propagate = False
+_named = os.environ.get(LEVEL_VARIABLE, "info")
+logger.setLevel((_named if _named in LEVELS else "info").upper())
