@@ -23,7 +23,7 @@ from trainer.loop import next_token_targets
 from trainer.models.decoder import CausalLM
 from trainer.models.names import Names, Role
 from trainer.parallel import DistributedContext
-from trainer.run import full_tensors
+from trainer.saving import full_tensors
 
 PAPER_FLAT_MEAN = 5.0
 PAPER_IMPORTANCE_MEAN = 2.0

@@ -78,7 +78,7 @@ def load_kept(output: Path, key: str | None, context: DistributedContext) -> Mea
 
 def keep(measurements: Measurements, output: Path, key: str, context: DistributedContext) -> None:
     """Writes the measurements for `load_kept`; collective. Raises InputError when it cannot."""
-    context.check(_write(output / FILE, key, measurements) if context.is_main else None)
+    context.raise_first(_write(output / FILE, key, measurements) if context.is_main else None)
 
 
 def measure_source(

@@ -49,7 +49,7 @@ def settle_together(
                 record = settle(budget, source, context.device, dtype)
             except InputError as error:
                 problem = str(error)
-    context.check(problem)
+    context.raise_first(problem)
     shared: dict[str, Any] = context.broadcast(record)
     return shared
 

@@ -25,7 +25,8 @@ from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config, save_tensors
 from trainer.models.masks import Masks
 from trainer.models.sources import weights_fingerprint
-from trainer.run import full_tensors, publish, save_tensors_of, training_report
+from trainer.run import training_report
+from trainer.saving import full_tensors, publish, save_tensors_of
 
 CHECK_TOKENS = 64
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.1, "float16": 0.02}
@@ -86,7 +87,7 @@ def finish(
         "basis": "source" if measured.basis is None else "principal",
         "reload_difference": difference,
     }
-    context.check(_put_in_place(z, measured.basis, output) if context.is_main else None)
+    context.raise_first(_put_in_place(z, measured.basis, output) if context.is_main else None)
     copies = [Path(config.json)] if config.json is not None else []
     publish(context, report, [*copies, output / "shear.json"])
     if context.is_main:

@@ -18,7 +18,7 @@ from pruner.shapes import Shape
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.names import Role
-from trainer.parallel import DistributedContext, local_region, reshard, whole
+from trainer.parallel import DistributedContext, full_tensor, local_region, reshard
 
 GAIN_TOLERANCE = 0.2
 """Largest relative distance of a final gain from the median at which a dimension of a model with
@@ -93,7 +93,7 @@ def measure_basis(
     # What is gathered may be rounded to the compute dtype.
     reshard(model)
     (parameter,) = model.get_submodule(model.names.final_norm).parameters()
-    gain = whole(parameter)
+    gain = full_tensor(parameter)
     basis = None
     if context.is_main:
         basis = principal_basis(total, gain, tied=model.config.tie_embeddings).cpu()
@@ -146,14 +146,14 @@ def turn(model: CausalLM, basis: Tensor) -> None:
         _turn_norm(feed_forward, _with_roles(model, block, Role.CHANNELS), basis)
         for module in _with_roles(model, block, Role.ATTENTION_OUTPUT, Role.FEED_FORWARD_OUTPUT):
             for parameter in module.parameters():
-                full = whole(parameter).double()
+                full = full_tensor(parameter).double()
                 own, region = local_region(parameter)
                 own.copy_(basis[:, region[0]].t() @ full)
     names = model.names
     final = model.get_submodule(names.final_norm)
     if model.config.tie_embeddings:
         (gain,) = final.parameters()
-        _assign(gain, torch.einsum("ij,i,ij->j", basis, whole(gain).double(), basis))
+        _assign(gain, torch.einsum("ij,i,ij->j", basis, full_tensor(gain).double(), basis))
     else:
         _turn_norm(final, [model.get_submodule(names.head)], basis)
     (embedding,) = model.get_submodule(names.embedding).parameters()
@@ -174,7 +174,7 @@ def _with_roles(model: CausalLM, block: nn.Module, *roles: Role) -> list[nn.Modu
 def _turn_norm(norm: nn.Module, readers: list[nn.Module], basis: Tensor) -> None:
     """Moves the norm's gain into the weights of its readers and turns these."""
     (gain,) = norm.parameters()
-    values = whole(gain).double()
+    values = full_tensor(gain).double()
     size = values.square().mean().sqrt()
     # Zeros stay in the weights: a gain of 0 in front of weights of 0 could never be trained again.
     size = torch.where(size > 0, size, 1.0)

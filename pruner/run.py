@@ -30,6 +30,7 @@ from trainer.config import check_layout
 from trainer.distillation import TeacherSource, check_teacher, load_teacher, teacher_identity
 from trainer.domains import DomainOptions, Domains, starting_domains
 from trainer.identity import claim_output, run_identity
+from trainer.inputs import find_model_with_data, open_data
 from trainer.loop import Trainer
 from trainer.memory import room_bytes
 from trainer.models.config import ModelConfig
@@ -37,17 +38,8 @@ from trainer.models.decoder import CausalLM
 from trainer.models.hf import check_weights, load_config, resolve_model
 from trainer.models.sources import is_hub_id, local_folder, weights_fingerprint
 from trainer.parallel import DistributedContext
-from trainer.run import (
-    build_model,
-    build_trainer,
-    choose_kernels,
-    find_model_with_data,
-    open_data,
-    pretrained,
-    publish,
-    require_copy,
-    say_finished,
-)
+from trainer.run import build_model, build_trainer, choose_kernels, pretrained
+from trainer.saving import publish, require_copy, say_finished
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,18 +49,18 @@ class Checkpointer:
         partial = self.directory / f".{final.name}.partial"
         if self.context.broadcast((final / MARKER).exists()):
             return final
-        self.context.check(self._prepare(partial, trainer) if self.context.is_main else None)
+        self.context.raise_first(self._prepare(partial, trainer) if self.context.is_main else None)
         rng = self.context.gather(_rng_state())
         model, optimizer = get_state_dict(trainer.model, trainer.optimizer)
         self._write_shards({"model": model, "optimizer": optimizer}, partial)
         problem = None
         if self.context.is_main:
             problem = _attempt(lambda: _write_state(trainer, rng, partial / STATE_FILE), partial)
-        self.context.check(problem)
+        self.context.raise_first(problem)
         hashes = self._hash_files(partial)
         if self.context.is_main:
             problem = _attempt(lambda: self._commit(trainer, partial, final, hashes), partial)
-        self.context.check(problem)
+        self.context.raise_first(problem)
         return final
 
     def restore(self, trainer: Trainer, path: Path) -> None:
@@ -122,7 +122,7 @@ class Checkpointer:
             dcp.save(state, storage_writer=writer, process_group=self.context.cpu_group)
         except (CheckpointException, OSError) as error:
             problem = _describe(error, partial)
-        self.context.check(problem)
+        self.context.raise_first(problem)
 
     def _hash_files(self, folder: Path) -> dict[str, str]:
         """SHA-256 of every file, the work divided over ranks."""
@@ -153,7 +153,7 @@ class Checkpointer:
                     f"{expected[name][:16]}; the file is damaged: delete the folder {path} to "
                     "resume from the checkpoint before it"
                 )
-        self.context.check(problem)
+        self.context.raise_first(problem)
 
 
 def latest_step(directory: Path) -> int | None:

@@ -27,6 +27,7 @@ from trainer.domains import (
     starting_domains,
 )
 from trainer.identity import claim_output, run_identity
+from trainer.inputs import find_model_with_data, open_data
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
@@ -37,16 +38,11 @@ from trainer.run import (
     build_model,
     build_trainer,
     choose_kernels,
-    find_model_with_data,
-    open_data,
     pretrained,
-    publish,
     random_init,
-    require_copy,
-    save_pretrained,
-    say_finished,
     training_report,
 )
+from trainer.saving import publish, require_copy, save_pretrained, say_finished
 
 SOURCE = "meta-llama/Llama-2-7b-hf"
 """The model that messages propose to shear."""

@@ -14,7 +14,7 @@ from data.reader import TokenReader
 from trainer.evaluate import evaluate
 from trainer.models.decoder import CausalLM
 from trainer.parallel import DistributedContext
-from trainer.run import publish
+from trainer.saving import publish
 from trainer.scaling import fitted_reference
 
 FILE = "reference.json"

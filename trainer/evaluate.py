@@ -61,7 +61,9 @@ def evaluate(
         mine = rows[start + context.rank * batch :][:batch]
         padding = batch - len(mine)
         # Every rank makes the same number of passes, because gathering weights is collective.
-        ids, owners = context.together(partial(_read, reader, domains, mine + rows[:1] * padding))
+        ids, owners = context.raise_on_any_rank(
+            partial(_read, reader, domains, mine + rows[:1] * padding)
+        )
         ids, owners = ids.to(context.device), owners.to(context.device)
         targets, valid = next_token_targets(ids)
         valid[len(mine) :] = False

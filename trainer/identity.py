@@ -61,7 +61,7 @@ def claim_output(
     Changes of CHANGEABLE options are noted and kept while the run is unfinished. Raises InputError
     naming the other fields that differ.
     """
-    saved = context.together(lambda: read_identity(output) if started else None)
+    saved = context.raise_on_any_rank(lambda: read_identity(output) if started else None)
     problem = None
     if context.is_main:
         wanted = json.loads(json.dumps(identity))
@@ -75,7 +75,7 @@ def claim_output(
             first = (latest_step(output / "checkpoints") or 0) + 1
             for name, value in changes.items():
                 logger.info(f"note: {name} {saved[name]} -> {value} from step {first}")
-    context.check(problem)
+    context.raise_first(problem)
 
 
 def _accepted_changes(

@@ -152,7 +152,7 @@ class Trainer:
         self.throughput.start_step()
         self.record = {"step": self.step + 1}
         self._call("on_step_start")
-        batch = self.context.together(self.stream.next)
+        batch = self.context.raise_on_any_rank(self.stream.next)
         self._forward_backward(batch)
         self._call("after_backward")
         norm = clip_gradients(self.model, self.config.clip, self.context.mesh)

@@ -70,7 +70,7 @@ def check_memory(
     shards = context.mesh.get_group("shard").size()
     dtype = compute_dtype(config.precision, context.device)
     in_place = config.reshard_after_forward or (shards == 1 and dtype == torch.float32)
-    context.check(
+    context.raise_first(
         memory_problem(
             model.num_parameters(),
             total=total_memory(context.device),

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainer.config import TrainConfig
-from trainer.parallel import local
+from trainer.parallel import to_local
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -34,7 +34,7 @@ def clip_gradients(model: nn.Module, limit: float, mesh: DeviceMesh) -> torch.Te
     hold different shards (replicas of HSDP hold equal ones). A non-finite norm leaves non-finite
     gradients.
     """
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    gradients = [to_local(p.grad) for p in model.parameters() if p.grad is not None]
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if gradients:
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()

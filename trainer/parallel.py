@@ -86,7 +86,7 @@ class DistributedContext:
             if self.is_main:
                 self.barrier()
 
-    def together(self, action: Callable[[], T]) -> T:
+    def raise_on_any_rank(self, action: Callable[[], T]) -> T:
         """The result of `action`; an InputError that any rank's raises is raised on every rank."""
         problem, results = None, []
         try:
@@ -94,10 +94,10 @@ class DistributedContext:
         except InputError as error:
             problem = str(error)
         if self.any(problem is not None):
-            self.check(problem)
+            self.raise_first(problem)
         return results[0]
 
-    def check(self, problem: str | None) -> None:
+    def raise_first(self, problem: str | None) -> None:
         """Raises InputError on every rank with the first `problem` that any rank reports; None is
         no problem."""
         problems = [text for text in self.gather(problem) if text]
@@ -240,7 +240,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -258,6 +258,6 @@ def local_region(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ..
     return parameter.to_local(), region
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of a sharded tensor, gathered; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,22 +1,16 @@
 """Assembly shared by every command that trains: checked inputs in, a trainer ready to fit out."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.batches import BatchStream
-from data.errors import InputError
-from data.files import require_writable, write_json
 from data.log import logger
-from data.machine import available_cores
-from data.manifest import FILE_NAME, HELD_OUT
 from data.mixture import Mixture, MixtureConfig
 from data.reader import TokenReader
 from data.sampler import DomainSampler
-from data.tokenizers import load_tokenizer
 from trainer.callbacks.checkpoint import CheckpointCallback
 from trainer.callbacks.evaluate import EvaluateCallback
 from trainer.callbacks.guard import GuardCallback
@@ -31,87 +25,10 @@ from trainer.loop import Callback, Trainer
 from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.hf import init_weights, load_sharded, save_model
-from trainer.models.sources import TOKENIZER_FILES
+from trainer.models.hf import init_weights, load_sharded
 from trainer.optimizer import build_optimizer
-from trainer.parallel import DistributedContext, compute_dtype, shard, whole
+from trainer.parallel import DistributedContext, compute_dtype, shard
 from trainer.throughput import Throughput
-
-TEXT_FOLDER = "SlimPajama-627B"
-
-
-def find_model_with_data(find: Callable[[], Path], data: str, seq_len: int, tokenizer: str) -> Path:
-    """The model folder that `find` finds.
-
-    Where that fails and there is no tokenized data in `data` either, one InputError says how to get
-    both. `tokenizer` is the tokenizer to name then.
-    """
-    try:
-        return find()
-    except InputError as error:
-        missing = missing_data(data, seq_len, tokenizer)
-        if missing is None:
-            raise
-        raise InputError(f"model and data are both missing.\n1. {error}\n2. {missing}") from error
-
-
-def missing_data(data: str, seq_len: int, tokenizer: Path | str) -> str | None:
-    """How to make tokenized data in the folder `data`, or None where it is there."""
-    if (Path(data) / FILE_NAME).is_file():
-        return None
-    return (
-        f"--data {data}: no tokenized data there. Fetch text and tokenize it:\n"
-        "    hf download cerebras/SlimPajama-627B --repo-type dataset --include 'train/chunk1/*' "
-        f"--local-dir {TEXT_FOLDER}\n"
-        f"    python -m data.tokenize --input '{TEXT_FOLDER}/train/**/*.jsonl.zst' "
-        f"--tokenizer {tokenizer} --output {data} --seq-len {seq_len} "
-        f"--workers {available_cores()}\n"
-        "  (or give data.tokenize text of your own: .jsonl, .txt or .parquet)"
-    )
-
-
-def open_data(
-    data: str, config: TrainConfig, model: ModelConfig, source: Path
-) -> tuple[TokenReader, TokenReader | None]:
-    """Opens the training split, and the held-out split unless it is too short or not asked for.
-
-    Raises InputError when there is no tokenized data, when it cannot feed `model` at
-    `config.seq_len`, or when the tokenizer in the model folder `source` is not the one that made
-    it.
-    """
-    folder = Path(data)
-    missing = missing_data(data, config.seq_len, source)
-    if missing is not None:
-        raise InputError(missing)
-    if config.seq_len > model.max_position_embeddings:
-        raise InputError(
-            f"--seq-len {config.seq_len} is longer than the model's "
-            f"{model.max_position_embeddings} positions; use --seq-len "
-            f"{model.max_position_embeddings} or less"
-        )
-    reader = TokenReader(folder, config.seq_len)
-    check_tokenizer(reader, model, source, data)
-    longest = max(reader.manifest.tokens(HELD_OUT).values(), default=0)
-    if not config.eval_sequences or longest < config.seq_len:
-        return reader, None
-    return reader, TokenReader(folder, config.seq_len, split=HELD_OUT)
-
-
-def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data: str) -> None:
-    """Raises InputError when the tokens of `reader` are not those of the model in `source`."""
-    used = reader.manifest.tokenizer
-    if used.vocab_size > model.vocab_size:
-        raise InputError(
-            f"--data {data} was tokenized with {used.vocab_size} ids, the model has "
-            f"{model.vocab_size}; tokenize again with --tokenizer {source}"
-        )
-    if not any((source / name).exists() for name in TOKENIZER_FILES):
-        return
-    if load_tokenizer(source).probe() != used.probe:
-        raise InputError(
-            f"--data {data} was tokenized by another tokenizer than the model's: the same text "
-            f"gives other ids; tokenize again with --tokenizer {source}"
-        )
 
 
 def choose_kernels(choice: registry.Choice, context: DistributedContext) -> None:
@@ -221,48 +138,6 @@ def build_trainer(
     return trainer
 
 
-def full_tensors(model: CausalLM) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole fp32 tensor on the CPU), gathered one at a time; every rank must exhaust it."""
-    for name, parameter in model.named_parameters():
-        yield name, whole(parameter.detach()).cpu()
-
-
-def save_pretrained(
-    model: CausalLM, context: DistributedContext, path: Path, *, tokenizer_from: Path
-) -> None:
-    """Writes `path` as a Hugging Face folder, in the source's dtype (bf16 when it states none).
-
-    All ranks take part.
-    """
-    stated = model.config.hf.get("dtype") or model.config.hf.get("torch_dtype")
-    dtype = {"float32": torch.float32, "float16": torch.float16}.get(str(stated), torch.bfloat16)
-    save_tensors_of(full_tensors(model), model.config, context, path, tokenizer_from, dtype)
-
-
-def save_tensors_of(
-    tensors: Iterator[tuple[str, torch.Tensor]],
-    config: ModelConfig,
-    context: DistributedContext,
-    path: Path,
-    tokenizer_from: Path,
-    dtype: torch.dtype,
-) -> None:
-    """Writes `tensors`, whose gathering is collective, from rank 0.
-
-    Raises InputError on every rank when they cannot be written.
-    """
-    problem = None
-    if context.is_main:
-        try:
-            save_model(config, tensors, path, tokenizer_from, dtype)
-        except InputError as error:
-            problem = str(error)
-    # Every rank goes through all tensors, also rank 0 after a failure.
-    for _ in tensors:
-        pass
-    context.check(problem)
-
-
 def training_report(trainer: Trainer) -> dict[str, Any]:
     """What every finished run reports: losses, tokens, speed and the last domain weights."""
     training: dict[str, Any] = {
@@ -279,28 +154,3 @@ def training_report(trainer: Trainer) -> dict[str, Any]:
         if isinstance(callback, MixtureCallback):
             training["weights"] = dict(callback.mixture.weights)
     return training
-
-
-def publish(context: DistributedContext, report: dict[str, Any], paths: Sequence[Path]) -> None:
-    """Writes a report to all `paths` from rank 0. Raises InputError on every rank."""
-    problem = None
-    if context.is_main:
-        try:
-            for path in paths:
-                write_json(path, report)
-        except OSError as error:
-            problem = f"cannot write {path}: {error.strerror}; free space or choose another file"
-    context.check(problem)
-
-
-def require_copy(context: DistributedContext, path: Path | None) -> None:
-    """Raises InputError on every rank when rank 0 could not write the report's copy (--json)."""
-    if path is not None:
-        context.together(lambda: require_writable(path, "--json") if context.is_main else None)
-
-
-def say_finished(context: DistributedContext, report: Path, copy: Path | None) -> None:
-    """Says that the run of `report` is finished, and copies the report to `copy` (--json)."""
-    logger.info(f"{report.parent}: this run is finished; its report is {report}")
-    if copy is not None:
-        publish(context, json.loads(report.read_text(encoding="utf-8")), [copy])

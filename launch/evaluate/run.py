@@ -22,10 +22,11 @@ from launch.evaluate.document import (
 )
 from trainer import parallel
 from trainer.evaluate import DomainLoss, evaluate, overall, report
+from trainer.inputs import check_tokenizer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config, load_model, resolve_model
-from trainer.run import check_tokenizer, choose_kernels
+from trainer.run import choose_kernels
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import init_weights
 from trainer.optimizer import build_optimizer
-from trainer.run import build_model, full_tensors
+from trainer.run import build_model
+from trainer.saving import full_tensors
 from trainer.throughput import Throughput
 
 MODEL = ModelConfig(
@@ -183,7 +184,7 @@ def test_resume_is_bit_identical(rule: str, stop: int, tmp_path: Path) -> None:
     assert all(torch.equal(state[key], other[key]) for key in state)
     ours = dict(resumed.model.named_parameters())
     for name, parameter in straight.model.named_parameters():
-        assert torch.equal(parallel.local(parameter), parallel.local(ours[name])), name
+        assert torch.equal(parallel.to_local(parameter), parallel.to_local(ours[name])), name
 
 
 def test_a_run_restored_after_its_last_step_has_its_final_masks(tmp_path: Path) -> None:
@@ -205,7 +206,7 @@ def test_scores_stay_when_the_gradient_is_not_finite() -> None:
     before = {key: value.clone() for key, value in callback.state_dict().items()}
     with torch.no_grad():
         for parameter in trainer.model.parameters():
-            parallel.local(parameter).fill_(float("nan"))
+            parallel.to_local(parameter).fill_(float("nan"))
 
     def refuse(trainer: Trainer) -> None:
         raise Stop

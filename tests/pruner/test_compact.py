@@ -11,7 +11,7 @@ from pruner.shapes import shape_of
 from tests.distributed import run_ranks
 from tests.pruner.test_callback import MODEL, make_trainer
 from trainer.models.masks import Masks
-from trainer.run import full_tensors
+from trainer.saving import full_tensors
 
 
 @pytest.fixture(autouse=True)

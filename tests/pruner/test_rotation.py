@@ -18,7 +18,8 @@ from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config
 from trainer.models.masks import Masks
-from trainer.run import build_model, full_tensors, pretrained
+from trainer.run import build_model, pretrained
+from trainer.saving import full_tensors
 
 IDS = torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(4))
 

@@ -136,7 +136,7 @@ def held_bytes(teacher: Teacher) -> tuple[int, int]:
     gathered = [p for p in teacher.network.parameters() if not isinstance(p, DTensor)]
     teacher_gathered = sum(p.untyped_storage().nbytes() for p in gathered)
     parallel.reshard(teacher.network)
-    shards = sum(parallel.local(p).nbytes for p in teacher.network.parameters())
+    shards = sum(parallel.to_local(p).nbytes for p in teacher.network.parameters())
     return shards, teacher_gathered
 
 

@@ -65,7 +65,7 @@ class Capture(Callback):
             self.gradients[f"mask.{name}"] = t.context.all_reduce_sum(z.grad).numpy()
         for name, parameter in t.model.named_parameters():
             gradient: Any = parameter.grad
-            self.gradients[name] = parallel.whole(gradient).numpy()
+            self.gradients[name] = parallel.full_tensor(gradient).numpy()
 
 
 def make_masks() -> Masks:

@@ -21,7 +21,7 @@ def test_stands_alone_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.get_num_threads() == 1
     assert context.gather("x") == ["x"] and context.broadcast(3) == 3
     with pytest.raises(InputError, match="too big"):
-        context.check("too big")
+        context.raise_first("too big")
 
 
 def exercise(folder: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def exercise(folder: Path) -> dict[str, Any]:
             (folder / "made").write_text("by rank 0")
         found = (folder / "made").exists()
     try:
-        context.check("rank 2 failed" if rank == 2 else None)
+        context.raise_first("rank 2 failed" if rank == 2 else None)
         error = ""
     except InputError as problem:
         error = str(problem)

@@ -15,20 +15,12 @@ from tests.distributed import run_ranks
 from tests.factories import write_model
 from tests.trainer.tiny import options
 from trainer import parallel
+from trainer.inputs import find_model_with_data, open_data
 from trainer.models import hf
 from trainer.models.config import ModelConfig
 from trainer.models.hf import load_config
-from trainer.run import (
-    build_model,
-    find_model_with_data,
-    full_tensors,
-    open_data,
-    pretrained,
-    publish,
-    random_init,
-    require_copy,
-    save_pretrained,
-)
+from trainer.run import build_model, pretrained, random_init
+from trainer.saving import full_tensors, publish, require_copy, save_pretrained
 
 
 @pytest.fixture

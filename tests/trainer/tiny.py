@@ -13,7 +13,8 @@ from trainer import parallel
 from trainer.config import TrainConfig
 from trainer.loop import Callback, Trainer
 from trainer.models.config import ModelConfig
-from trainer.run import build_model, build_trainer, full_tensors, random_init
+from trainer.run import build_model, build_trainer, random_init
+from trainer.saving import full_tensors
 
 SHAPE = ModelConfig(
     family="llama",

@@ -66,7 +66,7 @@ def gradients(
 
 def gradient(tensor: Tensor) -> Tensor:
     assert tensor.grad is not None
-    return parallel.whole(tensor.grad).clone()
+    return parallel.full_tensor(tensor.grad).clone()
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
