@@ -1,31 +1,23 @@
-"""Resumable stages: each runs once for its settings, is skipped when finished, prints its time."""
+"""Resumable stages: each runs once for its settings, alone or several at once."""
 
-import contextlib
 import hashlib
 import json
-import os
-import re
-import shlex
 import shutil
+import signal
 import subprocess
-import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
 from data.files import write_json
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class CommandError(InputError):
-    """A command failed; `reason` is what the command itself gave as its error."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+from data.log import logger
+from launch.commands import CommandError
 
 
 class Stages:
@@ -64,11 +56,11 @@ class Stages:
         if known.get("identity") == identity and known.get("finished") and folder.exists():
             self.seconds[name] = known["seconds"]
             self.reused.add(name)
-            say(f"{title}: finished before in {known['seconds']:.0f} s, reused")
+            announce(f"{title}: finished before in {known['seconds']:.0f} s, reused")
             return
         if known and known.get("identity") != identity:
             shutil.rmtree(folder, ignore_errors=True)
-        say(title)
+        announce(title)
         folder.mkdir(parents=True, exist_ok=True)
         spent = known.get("seconds", 0.0) if known.get("identity") == identity else 0.0
         _write_marker(marker, identity, finished=False, seconds=spent)
@@ -79,7 +71,7 @@ class Stages:
             self.seconds[name] = spent + time.monotonic() - start
             _write_marker(marker, identity, finished=False, seconds=self.seconds[name])
         _write_marker(marker, identity, finished=True, seconds=self.seconds[name])
-        say(f"{title}: done in {self.seconds[name]:.0f} s")
+        announce(f"{title}: done in {self.seconds[name]:.0f} s")
 
 
 def _read_marker(path: Path) -> dict[str, Any]:
@@ -94,100 +86,155 @@ def _write_marker(path: Path, identity: str, *, finished: bool, seconds: float) 
     write_json(path, {"identity": identity, "finished": finished, "seconds": seconds})
 
 
-def say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
+def announce(text: str) -> None:
+    """Says what a stage does, apart from what its command prints."""
+    logger.info(f"\n== {text}")
 
 
-def typed(path: Path) -> str:
-    """A path as a user would type it: relative when it lies below the working folder."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One stage and what it waits for."""
+
+    name: str
+    kind: str
+    """Tasks of one kind take about equally long."""
+    settings: Mapping[str, Any]
+    after: tuple[str, ...]
+    """Names of the tasks it builds on."""
+    folder: Path
+    action: Callable[[], None]
 
 
-def python() -> str:
-    """This interpreter as a word of a command."""
-    return typed(Path(sys.executable))
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Tasks, and what to make of them."""
+
+    tasks: list[Task]
+    """In the order in which they should start."""
+    results: Callable[[set[str]], dict[str, Any] | None]
+    """The results so far, JSON-able, from the names of the finished tasks; None while there are
+    none."""
+    show: Callable[[dict[str, Any]], None]
+    """Prints results."""
 
 
-def torchrun(ranks: int) -> list[str]:
-    """The launcher beside this interpreter, or the module it runs when there is no such script."""
-    script = Path(python()).with_name("torchrun")
-    launcher = [str(script)] if script.exists() else [python(), "-m", "torch.distributed.run"]
-    return [*launcher, "--standalone", "--nproc_per_node", str(ranks)]
-
-
-def command(
-    words: Sequence[object],
+def run_tasks(
+    tasks: Sequence[Task],
+    stages: Stages,
     *,
-    makes: Path,
-    settings_file: Path | None = None,
-    log: Path | None = None,
-    running: set[subprocess.Popen[bytes]] | None = None,
+    jobs: int,
+    running: set[subprocess.Popen[bytes]],
+    finished: Callable[[Task], None],
 ) -> None:
-    """Print a command so that it can be copied, run it with its output streaming through.
+    """Runs all tasks, `jobs` at once and earlier ones first, and calls `finished` after each.
 
-    Args:
-        words: program and arguments.
-        makes: file the command has made when it is finished.
-        settings_file: a shorn.toml to use instead of the user's own; SHORN_* variables are dropped
-            with it, so that the command does exactly what it prints.
-        log: file to which command and output are appended instead.
-        running: holds the process while it runs, for whoever wants to stop it.
-
-    Raises InputError when the command fails or stops before `makes` exists; CommandError with what
-    it printed to `log` after `error: `, if anything.
+    Where a task fails, the ones that do not build on it still run; then InputError names those that
+    failed, and each reason once. On Ctrl-C or SIGTERM the processes in `running` are asked to stop
+    and waited for.
     """
-    line = [str(word) for word in words]
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            print(f"$ {shlex.join(line)}", file=file)
-    else:
-        print(f"$ {shlex.join(line)}", flush=True)
-    environment = dict(os.environ)
-    if settings_file is not None:
-        environment = {k: v for k, v in environment.items() if not k.startswith("SHORN_")}
-        settings_file.parent.mkdir(parents=True, exist_ok=True)
-        settings_file.touch()
-        environment["SHORN_CONFIG"] = str(settings_file)
-    search = [str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)]
-    environment["PYTHONPATH"] = os.pathsep.join(part for part in search if part)
-    if "--nproc_per_node" in line:
-        # torchrun's default, set here so that it does not warn; the ranks set their threads.
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    running = set() if running is None else running
-    with contextlib.ExitStack() as stack:
-        output = stack.enter_context(log.open("ab")) if log is not None else None
-        process = stack.enter_context(
-            subprocess.Popen(line, env=environment, stdout=output, stderr=output)
-        )
-        running.add(process)
+    waiting = {task.name: task for task in tasks}
+    done: set[str] = set()
+    failed: dict[str, list[str]] = {}
+    active: dict[Future[None], Task] = {}
+    stopping = threading.Event()
+    with _terminate_as_interrupt(), ThreadPoolExecutor(jobs) as pool:
         try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            # The command got the same Ctrl-C and may be saving a checkpoint.
-            process.wait()
+            while True:
+                ready = [task for task in waiting.values() if done.issuperset(task.after)]
+                for task in ready[: jobs - len(active)]:
+                    del waiting[task.name]
+                    active[pool.submit(_run, task, stages, stopping)] = task
+                if not active:
+                    break
+                for future in wait(active, return_when=FIRST_COMPLETED).done:
+                    task = active.pop(future)
+                    try:
+                        future.result()
+                    except InputError as error:
+                        reason = error.reason if isinstance(error, CommandError) else str(error)
+                        failed.setdefault(reason, []).append(task.name)
+                        announce(f"{task.name} failed: {error}")
+                        continue
+                    done.add(task.name)
+                    finished(task)
+                    if task.name not in stages.reused:
+                        unfinished = [*waiting.values(), *active.values()]
+                        _announce_time_left(tasks, unfinished, stages, jobs)
+        except BaseException:
+            stopping.set()
+            _stop(active, running)
             raise
-        finally:
-            running.discard(process)
-    if status == 130:
+    if failed:
+        number = sum(len(names) for names in failed.values())
+        reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in failed.items())
+        raise InputError(
+            f"{number} of {len(tasks)} stages failed, and {len(waiting)} that build on them "
+            f"were left out: {reasons}"
+        )
+
+
+def seconds_left(
+    tasks: Sequence[Task], unfinished: Sequence[Task], seconds: Mapping[str, float], jobs: int
+) -> float | None:
+    """Estimate for `unfinished` tasks from the `seconds` of finished ones of their kinds, and from
+    all finished ones where no such is known; None where none is finished."""
+    left = {task.name for task in unfinished}
+    known: dict[str, list[float]] = {}
+    for task in tasks:
+        if task.name in seconds and task.name not in left:
+            known.setdefault(task.kind, []).append(seconds[task.name])
+    everything = [value for values in known.values() for value in values]
+    if not everything:
+        return None
+    total = 0.0
+    for task in unfinished:
+        values = known.get(task.kind, everything)
+        total += sum(values) / len(values)
+    return total / min(jobs, max(1, len(unfinished)))
+
+
+def _run(task: Task, stages: Stages, stopping: threading.Event) -> None:
+    if not stopping.is_set():
+        stages.run(
+            task.name,
+            settings=task.settings,
+            after=task.after,
+            folder=task.folder,
+            action=task.action,
+        )
+
+
+def _announce_time_left(
+    tasks: Sequence[Task], unfinished: Sequence[Task], stages: Stages, jobs: int
+) -> None:
+    seconds = seconds_left(tasks, unfinished, stages.seconds, jobs)
+    if unfinished and seconds is not None:
+        hours, minutes = divmod(round(seconds / 60), 60)
+        spelled = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+        logger.info(f"{len(unfinished)} of {len(tasks)} stages left, about {spelled}")
+
+
+def _stop(active: Mapping[Future[None], Task], running: set[subprocess.Popen[bytes]]) -> None:
+    asked: set[subprocess.Popen[bytes]] = set()
+    while not all(future.done() for future in active):
+        for process in set(running) - asked:
+            process.terminate()
+            asked.add(process)
+        wait(active, timeout=0.2)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Makes SIGTERM end this process as Ctrl-C does, where signals can be handled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
-    if status != 0 or not makes.exists():
-        raise _failure(status, makes, log)
 
-
-def _failure(status: int, makes: Path, log: Path | None) -> InputError:
-    outcome = f"exited with status {status}" if status else f"stopped before it made {makes}"
-    which = "the command above" if log is None else f"the last command in {log}"
-    advice = "finished stages are kept: run this again"
-    reason = ""
-    if log is not None:
-        for line in log.read_text("utf-8", errors="replace").splitlines():
-            # The log holds earlier commands too, and what they said does not count.
-            if line.startswith("$ "):
-                reason = ""
-            elif match := re.match(r"error(?: \(rank \d+\))?: (.*)", line):
-                reason = match[1]
-    if not reason:
-        return InputError(f"{which} {outcome}; {advice}")
-    return CommandError(f"{which} {outcome}: {reason}; {advice}", reason)
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -278,3 +278,16 @@ class _Space:
 def _multiples(step: int, size: int) -> list[int]:
     """Multiples of `step` below `size`, and `size` itself."""
     return [*range(step, size, step), size]
+
+
+def refuse_budget(option: str, sizes: str) -> None:
+    """Raises InputError where `sizes` leave a shape open, which only pruner.shear settles."""
+    if parse_budget(sizes) is not None:
+        raise budget_error(option, sizes)
+
+
+def budget_error(option: str, text: str) -> InputError:
+    """Says that `text` is a budget, and what to give instead."""
+    return InputError(
+        f"{option} {text!r}: budgets are resolved by pruner.shear only; give the sizes it prints"
+    )

@@ -20,7 +20,7 @@ from data.errors import InputError
 from data.files import require_writable, write_json
 from data.progress import Progress
 from launch.bench_shear.config import BenchConfig
-from launch.compare.config import refuse_budget
+from pruner.budget import refuse_budget
 from pruner.callback import ShearCallback
 from pruner.config import MaskConfig
 from pruner.constraint import make_rule

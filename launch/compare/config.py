@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from data.errors import InputError
-from pruner.budget import BUDGETS, parse_budget
+from pruner.budget import BUDGETS, budget_error, refuse_budget
 
 TARGETS = {
     "half": "layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152",
@@ -243,16 +243,3 @@ def targets_of(config: CompareConfig) -> dict[str, str]:
     if not found:
         raise InputError(f"no target: give --targets, such as {' '.join(TARGETS)}")
     return found
-
-
-def refuse_budget(option: str, sizes: str) -> None:
-    """Raises InputError where `sizes` leave a shape open, which only pruner.shear settles."""
-    if parse_budget(sizes) is not None:
-        raise budget_error(option, sizes)
-
-
-def budget_error(option: str, text: str) -> InputError:
-    """Says that `text` is a budget, and what to give instead."""
-    return InputError(
-        f"{option} {text!r}: budgets are resolved by pruner.shear only; give the sizes it prints"
-    )

@@ -11,8 +11,7 @@ from rich.table import Table
 from data.errors import InputError
 from launch.compare.config import CompareConfig, Method
 from launch.compare.stages import StageMaker
-from launch.stages import say
-from launch.tasks import Plan, Task
+from launch.stages import Plan, Task, announce
 from pruner.shapes import Shape, config_of, shape_of, validate
 from trainer.models.config import ModelConfig
 
@@ -69,7 +68,9 @@ def dead_units_plan(maker: StageMaker, source: ModelConfig) -> Plan:
     config = maker.config
     tasks = {task.name: task for task in maker.inputs()}
     runs = []
-    say(f"{config.source}: kept and alive units after {config.shear_steps} steps under both rules")
+    announce(
+        f"{config.source}: kept and alive units after {config.shear_steps} steps under both rules"
+    )
     for sparsity in config.sparsities:
         shape = sparse_shape(source, sparsity)
         print(f"{100 * sparsity:g}% of every family: {shape.describe()}")

@@ -11,8 +11,7 @@ from rich.table import Table
 from data.errors import InputError
 from launch.compare.config import METHODS, OURS, CompareConfig, Method, methods_of, targets_of
 from launch.compare.stages import EVALUATION, StageMaker
-from launch.stages import say
-from launch.tasks import Plan, Task
+from launch.stages import Plan, Task, announce
 from pruner.shapes import Shape, config_of, parse_target, shape_of
 from trainer.models.config import ModelConfig
 
@@ -140,7 +139,7 @@ def _row(
 def _describe(config: CompareConfig, source: ModelConfig, shapes: dict[str, Shape]) -> None:
     whole = source.num_parameters(embeddings=False)
     tokens = config.batch * config.seq_len
-    say(
+    announce(
         f"{config.source}: {whole / 1e6:.1f}M parameters without embeddings; every method trains "
         f"on {config.steps * tokens:,} tokens, {len(config.seeds)} seeds"
     )

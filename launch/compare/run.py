@@ -10,8 +10,7 @@ from launch.compare.config import CompareConfig
 from launch.compare.dead_units import dead_units_plan
 from launch.compare.losses import losses_plan
 from launch.compare.stages import StageMaker
-from launch.stages import Stages
-from launch.tasks import Task, run_tasks
+from launch.stages import Stages, Task, run_tasks
 from trainer.models.hf import load_config, resolve_model
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.commands import ROOT, command, python
 from launch.compare.config import CompareConfig, Method
 from launch.compare.text import split_documents
-from launch.stages import ROOT, command, python
-from launch.tasks import Task
+from launch.stages import Task
 
 EVALUATION = "evaluation.json"
 """File of held-out losses in the folder of a measuring stage."""

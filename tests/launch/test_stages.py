@@ -1,13 +1,19 @@
-"""Stages run once per settings, resume when interrupted, start afresh when settings change."""
+"""Stages: once per settings, resumed, several at once; commands and their errors."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from data.errors import InputError
-from launch.stages import CommandError, Stages, command
+from launch.commands import CommandError, command
+from launch.stages import Stages, Task, run_tasks, seconds_left
 
 
 class Recorder:
@@ -40,6 +46,20 @@ class Recorder:
         (folder / "result").touch()
         if fail:
             raise RuntimeError("power cut")
+
+
+def test_markers_of_earlier_versions_count(tmp_path: Path) -> None:
+    """Folders of demos and comparisons that are finished stay finished."""
+    marker = {
+        "identity": "0182e55c77ffb95803bfe4d9900fcb42179261cdae64db4985614402a95537f6",
+        "finished": True,
+        "seconds": 3.25,
+    }
+    (tmp_path / "a").mkdir()
+    (tmp_path / ".stages").mkdir()
+    (tmp_path / ".stages" / "a.json").write_text(json.dumps(marker) + "\n")
+    recorder = Recorder(tmp_path)
+    assert [name for name, _ in recorder.go()] == ["b"]
 
 
 def test_finished_stages_are_reused(tmp_path: Path) -> None:
@@ -113,3 +133,122 @@ def test_a_logged_command_prints_nothing_and_is_known_while_it_runs(
     with pytest.raises(InputError, match=r"status 3; finished") as later:
         command([sys.executable, "-c", "exit(3)"], makes=log, log=log)
     assert not isinstance(later.value, CommandError)
+
+
+class Runner:
+    """Runs tasks below one output folder and records what happened."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.started: list[str] = []
+        self.finished: list[str] = []
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.failing: set[str] = set()
+
+    def task(self, name: str, *after: str, kind: str = "kind") -> Task:
+        return Task(name, kind, {}, after, self.output / name, lambda: self.act(name))
+
+    def act(self, name: str) -> None:
+        self.started.append(name)
+        if name in self.failing:
+            raise CommandError(f"{name}.log says no luck", "no luck")
+
+    def go(self, tasks: list[Task], jobs: int = 1) -> None:
+        self.started, self.finished = [], []
+        run_tasks(
+            tasks,
+            Stages(self.output, number=len(tasks)),
+            jobs=jobs,
+            running=self.running,
+            finished=lambda task: self.finished.append(task.name),
+        )
+
+
+def test_tasks_wait_for_what_they_build_on_and_are_reused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = Runner(tmp_path)
+    names = ["c", "a", "x/b"]
+    tasks = [runner.task("c", "x/b"), runner.task("a"), runner.task("x/b", "a")]
+    runner.go(tasks)
+    assert runner.started == runner.finished == ["a", "x/b", "c"]
+    assert "2 of 3 stages left, about 0 min" in capsys.readouterr().out
+    runner.go(tasks)
+    assert runner.started == [] and sorted(runner.finished) == sorted(names)
+    assert "stages left" not in capsys.readouterr().out
+
+
+def test_a_failure_leaves_out_only_what_builds_on_it(tmp_path: Path) -> None:
+    runner = Runner(tmp_path)
+    tasks = [runner.task("a"), runner.task("b", "a"), runner.task("c", "b"), runner.task("d")]
+    runner.failing = {"a", "d"}
+    with pytest.raises(InputError, match=r"2 of 4 stages failed, .* left out: a, d: no luck$"):
+        runner.go(tasks)
+    runner.failing = {"a"}
+    with pytest.raises(InputError, match=r"1 of 4 stages failed, and 2 .* out: a: no luck"):
+        runner.go(tasks)
+    assert runner.finished == ["d"]
+    runner.failing = set()
+    runner.go(tasks)
+    assert runner.started == ["a", "b", "c"]
+
+
+def test_as_many_run_at_once_as_there_are_jobs(tmp_path: Path) -> None:
+    meeting = threading.Barrier(2, timeout=10)
+    tasks = [
+        Task(name, "kind", {}, (), tmp_path / name, lambda: void(meeting.wait()))
+        for name in ("a", "b")
+    ]
+    Runner(tmp_path).go(tasks, jobs=2)
+    with pytest.raises(threading.BrokenBarrierError):
+        alone = threading.Barrier(2, timeout=0.2)
+        lonely = Task("c", "kind", {}, (), tmp_path / "c", lambda: void(alone.wait()))
+        Runner(tmp_path).go([lonely, Runner(tmp_path).task("d")], jobs=1)
+
+
+def void(_: object) -> None:
+    pass
+
+
+def test_a_stop_is_passed_on_and_waited_for(tmp_path: Path) -> None:
+    """The process of a stage notes that it was asked to stop, and no other stage starts."""
+    runner = Runner(tmp_path)
+    code = f"""
+import pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(0.2)
+    pathlib.Path({str(tmp_path / "saved")!r}).touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path({str(tmp_path / "started")!r}).touch()
+time.sleep(30)
+"""
+    words = [sys.executable, "-c", code]
+
+    def work() -> None:
+        command(words, makes=tmp_path / "made", log=tmp_path / "log", running=runner.running)
+
+    def stop_when_started() -> None:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    tasks = [Task("long", "kind", {}, (), tmp_path / "long", work), runner.task("next")]
+    threading.Thread(target=stop_when_started, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.go(tasks)
+    assert (tmp_path / "saved").exists()
+    assert runner.started == [] and not runner.running
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_time_left_is_estimated_by_kind(tmp_path: Path) -> None:
+    runner = Runner(tmp_path)
+    kinds = {"a": "slow", "b": "slow", "c": "fast", "d": "slow", "e": "fast", "f": "new"}
+    tasks = [runner.task(name, kind=kind) for name, kind in kinds.items()]
+    seconds = {"a": 10.0, "b": 14.0, "c": 2.0}
+    assert seconds_left(tasks, tasks[3:4], seconds, 2) == 12
+    assert seconds_left(tasks, tasks[3:5], seconds, 2) == 7
+    assert seconds_left(tasks, tasks[5:], seconds, 1) == pytest.approx(26 / 3)
+    assert seconds_left(tasks, tasks, {}, 1) is None

@@ -10,7 +10,7 @@ from data.errors import InputError
 from launch.compare.config import CompareConfig
 from launch.compare.losses import block_count, leads, losses_plan, print_results
 from launch.compare.stages import StageMaker
-from launch.tasks import Task
+from launch.stages import Task
 from trainer.models.config import ModelConfig
 
 SMOLLM2 = {

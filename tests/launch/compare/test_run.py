@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data.errors import InputError
-from launch import tasks
+from launch import stages
 from launch.compare import stages as comparison_stages
 from launch.compare.config import CompareConfig
 from launch.compare.run import run
@@ -62,7 +62,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert makes.exists()
 
     monkeypatch.setattr(comparison_stages, "command", command)
-    monkeypatch.setattr(tasks, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(stages, "ThreadPoolExecutor", Inline)
     return ran
 
 

@@ -1,0 +1,117 @@
+"""Commands that other commands start: printed so that they can be copied, run, and explained."""
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class CommandError(InputError):
+    """A command failed; `reason` is what the command itself gave as its error."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def typed(path: Path) -> str:
+    """A path as a user would type it: relative when it lies below the working folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def python() -> str:
+    """This interpreter as a word of a command."""
+    return typed(Path(sys.executable))
+
+
+def torchrun(ranks: int) -> list[str]:
+    """The launcher beside this interpreter, or the module it runs when there is no such script."""
+    script = Path(python()).with_name("torchrun")
+    launcher = [str(script)] if script.exists() else [python(), "-m", "torch.distributed.run"]
+    return [*launcher, "--standalone", "--nproc_per_node", str(ranks)]
+
+
+def command(
+    words: Sequence[object],
+    *,
+    makes: Path,
+    settings_file: Path | None = None,
+    log: Path | None = None,
+    running: set[subprocess.Popen[bytes]] | None = None,
+) -> None:
+    """Print a command so that it can be copied, run it with its output streaming through.
+
+    Args:
+        words: program and arguments.
+        makes: file the command has made when it is finished.
+        settings_file: a shorn.toml to use instead of the user's own; SHORN_* variables are dropped
+            with it, so that the command does exactly what it prints.
+        log: file to which command and output are appended instead.
+        running: holds the process while it runs, for whoever wants to stop it.
+
+    Raises InputError when the command fails or stops before `makes` exists; CommandError with what
+    it printed to `log` after `error: `, if anything.
+    """
+    line = [str(word) for word in words]
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            print(f"$ {shlex.join(line)}", file=file)
+    else:
+        print(f"$ {shlex.join(line)}", flush=True)
+    environment = dict(os.environ)
+    if settings_file is not None:
+        environment = {k: v for k, v in environment.items() if not k.startswith("SHORN_")}
+        settings_file.parent.mkdir(parents=True, exist_ok=True)
+        settings_file.touch()
+        environment["SHORN_CONFIG"] = str(settings_file)
+    search = [str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    environment["PYTHONPATH"] = os.pathsep.join(part for part in search if part)
+    if "--nproc_per_node" in line:
+        # torchrun's default, set here so that it does not warn; the ranks set their threads.
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    running = set() if running is None else running
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("ab")) if log is not None else None
+        process = stack.enter_context(
+            subprocess.Popen(line, env=environment, stdout=output, stderr=output)
+        )
+        running.add(process)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            # The command got the same Ctrl-C and may be saving a checkpoint.
+            process.wait()
+            raise
+        finally:
+            running.discard(process)
+    if status == 130:
+        raise KeyboardInterrupt
+    if status != 0 or not makes.exists():
+        raise _failure(status, makes, log)
+
+
+def _failure(status: int, makes: Path, log: Path | None) -> InputError:
+    outcome = f"exited with status {status}" if status else f"stopped before it made {makes}"
+    which = "the command above" if log is None else f"the last command in {log}"
+    advice = "finished stages are kept: run this again"
+    reason = ""
+    if log is not None:
+        for line in log.read_text("utf-8", errors="replace").splitlines():
+            # The log holds earlier commands too, and what they said does not count.
+            if line.startswith("$ "):
+                reason = ""
+            elif match := re.match(r"error(?: \(rank \d+\))?: (.*)", line):
+                reason = match[1]
+    if not reason:
+        return InputError(f"{which} {outcome}; {advice}")
+    return CommandError(f"{which} {outcome}: {reason}; {advice}", reason)
