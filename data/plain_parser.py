@@ -10,9 +10,19 @@ from data.errors import InputError
 from data.options import Option, convert, describe
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One that raises InputError instead of ending the process."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
+
+
+def refuse_unknown(words: list[str], flags: Sequence[str]) -> None:
+    """Raises InputError for the first of `words`, which stood where only `flags` may."""
+    if words:
+        near = difflib.get_close_matches(words[0].partition("=")[0], flags, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help-all lists all options"
+        raise InputError(f"unknown option {words[0]}; {hint}")
 
 
 def parse_plainly(options: Sequence[Option], words: list[str]) -> dict[str, Any]:
@@ -21,7 +31,7 @@ def parse_plainly(options: Sequence[Option], words: list[str]) -> dict[str, Any]
     Raises:
         InputError: a flag is unknown, has a value that does not fit, or is required and missing.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     for option in options:
         spellings = dict.fromkeys((option.flag, f"--{option.name}"))
         settings: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS}
@@ -34,11 +44,7 @@ def parse_plainly(options: Sequence[Option], words: list[str]) -> dict[str, Any]
             settings["nargs"] = "*"
         parser.add_argument(*spellings, **settings)
     given, unknown = parser.parse_known_intermixed_args(words)
-    if unknown:
-        flags = [option.flag for option in options if not option.metavar]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help-all lists all options"
-        raise InputError(f"unknown option {unknown[0]}; {hint}")
+    refuse_unknown(unknown, [option.flag for option in options if not option.metavar])
     return {option.name: _value(option, vars(given)) for option in options}
 
 
