@@ -4,11 +4,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 
-from data import cli, machine
+from data import cli, log, machine
 from data.cli import parse, run
 from data.errors import InputError
 from data.log import logger
@@ -157,6 +157,48 @@ def test_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "What the program does." in printed and "Peak learning rate." in printed
     assert "python -m x --data y" in printed
     assert "(default: 123)" in printed and "shorn.toml [prune] steps" in printed
+
+
+def test_help_shows_the_essential_options_and_help_all_every_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Command(Outer):
+        ESSENTIAL: ClassVar = "lr data"
+
+    def shown(flag: str) -> str:
+        with pytest.raises(SystemExit):
+            parse(Command, section="prune", argv=[flag], examples="python -m x --data y")
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("COLUMNS", "60")
+    short, full = shown("--help"), shown("--help-all")
+    assert short.index("--lr FLOAT ") < short.index("--data PATH ") < short.index("\nexamples:")
+    assert "--log-level debug|info" in short and "--inputs" not in short
+    assert short.splitlines()[-1] == "--help-all shows the other 5 options."
+    assert full.startswith(short.rpartition("\n--help-all")[0].rstrip())
+    assert "\nInner options:\n  --steps INT " in full and "--inputs TEXT ..." in full
+    assert max(map(len, full.splitlines())) <= 60
+
+
+def test_log_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        get("--data", "d")
+        assert "SHORN_LOG_LEVEL" not in os.environ and log.level() == "info"
+        (tmp_path / "shorn.toml").write_text('[prune]\nlog-level = "warning"\n')
+        get("--data", "d")
+        logger.info("not shown")
+        logger.warning("shown")
+        assert capsys.readouterr() == ("", "warning: shown\n")
+        # Processes started later inherit it.
+        assert os.environ["SHORN_LOG_LEVEL"] == "warning"
+        get("--data", "d", "--log-level", "debug")
+        assert log.level() == os.environ["SHORN_LOG_LEVEL"] == "debug"
+    finally:
+        log.set_level("info")
+        del os.environ["SHORN_LOG_LEVEL"]
 
 
 def test_two_options_of_one_name_are_a_programming_error() -> None:

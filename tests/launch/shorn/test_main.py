@@ -11,6 +11,7 @@ import pytest
 from launch.shorn import overview
 from launch.shorn.__main__ import main
 from launch.shorn.commands import COMMANDS
+from launch.shorn.completion import flags_of
 from tests.conftest import ROOT
 
 
@@ -81,6 +82,9 @@ def test_help_of_every_command(name: str, flag: str, capsys: pytest.CaptureFixtu
     examples = printed.partition("\nexamples:\n")[2]
     assert examples.startswith(f"  shorn {name}") and "python" not in examples.split("\n\n")[0]
     assert max(map(len, printed.splitlines())) <= 80
+    if flag == "--help-all":
+        missing = [word for word in flags_of(name) if word not in printed]
+        assert all(word.startswith(("--no-", "--help")) for word in missing), missing
     assert ("--help-all shows" in printed.splitlines()[-1]) == (
         flag == "--help" and name != "report"
     )
