@@ -8,7 +8,6 @@ section of `shorn.toml`, the dataclass default.
 import contextlib
 import dataclasses
 import difflib
-import io
 import os
 import shlex
 import signal
@@ -16,12 +15,17 @@ import sys
 import time
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from data.errors import InputError
+from data.help_page import help_page
+from data.log import LEVELS, level, set_level
 from data.machine import rank
+from data.options import Option, build, convert, describe, options_of
+from data.plain_parser import parse_plainly
 
 T = TypeVar("T")
 
@@ -29,9 +33,16 @@ CONFIG_VARIABLE = "SHORN_CONFIG"
 VARIABLE_PREFIX = "SHORN_"
 DEFAULT_FILE = "shorn.toml"
 SECONDS_FOR_RANK_ZERO = 30.0
+HELP_FLAGS = ("-h", "--help", "--help-all")
+LOG_LEVEL = Option(
+    "log_level",
+    Literal[LEVELS],
+    "info",
+    "Least important messages to show; debug: of all ranks; warning, error: without progress.",
+)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Override:
     """A value found outside the command line, not yet converted to its field's type."""
 
@@ -44,50 +55,62 @@ def parse(
     *,
     section: str,
     argv: list[str] | None = None,
-    description: str | None = None,
     examples: str = "",
 ) -> T:
     """Builds `config` from flags, environment, `shorn.toml` and defaults.
 
     Args:
         config: dataclass type; fields that are dataclasses themselves are flattened into one level
-            of flags.
+            of flags. Its docstring is what `--help` says the command does; its `ESSENTIAL`,
+            where it has one, names the options that `--help` shows, in words; `--help-all` shows
+            all.
         section: table of `shorn.toml` that belongs to this program.
         argv: arguments without the program name; default `sys.argv[1:]`.
-        description: help text above the options; default the docstring of `config`.
-        examples: shown under "examples" at the end of `--help`.
+        examples: command lines shown by `--help`.
 
     Raises:
         InputError: a value does not fit its field or is refused by the config's own validation, or
             `shorn.toml` holds an unknown key.
-        SystemExit: `--help` (status 0), an unknown flag or a missing required one (status 2).
+        SystemExit: help (status 0), an unknown flag or a missing required one (status 2).
     """
-    import tyro
-
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    fields = _flat_fields(config)
-    _refuse_repeated_lists(arguments, fields)
-    overrides = _file_overrides(section, fields) | _environment_overrides(fields)
-    default = _default_instance(config, overrides)
-    options: dict[str, Any] = {
-        "prog": _program_name(),
-        "args": arguments,
-        "default": default,
-        "description": description,
-        "config": (tyro.conf.OmitArgPrefixes,),
-    }
-    try:
-        with _silence():
-            return typing.cast(T, tyro.cli(config, **options))
-    except SystemExit as exit_request:
-        cause = _validation_error(exit_request)
-        if cause is not None:
-            raise cause from None
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = all_options(config)
+    overrides = _file_overrides(section, options) | _environment_overrides(options)
+    options = [
+        dataclasses.replace(option, default=_convert(overrides[option.name], option.type))
+        if option.name in overrides
+        else option
+        for option in options
+    ]
+    if not set(words).isdisjoint(HELP_FLAGS):
         if rank() == 0:
-            _print_usage(config, options, examples, overrides)
-        elif exit_request.code:
-            _wait_for_rank_zero()
-        raise
+            _print_help(config, options, overrides, examples, "--help-all" in words)
+        sys.exit(0)
+    _refuse_repeated_lists(words, options)
+    values = _parse_words(options, words)
+    if values["log_level"] != level():
+        set_level(values["log_level"])
+    return build(config, values)
+
+
+def all_options(config: type) -> list[Option]:
+    """The options of the command whose config is `config`: those of every command too."""
+    return [*options_of(config), LOG_LEVEL]
+
+
+def essential_names(config: type, options: Sequence[Option]) -> list[str]:
+    """Names of the options of `config` that `--help` shows."""
+    if not hasattr(config, "ESSENTIAL"):
+        return [option.name for option in options]
+    return [*config.ESSENTIAL.replace("-", "_").split(), LOG_LEVEL.name]
+
+
+def program_name() -> str:
+    """How this command was started, as `--help` shows it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or sys.argv[0].startswith("shorn "):
+        return sys.argv[0]
+    return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -142,64 +165,17 @@ def _wait_for_rank_zero() -> None:
     time.sleep(SECONDS_FOR_RANK_ZERO)
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps the parser from printing, so that each error is shown once and by the right process."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-def _program_name() -> str:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
-
-
-def _nested_type(annotation: Any) -> type | None:
-    return annotation if dataclasses.is_dataclass(annotation) else None  # type: ignore[return-value]
-
-
-def _typed_fields(config: type) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
-    annotations = typing.get_type_hints(config, include_extras=True)
-    for field in dataclasses.fields(config):
-        if field.init:
-            yield field, annotations[field.name]
-
-
-def _option_name(field_name: str, annotation: Any) -> str:
-    """The option's name with underscores; `tyro.conf.arg(name=...)` on a field renames it."""
-    for marker in getattr(annotation, "__metadata__", ()):
-        name = getattr(marker, "name", None)
-        if isinstance(name, str):
-            return name.replace("-", "_")
-    return field_name
-
-
-def _flat_fields(config: type) -> dict[str, Any]:
-    """Maps each option's name to its annotation."""
-    flat: dict[str, Any] = {}
-    for field, annotation in _typed_fields(config):
-        nested = _nested_type(annotation)
-        names = (
-            _flat_fields(nested) if nested else {_option_name(field.name, annotation): annotation}
-        )
-        clash = flat.keys() & names.keys()
-        assert not clash, f"{config.__name__} has two options named {sorted(clash)}"
-        flat.update(names)
-    return flat
-
-
-def _refuse_repeated_lists(arguments: list[str], fields: Mapping[str, Any]) -> None:
+def _refuse_repeated_lists(words: list[str], options: Sequence[Option]) -> None:
     """The parser would keep only the last occurrence, which loses values without a word."""
-    for name, annotation in fields.items():
-        flag = "--" + name.replace("_", "-")
-        if _takes_several(annotation) and arguments.count(flag) > 1:
+    for option in options:
+        if option.takes_several and words.count(option.flag) > 1:
             raise InputError(
-                f"{flag} is given {arguments.count(flag)} times; "
-                f"give all values after one: {flag} A B"
+                f"{option.flag} is given {words.count(option.flag)} times; "
+                f"give all values after one: {option.flag} A B"
             )
 
 
-def _file_overrides(section: str, fields: Mapping[str, Any]) -> dict[str, _Override]:
+def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Override]:
     named = os.environ.get(CONFIG_VARIABLE)
     path = Path(named or DEFAULT_FILE)
     if not path.is_file():
@@ -220,114 +196,88 @@ def _file_overrides(section: str, fields: Mapping[str, Any]) -> dict[str, _Overr
         for near in difflib.get_close_matches(section, content, n=1, cutoff=0.7):
             raise InputError(f"{path}: unknown section [{near}]; did you mean [{section}]?")
         return {}
+    names = [option.name for option in options]
     found: dict[str, _Override] = {}
     for key, value in content[section].items():
         name = key.replace("-", "_")
-        if name not in fields:
-            near_names = difflib.get_close_matches(name, fields, n=1)
+        if name not in names:
+            near_names = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean `{near_names[0]}`? " if near_names else ""
             raise InputError(
-                f"{path}: unknown key `{key}` in [{section}]; {hint}known: {', '.join(fields)}"
+                f"{path}: unknown key `{key}` in [{section}]; {hint}known: {', '.join(names)}"
             )
         found[name] = _Override(value, f"{path} [{section}] {key}")
     return found
 
 
-def _environment_overrides(fields: Mapping[str, Any]) -> dict[str, _Override]:
+def _environment_overrides(options: Sequence[Option]) -> dict[str, _Override]:
     found: dict[str, _Override] = {}
-    for name in fields:
-        variable = VARIABLE_PREFIX + name.upper()
+    for option in options:
+        variable = VARIABLE_PREFIX + option.name.upper()
         text = os.environ.get(variable)
         if text and variable != CONFIG_VARIABLE:
-            found[name] = _Override(text, variable)
+            found[option.name] = _Override(text, variable)
     return found
 
 
-def _plain(annotation: Any) -> Any:
-    """The type inside `Annotated[...]`."""
-    return typing.get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
-
-
-def _takes_several(annotation: Any) -> bool:
-    return typing.get_origin(_plain(annotation)) in (tuple, list)
-
-
-def _convert(override: _Override, annotation: Any) -> Any:
+def _convert(override: _Override, kind: Any) -> Any:
     """Converts a TOML or environment value just as the same text on the command line would be."""
-    import tyro
-
     value = override.value
     if isinstance(value, str):
-        words = shlex.split(value) if _takes_several(annotation) else [value]
+        words = shlex.split(value) if typing.get_origin(kind) is tuple else [value]
     elif isinstance(value, list):
         words = [str(entry) for entry in value]
     else:
         words = [str(value)]
-    plain = _plain(annotation)
-    # The marker keeps words that start with a dash from being read as flags.
-    marked: Any = typing.Annotated[plain, tyro.conf.Positional]
     try:
-        with _silence():
-            return tyro.cli(marked, args=["--", *words])
+        return convert(words, kind)
+    except ValueError:
+        raise InputError(
+            f"{override.origin} = {value!r} is not a valid value: expected {describe(kind)}"
+        ) from None
+
+
+def _parse_words(options: Sequence[Option], words: list[str]) -> dict[str, Any]:
+    """The value of each option by name."""
+    try:
+        import tyro
+    except ImportError:
+        return parse_plainly(options, words)
+    fields = [
+        (
+            option.name,
+            typing.Annotated[option.type, tyro.conf.Positional] if option.metavar else option.type,
+            dataclasses.field(default=option.default),
+        )
+        for option in options
+    ]
+    flat = dataclasses.make_dataclass("Options", fields, kw_only=True)
+    try:
+        program = program_name().partition(" [")[0]
+        return vars(tyro.cli(flat, prog=program, args=words, console_outputs=rank() == 0))
     except SystemExit:
-        expected = plain.__name__ if isinstance(plain, type) else str(plain).replace("typing.", "")
-        message = f"{override.origin} = {value!r} is not a valid value: expected {expected}"
-    raise InputError(message)
+        if rank() != 0:
+            _wait_for_rank_zero()
+        raise
 
 
-def _default_instance(config: type, overrides: Mapping[str, _Override], base: Any = None) -> Any:
-    """An instance of `config` with overridden defaults; required fields are marked missing.
-
-    Its `__post_init__` does not run: only the complete, final configuration is validated.
-    """
-    import tyro
-
-    instance: Any = object.__new__(config)
-    for field, annotation in _typed_fields(config):
-        if base is not None:
-            value = getattr(base, field.name)
-        elif field.default is not dataclasses.MISSING:
-            value = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            value = field.default_factory()
-        else:
-            value = tyro.MISSING
-        nested = _nested_type(annotation)
-        if nested:
-            value = _default_instance(nested, overrides, None if value is tyro.MISSING else value)
-        elif (name := _option_name(field.name, annotation)) in overrides:
-            value = _convert(overrides[name], annotation)
-        object.__setattr__(instance, field.name, value)
-    return instance
-
-
-def _validation_error(error: BaseException | None) -> InputError | None:
-    while error is not None:
-        if isinstance(error, InputError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _print_usage(
+def _print_help(
     config: type,
-    options: dict[str, Any],
-    examples: str,
+    options: Sequence[Option],
     overrides: Mapping[str, _Override],
+    examples: str,
+    everything: bool,
 ) -> None:
-    """Prints the help text, or the parser's error message."""
-    import tyro
-
-    with contextlib.suppress(SystemExit):
-        tyro.cli(config, **options)
-    arguments = options["args"]
-    if "-h" not in arguments and "--help" not in arguments:
-        return
+    page = help_page(
+        options,
+        essential_names(config, options),
+        everything=everything,
+        program=program_name(),
+        description=config.__doc__ or "",
+        examples=examples,
+    )
+    print(page)
     if overrides:
         print("\ndefaults taken from:")
         for name, override in overrides.items():
             print(f"  --{name.replace('_', '-')} = {override.value}   ({override.origin})")
-    if examples:
-        print("\nexamples:")
-        for line in examples.strip("\n").splitlines():
-            print(f"  {line}" if line else "")

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from data.errors import InputError
+from data.errors import InputError, require_at_least
 from data.files import sync_folder, write_text
 from data.manifest import (
     DTYPES,
@@ -64,6 +64,8 @@ class TokenizeConfig:
     number of workers.
     """
 
+    ESSENTIAL: ClassVar = "input tokenizer output seq-len workers domain-field"
+
     input: tuple[str, ...]
     """Files, folders or quoted globs ('**' crosses folders): .jsonl .parquet .txt, or any other
     text suffix the glob ends with; .zst and .gz are decompressed."""
@@ -98,15 +100,7 @@ class TokenizeConfig:
             raise InputError("--input names no files; give at least one file, folder or glob")
         if not 0 <= self.held_out < 1:
             raise InputError(f"--held-out {self.held_out} is a fraction: use 0 up to, not with, 1")
-        if self.workers is not None and self.workers < 1:
-            raise InputError(f"--workers {self.workers} must be at least 1")
-        for name, value in (("seq-len", self.seq_len), ("task-mib", self.task_mib)):
-            if value < 1:
-                raise InputError(f"--{name} {value} must be at least 1")
-        if self.max_bytes_per_domain is not None and self.max_bytes_per_domain < 1:
-            raise InputError(
-                f"--max-bytes-per-domain {self.max_bytes_per_domain} must be at least 1, or none"
-            )
+        require_at_least(self, 1, "workers", "seq_len", "task_mib", "max_bytes_per_domain")
 
 
 class Job:

@@ -17,10 +17,15 @@ LEVEL_VARIABLE = "SHORN_LOG_LEVEL"
 logger = logging.getLogger("shorn")
 
 
-def set_level(level: str) -> None:
-    """Shows messages of `level` (one of LEVELS) and above, here and in processes started later."""
-    os.environ[LEVEL_VARIABLE] = level
-    logger.setLevel(level.upper())
+def set_level(name: str) -> None:
+    """Shows messages of level `name` (one of LEVELS) and above, also in processes started later."""
+    os.environ[LEVEL_VARIABLE] = name
+    logger.setLevel(name.upper())
+
+
+def level() -> str:
+    """The level whose messages, and those above it, are shown: one of LEVELS."""
+    return logging.getLevelName(logger.level).lower()
 
 
 class _Handler(logging.Handler):

@@ -5,40 +5,36 @@ from dataclasses import dataclass
 from math import exp, isfinite, log
 from typing import Annotated, Any, Literal
 
-import tyro
-
-from data.errors import InputError
+from data.errors import InputError, require
+from data.options import Name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixtureConfig:
     """How domain weights follow the losses."""
 
-    kind: Annotated[Literal["dynamic", "fixed"], tyro.conf.arg(name="mixture")] = "dynamic"
+    kind: Annotated[Literal["dynamic", "fixed"], Name("mixture")] = "dynamic"
     """"dynamic": raise the weight of domains whose loss exceeds its reference. "fixed": keep the
     initial weights."""
-    strength: Annotated[float, tyro.conf.arg(name="mixture-strength")] = 4.0
+    strength: Annotated[float, Name("mixture-strength")] = 4.0
     """A gap of 1 nat per token kept up over the whole run multiplies a domain's weight by
     exp(strength) relative to a domain without a gap."""
-    floor: Annotated[float, tyro.conf.arg(name="mixture-floor")] = 1 / 8
+    floor: Annotated[float, Name("mixture-floor")] = 1 / 8
     """Lowest weight, as a multiple of the initial one."""
-    ceiling: Annotated[float, tyro.conf.arg(name="mixture-ceiling")] = 8.0
+    ceiling: Annotated[float, Name("mixture-ceiling")] = 8.0
     """Highest weight, as a multiple of the initial one."""
-    clip: Annotated[bool, tyro.conf.arg(name="mixture-clip")] = True
+    clip: Annotated[bool, Name("mixture-clip")] = True
     """Count a loss below its reference as no gap; otherwise as a negative one."""
-    interval: Annotated[int, tyro.conf.arg(name="mixture-interval")] = 10
+    interval: Annotated[int, Name("mixture-interval")] = 10
     """Steps between updates. The strength of the effect does not depend on it."""
 
     def __post_init__(self) -> None:
-        if not (isfinite(self.strength) and self.strength >= 0):
-            raise InputError(f"mixture strength {self.strength} must be finite and at least 0")
-        if not 0 <= self.floor <= 1 <= self.ceiling:
-            raise InputError(
-                f"mixture floor {self.floor} and ceiling {self.ceiling} are multiples of the "
-                "initial weights: the floor must lie in 0 to 1, the ceiling must be at least 1"
-            )
-        if self.interval < 1:
-            raise InputError(f"mixture interval {self.interval} must be at least 1 step")
+        finite = isfinite(self.strength) and self.strength >= 0
+        require(finite, "mixture_strength", self.strength, "finite and at least 0")
+        weight = "as a multiple of the initial weights"
+        require(0 <= self.floor <= 1, "mixture_floor", self.floor, f"in [0, 1], {weight}")
+        require(self.ceiling >= 1, "mixture_ceiling", self.ceiling, f"at least 1, {weight}")
+        require(self.interval >= 1, "mixture_interval", self.interval, "at least 1 (step)")
 
 
 class Mixture:

@@ -2,41 +2,36 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
-from types import TracebackType
-from typing import IO, Any, Self, TypeVar
+from contextlib import AbstractContextManager
+from logging import INFO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    ProgressColumn,
     SpinnerColumn,
-    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
-from rich.text import Text
 
+from data.log import logger
 from data.machine import rank
-
-T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
 # One unit of work may take minutes; a shorter window would leave no rate to estimate from.
 SECONDS_OF_RATE = 1800.0
 
 
-class Progress:
-    """Progress of one activity on stderr.
+class Progress(AbstractContextManager["Progress"]):
+    """Progress of one activity on stderr: on rank 0 only, and not at log level warning or above.
 
     Args:
         description: what is being done, e.g. "shear".
         total: amount of work in `unit`s; None when unknown.
         unit: name of one unit; "B" is shown as bytes with binary prefixes.
         completed: units that were done before (a resumed run); they do not enter the rate.
-        enabled: default only on rank 0.
         stream: default stderr.
     """
 
@@ -47,14 +42,13 @@ class Progress:
         total: float | None = None,
         unit: str = "it",
         completed: float = 0,
-        enabled: bool | None = None,
         stream: IO[str] | None = None,
     ) -> None:
         self.description = description
         self.total = total
         self.unit = unit
         self.completed = completed
-        self.enabled = rank() == 0 if enabled is None else enabled
+        self.enabled = rank() == 0 and logger.isEnabledFor(INFO)
         self.fields: dict[str, Any] = {}
         self._stream = sys.stderr if stream is None else stream
         self._first = completed
@@ -101,15 +95,7 @@ class Progress:
             self._print_line()
         self.enabled = False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _amount(self) -> str:
@@ -133,36 +119,6 @@ class Progress:
         print("  ".join(parts), file=self._stream, flush=True)
 
 
-def track(
-    items: Iterable[T],
-    description: str,
-    *,
-    total: float | None = None,
-    unit: str = "it",
-    enabled: bool | None = None,
-) -> Iterator[T]:
-    """Yields `items` while showing how many of them are done."""
-    if total is None:
-        total = len(items) if isinstance(items, Sized) else None
-    with Progress(description, total=total, unit=unit, enabled=enabled) as progress:
-        for item in items:
-            yield item
-            progress.update()
-
-
-class _RemainingColumn(ProgressColumn):
-    """Time left, labelled, blank once the work is done."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._inner = TimeRemainingColumn(compact=True)
-
-    def render(self, task: Task) -> Text:
-        if task.finished:
-            return Text("")
-        return Text("ETA ") + self._inner.render(task)
-
-
 def _make_bar(console: Console) -> RichProgress:
     return RichProgress(
         SpinnerColumn(),
@@ -170,7 +126,8 @@ def _make_bar(console: Console) -> RichProgress:
         BarColumn(bar_width=24),
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
-        _RemainingColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[fields]}", markup=False),
         console=console,
         speed_estimate_period=SECONDS_OF_RATE,

@@ -11,10 +11,10 @@ from data.tokenizers import load_tokenizer
 EXAMPLES = """
 python -m data.tokenize --input 'SlimPajama-627B/train/**/*.jsonl.zst' \\
     --tokenizer meta-llama/Llama-2-7b-hf --output runs/tokens --workers 32
-python -m data.tokenize --input 'notes/**/*.md' 'src/**/*.py' --domain-field folder \\
-    --tokenizer tokenizer.model
-python -m data.tokenize --input pile.jsonl.zst --domain-field meta.pile_set_name \\
-    --tokenizer models/small --max-bytes-per-domain 10000000
+python -m data.tokenize --input 'notes/**/*.md' 'src/**/*.py' \\
+    --domain-field folder --tokenizer tokenizer.model
+python -m data.tokenize --input pile.jsonl.zst --tokenizer models/small \\
+    --domain-field meta.pile_set_name --max-bytes-per-domain 10000000
 """
 
 

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -13,11 +13,10 @@ from trainer.config import DistillationConfig, TrainConfig
 
 EXAMPLES = """
 torchrun --nproc_per_node 8 launch/cpt.py
-    the sheared model of runs/shear on the data of runs/tokens, at the defaults above
-torchrun --nproc_per_node 8 launch/cpt.py --model meta-llama/Llama-2-7b-hf --lr 3e-5 \\
-    --replicas 2 --activation-checkpointing
-python launch/cpt.py --model runs/shear --seq-len 256 --global-batch 8 --micro-batch 8 --steps 32
-torchrun --nproc_per_node 8 launch/cpt.py --init random --output runs/from-scratch
+    the sheared model of runs/shear on runs/tokens, at the defaults above
+torchrun --nproc_per_node 8 launch/cpt.py --replicas 2 --lr 3e-5
+python launch/cpt.py --seq-len 256 --global-batch 8 --micro-batch 8 --steps 32
+torchrun --nproc_per_node 8 launch/cpt.py --init random --output runs/fresh
 torchrun --nproc_per_node 8 launch/cpt.py --teacher models/Llama-2-7b-hf
 """
 
@@ -25,6 +24,10 @@ torchrun --nproc_per_node 8 launch/cpt.py --teacher models/Llama-2-7b-hf
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CptConfig:
     """Train a sheared (or any Llama-family) model further; running it again resumes --output."""
+
+    ESSENTIAL: ClassVar = (
+        "model data output init steps seq-len global-batch micro-batch lr mixture seed json"
+    )
 
     model: str = "runs/shear"
     """Folder of a shearing run, a Hugging Face folder, a .gguf file or a hub id."""
@@ -53,8 +56,8 @@ class CptConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def main() -> None:
-    config = parse(CptConfig, section="cpt", examples=EXAMPLES)
+def main(argv: list[str] | None = None) -> None:
+    config = parse(CptConfig, section="cpt", argv=argv, examples=EXAMPLES)
     from trainer.cpt import continue_pretraining
 
     continue_pretraining(

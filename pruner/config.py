@@ -1,10 +1,11 @@
 """Options of a shearing run."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
+from data.errors import require, require_at_least, require_finite
 from data.mixture import MixtureConfig
-from trainer.config import DistillationConfig, TrainConfig, require, require_finite
+from trainer.config import DistillationConfig, TrainConfig
 
 COLDEST = 1e-4
 """Lowest temperature at which rounding of the scores leaves the count exact."""
@@ -120,6 +121,10 @@ class MaskConfig:
 class ShearConfig:
     """Prune a model to a target shape with learned masks; running it again resumes --output."""
 
+    ESSENTIAL: ClassVar = (
+        "source target data output steps seq-len global-batch micro-batch lr seed rule json"
+    )
+
     source: str = "meta-llama/Llama-2-7b-hf"
     """Model to prune: a Hugging Face folder, a .gguf file, a run's output folder or a hub id."""
     target: str = "1.3b"
@@ -175,9 +180,4 @@ class ShearConfig:
         )
 
     def __post_init__(self) -> None:
-        require(
-            self.reference_sequences >= 1,
-            "reference_sequences",
-            self.reference_sequences,
-            "at least 1; use for example 32",
-        )
+        require_at_least(self, 1, "reference_sequences", why="; use for example 32")

@@ -15,7 +15,7 @@ from pruner.config import ShearConfig
 EXAMPLES = """
 torchrun --nproc_per_node 8 -m pruner.shear --target 1.3b
     LLaMA-2-7B to 1.3B on the data of runs/tokens, at the defaults above
-python -m pruner.shear --source models/SmolLM2-135M --data runs/tokens --output runs/small \\
+python -m pruner.shear --source models/SmolLM2-135M --output runs/small \\
     --target layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152 \\
     --steps 20 --seq-len 256 --global-batch 8 --micro-batch 8 --lr 3e-4
 python -m pruner.shear --target ffn=8192 --output runs/narrow
@@ -30,8 +30,8 @@ python -m pruner.shear --target layers=24 --steps 0 --output runs/blocks
 """
 
 
-def main() -> None:
-    config = parse(ShearConfig, section="shear", examples=EXAMPLES)
+def main(argv: list[str] | None = None) -> None:
+    config = parse(ShearConfig, section="shear", argv=argv, examples=EXAMPLES)
     from pruner.run import shear
 
     shear(config)

@@ -1,12 +1,14 @@
 """Options of a training run."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import tyro
+from data.errors import InputError, require, require_at_least, require_finite
+from data.options import Name
 
-from data.errors import InputError
+Precision = Literal["auto", "bf16", "fp32"]
+Kernels = Literal["auto", "reference", "triton", "cuda"]
 
 DISTILL_WEIGHT = 0.9
 """Weight of the divergence from a teacher when none is named."""
@@ -57,11 +59,11 @@ class TrainConfig:
     seed: int = 0
     """Seed of the data order and of every random number."""
 
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Compute precision (parameters, gradient sums and Adam stay fp32). auto: bf16 on a GPU, fp32
     on a CPU."""
 
-    kernels: Literal["auto", "reference", "triton", "cuda"] = "auto"
+    kernels: Kernels = "auto"
     """What computes the operators. auto: on a GPU compiled CUDA code, FlashAttention or PyTorch's
     attention, and Triton, as far as usable; on a CPU compiled C++ code and PyTorch. reference:
     PyTorch; triton: Triton throughout; cuda: as auto, refused without compiled CUDA code."""
@@ -97,21 +99,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        for name in (
-            "seq_len",
-            "global_batch",
-            "micro_batch",
-            "replicas",
-            "keep_checkpoints",
-            "log_interval",
-        ):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(
-            self.seq_len >= 2, "seq_len", self.seq_len, "at least 2 (a token and its successor)"
-        )
-        not_negative = ("steps", "save_interval", "eval_interval", "eval_sequences")
-        for name in (*not_negative, "weight_decay", "clip"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require_at_least(self, 1, "global_batch", "micro_batch", "replicas", "keep_checkpoints")
+        require_at_least(self, 1, "log_interval", "threads")
+        require_at_least(self, 2, "seq_len", why=" (a token and its successor)")
+        require_at_least(self, 0, "steps", "save_interval", "eval_interval", "eval_sequences")
+        require_at_least(self, 0, "weight_decay", "clip")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         ratio = self.min_lr_ratio
@@ -119,7 +111,6 @@ class TrainConfig:
         require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         require(self.lr > 0, "lr", self.lr, "above 0")
         require(self.eps > 0, "eps", self.eps, "above 0")
-        require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
 
     @property
     def final_lr_ratio(self) -> float:
@@ -135,19 +126,19 @@ class DistillationConfig:
     models' logits are divided by T in the divergence.
     """
 
-    weight: Annotated[float | None, tyro.conf.arg(name="distill-weight")] = None
+    weight: Annotated[float | None, Name("distill-weight")] = None
     """Weight a of the divergence, 0 to 1. 0 turns distillation off; 1 learns from the teacher
     alone. None: 0.9 where there is a teacher (in shearing by the projection rule, the source); in
     training that goes on after shearing, shearing's; else 0."""
 
-    kind: Annotated[Literal["forward-kl"], tyro.conf.arg(name="distill-kind")] = "forward-kl"
+    kind: Annotated[Literal["forward-kl"], Name("distill-kind")] = "forward-kl"
     """forward-kl: the divergence of the student's distribution from the teacher's, weighted by the
     teacher's."""
 
-    temperature: Annotated[float, tyro.conf.arg(name="distill-temperature")] = 1.0
+    temperature: Annotated[float, Name("distill-temperature")] = 1.0
     """T: above 1 the teacher's unlikely ids count for more."""
 
-    top_k: Annotated[int, tyro.conf.arg(name="distill-top-k")] = 0
+    top_k: Annotated[int, Name("distill-top-k")] = 0
     """Compare only the teacher's K likeliest ids of each token, both distributions renormalised
     over them; 0 compares the whole vocabulary."""
 
@@ -174,20 +165,6 @@ class DistillationConfig:
         if self.weight is not None:
             return self
         return replace(self, weight=DISTILL_WEIGHT if teacher else 0.0)
-
-
-def require_finite(config: Any) -> None:
-    """Raises InputError naming the flag when a number of the dataclass `config` is not finite."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, float):
-            require(isfinite(value), field.name, value, "a finite number")
-
-
-def require(condition: bool, name: str, value: object, limit: str) -> None:
-    """Raises InputError naming the flag of the option `name` unless `condition` holds."""
-    if not condition:
-        raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
 
 
 def check_layout(config: TrainConfig, world: int) -> None:

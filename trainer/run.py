@@ -31,7 +31,7 @@ from trainer.parallel import DistributedContext, compute_dtype, shard
 from trainer.throughput import Throughput
 
 
-def choose_kernels(choice: registry.Choice, context: DistributedContext) -> None:
+def choose_kernels(choice: registry.Kernels, context: DistributedContext) -> None:
     """Chooses what computes the operators from now on, and says it. Raises InputError where that
     cannot run on the ranks' devices."""
     running = registry.choose(choice, context.device)

@@ -1,8 +1,9 @@
 """Options of launch.bench_kernels."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from data.errors import InputError
+from data.errors import InputError, require, require_at_least
 
 KNOWN_ARCHS = (80, 90, 100)
 
@@ -10,6 +11,8 @@ KNOWN_ARCHS = (80, 90, 100)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
     """Check and time every operator on a GPU; or report on kernels without one."""
+
+    ESSENTIAL: ClassVar = "static cpu archs csv json"
 
     static: bool = False
     """Compile every kernel ahead of time and report registers, widths, traffic, predicted time."""
@@ -43,9 +46,5 @@ class BenchConfig:
         for arch in self.archs:
             if arch not in KNOWN_ARCHS:
                 raise InputError(f"--archs {arch} is not one of {', '.join(map(str, KNOWN_ARCHS))}")
-        for name in ("vocabularies", "tokens", "hidden", "repeats", "threads"):
-            value = min(self.vocabularies) if name == "vocabularies" else getattr(self, name)
-            if value < 1:
-                raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        if not self.budget_seconds > 0:
-            raise InputError(f"--budget-seconds {self.budget_seconds} must be more than 0")
+        require_at_least(self, 1, "vocabularies", "tokens", "hidden", "repeats", "threads")
+        require(self.budget_seconds > 0, "budget_seconds", self.budget_seconds, "above 0")

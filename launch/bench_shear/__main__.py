@@ -10,9 +10,9 @@ from launch.bench_shear.config import BenchConfig
 EXAMPLES = """
 python -m launch.bench_shear --json shear-timing.json
 python -m launch.bench_shear --precision bf16 --seq-len 1024 --repeats 15
-python -m launch.bench_shear --hidden 2048 --layers 24 --heads 16 --ffn 5504 --vocabulary 32000 \\
-    --target 370m --precision bf16 --batch 2 --seq-len 4096
-    on a GPU of 80 GB, of which weights, gradients and Adam's moments of both models take 28 GB
+python -m launch.bench_shear --hidden 2048 --layers 24 --heads 16 --ffn 5504 \\
+    --vocabulary 32000 --target 370m --precision bf16 --batch 2 --seq-len 4096
+    on a GPU of 80 GB: weights, gradients and Adam's moments take 28 GB
 """
 
 

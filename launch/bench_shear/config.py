@@ -1,9 +1,9 @@
 """Options of launch.bench_shear."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from data.errors import InputError
+from data.errors import InputError, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,6 +12,8 @@ class BenchConfig:
 
     "compact, 50% of the way": on as many units as lie halfway from the source's to the target's.
     """
+
+    ESSENTIAL: ClassVar = "hidden layers heads ffn target batch seq-len precision repeats json"
 
     hidden: int = 512
     """Width of the source."""
@@ -41,11 +43,8 @@ class BenchConfig:
     """Write the result to this file."""
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("hidden", "layers", "heads", "ffn", "vocabulary", "batch"), 1)
-        least |= {"micro_batch": 1, "seq_len": 2, "threads": 1, "repeats": 1}
-        for name, limit in least.items():
-            value = getattr(self, name)
-            if value is not None and value < limit:
-                raise InputError(f"--{name.replace('_', '-')} {value} must be at least {limit}")
+        require_at_least(self, 1, "hidden", "layers", "heads", "ffn", "vocabulary", "batch")
+        require_at_least(self, 1, "micro_batch", "threads", "repeats")
+        require_at_least(self, 2, "seq_len")
         if self.hidden % self.heads:
             raise InputError(f"--hidden {self.hidden} is not a multiple of --heads {self.heads}")

@@ -9,18 +9,19 @@ from data import cli
 from launch.compare.config import CompareConfig
 
 EXAMPLES = """
-python -m launch.compare --source models/SmolLM2-135M --input 'SlimPajama/train/**/*.zst' \\
-    --json compare.json
+python -m launch.compare --source models/SmolLM2-135M \\
+    --input 'SlimPajama/train/**/*.zst' --json compare.json
     six methods, two targets, three seeds
-python -m launch.compare --source models/SmolLM2-135M --input 'text/*.zst' --methods ours \\
-    --targets half --seeds 0
+python -m launch.compare --source models/SmolLM2-135M --input 'text/*.zst' \\
+    --methods ours --targets half --seeds 0
     one run of shearing and continued pre-training
-python -m launch.compare --source models/SmolLM2-135M --input 'text/*.zst' --methods ours \\
-    --variant 'taylor=--init taylor' 'late=--steps 8' 'cooler=|--lr 3e-4'
+python -m launch.compare --source models/SmolLM2-135M --input 'text/*.zst' \\
+    --methods ours --variant 'taylor=--init taylor' 'cooler=|--lr 3e-4'
     ours with other flags: of pruner.shear, then after | of launch/cpt.py
 python -m launch.compare --source models/Qwen3-0.6B --input 'text/*.zst' \\
     --targets small=layers=20,hidden=768,heads=12,kv-heads=6,ffn=2048
-python -m launch.compare --source models/SmolLM2-135M --input 'text/*.zst' --dead-units
+python -m launch.compare --source models/SmolLM2-135M --input 'text/*.zst' \\
+    --dead-units
     kept and alive units under both rules at three sparsities
 """
 

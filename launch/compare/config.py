@@ -4,10 +4,11 @@ import math
 import re
 import shlex
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar
 
-from data.errors import InputError
+from data.errors import InputError, require, require_at_least
 from pruner.budget import BUDGETS, budget_error, refuse_budget
+from trainer.config import Precision
 
 TARGETS = {
     "half": "layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152",
@@ -28,6 +29,10 @@ _EQUAL_FLAGS = (
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareConfig:
     """Compare pruning methods on one model at equal tokens. Resumable."""
+
+    ESSENTIAL: ClassVar = (
+        "source input output json methods variant targets seeds jobs shear-steps cpt-steps"
+    )
 
     source: str
     """Model to prune: a Hugging Face folder or hub id."""
@@ -81,24 +86,17 @@ class CompareConfig:
     """Peak learning rate of continued pre-training after other methods."""
     random_lr: float = 1e-3
     """Peak learning rate from scratch."""
-    precision: Literal["auto", "bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     """Compute precision. auto: bf16 on a GPU, fp32 on a CPU."""
 
     def __post_init__(self) -> None:
         counts = ("shear_steps", "cpt_steps", "sequences", "batch", "jobs", "held_out_documents")
-        for name in (*counts, "train_documents"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
-        if self.seq_len < 2:
-            raise InputError(
-                f"--seq-len {self.seq_len}: must be at least 2 (a token and its successor)"
-            )
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"--threads {self.threads}: must be at least 1, or left out")
+        require_at_least(self, 1, *counts, "train_documents", "threads")
+        require_at_least(self, 2, "seq_len", why=" (a token and its successor)")
         for name in ("ours_lr", "shear_lr", "cpt_lr", "random_lr"):
             rate = getattr(self, name)
-            if not (math.isfinite(rate) and rate > 0):
-                raise InputError(f"{_flag(name)} {rate}: must be above 0 and finite, such as 3e-4")
+            limit = "above 0 and finite, such as 3e-4"
+            require(math.isfinite(rate) and rate > 0, name, rate, limit)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds {list(self.seeds)}: give at least one, and each once")
         outside = [value for value in self.sparsities if not 0 < value < 1]
@@ -218,10 +216,6 @@ def _variant(text: str, ours: Method, steps: int) -> Method:
 def _option(word: str) -> str:
     """The option that a word of a command line names; other words name none."""
     return word.partition("=")[0][2:].replace("_", "-") if word.startswith("--") else ""
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def targets_of(config: CompareConfig) -> dict[str, str]:

@@ -1,14 +1,17 @@
 """Options of launch.demo."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
-from data.errors import InputError
+from data.errors import InputError, require_at_least
+from trainer.config import Precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """Shear a real model, continue its pre-training, measure and export it. Resumable."""
+
+    ESSENTIAL: ClassVar = "output source target shear-steps cpt-steps ranks"
 
     output: str = "runs/demo"
     """Folder of everything the demo makes."""
@@ -36,14 +39,13 @@ class DemoConfig:
     """Bytes of text per domain."""
     sequences: int = 12
     """Held-out sequences per domain in every evaluation."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Compute precision. auto: bf16 on a GPU or a CPU with bf16 instructions, else fp32."""
     seed: int = 0
     """Seed of data order, masks and initialisation."""
 
     def __post_init__(self) -> None:
-        for name in ("shear_steps", "cpt_steps", "sequences", "ranks", "batch", "text_bytes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+        counts = ("shear_steps", "cpt_steps", "sequences", "ranks", "batch", "text_bytes")
+        require_at_least(self, 1, *counts)
         if self.batch % self.ranks:
             raise InputError(f"--batch {self.batch}: must be a multiple of --ranks {self.ranks}")

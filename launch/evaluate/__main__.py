@@ -8,8 +8,8 @@ from launch.evaluate.config import EvaluateConfig
 
 EXAMPLES = """
 python -m launch.evaluate --model runs/cpt --data runs/tokens
-python -m launch.evaluate --model runs/cpt --data runs/tokens --split train --sequences 16
-python -m launch.evaluate --model runs/cpt --text wikitext2_test.txt --window 2048 --json ppl.json
+python -m launch.evaluate --model runs/cpt --data runs/tokens --sequences 16
+python -m launch.evaluate --model runs/cpt --text wiki.txt --json ppl.json
 """
 
 

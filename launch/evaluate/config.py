@@ -1,14 +1,17 @@
 """Options of launch.evaluate."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from data.errors import InputError
+from data.errors import InputError, require_at_least
+from trainer.config import Kernels, Precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     """Measure a model on held-out tokens, on a text file, or on both."""
+
+    ESSENTIAL: ClassVar = "model data text sequences seq-len window batch json"
 
     model: str = "runs/cpt"
     """Model folder, a run's output folder, a .gguf file or a hub id."""
@@ -30,9 +33,9 @@ class EvaluateConfig:
     """BOS in --text. yes: before the document; every: before each window; auto: the tokenizer's."""
     batch: int = 8
     """Sequences or windows per rank in one forward pass."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Compute precision. auto: bf16 on a GPU, fp32 on a CPU."""
-    kernels: Literal["auto", "reference", "triton", "cuda"] = "auto"
+    kernels: Kernels = "auto"
     """What computes the operators, as in training."""
     threads: int | None = None
     """CPU threads per rank. None: cores of the machine divided by its ranks."""
@@ -42,7 +45,5 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.data is None and self.text is None:
             raise InputError("nothing to measure: give --data TOKENS, --text FILE, or both")
-        for name in ("sequences", "seq_len", "window", "batch"):
-            if getattr(self, name) < (2 if name in ("seq_len", "window") else 1):
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag} {getattr(self, name)}: too small to predict a token")
+        require_at_least(self, 1, "sequences", "batch", "stride", "threads")
+        require_at_least(self, 2, "seq_len", "window", why=" (a token and its successor)")

@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from tyro.conf import Positional, arg
-
 from data.errors import InputError
+from data.options import Positional
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
     """Write an HTML page about runs, which may still be going on."""
 
-    runs: Annotated[tuple[str, ...], Positional, arg(metavar="[RUN ...]")] = ("runs/shear",)
+    runs: Annotated[tuple[str, ...], Positional("RUN ...")] = ("runs/shear",)
     """Output folders of pruner.shear and launch/cpt.py, in the order in which they trained; at most
     one of pruner.shear, which is shown first wherever it is named."""
     output: str | None = None

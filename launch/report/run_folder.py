@@ -104,7 +104,7 @@ def read_run(folder: Path) -> Run:
         history = read_records(folder / HISTORY) if command == "shear" else []
         masks, step = _newest_masks(folder, report, history) if command == "shear" else ({}, None)
         shape = parse_target(identity["target"], shape_of(model)) if command == "shear" else None
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+    except (InputError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise InputError(
             f"{folder} cannot be read ({type(error).__name__}: {error}); it was written by another "
             "version or is damaged: resume the run, or name another folder"

@@ -4,15 +4,15 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
-import tyro
 
-from data import cli, machine
+from data import cli, log, machine
 from data.cli import parse, run
 from data.errors import InputError
 from data.log import logger
+from data.options import Name, options_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,7 @@ class Inner:
     """Number of steps."""
     lr: float = 1e-4
     """Peak learning rate."""
-    renamed: Annotated[Literal["dynamic", "fixed"], tyro.conf.arg(name="mixture")] = "dynamic"
+    renamed: Annotated[Literal["dynamic", "fixed"], Name("mixture")] = "dynamic"
     """A renamed option."""
 
     def __post_init__(self) -> None:
@@ -110,8 +110,8 @@ def test_named_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("[prune]\nstps = 1", "unknown key `stps`.*did you mean `steps`"),
         ("steps = 1", "outside a section"),
         ("[prun]\nsteps = 1", r"unknown section \[prun\]; did you mean \[prune\]"),
-        ("[prune]\nsteps = 'many'", "steps = 'many' is not a valid value: expected int"),
-        ("[prune]\nmixture = 'x'", "not a valid value: expected Literal"),
+        ("[prune]\nsteps = 'many'", "steps = 'many' is not a valid value: expected INT"),
+        ("[prune]\nmixture = 'x'", "not a valid value: expected dynamic|fixed"),
         ("[prune", "not valid TOML"),
     ],
 )
@@ -123,7 +123,7 @@ def test_bad_configuration_file_is_refused(tmp_path: Path, content: str, named: 
 
 def test_bad_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHORN_LR", "fast")
-    with pytest.raises(InputError, match="SHORN_LR = 'fast' is not a valid value: expected float"):
+    with pytest.raises(InputError, match="SHORN_LR = 'fast' is not a valid value: expected FLOAT"):
         get("--data", "d")
 
 
@@ -159,6 +159,48 @@ def test_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "(default: 123)" in printed and "shorn.toml [prune] steps" in printed
 
 
+def test_help_shows_the_essential_options_and_help_all_every_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Command(Outer):
+        ESSENTIAL: ClassVar = "lr data"
+
+    def shown(flag: str) -> str:
+        with pytest.raises(SystemExit):
+            parse(Command, section="prune", argv=[flag], examples="python -m x --data y")
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("COLUMNS", "60")
+    short, full = shown("--help"), shown("--help-all")
+    assert short.index("--lr FLOAT ") < short.index("--data PATH ") < short.index("\nexamples:")
+    assert "--log-level debug|info" in short and "--inputs" not in short
+    assert short.splitlines()[-1] == "--help-all shows the other 5 options."
+    assert full.startswith(short.rpartition("\n--help-all")[0].rstrip())
+    assert "\nInner options:\n  --steps INT " in full and "--inputs TEXT ..." in full
+    assert max(map(len, full.splitlines())) <= 60
+
+
+def test_log_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        get("--data", "d")
+        assert "SHORN_LOG_LEVEL" not in os.environ and log.level() == "info"
+        (tmp_path / "shorn.toml").write_text('[prune]\nlog-level = "warning"\n')
+        get("--data", "d")
+        logger.info("not shown")
+        logger.warning("shown")
+        assert capsys.readouterr() == ("", "warning: shown\n")
+        # Processes started later inherit it.
+        assert os.environ["SHORN_LOG_LEVEL"] == "warning"
+        get("--data", "d", "--log-level", "debug")
+        assert log.level() == os.environ["SHORN_LOG_LEVEL"] == "debug"
+    finally:
+        log.set_level("info")
+        del os.environ["SHORN_LOG_LEVEL"]
+
+
 def test_two_options_of_one_name_are_a_programming_error() -> None:
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Clash:
@@ -166,7 +208,7 @@ def test_two_options_of_one_name_are_a_programming_error() -> None:
         train: Inner = field(default_factory=Inner)
 
     with pytest.raises(AssertionError, match="two options named"):
-        cli._flat_fields(Clash)
+        options_of(Clash)
 
 
 def raise_error(error: BaseException) -> None:

@@ -3,7 +3,8 @@ import io
 import pytest
 
 from data import progress
-from data.progress import Progress, track
+from data.log import logger
+from data.progress import Progress
 
 
 class Clock:
@@ -51,17 +52,24 @@ def test_bytes_have_prefixes_and_total_may_be_unknown(clock: Clock) -> None:
     assert stream.getvalue() == "read: 3.0 GiB  elapsed 1:01:40\n"
 
 
-def test_disabled_prints_nothing(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    stream = io.StringIO()
-    with Progress("x", total=2, stream=stream) as bar:
-        clock.now += 100
-        bar.update()
-        bar.message("hello")
-    assert stream.getvalue() == ""
-    with Progress("x", total=2, stream=stream, enabled=True) as bar:
-        bar.message("hello")
-    assert stream.getvalue().startswith("hello\n")
+@pytest.mark.parametrize(("rank", "level"), [("1", "info"), ("0", "warning"), ("0", "error")])
+def test_other_ranks_and_quiet_commands_print_nothing(
+    rank: str, level: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def printed() -> str:
+        stream = io.StringIO()
+        with Progress("x", total=2, stream=stream) as bar:
+            clock.now += 100
+            bar.update()
+            bar.message("hello")
+        return stream.getvalue()
+
+    assert "hello\n" in printed()
+    monkeypatch.setenv("RANK", rank)
+    before = logger.level
+    logger.setLevel(level.upper())
+    assert printed() == ""
+    logger.setLevel(before)
 
 
 def test_terminal_gets_a_bar() -> None:
@@ -76,9 +84,3 @@ def test_terminal_gets_a_bar() -> None:
     printed = stream.getvalue()
     assert "shear" in printed and "2/4 step" in printed and "loss 1.5" in printed
     assert "[note] kept as it is" in printed
-
-
-def test_track_yields_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(track([1, 2, 3], "files", unit="file")) == [1, 2, 3]
-    assert "files: 3/3 file  100%" in capsys.readouterr().err
-    assert list(track(iter("ab"), "letters")) == ["a", "b"]

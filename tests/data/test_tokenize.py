@@ -81,7 +81,7 @@ def run_command(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedPro
 
 
 def test_help_shows_examples_and_does_not_load_torch() -> None:
-    done = run_command("--help")
+    done = run_command("--help-all")
     assert done.returncode == 0
     assert "examples:" in done.stdout and "--max-bytes-per-domain" in done.stdout
     code = (

@@ -15,7 +15,7 @@ def test_defaults_are_the_published_recipe() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": -1}, "--steps -1: must be 0 or more"),
+        ({"steps": -1}, "--steps -1: must be at least 0"),
         ({"seq_len": 1}, "--seq-len 1"),
         ({"lr": 0.0}, "--lr 0.0: must be above 0"),
         ({"lr": float("nan")}, "--lr nan: must be a finite number"),

@@ -22,7 +22,6 @@ class ProgressCallback(Callback):
             total=trainer.config.steps,
             unit="step",
             completed=trainer.step,
-            enabled=trainer.context.is_main,
         )
 
     def on_step_end(self, trainer: Trainer) -> None:

@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from data.errors import InputError
+from trainer.config import Kernels
 from trainer.kernels import library
 
-Choice = Literal["auto", "reference", "triton", "cuda"]
 Backend = Literal["reference", "triton", "c++", "cuda", "flash", "sdpa"]
 
 FUSED: tuple[Backend, ...] = ("flash", "sdpa")
@@ -42,7 +42,7 @@ class Operator:
 
 
 _operators: dict[str, Operator] = {}
-_choice: Choice = "auto"
+_choice: Kernels = "auto"
 # Looked up at every call, also in traced code: hence a table and not a decision.
 _running: dict[tuple[str, str], Backend] = {}
 _with_triton: dict[str, bool] = {}
@@ -77,7 +77,7 @@ def operators() -> tuple[Operator, ...]:
     return tuple(_operators[name] for name in sorted(_operators))
 
 
-def choose(choice: Choice, device: torch.device | str) -> dict[str, Backend]:
+def choose(choice: Kernels, device: torch.device | str) -> dict[str, Backend]:
     """Chooses the implementation of all operators for the rest of the process.
 
     Args:
@@ -105,7 +105,7 @@ def choose(choice: Choice, device: torch.device | str) -> dict[str, Backend]:
 
 
 @contextmanager
-def chosen(choice: Choice, device: torch.device | str) -> Iterator[dict[str, Backend]]:
+def chosen(choice: Kernels, device: torch.device | str) -> Iterator[dict[str, Backend]]:
     """`choose`, undone at the end."""
     global _choice
     operators()
@@ -169,8 +169,8 @@ def _has_triton(kind: str) -> bool:
 
 
 def _check(choice: str, kind: str) -> None:
-    if choice not in get_args(Choice):
-        raise InputError(f"--kernels must be one of {', '.join(get_args(Choice))}, got {choice}")
+    if choice not in get_args(Kernels):
+        raise InputError(f"--kernels must be one of {', '.join(get_args(Kernels))}, got {choice}")
     if choice == "triton" and not _has_triton(kind):
         if kind == "cuda":
             raise InputError(

@@ -26,7 +26,7 @@ from trainer.kernels import registry
 SECONDS_PER_PASS = 0.3
 CHECKS_AT_ONCE = 6
 """Checks wait for the compiler rather than for the GPU."""
-_CHOICES: tuple[registry.Choice, ...] = ("reference", "triton", "auto")
+_CHOICES: tuple[registry.Kernels, ...] = ("reference", "triton", "auto")
 
 
 def run(config: BenchConfig) -> None:
@@ -116,12 +116,12 @@ def measure(
     }
 
 
-def backends(name: str, device: str) -> dict[str, registry.Choice]:
+def backends(name: str, device: str) -> dict[str, registry.Kernels]:
     """What an operator can run as on a device, and the choice that makes it so.
 
     Computations that are no operators of the registry run as "pytorch".
     """
-    found: dict[str, registry.Choice] = {}
+    found: dict[str, registry.Kernels] = {}
     for choice in _CHOICES:
         try:
             with registry.chosen(choice, device) as running:

@@ -61,7 +61,7 @@ def test_demo_runs_and_reuses_its_stages(tmp_path: Path) -> None:
 def test_impossible_options_are_refused() -> None:
     with pytest.raises(InputError, match="--batch 8: must be a multiple of --ranks 3"):
         DemoConfig(ranks=3)
-    with pytest.raises(InputError, match="--cpt-steps must be at least 1"):
+    with pytest.raises(InputError, match="--cpt-steps 0: must be at least 1"):
         DemoConfig(cpt_steps=0)
 
 

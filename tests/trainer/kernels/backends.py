@@ -45,7 +45,7 @@ TILES: dict[str, dict[str, object]] = {
 def running(backend: str) -> Iterator[None]:
     """Operators run as "reference" (PyTorch operations), "operator" (one opaque operator) or
     "triton"; memory that PyTorch hands out is filled with NaN."""
-    choices: dict[str, registry.Choice] = {"reference": "reference", "triton": "triton"}
+    choices: dict[str, registry.Kernels] = {"reference": "reference", "triton": "triton"}
     reference = backend == "reference"
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

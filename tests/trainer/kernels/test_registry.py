@@ -22,6 +22,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
+from data.errors import InputError
 from trainer.kernels import library
 from trainer.kernels import registry
 from trainer.kernels.attention import attention
@@ -41,7 +42,7 @@ for choice in ("auto", "reference"):
 print(set(registry.choose("auto", "cuda").values()) <= {"reference", "cuda", "flash", "sdpa"})
 try:
     registry.choose("triton", "cuda")
-except ValueError as error:
+except InputError as error:
     print(error)
 """
 
@@ -121,7 +122,7 @@ def test_what_runs_on_a_cpu(loaded: bool, monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_what_cannot_run_is_refused(
-    choice: registry.Choice, device: str, message: str, monkeypatch: pytest.MonkeyPatch
+    choice: registry.Kernels, device: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     before = [registry.which(name, "cpu") for name in sorted(NAMES)]
@@ -133,7 +134,7 @@ def test_what_cannot_run_is_refused(
 
 def test_commands_offer_every_choice() -> None:
     for config in (TrainConfig, EvaluateConfig):
-        assert get_args(get_type_hints(config)["kernels"]) == get_args(registry.Choice)
+        assert get_args(get_type_hints(config)["kernels"]) == get_args(registry.Kernels)
 
 
 def test_a_choice_is_undone_after_errors() -> None:
@@ -145,7 +146,7 @@ def test_a_choice_is_undone_after_errors() -> None:
 
 
 @pytest.mark.parametrize("choice", ["reference", "auto"])
-def test_the_reference_is_not_one_opaque_operator(choice: registry.Choice) -> None:
+def test_the_reference_is_not_one_opaque_operator(choice: registry.Kernels) -> None:
     """torch.compile sees its operations, and can fuse them."""
     x = torch.ones(2, 4, requires_grad=True)
     with registry.chosen(choice, "cpu"):

@@ -1,0 +1,101 @@
+"""A command on several ranks of this machine, as torchrun starts them but quieter and more patient.
+
+torchrun's agent ends the ranks 30 seconds after a signal, saved or not, hides their exit status,
+and prints a traceback of its own where one of them refuses its input. What it is made of, torch's
+elastic processes and a store for the ranks to meet at, is used here without it.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import uuid
+from types import FrameType
+
+import torch
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    PContext,
+    SignalException,
+    start_processes,
+)
+
+from data.errors import InputError
+
+HOST = "127.0.0.1"
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+KNOWN_STATUSES = (2, 130)
+"""Of an InputError and of Ctrl-C: the cause, where other ranks died of other things meanwhile."""
+
+
+def start_ranks(number: int, words: list[str]) -> int:
+    """Runs `shorn WORDS` on `number` ranks; the exit status.
+
+    Signals that ask for a stop are passed on to the ranks, which take the time they need. Raises
+    InputError where there are fewer GPUs than ranks.
+    """
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < number:
+        raise InputError(f"--ranks {number}: this machine has {gpus} GPUs; use --ranks {gpus}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise InputError(f"--ranks {number}: torchrun has started ranks already; leave one of both")
+    # torch reports on its processes, and their failures, at warning and above.
+    logging.disable(logging.CRITICAL)
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    context = start_processes(
+        name="shorn",
+        entrypoint=sys.executable,
+        args=dict.fromkeys(range(number), ("-u", "-m", "launch.shorn", *words)),
+        envs=_environments(number, store.port),
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+    )
+    try:
+        _forward_signals(context)
+        result = context.wait()
+    except SignalException as stop:  # one that came before or is not forwarded
+        return 128 + stop.sigval
+    finally:
+        context.close()
+    assert result is not None
+    statuses = [failure.exitcode for failure in result.failures.values()]
+    for status in KNOWN_STATUSES:
+        if status in statuses:
+            return status
+    first = statuses[0] if statuses else 0
+    return first if first >= 0 else 128 - first
+
+
+def _environments(number: int, port: int) -> dict[int, dict[str, str]]:
+    """What torchrun gives each rank."""
+    shared = {
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": str(number),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "ROLE_NAME": "default",
+        "ROLE_WORLD_SIZE": str(number),
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        "WORLD_SIZE": str(number),
+    }
+    return {
+        rank: shared | dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank))
+        for rank in range(number)
+    }
+
+
+def _forward_signals(context: PContext) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in context.pids().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)

@@ -1,0 +1,89 @@
+"""`shorn --ranks N`: ranks of this machine, their output, exit statuses and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.errors import InputError
+from launch.shorn import ranks
+from tests.conftest import ROOT
+from tests.factories import write_model, write_tokenizer, write_tokens
+
+FLAGS = "--seq-len 32 --global-batch 16 --micro-batch 1 --eval-sequences 4 --lr 0.01".split()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the model and the tokens that launch/cpt.py takes by default."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    write_model(folder / "runs" / "shear" / "model", tokenizer)
+    write_tokens(folder / "runs" / "tokens", tokenizer)
+    return folder
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SHORN_", "RANK", "WORLD"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.shorn", *words],
+        cwd=folder,
+        env=kept | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_ranks_train(workspace: Path) -> None:
+    process = start(workspace, "--ranks", "2", "cpt", "--steps", "3", *FLAGS)
+    printed, complaints = process.communicate(timeout=300)
+    assert process.returncode == 0, complaints
+    assert printed.count("final loss") == 1 and "elastic" not in complaints
+    report = json.loads((workspace / "runs" / "cpt" / "cpt.json").read_text())
+    assert report["tokens"] == 3 * 16 * 32
+
+
+def test_an_error_is_one_line_and_status_2(workspace: Path) -> None:
+    process = start(workspace, "cpt", "--ranks", "2", *FLAGS, "--global-batch", "15")
+    _, complaints = process.communicate(timeout=300)
+    assert process.returncode == 2
+    (line,) = complaints.splitlines()
+    assert line.startswith("error: --global-batch 15 does not divide over 2 ranks; ")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_and_ends_with_0(workspace: Path, number: signal.Signals) -> None:
+    output = workspace / "runs" / number.name
+    words = ["--ranks", "2", "cpt", "--steps", "100000", "--output", str(output), *FLAGS]
+    process = start(workspace, *words)
+    metrics = output / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    printed, complaints = process.communicate(timeout=120)
+    assert process.returncode == 0, complaints
+    assert "stopped: saved" in printed and "Traceback" not in complaints
+    assert list((output / "checkpoints").iterdir())
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks.torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="--ranks 3: this machine has 2 GPUs; use --ranks 2"):
+        ranks.start_ranks(3, ["cpt"])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(InputError, match="torchrun has started ranks already"):
+        ranks.start_ranks(2, ["cpt"])
