@@ -12,7 +12,8 @@ from launch.compare.losses import losses_plan
 from launch.compare.stages import StageMaker
 from launch.stages import Stages
 from launch.tasks import Task, run_tasks
-from trainer.models.hf import load_config, resolve_model
+from trainer.models.hf import load_config
+from trainer.models.sources import resolve_model
 
 
 def run(config: CompareConfig) -> dict[str, Any] | None:
