@@ -98,6 +98,14 @@ def test_a_cache_folds_once_and_gives_the_summed_gradient_in_the_last_pass() -> 
     assert cache.slot("owner").value is None, "the folded weight must be freed"
 
 
+def test_more_passes_than_announced_are_refused() -> None:
+    weight, rows, _ = _inputs()
+    fold = Fold(row_scale=rows, cache=WeightCache(1))
+    fold_weight(weight, fold, "owner").sum().backward()
+    with pytest.raises(AssertionError, match="more backward passes"):
+        fold_weight(weight, fold, "owner").sum().backward()
+
+
 def test_passes_without_gradients_do_not_count() -> None:
     weight, rows, _ = _inputs()
     cache = WeightCache(2)
