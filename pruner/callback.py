@@ -13,7 +13,7 @@ from pruner.shapes import Shape
 from pruner.units import on_counts, span, to_masks
 from trainer.loop import Callback, Trainer
 from trainer.models.computed import ComputedUnits, computed_flops
-from trainer.models.folding import Reuse
+from trainer.models.folding import WeightCache
 from trainer.models.masks import Masks
 from trainer.parallel import compute_dtype
 
@@ -83,7 +83,7 @@ class ShearCallback(Callback):
             model, seq_len = trainer.model.config, trainer.config.seq_len
             trainer.throughput.recount(lambda causal: computed_flops(model, live, seq_len, causal))
             if passes > 1 and self._may_share(live, trainer):
-                trainer.masks = replace(trainer.masks, reuse=Reuse(passes))
+                trainer.masks = replace(trainer.masks, cache=WeightCache(passes))
 
     def _joined(self, masks: dict[str, Tensor]) -> Masks:
         return to_masks(masks, self.source, hold_scale=self.rule.config.holds_scale)

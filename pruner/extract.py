@@ -2,7 +2,7 @@
 
 A unit is kept if its mask is above 0; a kept unit's mask value is multiplied into the weights, in
 the places where the masked forward pass multiplies it. Which masks belong to a tensor's rows and
-columns is in trainer.models.names. Tensors are handled one at a time.
+columns is in trainer.models.families. Tensors are handled one at a time.
 """
 
 import math
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from trainer.models.config import ModelConfig
+from trainer.models.families import Role
 from trainer.models.masks import Masks
-from trainer.models.names import Role, names_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Extraction:
     def __init__(self, config: ModelConfig, masks: Masks) -> None:
         masks = masks.to("cpu")
         self.source = config
-        self.names = names_of(config)
+        self.names = config.traits.names
         self.hidden_scale = _values(masks.hidden, config.hidden_size)
         self.hidden = _live(self.hidden_scale)
         self.norm_gain = 1.0

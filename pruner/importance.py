@@ -21,7 +21,7 @@ from pruner.shapes import Shape, shape_of
 from pruner.units import Family, to_masks
 from trainer.loop import next_token_targets
 from trainer.models.decoder import CausalLM
-from trainer.models.names import Names, Role
+from trainer.models.families import Names, Role
 from trainer.parallel import DistributedContext
 from trainer.saving import full_tensors
 
@@ -64,7 +64,7 @@ class ActivationStatistics:
     def __enter__(self) -> "ActivationStatistics":
         for index, block in enumerate(self.model.blocks):
             # One of the readers behind each of the two norms.
-            attention = Role.FUSED if self.model.config.fused_qkv else Role.QUERIES
+            attention = Role.FUSED if self.model.config.traits.fused_qkv else Role.QUERIES
             self._watch(block, attention, self._add_hidden)
             self._watch(block, Role.CHANNELS, self._add_hidden)
             self._watch(block, Role.ATTENTION_OUTPUT, self._add_heads, index)

@@ -17,7 +17,7 @@ from pruner.importance import calibration_batches
 from pruner.shapes import Shape
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.names import Role
+from trainer.models.families import Role
 from trainer.parallel import DistributedContext, full_tensor, local_region, reshard
 
 GAIN_TOLERANCE = 0.2
@@ -30,7 +30,7 @@ def basis_in_force(masks: MaskConfig, model: ModelConfig, target: Shape) -> str:
 
     A LayerNorm subtracts the mean over the dimensions, which a turned stream does not have.
     """
-    turnable = model.family != "gpt_neox"
+    turnable = model.traits.rotatable
     if masks.basis == "principal" and not turnable:
         raise InputError(
             f"--basis principal needs a model with RMSNorm, and {model.family} has LayerNorm: use "

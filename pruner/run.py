@@ -35,8 +35,8 @@ from trainer.loop import Trainer
 from trainer.memory import room_bytes
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.hf import check_weights, load_config, resolve_model
-from trainer.models.sources import is_hub_id, local_folder, weights_fingerprint
+from trainer.models.hf import check_weights, load_config
+from trainer.models.sources import is_hub_id, local_folder, resolve_model, weights_fingerprint
 from trainer.parallel import DistributedContext
 from trainer.run import build_model, build_trainer, choose_kernels, pretrained
 from trainer.saving import publish, require_copy, say_finished

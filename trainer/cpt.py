@@ -31,8 +31,14 @@ from trainer.inputs import find_model_with_data, open_data
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.hf import check_weights, load_config, resolve_model
-from trainer.models.sources import fetch_advice, is_hub_id, local_folder, weights_fingerprint
+from trainer.models.hf import check_weights, load_config
+from trainer.models.sources import (
+    fetch_advice,
+    is_hub_id,
+    local_folder,
+    resolve_model,
+    weights_fingerprint,
+)
 from trainer.parallel import DistributedContext
 from trainer.run import (
     build_model,

@@ -16,9 +16,9 @@ from trainer.kernels.linear_cross_entropy import TeacherOutput
 from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.hf import load_config, load_sharded, resolve_model
+from trainer.models.hf import load_config, load_sharded
 from trainer.models.masks import Masks
-from trainer.models.sources import TOKENIZER_FILES, weights_fingerprint
+from trainer.models.sources import TOKENIZER_FILES, resolve_model, weights_fingerprint
 from trainer.parallel import DistributedContext, compute_dtype, shard
 
 
@@ -37,7 +37,7 @@ class TeacherModel(CausalLM):
     def states_and_head(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids [B, S] -> output of the final norm [B, S, d] and the head's weight [V, d]."""
         masks = Masks()
-        return self._hidden_states(ids, masks, masks.stream), self.head_weight
+        return self._hidden_states(ids, masks, masks.stream()), self.head_weight
 
 
 class Teacher:

@@ -43,7 +43,7 @@ def sparse_shape(model: ModelConfig, sparsity: float) -> Shape:
     hidden = _multiple(source.hidden, keep, step if step <= source.hidden else heads)
     target = Shape(
         layers=max(1, round(source.layers * keep)),
-        hidden=heads * source.head_dim if model.family == "gpt_neox" else hidden,
+        hidden=hidden if "head_dim" in model.traits.keys else heads * source.head_dim,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=source.head_dim,

@@ -11,7 +11,8 @@ from launch.compare.dead_units import dead_units_plan
 from launch.compare.losses import losses_plan
 from launch.compare.stages import StageMaker
 from launch.stages import Stages, Task, run_tasks
-from trainer.models.hf import load_config, resolve_model
+from trainer.models.hf import load_config
+from trainer.models.sources import resolve_model
 
 
 def run(config: CompareConfig) -> dict[str, Any] | None:

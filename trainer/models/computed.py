@@ -41,34 +41,37 @@ class ComputedUnits:
 def find_computed_units(
     masks: Mapping[str, Tensor], config: ModelConfig, multiple: int
 ) -> ComputedUnits:
-    """Live units (z > 0) of the masks hidden [d], layer [L], head [L, H] and intermediate [L, F],
-    as far as present.
+    """The nonzero units (z > 0) of those masks that are present, and what pads them.
 
-    Dead units pad the dimensions and channels to multiples of `multiple`, and the heads so that
-    every KV head with a live query head keeps equally many. At least one unit of each kind is
-    computed. One transfer from the masks' device and one to it.
+    Args:
+        masks: any of hidden [d], layer [L], head [L, H] and intermediate [L, F].
+        config: the model's architecture.
+        multiple: units with mask 0 pad the dimensions and channels to multiples of this. They pad
+            the heads so that all KV heads with a nonzero query head have equally many.
+
+    At least one unit of each kind is computed. One transfer from the masks' device and one to it.
     """
     if not masks:
         return ComputedUnits(None, [ALL_UNITS] * config.num_layers)
-    alive = _to_host(masks)
+    nonzero = _to_host(masks)
     upload = _Upload(next(iter(masks.values())).device)
-    hidden = alive.get("hidden")
+    hidden = nonzero.get("hidden")
     upload.add("hidden", None if hidden is None else padded_units(hidden, multiple))
-    skipped = ~alive.get("layer", np.ones(config.num_layers, dtype=bool))
+    skipped = ~nonzero.get("layer", np.ones(config.num_layers, dtype=bool))
     for index in range(config.num_layers):
         if skipped[index]:
             continue
-        if "head" in alive:
-            chosen = computed_heads(alive["head"][index], config.num_kv_heads)
+        if "head" in nonzero:
+            chosen = computed_heads(nonzero["head"][index], config.num_kv_heads)
             if chosen is not None:
                 heads, groups = chosen
                 upload.add(f"{index}.queries", expand(heads, config.head_dim))
-                if config.fused_qkv:
+                if config.traits.fused_qkv:
                     upload.add(f"{index}.fused", expand(heads, 3 * config.head_dim))
                 else:
                     upload.add(f"{index}.keys", expand(groups, config.head_dim))
-        if "intermediate" in alive:
-            channels = padded_units(alive["intermediate"][index], multiple)
+        if "intermediate" in nonzero:
+            channels = padded_units(nonzero["intermediate"][index], multiple)
             upload.add(f"{index}.channels", channels)
     found = upload.send()
     layers = [
@@ -84,30 +87,30 @@ def find_computed_units(
     return ComputedUnits(found.get("hidden"), layers)
 
 
-def padded_units(alive: np.ndarray, multiple: int) -> np.ndarray | None:
-    """Indices of the live units [F] and of as many dead ones, the first, as make the number a
-    positive multiple of `multiple`; None when that is all of them."""
-    live = np.flatnonzero(alive)
-    count = max(1, -(-len(live) // multiple)) * multiple
-    if count >= len(alive):
+def padded_units(nonzero: np.ndarray, multiple: int) -> np.ndarray | None:
+    """Indices of the nonzero units and of the first others, as many as make the number a positive
+    multiple of `multiple`; None when that is all of them. `nonzero` is bool [F]."""
+    units = np.flatnonzero(nonzero)
+    count = max(1, -(-len(units) // multiple)) * multiple
+    if count >= len(nonzero):
         return None
-    dead = np.flatnonzero(~alive)[: count - len(live)]
-    return np.sort(np.concatenate([live, dead]))
+    padding = np.flatnonzero(~nonzero)[: count - len(units)]
+    return np.sort(np.concatenate([units, padding]))
 
 
-def computed_heads(alive: np.ndarray, kv_heads: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """(query heads, KV heads) to compute of the live query heads [H]; None when that is all.
+def computed_heads(nonzero: np.ndarray, kv_heads: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Indices of the query heads and of the KV heads to compute; None when that is all of them.
 
-    KV heads without a live query head are left out; the others keep as many query heads as the
-    fullest of them has live.
+    `nonzero` is bool [H]. KV heads without a nonzero query head are left out. Of each other one as
+    many query heads are computed as the fullest of them has nonzero.
     """
-    grouped = alive.reshape(kv_heads, -1)
+    grouped = nonzero.reshape(kv_heads, -1)
     counts = grouped.sum(1)
     groups = np.flatnonzero(counts) if counts.any() else np.array([0])
     size = max(1, int(counts.max()))
-    if size * len(groups) == len(alive):
+    if size * len(groups) == len(nonzero):
         return None
-    # A stable sort puts the live heads of a group first, in order.
+    # A stable sort puts the nonzero heads of a group first, in order.
     own = np.sort(np.argsort(~grouped[groups], axis=1, kind="stable")[:, :size], axis=1)
     return (groups[:, None] * grouped.shape[1] + own).ravel(), groups
 
@@ -117,18 +120,20 @@ def expand(heads: np.ndarray, width: int) -> np.ndarray:
     return (heads[:, None] * width + np.arange(width)).ravel()
 
 
-def computed_flops(config: ModelConfig, live: ComputedUnits, seq_len: int, causal: bool) -> float:
-    """Forward plus backward FLOPs of one token through the units of `live`, in the conventions of
+def computed_flops(
+    config: ModelConfig, computed: ComputedUnits, seq_len: int, causal: bool
+) -> float:
+    """Forward plus backward FLOPs of one token through the computed units, in the conventions of
     ModelConfig.flops_per_token."""
-    width = config.hidden_size if live.hidden is None else len(live.hidden)
+    width = config.hidden_size if computed.hidden is None else len(computed.hidden)
     head = 6.0 * config.vocab_size * width
     total = head
-    for units in live.layers:
+    for units in computed.layers:
         if units.skipped:
             continue
         keys_of = units.keys if units.fused is None else units.queries
-        kept = (units.queries, keys_of, units.channels)
-        queries, keys, channels = (None if index is None else len(index) for index in kept)
+        indices = (units.queries, keys_of, units.channels)
+        queries, keys, channels = (None if index is None else len(index) for index in indices)
         block = replace(
             config,
             num_layers=1,

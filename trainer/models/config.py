@@ -5,46 +5,40 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
+from trainer.models.families import FAMILIES, Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
 ROPE_TYPES = ("default", "linear", "llama3")
-ACTIVATIONS = {"gpt_neox": ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")}
-"""Activations of the families that have more than SwiGLU's; all but "gelu" are its tanh form."""
-# Keys of a Hugging Face config that ModelConfig owns or that describe one particular file.
-_DERIVED_KEYS = frozenset(
+# Fields that not every family's config can hold.
+_OPTIONS = (
+    "qkv_bias",
+    "output_bias",
+    "mlp_bias",
+    "qk_norm",
+    "activation",
+    "parallel_residual",
+    "rotary_fraction",
+    "sliding_window",
+)
+# Keys of a Hugging Face config that are written anew beside those of the families' tables, or that
+# describe one particular file.
+_REWRITTEN_KEYS = frozenset(
     {
         "_attn_implementation",
         "_name_or_path",
         "architectures",
-        "attention_bias",
         "dtype",
-        "head_dim",
-        "hidden_act",
-        "hidden_size",
-        "intermediate_size",
-        "layer_norm_eps",
         "layer_types",
-        "max_position_embeddings",
-        "mlp_bias",
         "model_type",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "rms_norm_eps",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
         "rotary_emb_base",
         "rotary_pct",
-        "sliding_window",
-        "tie_word_embeddings",
         "torch_dtype",
         "transformers_version",
-        "use_parallel_residual",
-        "vocab_size",
     }
 )
 
@@ -76,7 +70,7 @@ class ModelConfig:
     rope_scaling: dict[str, Any] | None = None
     """None, or {"rope_type": "linear" | "llama3", "factor": ..., ...}, as in Hugging Face."""
     rotary_fraction: float = 1.0
-    """Share of each head, from its first channel on, that the rotary embedding turns."""
+    """Share of each head, from its first channel on, that the rotary embedding rotates."""
     max_position_embeddings: int = 4096
     """Longest sequence the model was made for, in tokens."""
     tie_embeddings: bool = False
@@ -99,11 +93,7 @@ class ModelConfig:
     """The Hugging Face config this one was read from: special token ids and other extras."""
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise InputError(
-                f"model family {self.family!r} is not supported; known families: "
-                f"{', '.join(FAMILIES)}"
-            )
+        _require_known(self.family)
         for name in (
             "vocab_size",
             "hidden_size",
@@ -123,7 +113,7 @@ class ModelConfig:
             )
         if self.rotary_dim % 2 or not self.rotary_dim:
             raise InputError(
-                f"head_dim is {self.head_dim}, of which the rotary embedding turns "
+                f"head_dim is {self.head_dim}, of which the rotary embedding rotates "
                 f"{self.rotary_dim}; it needs an even number of at least 2"
             )
 
@@ -136,10 +126,7 @@ class ModelConfig:
                 implementation does not have.
         """
         family = str(values.get("model_type"))
-        if family not in FAMILIES:
-            raise InputError(
-                f"model family {family!r} is not supported; known families: {', '.join(FAMILIES)}"
-            )
+        _require_known(family)
         _refuse_unsupported(family, values)
         config = _transformers_config(family, values)
         rope = dict(config.rope_parameters)
@@ -150,26 +137,18 @@ class ModelConfig:
             )
         theta = float(rope.pop("rope_theta"))
         fraction = float(rope.pop("partial_rotary_factor", 1.0))
-        if fraction != 1.0 and family != "gpt_neox":
+        if fraction != 1.0 and not FAMILIES[family].partial_rotary:
             raise InputError(
                 f"partial_rotary_factor {fraction} is not supported in {family}; only rotary "
                 "embeddings over the whole head (1.0) are"
             )
-        read = _read_neox if family == "gpt_neox" else _read_llama
         return cls(
             family=family,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
             rope_theta=theta,
             rope_scaling=None if rope_type == "default" else rope,
             rotary_fraction=fraction,
-            max_position_embeddings=config.max_position_embeddings,
-            tie_embeddings=bool(config.tie_word_embeddings),
             hf=copy.deepcopy(values),
-            **read(config),
+            **_read_fields(FAMILIES[family], config),
         )
 
     def to_hf(self) -> "PreTrainedConfig":
@@ -179,92 +158,66 @@ class ModelConfig:
             InputError: transformers or the family's Hugging Face class cannot express the shape.
         """
         self._require_expressible()
-        values = {key: value for key, value in self.hf.items() if key not in _DERIVED_KEYS}
+        rewritten = _REWRITTEN_KEYS.union(*(row.keys.values() for row in FAMILIES.values()))
+        values = {key: value for key, value in self.hf.items() if key not in rewritten}
+        values |= {key: getattr(self, name) for name, key in self.traits.keys.items()}
         rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
-        values |= {
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "hidden_act": self.activation,
-            "rope_parameters": rope,
-            "max_position_embeddings": self.max_position_embeddings,
-            "tie_word_embeddings": self.tie_embeddings,
-        }
-        if self.family == "gpt_neox":
+        if self.traits.partial_rotary:
             rope["partial_rotary_factor"] = self.rotary_fraction
-            values |= {
-                "architectures": ["GPTNeoXForCausalLM"],
-                "attention_bias": self.qkv_bias,
-                "layer_norm_eps": self.norm_eps,
-                "use_parallel_residual": self.parallel_residual,
-            }
-            return _transformers_config(self.family, values)
-        values |= {
-            "architectures": [f"{self.family.capitalize()}ForCausalLM"],
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "rms_norm_eps": self.norm_eps,
-        }
-        if self.family in ("llama", "qwen3"):
-            values["attention_bias"] = self.qkv_bias
-        if self.family == "llama":
-            values["mlp_bias"] = self.mlp_bias
-        if self.family == "mistral":
-            values["sliding_window"] = self.sliding_window
+        values |= {"architectures": [self.traits.architecture], "rope_parameters": rope}
         return _transformers_config(self.family, values)
 
     def _require_expressible(self) -> None:
-        if self.family == "llama" and self.hidden_size % self.num_heads:
+        family, keys = self.family, self.traits.keys
+        if self.traits.divides_hidden and self.hidden_size % self.num_heads:
             nearest = max(1, self.hidden_size // self.num_heads) * self.num_heads
             raise InputError(
                 f"hidden size {self.hidden_size} is not a multiple of the {self.num_heads} heads; "
-                f"transformers refuses such a Llama config: use a hidden size of {nearest} or "
+                f"transformers refuses such a {family} config: use a hidden size of {nearest} or "
                 "another number of heads"
             )
-        self._require_expressible_neox()
-        biases = (self.qkv_bias, self.output_bias)
-        allowed = {
-            "llama": ((False, False), (True, True)),
-            "qwen3": ((False, False), (True, True)),
-            "qwen2": ((True, False),),
-            "mistral": ((False, False),),
-            "gpt_neox": ((False, False), (True, True)),
-        }[self.family]
-        if biases not in allowed:
-            raise InputError(
-                f"{self.family} configs cannot express qkv_bias={self.qkv_bias} with "
-                f"output_bias={self.output_bias}; choose another family"
-            )
-        if self.mlp_bias and self.family not in ("llama", "gpt_neox"):
-            raise InputError(f"{self.family} configs cannot express mlp_bias; use family llama")
-        if self.sliding_window is not None and self.family != "mistral":
-            raise InputError(f"{self.family} configs cannot express a sliding window here")
-
-    def _require_expressible_neox(self) -> None:
-        if self.family != "gpt_neox":
-            if self.rotary_fraction != 1.0 or self.parallel_residual or self.activation != "silu":
-                raise InputError(
-                    f"{self.family} configs cannot express rotary_fraction, parallel_residual or "
-                    "another activation than 'silu'; use family gpt_neox"
-                )
-            return
-        if self.query_size != self.hidden_size:
+        if "head_dim" not in keys and self.query_size != self.hidden_size:
             fitting = max(1, self.hidden_size // self.head_dim)
             raise InputError(
                 f"hidden size {self.hidden_size} is not {self.num_heads} heads of {self.head_dim}, "
-                "and GPT-NeoX configs have no head dim of their own: use a hidden size of "
+                f"and {family} configs have no head dim of their own: use a hidden size of "
                 f"{self.query_size} with {self.num_heads} heads, or {fitting * self.head_dim} with "
                 f"{fitting}"
             )
-        if self.num_kv_heads != self.num_heads:
+        if "num_kv_heads" not in keys and self.num_kv_heads != self.num_heads:
             raise InputError(
-                f"GPT-NeoX configs cannot express {self.num_kv_heads} KV heads for "
+                f"{family} configs cannot express {self.num_kv_heads} KV heads for "
                 f"{self.num_heads} query heads; they must be equal"
             )
-        if not self.mlp_bias or self.qk_norm:
-            raise InputError("GPT-NeoX configs need mlp_bias, and cannot express qk_norm")
+        for name in _OPTIONS:
+            if not self._expressible_in(family, name):
+                able = [other for other in FAMILIES if self._expressible_in(other, name)]
+                raise InputError(
+                    f"{family} configs cannot express {name}={getattr(self, name)!r}; "
+                    + (f"use family {' or '.join(able)}" if able else "no known family can")
+                )
+            same = [other for other in _OPTIONS if name in keys and keys.get(other) == keys[name]]
+            if len({getattr(self, other) for other in same}) > 1:
+                values = " and ".join(f"{other}={getattr(self, other)!r}" for other in same)
+                raise InputError(
+                    f"{family} configs cannot express {values}: {keys[name]} states both; make "
+                    "them equal"
+                )
+
+    def _expressible_in(self, family: str, name: str) -> bool:
+        """Whether a config of `family` can hold this model's value of one of _OPTIONS."""
+        traits, value = FAMILIES[family], getattr(self, name)
+        if name == "activation":
+            return value in traits.activations
+        if name in traits.keys or (name == "rotary_fraction" and traits.partial_rotary):
+            return True
+        default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+        return bool(value == traits.fixed.get(name, default))
+
+    @property
+    def traits(self) -> Family:
+        """What its family determines: names, config keys, block."""
+        return FAMILIES[self.family]
 
     @property
     def query_size(self) -> int:
@@ -278,28 +231,19 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of each head that the rotary embedding turns."""
+        """Channels of each head that the rotary embedding rotates."""
         return int(self.head_dim * self.rotary_fraction)
-
-    @property
-    def gated(self) -> bool:
-        """Whether the feed-forward layer multiplies two projections (SwiGLU): three matrices, not
-        two."""
-        return self.family != "gpt_neox"
-
-    @property
-    def fused_qkv(self) -> bool:
-        """Whether one matrix holds query, key and value rows of head after head."""
-        return self.family == "gpt_neox"
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """Number of parameters; `embeddings=False` leaves out the embedding and an untied head."""
         # A LayerNorm has a gain and a bias, an RMSNorm only a gain.
-        norm = (2 if self.family == "gpt_neox" else 1) * self.hidden_size
+        norm = (2 if self.traits.norm == "LayerNorm" else 1) * self.hidden_size
         block = self._block_matmul_parameters() + 2 * norm
         block += self.qkv_bias * (self.query_size + 2 * self.kv_size)
         block += self.output_bias * self.hidden_size
-        block += self.mlp_bias * ((1 + self.gated) * self.intermediate_size + self.hidden_size)
+        block += self.mlp_bias * (
+            (1 + self.traits.gated) * self.intermediate_size + self.hidden_size
+        )
         block += self.qk_norm * 2 * self.head_dim
         total = self.num_layers * block + norm
         if embeddings:
@@ -320,50 +264,37 @@ class ModelConfig:
 
     def _block_matmul_parameters(self) -> int:
         attention = 2 * self.hidden_size * (self.query_size + self.kv_size)
-        return attention + (2 + self.gated) * self.hidden_size * self.intermediate_size
+        return attention + (2 + self.traits.gated) * self.hidden_size * self.intermediate_size
 
 
-def _read_llama(config: Any) -> dict[str, Any]:
-    """What Llama-like configs say beyond the sizes that all families share."""
-    family, attention_bias = config.model_type, bool(getattr(config, "attention_bias", False))
-    head_dim = getattr(config, "head_dim", None)
-    return {
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": head_dim or config.hidden_size // config.num_attention_heads,
-        "norm_eps": config.rms_norm_eps,
-        "qkv_bias": attention_bias or family == "qwen2",
-        "output_bias": attention_bias,
-        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
-        "qk_norm": family == "qwen3",
-        "sliding_window": config.sliding_window if family == "mistral" else None,
-    }
+def _require_known(family: str) -> None:
+    if family not in FAMILIES:
+        raise InputError(
+            f"model family {family!r} is not supported; known families: {', '.join(FAMILIES)}"
+        )
 
 
-def _read_neox(config: Any) -> dict[str, Any]:
-    """What GPT-NeoX configs say beyond the sizes that all families share."""
-    return {
-        "num_kv_heads": config.num_attention_heads,
-        "head_dim": config.hidden_size // config.num_attention_heads,
-        "norm_eps": config.layer_norm_eps,
-        "qkv_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
-        "mlp_bias": True,
-        "activation": config.hidden_act,
-        "parallel_residual": config.use_parallel_residual,
-    }
+def _read_fields(traits: Family, config: Any) -> dict[str, Any]:
+    """The fields that the family's config states or fixes; `config` is transformers'."""
+    keys = dict(traits.keys)
+    head_dim = getattr(config, keys.pop("head_dim", "head_dim"), None)
+    fields = {**traits.fixed, **{name: getattr(config, key) for name, key in keys.items()}}
+    fields.setdefault("num_kv_heads", fields["num_heads"])
+    fields["head_dim"] = head_dim or fields["hidden_size"] // fields["num_heads"]
+    return fields
 
 
 def _refuse_unsupported(family: str, values: dict[str, Any]) -> None:
-    known = ACTIVATIONS.get(family, ("silu",))
-    activation = values.get("hidden_act") or known[0]
-    if activation not in known:
+    traits = FAMILIES[family]
+    key, known = traits.keys["activation"], traits.activations
+    if (values.get(key) or known[0]) not in known:
         raise InputError(
-            f"hidden_act {activation!r} is not supported in {family}; only "
+            f"{key} {values[key]!r} is not supported in {family}; only "
             f"{', '.join(map(repr, known))} is"
         )
-    if family == "gpt_neox" and values.get("head_dim") is not None:
+    if "head_dim" not in traits.keys and values.get("head_dim") is not None:
         raise InputError(
-            f"head_dim {values['head_dim']} in a gpt_neox config is not supported: its heads are "
+            f"head_dim {values['head_dim']} in a {family} config is not supported: its heads are "
             "hidden_size / num_attention_heads wide; remove the key"
         )
     if values.get("quantization_config"):

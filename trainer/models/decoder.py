@@ -1,5 +1,6 @@
 """The one masked forward pass of all families, used to train, evaluate and extract."""
 
+import pkgutil
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,10 @@ from trainer.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_distillation,
 )
-from trainer.models import gpt_neox, llama
 from trainer.models.config import ModelConfig
 from trainer.models.folding import Fold, fold_weight
-from trainer.models.layers import Linear
+from trainer.models.layers import LayerNorm, Linear, RMSNorm
 from trainer.models.masks import Masks, StreamMasks
-from trainer.models.names import names_of
 from trainer.models.rope import inverse_frequencies, rotary_tables
 
 
@@ -36,7 +35,7 @@ class CausalLM(nn.Module):
     """Decoder language model; parameter names and layouts are exactly Hugging Face's.
 
     Masks are folded into weights: they scale the embedding's output, gain and bias of every norm
-    (its statistics run over the live dimensions), the rows of what writes to the residual stream
+    (its statistics run over the nonzero dimensions), the rows of what writes to the residual stream
     and the columns of what reads heads or channels. The final norm carries the hidden mask once,
     the head none. Slicing and scaling weights by the same masks therefore gives the same function,
     and compact masks (Masks.compact) compute only the slices that are not zero.
@@ -45,17 +44,27 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.names = names_of(config)
-        if config.family == "gpt_neox":
-            self.gpt_neox = gpt_neox.Decoder(config)
-        else:
-            self.model = llama.Decoder(config)
+        self.names = names = config.traits.names
+        block = pkgutil.resolve_name(config.traits.block)
+        norm = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[config.traits.norm]
+        self._place(names.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
+        self._place(names.blocks, nn.ModuleList(block(config) for _ in range(config.num_layers)))
+        self._place(names.final_norm, norm(config.hidden_size, config.norm_eps))
         if not config.tie_embeddings:
-            head = Linear(config.hidden_size, config.vocab_size, bias=False)
-            self.add_module(self.names.head, head)
+            self._place(names.head, Linear(config.hidden_size, config.vocab_size, bias=False))
         self.checkpoint_activations = False
         # A plain attribute, not a buffer: FSDP would cast a buffer to bf16.
         self.frequencies = inverse_frequencies(config)
+
+    def _place(self, path: str, module: nn.Module) -> None:
+        """Adds a module at a dotted path, inside containers that are made as needed."""
+        parent: nn.Module = self
+        *containers, name = path.split(".")
+        for container in containers:
+            if container not in dict(parent.named_children()):
+                parent.add_module(container, nn.Module())
+            parent = parent.get_submodule(container)
+        parent.add_module(name, module)
 
     @property
     def head_weight(self) -> Tensor:
@@ -118,9 +127,9 @@ class CausalLM(nn.Module):
             Logits [B, S, V] in the parameters' dtype, or LossOutput.
         """
         masks = masks or Masks()
-        stream = masks.stream
+        stream = masks.stream()
         states = self._hidden_states(ids, masks, stream)
-        head = fold_weight(self.head_weight, stream.reading, "head")
+        head = fold_weight(self.head_weight, stream.reading(), "head")
         if targets is None:
             return F.linear(states, head)
         if weights is None:

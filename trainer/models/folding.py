@@ -1,4 +1,17 @@
-"""Weights with masks folded in, restricted to the units that are computed."""
+"""Weights with masks folded in, restricted to the units that are computed.
+
+W                                                          W'
+. . . . .
+. a . b c     rows 1, 3 times r1, r3              -->      a r1 c1   b r1 c3   c r1 c4
+. . . . .     columns 1, 3, 4 times c1, c3, c4             d r3 c1   e r3 c3   f r3 c4
+. d . e f
+
+dW                                                         dW'
+0 0 0 0 0
+0 A 0 B C     A = x r1 c1, ...                    <--      x  y  z
+0 0 0 0 0     dr1 = x a c1 + y b c3 + z c c4               u  v  w
+0 D 0 E F     dc1 = x a r1 + u d r3
+"""
 
 from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
@@ -11,29 +24,39 @@ from trainer.kernels.gather_scale import gather_scale, gather_scale_backward
 
 
 class Slot:
-    """A folded weight and its gradient, kept over the passes of one mask draw."""
+    """A folded weight and its gradient, kept over the passes of one mask draw.
+
+    The gradient is passed on in the last of `passes` backward passes. If fewer came, it would never
+    arrive, and FSDP's ranks would wait for it.
+    """
 
     def __init__(self, passes: int) -> None:
         self.passes = passes
         self.value: Tensor | None = None
         self.gradient: Tensor | None = None
 
-    def add(self, gradient: Tensor) -> Tensor | None:
-        """Adds the gradient of one pass, in fp32 at least; the sum of all after the last."""
+    def count(self) -> bool:
+        """Counts one backward pass; whether it was the last."""
+        assert self.passes > 0, "more backward passes than the masks were drawn for"
         self.passes -= 1
+        return not self.passes
+
+    def add(self, gradient: Tensor) -> Tensor | None:
+        """Adds the gradient of one pass, in fp32 at least; returns the sum after the last."""
+        last = self.count()
         if self.gradient is None:
-            if not self.passes:
+            if last:
                 return gradient
             self.gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         else:
             self.gradient += gradient
-        if self.passes:
+        if not last:
             return None
         total, self.gradient, self.value = self.gradient, None, None
         return total
 
 
-class Reuse:
+class WeightCache:
     """The slots of one mask draw, made for a known number of forward and backward passes."""
 
     def __init__(self, passes: int) -> None:
@@ -58,7 +81,7 @@ class Fold(NamedTuple):
     """[m] int64 columns, None for all."""
     column_scale: Tensor | None = None
     """[in] fp32; None for ones."""
-    reuse: Reuse | None = None
+    cache: WeightCache | None = None
     """Where the result is kept between passes; None: nowhere."""
 
     @property
@@ -112,7 +135,7 @@ class _FoldWeight(torch.autograd.Function):
 def fold_weight(weight: Tensor, fold: Fold, owner: Hashable) -> Tensor:
     """`weight` [out, in] restricted and scaled as `fold` says, in the weight's dtype.
 
-    `owner` identifies the weight among those that share `fold.reuse`.
+    `owner` identifies the weight among those that share `fold.cache`.
     """
     if fold.trivial:
         return weight
@@ -120,8 +143,8 @@ def fold_weight(weight: Tensor, fold: Fold, owner: Hashable) -> Tensor:
     if row_scale is not None:
         row_scale = row_scale.expand(weight.shape[0])
     # Without gradients nothing would ever empty the slot.
-    reuse = fold.reuse if torch.is_grad_enabled() else None
-    slot = None if reuse is None else reuse.slot(owner)
+    cache = fold.cache if torch.is_grad_enabled() else None
+    slot = None if cache is None else cache.slot(owner)
     result: Tensor = _FoldWeight.apply(
         weight, fold.rows, row_scale, fold.columns, fold.column_scale, slot
     )
@@ -140,17 +163,15 @@ class _ZeroGradients(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, slot: Slot | None, *parameters: Tensor) -> Tensor:
         ctx.slot = slot
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        # A copy: FSDP cannot watch over views.
+        # A copy: FSDP's hooks do not work on views.
         return x.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        if ctx.slot is not None:
-            ctx.slot.passes -= 1
-            if ctx.slot.passes:
-                return (gradient, None, *(None for _ in ctx.like))
+        if ctx.slot is not None and not ctx.slot.count():
+            return (gradient, None, *(None for _ in ctx.like))
         zeros = [torch.zeros(shape, dtype=d, device=device) for shape, d, device in ctx.like]
         return (gradient, None, *zeros)
 

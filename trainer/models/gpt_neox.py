@@ -79,13 +79,3 @@ class DecoderLayer(nn.Module):
             x = x + attended
             return self.mlp(self.post_attention_layernorm(x, masks.stream), masks) + x
         return self.mlp(self.post_attention_layernorm(x, masks.stream), masks) + attended + x
-
-
-class Decoder(nn.Module):
-    """The parameters below `gpt_neox.` in Hugging Face's naming; CausalLM runs them."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        self.final_layer_norm = LayerNorm(config.hidden_size, config.norm_eps)

@@ -17,20 +17,9 @@ from data.errors import InputError
 from data.files import follow_umask, partial_path, replace_file, replace_folder
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.names import Role, names_of
-from trainer.models.sources import INDEX_FILE, convert_gguf, resolve_model
+from trainer.models.families import Role
+from trainer.models.sources import INDEX_FILE
 from trainer.parallel import local_region
-
-__all__ = [
-    "check_weights",
-    "convert_gguf",
-    "init_weights",
-    "load_config",
-    "load_model",
-    "load_sharded",
-    "resolve_model",
-    "save_model",
-]
 
 SHARD_BYTES = 5 * 10**9
 """Largest safetensors file written, in bytes, as transformers does by default."""
@@ -312,14 +301,14 @@ def _write_tensors(
 
 def _config_from_shapes(config: ModelConfig, shapes: dict[str, torch.Size]) -> ModelConfig:
     """`config` with the sizes of the given tensors; every block must have the same ones."""
-    names = names_of(config)
+    names = config.traits.names
     prefix = f"{names.blocks}."
     indices = {int(name[len(prefix) :].split(".")[0]) for name in shapes if name.startswith(prefix)}
     try:
         block = f"{prefix}{min(indices)}."
         query_channels = shapes[f"{block}{names.with_role(Role.ATTENTION_OUTPUT)}.weight"][1]
         key_channels = query_channels
-        if not config.fused_qkv:
+        if not config.traits.fused_qkv:
             key_channels = shapes[f"{block}{names.with_role(Role.KEYS)}.weight"][0]
         channels = shapes[f"{block}{names.with_role(Role.FEED_FORWARD_OUTPUT)}.weight"][1]
         vocabulary, hidden = shapes[f"{names.embedding}.weight"]

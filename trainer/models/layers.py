@@ -28,12 +28,12 @@ class Linear(nn.Linear):
 
 def skip_block(block: nn.Module, x: Tensor, stream: StreamMasks) -> Tensor:
     """What a block whose mask is 0 returns: its input x, and zeros as its parameters' gradients."""
-    slot = None if stream.reuse is None else stream.reuse.slot(block)
+    slot = None if stream.cache is None else stream.cache.slot(block)
     return zero_gradients(x, block.parameters(), slot)
 
 
 class LayerNorm(nn.Module):
-    """Layer norm (arXiv 1607.06450) with statistics over the live dimensions only."""
+    """Layer norm (arXiv 1607.06450) with statistics over the nonzero dimensions only."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -47,21 +47,22 @@ class LayerNorm(nn.Module):
         `stream` holds the masks of x's dimensions (None: all ones); those with mask 0 do not enter
         mean and variance, and are 0 in the result.
         """
-        if stream is None or stream.nonzero is None:
+        nonzero = None if stream is None else stream.nonzero()
+        if stream is None or nonzero is None:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         values = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        nonzero = stream.nonzero.to(values.dtype)
-        share = nonzero / nonzero.sum().clamp(min=1)
+        share = nonzero.to(values.dtype)
+        share = share / share.sum().clamp(min=1)
         centred = values - (values * share).sum(-1, keepdim=True)
         variance = (centred.square() * share).sum(-1, keepdim=True)
         normed = (centred * torch.rsqrt(variance + self.eps)).to(x.dtype)
-        gain = fold_vector(self.weight, stream.units, stream.norm_scale)
+        gain = fold_vector(self.weight, stream.units, stream.norm_scale())
         bias = fold_vector(self.bias, stream.units, stream.mask)
         return torch.addcmul(bias, normed, gain)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467) with statistics over the live dimensions only."""
+    """Root-mean-square norm (arXiv 1910.07467) with statistics over the nonzero dimensions only."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -83,5 +84,5 @@ class RMSNorm(nn.Module):
         gain: Tensor = self.weight
         scale = None
         if stream is not None:
-            gain, scale = fold_vector(gain, stream.units, stream.norm_scale), stream.scale
+            gain, scale = fold_vector(gain, stream.units, stream.norm_scale()), stream.scale
         return rms_norm(x, gain, self.eps, residual=update, scale=scale)

@@ -81,13 +81,3 @@ class DecoderLayer(nn.Module):
         attended = self.self_attn(self.input_layernorm(x, masks.stream), cos, sin, masks)
         normed, x = self.post_attention_layernorm.add(x, attended, masks.stream)
         return x + self.mlp(normed, masks)
-
-
-class Decoder(nn.Module):
-    """The parameters below `model.` in Hugging Face's naming; CausalLM runs them."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from trainer.models.computed import ALL_UNITS, ComputedUnits, LayerUnits, find_computed_units
 from trainer.models.config import ModelConfig
-from trainer.models.folding import Fold, Reuse
+from trainer.models.folding import Fold, WeightCache
 
-FAMILIES = ("hidden", "layer", "head", "intermediate")
+MASK_NAMES = ("hidden", "layer", "head", "intermediate")
 """Names of the masks of a model."""
 
 
@@ -22,23 +22,22 @@ class StreamMasks:
     units: Tensor | None = None
     """[m] int64: the dimensions that are computed; None: all d."""
     scale: Tensor | None = None
-    """Scalar m / n with n the number of live dimensions (z > 0) among the m that are computed."""
+    """Scalar m / n, where n of the m computed dimensions are nonzero (z > 0)."""
     gain: Tensor | None = None
     """Scalar factor of the gains of all norms, None for 1."""
-    reuse: Reuse | None = None
+    cache: WeightCache | None = None
+    """Keeps folded weights between passes; None: nothing does."""
 
-    @property
     def reading(self) -> Fold:
-        """How a weight is folded whose columns read the residual stream behind a norm."""
-        return Fold(columns=self.units, reuse=self.reuse)
+        """The fold of a weight that reads the normed residual stream: it selects the computed
+        columns and scales none, since the norm's gain carries their masks."""
+        return Fold(columns=self.units, cache=self.cache)
 
-    @property
     def norm_scale(self) -> Tensor | None:
-        """[d] factors of every norm's gain; None for ones. New each time: a graph that passes
-        shared would be gone after the first backward."""
+        """[d] factors of every norm's gain; None for ones. A new tensor at each call, because a
+        graph that passes shared would be gone after the first backward."""
         return self.mask if self.mask is None or self.gain is None else self.mask * self.gain
 
-    @property
     def nonzero(self) -> Tensor | None:
         """[m] bool: which of the computed dimensions have z > 0; None: all."""
         if self.mask is None:
@@ -63,13 +62,13 @@ class LayerMasks:
 
     def reading(self, rows: Tensor | None) -> Fold:
         """Fold of a weight that reads the residual stream; `rows` are the outputs computed."""
-        return self.stream.reading._replace(rows=rows)
+        return self.stream.reading()._replace(rows=rows)
 
     def writing(self, columns: Tensor | None, column_scale: Tensor | None) -> Fold:
         """Fold of a weight that writes to the residual stream; `columns` are the inputs computed,
         `column_scale` the factors of all inputs."""
         return Fold(
-            self.stream.units, self.residual, columns, column_scale, reuse=self.stream.reuse
+            self.stream.units, self.residual, columns, column_scale, cache=self.stream.cache
         )
 
     def head_columns(self, head_dim: int) -> Tensor | None:
@@ -84,7 +83,7 @@ class Masks:
     """Masks of a whole model, in fp32; None means all ones.
 
     They stay fp32 under bf16 because FSDP is told not to cast inputs (`cast_forward_inputs=False`
-    in trainer/parallel.py): rounded to bf16, they would lose the resolution the constraint needs.
+    in trainer/parallel.py). Rounded to bf16 they would lose the resolution the constraint needs.
     """
 
     hidden: Tensor | None = None
@@ -97,36 +96,35 @@ class Masks:
     """[L, F] channels of the feed-forward layers."""
     computed: ComputedUnits | None = None
     """The units that are computed (`compact`); None: all, dense."""
-    reuse: Reuse | None = None
+    cache: WeightCache | None = None
     """Keeps folded weights between the forward passes of one draw (`compact`)."""
     hold_scale: bool = False
-    """Multiply the gains of all norms by sqrt(d / n) for n of d dimensions that are live, so that
-    these keep the scale they have behind a norm over all d; off, they shrink as others leave."""
+    """Multiplies the gains of all norms by sqrt(d / n), for n nonzero of d dimensions. These then
+    keep the scale that a norm over all d gives them; otherwise they shrink as others leave."""
 
     def compact(self, config: ModelConfig, *, multiple: int, passes: int = 1) -> "Masks":
         """The same masks, with the forward pass restricted to the units that are not zero.
 
         Loss and gradients stay those of the dense masked model: a unit whose mask is exactly 0 adds
-        nothing, and what it would receive is 0. Only the gradient of a mask that is 0 itself is
-        another, and it does not matter: a clipped mask has no slope there. Waits once for the
-        device.
+        nothing, and its weights would receive zeros. Only the gradient of a mask that is 0 differs.
+        It does not matter, because a clipped mask has no slope there. Waits once for the device.
 
         Args:
             config: the model's architecture.
-            multiple: numbers of dimensions and channels are padded with dead units to this.
+            multiple: dimensions and channels are padded to multiples of this number, with units
+                whose mask is 0.
             passes: forward and backward passes this draw is made for. Each weight is then folded
                 once, and receives its gradient in the last of them.
         """
         computed = find_computed_units(self.tensors(), config, multiple)
-        return replace(self, computed=computed, reuse=Reuse(passes) if passes > 1 else None)
+        return replace(self, computed=computed, cache=WeightCache(passes) if passes > 1 else None)
 
-    @property
     def stream(self) -> StreamMasks:
-        """The masks of the residual stream, computed at each access; the number of live dimensions
-        stays a tensor, so that the host does not wait for it."""
+        """The masks of the residual stream. The number of nonzero dimensions stays a tensor, so
+        that the host does not wait for it."""
         units = None if self.computed is None else self.computed.hidden
         if self.hidden is None:
-            return StreamMasks(units=units, reuse=self.reuse)
+            return StreamMasks(units=units, cache=self.cache)
         nonzero = (self.hidden.detach() > 0).sum().clamp(min=1)
         width = self.hidden.shape[0] if units is None else units.shape[0]
         # A tensor divided by a tensor: number / tensor is a rounded reciprocal, 1 only nearly.
@@ -134,7 +132,7 @@ class Masks:
         gain = None
         if self.hold_scale:
             gain = (self.hidden.new_full((), self.hidden.shape[0]) / nonzero).sqrt()
-        return StreamMasks(self.hidden, units, scale, gain, self.reuse)
+        return StreamMasks(self.hidden, units, scale, gain, self.cache)
 
     def for_layer(self, index: int, stream: StreamMasks) -> LayerMasks:
         """The masks of block `index`, with those of the stream, which all blocks share."""
@@ -152,14 +150,14 @@ class Masks:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], *, hold_scale: bool = False) -> "Masks":
-        """Dense masks from tensors by family name, as `tensors` gives them."""
-        assert tensors.keys() <= set(FAMILIES), sorted(tensors)
-        hidden, layer, head, intermediate = (tensors.get(name) for name in FAMILIES)
+        """Dense masks from tensors by name, as `tensors` gives them."""
+        assert tensors.keys() <= set(MASK_NAMES), sorted(tensors)
+        hidden, layer, head, intermediate = (tensors.get(name) for name in MASK_NAMES)
         return cls(hidden, layer, head, intermediate, hold_scale=hold_scale)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The masks that are present, by family name."""
-        return {name: z for name in FAMILIES if (z := getattr(self, name)) is not None}
+        """The masks that are present, by name."""
+        return {name: z for name in MASK_NAMES if (z := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str) -> "Masks":
         """The same masks on another device, dense."""

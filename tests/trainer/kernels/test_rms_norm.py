@@ -100,11 +100,11 @@ def test_computes_the_norm_of_the_model(backend: str) -> None:
     norm = RMSNorm(48, EPS)
     norm.weight.data.normal_()
     mask = (torch.rand(48) * 3 - 1).clamp(0, 1)
-    stream = Masks(hidden=mask, hold_scale=True).stream
+    stream = Masks(hidden=mask, hold_scale=True).stream()
     x, residual = (torch.randn(2, 9, 48) * (mask > 0) for _ in range(2))
     expected = norm(x + residual, stream)
     normed, total = rms_norm(
-        x, norm.weight, EPS, mask=stream.norm_scale, residual=residual, scale=stream.scale
+        x, norm.weight, EPS, mask=stream.norm_scale(), residual=residual, scale=stream.scale
     )
     torch.testing.assert_close(normed, expected)
     torch.testing.assert_close(total, x + residual)

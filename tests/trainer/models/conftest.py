@@ -9,7 +9,7 @@ import pytest
 from data.errors import InputError
 from launch.demo.stages import download_gguf
 from tests.conftest import ROOT
-from trainer.models.hf import convert_gguf, resolve_model
+from trainer.models.sources import convert_gguf, resolve_model
 
 
 @pytest.fixture(scope="session")

@@ -19,21 +19,21 @@ from trainer.models.config import ModelConfig
 flags = st.lists(st.booleans(), min_size=1, max_size=70).map(lambda bits: np.array(bits))
 
 
-@given(alive=flags, multiple=st.sampled_from([1, 4, 16, 100]))
-def test_padded_units_hold_all_live_ones_and_as_few_dead_as_fit(
-    alive: np.ndarray, multiple: int
+@given(nonzero=flags, multiple=st.sampled_from([1, 4, 16, 100]))
+def test_padded_units_hold_all_nonzero_ones_and_as_few_others_as_fit(
+    nonzero: np.ndarray, multiple: int
 ) -> None:
-    units = padded_units(alive, multiple)
-    live = np.flatnonzero(alive)
+    units = padded_units(nonzero, multiple)
+    needed = np.flatnonzero(nonzero)
     if units is None:
         # Padding would have reached the end.
-        assert max(1, -(-len(live) // multiple)) * multiple >= len(alive)
+        assert max(1, -(-len(needed) // multiple)) * multiple >= len(nonzero)
         return
-    assert len(units) % multiple == 0 and len(units) < len(alive)
-    assert len(units) - max(len(live), 1) < multiple
-    assert (np.diff(units) > 0).all() and set(live) <= set(units)
-    dead = [unit for unit in units if not alive[unit]]
-    assert dead == list(np.flatnonzero(~alive)[: len(dead)])
+    assert len(units) % multiple == 0 and len(units) < len(nonzero)
+    assert len(units) - max(len(needed), 1) < multiple
+    assert (np.diff(units) > 0).all() and set(needed) <= set(units)
+    padding = [unit for unit in units if not nonzero[unit]]
+    assert padding == list(np.flatnonzero(~nonzero)[: len(padding)])
 
 
 @given(
@@ -45,16 +45,16 @@ def test_padded_units_hold_all_live_ones_and_as_few_dead_as_fit(
 def test_computed_heads_are_the_smallest_uniform_set(
     kv_heads: int, group: int, seed: int, p: float
 ) -> None:
-    alive = np.random.default_rng(seed).random(kv_heads * group) < p
-    counts = alive.reshape(kv_heads, group).sum(1)
-    chosen = computed_heads(alive, kv_heads)
+    nonzero = np.random.default_rng(seed).random(kv_heads * group) < p
+    counts = nonzero.reshape(kv_heads, group).sum(1)
+    chosen = computed_heads(nonzero, kv_heads)
     smallest = max(1, int(counts.max())) * max(1, int((counts > 0).sum()))
     if chosen is None:
-        assert smallest == len(alive)
+        assert smallest == len(nonzero)
         return
     heads, groups = chosen
     assert len(heads) == smallest
-    assert (np.diff(heads) > 0).all() and set(np.flatnonzero(alive)) <= set(heads)
+    assert (np.diff(heads) > 0).all() and set(np.flatnonzero(nonzero)) <= set(heads)
     owners, members = np.unique(heads // group, return_counts=True)
     assert list(owners) == list(groups)
     assert set(np.flatnonzero(counts)) <= set(groups)
@@ -83,22 +83,22 @@ def test_units_of_all_families_come_back_as_they_were_chosen(
             "intermediate": (3, 80),
         }.items()
     }
-    live = find_computed_units(masks, config, 4)
-    alive = {name: (z > 0).numpy() for name, z in masks.items()}
+    computed = find_computed_units(masks, config, 4)
+    nonzero = {name: (z > 0).numpy() for name, z in masks.items()}
 
     def same(found: torch.Tensor | None, expected: np.ndarray | None) -> bool:
         if found is None or expected is None:
             return found is None and expected is None
         return found.dtype == torch.int64 and found.tolist() == expected.tolist()
 
-    assert same(live.hidden, padded_units(alive["hidden"], 4))
-    for index, units in enumerate(live.layers):
-        assert units.skipped == (not alive["layer"][index])
+    assert same(computed.hidden, padded_units(nonzero["hidden"], 4))
+    for index, units in enumerate(computed.layers):
+        assert units.skipped == (not nonzero["layer"][index])
         if units.skipped:
             assert units == units._replace(queries=None, keys=None, fused=None, channels=None)
             continue
-        assert same(units.channels, padded_units(alive["intermediate"][index], 4))
-        chosen = computed_heads(alive["head"][index], config.num_kv_heads)
+        assert same(units.channels, padded_units(nonzero["intermediate"][index], 4))
+        chosen = computed_heads(nonzero["head"][index], config.num_kv_heads)
         heads, groups = (None, None) if chosen is None else chosen
         width = config.head_dim
         assert same(units.queries, None if heads is None else expand(heads, width))
@@ -109,8 +109,8 @@ def test_units_of_all_families_come_back_as_they_were_chosen(
 
 def test_absent_masks_leave_everything_computed() -> None:
     config = ModelConfig.from_hf(CASES["llama"])
-    live = find_computed_units({}, config, 4)
-    assert live.hidden is None and len(live.layers) == 3
+    computed = find_computed_units({}, config, 4)
+    assert computed.hidden is None and len(computed.layers) == 3
     only = find_computed_units({"layer": torch.tensor([1.0, 0.0, 1.0])}, config, 4)
     assert [units.skipped for units in only.layers] == [False, True, False]
     assert only.hidden is None and only.layers[0].channels is None

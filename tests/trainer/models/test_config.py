@@ -87,7 +87,7 @@ def test_sizes_and_flops_of_pythia_410m() -> None:
     [
         ({"hidden_act": "relu"}, r"'relu' is not supported in gpt_neox; only 'gelu', 'gelu_new'"),
         ({"head_dim": 16}, r"head_dim 16 in a gpt_neox config .*remove the key"),
-        ({"rotary_pct": 0.4}, r"head_dim is 8, of which .* turns 3; it needs an even number"),
+        ({"rotary_pct": 0.4}, r"head_dim is 8, of which .* rotates 3; it needs an even number"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"hidden_size": 50}, "not divisible by the number of attention heads"),
     ],
@@ -115,7 +115,7 @@ def test_what_only_gpt_neox_can_express_is_refused_elsewhere() -> None:
     with pytest.raises(InputError, match=r"4096 is not 4 heads of 512.*2048 with 4 .*4096 with 8"):
         small = {**sizes, "num_heads": 4, "num_kv_heads": 4}
         ModelConfig(family="gpt_neox", **small, **options).to_hf()
-    with pytest.raises(InputError, match="need mlp_bias"):
+    with pytest.raises(InputError, match="cannot express mlp_bias=False"):
         ModelConfig(family="gpt_neox", **sizes, **{**options, "mlp_bias": False}).to_hf()
 
 

@@ -57,14 +57,14 @@ def _activation_masked_loss(
     config, tensors = model.config, dict(model.named_parameters())
     hidden, layer, head, channel = masks.hidden, masks.layer, masks.head, masks.intermediate
     assert hidden is not None and layer is not None and head is not None and channel is not None
-    live = hidden.detach() > 0
+    nonzero = hidden.detach() > 0
     batch, length = ids.shape
     half = config.head_dim // 2
     angles = torch.arange(length)[:, None] * model.frequencies.double()
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
 
     def norm(x: Tensor, key: str) -> Tensor:
-        mean = x[..., live].square().mean(-1, keepdim=True)
+        mean = x[..., nonzero].square().mean(-1, keepdim=True)
         return x * (mean + config.norm_eps).rsqrt() * tensors[key] * hidden
 
     def linear(x: Tensor, key: str) -> Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.models.folding import Fold, Reuse, fold_vector, fold_weight, zero_gradients
+from trainer.models.folding import Fold, WeightCache, fold_vector, fold_weight, zero_gradients
 
 ROWS, COLUMNS = torch.tensor([0, 2, 4]), torch.tensor([1, 2, 5, 6])
 
@@ -57,7 +57,7 @@ def test_a_scalar_scales_all_rows() -> None:
 
 def test_without_masks_the_weight_itself_is_used() -> None:
     weight, _, _ = _inputs()
-    assert fold_weight(weight, Fold(reuse=Reuse(2)), "owner") is weight
+    assert fold_weight(weight, Fold(cache=WeightCache(2)), "owner") is weight
 
 
 def test_bf16_weights_round_once_and_masks_keep_fp32_gradients() -> None:
@@ -75,7 +75,7 @@ def test_bf16_weights_round_once_and_masks_keep_fp32_gradients() -> None:
     torch.testing.assert_close(columns.grad.double(), exact.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_reuse_folds_once_and_gives_the_summed_gradient_in_the_last_pass() -> None:
+def test_a_cache_folds_once_and_gives_the_summed_gradient_in_the_last_pass() -> None:
     weight, rows, columns = _inputs()
     leaves = [weight, rows, columns]
     upstream = torch.randn(3, 3, 4, dtype=torch.float64)
@@ -85,34 +85,42 @@ def test_reuse_folds_once_and_gives_the_summed_gradient_in_the_last_pass() -> No
     expected = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
     for leaf in leaves:
         leaf.grad = None
-    reuse = Reuse(3)
+    cache = WeightCache(3)
     addresses = set()
     for number, gradient in enumerate(upstream):
-        folded = fold_weight(weight, plain._replace(reuse=reuse), "owner")
+        folded = fold_weight(weight, plain._replace(cache=cache), "owner")
         addresses.add(folded.data_ptr())
         folded.backward(gradient)
         assert (weight.grad is None) == (number < 2)
     assert len(addresses) == 1
     for leaf, reference in zip(leaves, expected, strict=True):
         torch.testing.assert_close(leaf.grad, reference, rtol=1e-12, atol=1e-12)
-    assert reuse.slot("owner").value is None, "the folded weight must be freed"
+    assert cache.slot("owner").value is None, "the folded weight must be freed"
+
+
+def test_more_passes_than_announced_are_refused() -> None:
+    weight, rows, _ = _inputs()
+    fold = Fold(row_scale=rows, cache=WeightCache(1))
+    fold_weight(weight, fold, "owner").sum().backward()
+    with pytest.raises(AssertionError, match="more backward passes"):
+        fold_weight(weight, fold, "owner").sum().backward()
 
 
 def test_passes_without_gradients_do_not_count() -> None:
     weight, rows, _ = _inputs()
-    reuse = Reuse(2)
-    fold = Fold(row_scale=rows, reuse=reuse)
+    cache = WeightCache(2)
+    fold = Fold(row_scale=rows, cache=cache)
     with torch.no_grad():
         fold_weight(weight, fold, "owner")
-    assert reuse.slot("owner").value is None and reuse.slot("owner").passes == 2
+    assert cache.slot("owner").value is None and cache.slot("owner").passes == 2
 
 
-def test_reused_bf16_gradients_are_summed_in_fp32() -> None:
+def test_cached_bf16_gradients_are_summed_in_fp32() -> None:
     weight = torch.ones(1, 1).bfloat16().requires_grad_()
     scale = torch.ones(1, requires_grad=True)
-    reuse = Reuse(9)
+    cache = WeightCache(9)
     for value in (256.0, *[1.0] * 8):
-        folded = fold_weight(weight, Fold(row_scale=scale, reuse=reuse), "owner")
+        folded = fold_weight(weight, Fold(row_scale=scale, cache=cache), "owner")
         folded.backward(torch.tensor([[value]]).bfloat16())
     # bf16 cannot hold 257: summed in bf16 the ones would be lost.
     assert scale.grad is not None and scale.grad.item() == 264
@@ -130,7 +138,7 @@ def test_fold_vector() -> None:
 @pytest.mark.parametrize("passes", [None, 2])
 def test_a_skipped_block_gets_zeros_in_the_last_pass(passes: int | None) -> None:
     parameters = [torch.randn(2, 3, requires_grad=True), torch.randn(4, requires_grad=True)]
-    slot = None if passes is None else Reuse(passes).slot("block")
+    slot = None if passes is None else WeightCache(passes).slot("block")
     x = torch.randn(5, requires_grad=True)
     for left in reversed(range(passes or 1)):
         y = zero_gradients(x, parameters, slot)

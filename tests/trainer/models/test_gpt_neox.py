@@ -15,16 +15,16 @@ def _activation_masked_loss(
     config, tensors = model.config, dict(model.named_parameters())
     hidden, layer, head, channel = masks.hidden, masks.layer, masks.head, masks.intermediate
     assert hidden is not None and layer is not None and head is not None and channel is not None
-    live = hidden.detach() > 0
+    nonzero = hidden.detach() > 0
     batch, length = ids.shape
-    turned = model.frequencies.numel() * 2
+    rotated = model.frequencies.numel() * 2
     angles = torch.arange(length)[:, None] * model.frequencies.double()
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     approximate = "none" if config.activation == "gelu" else "tanh"
 
     def norm(x: Tensor, key: str) -> Tensor:
-        mean = x[..., live].mean(-1, keepdim=True)
-        variance = (x[..., live] - mean).square().mean(-1, keepdim=True)
+        mean = x[..., nonzero].mean(-1, keepdim=True)
+        variance = (x[..., nonzero] - mean).square().mean(-1, keepdim=True)
         normed = (x - mean) * (variance + config.norm_eps).rsqrt()
         return (normed * tensors[f"{key}.weight"] + tensors[f"{key}.bias"]) * hidden
 
@@ -32,7 +32,7 @@ def _activation_masked_loss(
         return F.linear(x, tensors[f"{key}.weight"], tensors.get(f"{key}.bias"))
 
     def rotate(x: Tensor) -> Tensor:
-        a, b, rest = x.split([turned // 2, turned // 2, config.head_dim - turned], -1)
+        a, b, rest = x.split([rotated // 2, rotated // 2, config.head_dim - rotated], -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 
     x = tensors["gpt_neox.embed_in.weight"][ids] * hidden
@@ -78,20 +78,20 @@ def test_masked_loss_and_all_gradients_equal_activation_masking(name: str) -> No
     assert gradients[-3][closed].abs().min() > 0, "a closed block must still get a gradient"
 
 
-def test_dead_dimensions_stay_zero_and_their_weights_do_not_matter() -> None:
+def test_dimensions_with_mask_0_stay_zero_and_their_weights_do_not_matter() -> None:
     model, _ = pair("gpt_neox")
     masks = random_masks(4)
     assert masks.hidden is not None
-    dead = masks.hidden == 0
+    zero = masks.hidden == 0
     ids = torch.randint(0, 61, (2, 20))
     with torch.no_grad():
-        states = model._hidden_states(ids, masks, masks.stream)
-        assert not states[..., dead].any()
+        states = model._hidden_states(ids, masks, masks.stream())
+        assert not states[..., zero].any()
         before = model(ids, masks)
         tensors = dict(model.named_parameters())
-        tensors["gpt_neox.embed_in.weight"][:, dead] += 100
-        tensors["gpt_neox.layers.0.input_layernorm.bias"][dead] += 100
-        tensors["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"][dead] += 100
+        tensors["gpt_neox.embed_in.weight"][:, zero] += 100
+        tensors["gpt_neox.layers.0.input_layernorm.bias"][zero] += 100
+        tensors["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"][zero] += 100
         assert torch.equal(model(ids, masks), before)
 
 

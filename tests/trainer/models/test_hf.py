@@ -266,7 +266,7 @@ def _load_and_step(path: str, replicas: int) -> tuple[bool, float, float, dict[s
         equal &= torch.equal(parameter.full_tensor(), expected[name])
     ids = torch.arange(40).view(2, 20) % 61
     masks = random_masks(0)
-    run = masks.compact(model.config, multiple=4) if model.config.fused_qkv else masks
+    run = masks.compact(model.config, multiple=4) if model.config.traits.fused_qkv else masks
     output = model(ids, run, ids.roll(-1, 1))
     output.loss.backward()
     whole.bfloat16()

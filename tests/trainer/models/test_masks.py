@@ -9,14 +9,14 @@ from trainer.models.masks import Masks
 FULL = {"hidden": (48,), "layer": (3,), "head": (3, 6), "intermediate": (3, 80)}
 
 
-def test_scale_counts_live_dimensions() -> None:
+def test_scale_counts_nonzero_dimensions() -> None:
     hidden = torch.tensor([0.0, 0.5, 1.0, 0.0, 0.1], requires_grad=True)
-    scale = Masks(hidden=hidden).stream.scale
+    scale = Masks(hidden=hidden).stream().scale
     assert scale is not None and not scale.requires_grad
     assert scale.item() == torch.tensor(5 / 3).item()
-    assert Masks().stream.scale is None
+    assert Masks().stream().scale is None
     for size in range(1, 200):
-        scale = Masks(hidden=torch.ones(size)).stream.scale
+        scale = Masks(hidden=torch.ones(size)).stream().scale
         assert scale is not None and scale.item() == 1.0
 
 
@@ -27,69 +27,69 @@ def test_for_layer_picks_the_rows_of_one_block() -> None:
         head=torch.tensor([[1.0, 0.0], [0.3, 0.7]]),
         intermediate=torch.eye(2),
     )
-    block = masks.for_layer(1, masks.stream)
+    block = masks.for_layer(1, masks.stream())
     assert block.residual is not None
     assert torch.equal(block.residual, torch.tensor([0.4, 0.2]))
     columns = block.head_columns(3)
     assert columns is not None
     assert torch.equal(columns, torch.tensor([0.3, 0.3, 0.3, 0.7, 0.7, 0.7]))
-    first = masks.for_layer(0, masks.stream).intermediate
+    first = masks.for_layer(0, masks.stream()).intermediate
     assert first is not None and first.tolist() == [1.0, 0.0]
 
 
-def test_absent_families_stay_absent() -> None:
+def test_absent_masks_stay_absent() -> None:
     masks = Masks(layer=torch.tensor([0.5]))
-    block = masks.for_layer(0, masks.stream)
-    assert block.stream.mask is None and block.stream.nonzero is None
+    block = masks.for_layer(0, masks.stream())
+    assert block.stream.mask is None and block.stream.nonzero() is None
     assert block.head_columns(4) is None and block.intermediate is None
     assert block.residual is not None and block.residual.item() == 0.5
-    assert Masks().for_layer(3, Masks().stream).residual is None
+    assert Masks().for_layer(3, Masks().stream()).residual is None
     assert list(Masks(head=torch.ones(1, 1)).tensors()) == ["head"]
 
 
 def test_moving_makes_masks_dense_again() -> None:
     config = pair("llama")[0].config
     masks = random_masks(0).compact(config, multiple=4, passes=2).to("cpu")
-    assert masks.computed is None and masks.reuse is None
+    assert masks.computed is None and masks.cache is None
     assert masks.tensors().keys() == FULL.keys()
 
 
-def _soft(generator: torch.Generator, dtype: torch.dtype, alive: Tensor) -> Tensor:
-    """Mid-range values where `alive`, zeros elsewhere; about a third of the live ones are 1."""
-    values = 0.1 + 1.2 * torch.rand(alive.shape, generator=generator, dtype=dtype)
-    return (values.clamp(max=1.0) * alive).requires_grad_()
+def _soft(generator: torch.Generator, dtype: torch.dtype, nonzero: Tensor) -> Tensor:
+    """Mid-range values where `nonzero`, zeros elsewhere; about a third of them are 1."""
+    values = 0.1 + 1.2 * torch.rand(nonzero.shape, generator=generator, dtype=dtype)
+    return (values.clamp(max=1.0) * nonzero).requires_grad_()
 
 
 def _draw(kind: str, seed: int, dtype: torch.dtype, *, hold_scale: bool) -> Masks:
-    """Masks of CASES' shape: `kind` says which units live."""
+    """Masks of CASES' shape: `kind` says which units are nonzero."""
     generator = torch.Generator().manual_seed(seed)
-    alive = {
+    nonzero = {
         name: torch.rand(shape, generator=generator) < torch.rand((), generator=generator)
         for name, shape in FULL.items()
     }
     if kind == "all kept":
-        alive = {name: torch.ones_like(flags) for name, flags in alive.items()}
+        nonzero = {name: torch.ones_like(flags) for name, flags in nonzero.items()}
     elif kind == "one kept":
-        alive = {name: torch.zeros_like(flags) for name, flags in alive.items()}
-        for flags in alive.values():
+        nonzero = {name: torch.zeros_like(flags) for name, flags in nonzero.items()}
+        for flags in nonzero.values():
             units = torch.randint(flags.shape[-1], (*flags.shape[:-1], 1), generator=generator)
             flags.scatter_(-1, units, True)
-        alive["hidden"][:3] = True  # a norm over a single dimension is constant
+        nonzero["hidden"][:3] = True  # a norm over a single dimension is constant
     elif kind == "no block":
-        alive["layer"][:] = False
+        nonzero["layer"][:] = False
     elif kind == "empty blocks":
-        alive["layer"][:] = True
-        alive["head"][0] = False
-        alive["intermediate"][1] = False
+        nonzero["layer"][:] = True
+        nonzero["head"][0] = False
+        nonzero["intermediate"][1] = False
     elif kind == "uneven groups":
-        alive["layer"][:] = True
+        nonzero["layer"][:] = True
         heads = [[1, 0, 0, 1, 1, 0], [1, 1, 1, 0, 0, 1], [0, 0, 0, 1, 0, 1]]
-        alive["head"] = torch.tensor(heads) > 0
+        nonzero["head"] = torch.tensor(heads) > 0
     elif kind in FULL:
-        alive = {kind: alive[kind]}
-    if "hidden" in alive:
-        alive["hidden"][5:9] = True
-    masks = {name: _soft(generator, dtype, flags) for name, flags in alive.items()}
+        nonzero = {kind: nonzero[kind]}
+    if "hidden" in nonzero:
+        nonzero["hidden"][5:9] = True
+    masks = {name: _soft(generator, dtype, flags) for name, flags in nonzero.items()}
     return Masks.of(masks, hold_scale=hold_scale)
 
 
@@ -129,21 +129,21 @@ def _run(model: CausalLM, masks: Masks, batches: list[tuple[Tensor, Tensor, Tens
 def _require_equal(found: Result, dense: Result, masks: Masks, tolerance: float) -> None:
     """Relative to the norm of each gradient, or to a part of the largest where it is smaller: some
     vanish by symmetry (key biases) or are small sums of large terms (a block's mask), and are all
-    rounding. Masks are compared where they live: elsewhere a clipped mask has no slope."""
+    rounding. Masks are compared where they are nonzero: elsewhere a clipped mask has no slope."""
     assert found[0] == pytest.approx(dense[0], rel=tolerance, abs=0)
     floor = (1e-3 if tolerance < 1e-9 else 0.1) * max(float(g.norm()) for g in dense[1].values())
     for name, theirs in dense[1].items():
         error = float((found[1][name] - theirs).norm())
         assert error <= tolerance * max(float(theirs.norm()), floor), (name, error)
     for name, z in masks.tensors().items():
-        live = z.detach() > 0
+        nonzero = z.detach() > 0
         ours, expected = found[2].get(name), dense[2][name]
         if ours is None:
-            # No live block reads this family, so that nothing has a gradient for it.
-            assert not (expected * live).any()
+            # No computed block uses this mask, so that nothing has a gradient for it.
+            assert not (expected * nonzero).any()
             continue
-        error = float((ours - expected)[live].norm())
-        assert error <= tolerance * max(float(expected[live].norm()), floor), (name, error)
+        error = float((ours - expected)[nonzero].norm())
+        assert error <= tolerance * max(float(expected[nonzero].norm()), floor), (name, error)
 
 
 def _require_compact_equal(name: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -172,7 +172,7 @@ def test_compact_passes_equal_dense_ones_in_fp32(name: str) -> None:
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("hold_scale", [False, True])
 @pytest.mark.parametrize("name", ["llama-biases", "llama-tied-head-dim", "qwen3", "gpt_neox"])
-def test_reuse_over_three_passes_gives_the_sum_of_three(
+def test_a_cache_over_three_passes_gives_the_sum_of_three(
     name: str, hold_scale: bool, checkpointed: bool
 ) -> None:
     model, _ = pair(name, torch.float64)
@@ -182,8 +182,8 @@ def test_reuse_over_three_passes_gives_the_sum_of_three(
         model.checkpoint_activations = False
         dense = _run(model, masks, batches)
         model.checkpoint_activations = checkpointed
-        reused = masks.compact(model.config, multiple=4, passes=3)
-        _require_equal(_run(model, reused, batches), dense, masks, 1e-12)
+        cached = masks.compact(model.config, multiple=4, passes=3)
+        _require_equal(_run(model, cached, batches), dense, masks, 1e-12)
 
 
 def test_blocks_that_are_skipped_get_zeros_and_leave_the_stream_alone() -> None:
