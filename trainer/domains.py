@@ -203,7 +203,7 @@ def start_reference(
         losses: dict[str, float] = kept
     else:
         losses = measured_reference(model, reader, REFERENCE_SEQUENCES, batch, context)
-        publish(context, {"reference": losses, "sequences": REFERENCE_SEQUENCES}, [path])
+        publish(context, {"reference": losses, "sequences": REFERENCE_SEQUENCES}, path)
     values = ", ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
     logger.info(f"reference losses (the start model's on training text, {path}): {values}")
     return losses

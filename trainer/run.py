@@ -19,6 +19,7 @@ from trainer.callbacks.mixture import MixtureCallback
 from trainer.callbacks.progress import ProgressCallback
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
+from trainer.distillation import Teacher
 from trainer.evaluate import report as held_out_report
 from trainer.kernels import registry
 from trainer.loop import Callback, Trainer
@@ -89,14 +90,23 @@ def build_trainer(
     reference: dict[str, float],
     mixture: MixtureConfig,
     used: Mapping[str, int] | None = None,
+    teacher: Teacher | None = None,
     callbacks: Sequence[Callback] = (),
     description: str,
     tensorboard: bool = True,
 ) -> Trainer:
     """Puts model, optimizer, data and callbacks together; restores the newest checkpoint, if any.
 
-    `callbacks` run before the standard ones. `weights` are the initial domain weights; `reference`
-    the losses a dynamic mixture steers towards; `used` samples of each domain are passed over.
+    `weights` are the initial domain weights; `reference` the losses a dynamic mixture steers
+    towards; `used` samples of each domain are passed over. `callbacks` run before the standard
+    ones, in this order:
+
+    mixture     records the domain weights,
+    evaluate    and the held-out losses, under the masks that `callbacks` have set;
+    guard       refuses a step that is not finite, before anything changes;
+    metrics     writes the step's record, complete by now,
+    progress    and shows it;
+    checkpoint  saves the state of all others, and stops the run when asked to.
     """
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
     sampler.start_after(used or {})
@@ -129,6 +139,7 @@ def build_trainer(
             model.config, seq_len=config.seq_len, device=context.device, world=context.world
         ),
         callbacks=listed,
+        teacher=teacher,
     )
     checkpointer.clean()
     latest = checkpointer.latest()

@@ -20,8 +20,8 @@ from pruner.run import shear
 from pruner.shapes import config_of
 from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokens
+from tests.trainer.tiny import pretrain
 from trainer.config import DistillationConfig, TrainConfig
-from trainer.cpt import continue_pretraining
 from trainer.loop import Trainer
 from trainer.models.hf import load_config, load_model
 
@@ -40,7 +40,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configure(inputs: Path, output: Path, **options: Any) -> ShearConfig:
     train: dict[str, Any] = {"steps": 8, "seq_len": 32, "global_batch": 4, "micro_batch": 2}
-    train |= {"lr": 1e-3, "eval_sequences": 2, "precision": "fp32", "threads": 1}
+    train |= {
+        "min_lr_ratio": None,
+        "lr": 1e-3,
+        "eval_sequences": 2,
+        "precision": "fp32",
+        "threads": 1,
+    }
     masks: dict[str, Any] = {"calibration_sequences": 6}
     for name in list(options):
         if name in TrainConfig.__dataclass_fields__:
@@ -143,7 +149,7 @@ def test_no_steps_prune_at_once_by_the_initial_scores(
     assert torch.equal(before["model.embed_tokens.weight"], embedding[:, dims])
 
 
-@pytest.mark.parametrize("rule", ["projection", "paper"])
+@pytest.mark.parametrize("rule", ["projection", "sheared-llama"])
 def test_the_saved_model_is_the_one_that_was_trained(
     rule: str, inputs: Path, tmp_path: Path
 ) -> None:
@@ -182,12 +188,11 @@ def test_continued_training_goes_on_after_the_samples_of_shearing(
     assert sum(drawn.values()) == train.steps * train.global_batch
 
     def train_on(output: str, **changes: Any) -> dict[str, int]:
-        trainer = continue_pretraining(
+        trainer = pretrain(
             replace(train, **changes),
-            model=str(tmp_path / "shear"),
-            data=configure(inputs, tmp_path).data,
+            model=tmp_path / "shear",
+            data=inputs / "tokens",
             output=tmp_path / output,
-            tensorboard=False,
         )
         assert trainer is not None
         return trainer.stream.sampler.used
@@ -240,6 +245,22 @@ def test_a_stopped_run_resumes_without_measuring_again(
         expected = load_file(tmp_path / "straight" / name)
         found = load_file(tmp_path / "resumed" / name)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("rule", ["projection", "paper"])
+def test_a_run_of_a_former_version_is_resumed(rule: str, inputs: Path, tmp_path: Path) -> None:
+    """Which saved most options of the masks as they were given."""
+    output = tmp_path / "out"
+    shear(configure(inputs, output, rule=rule))
+    identity = json.loads((output / "run.json").read_text())
+    former: dict[str, Any] = {"masks.rule": rule}
+    former |= {f"masks.{name}": None for name in ("init", "mask_lr", "target_warmup", "mask_draws")}
+    (output / "run.json").write_text(json.dumps(identity | former))
+    (output / "shear.json").unlink()
+    shear(configure(inputs, output, rule=rule))
+    assert (output / "shear.json").exists()
+    with pytest.raises(InputError, match=r"masks\.mask_lr was .*, now 0\.3\. Repeat"):
+        shear(configure(inputs, output, rule=rule, mask_lr=0.3))
 
 
 def test_lost_measurements_are_refused_once_training_has_begun(
@@ -310,10 +331,11 @@ def test_another_target_does_not_resume(inputs: Path, tmp_path: Path) -> None:
         shear(configure(inputs, tmp_path / "out", target=TARGET.replace("ffn=20", "ffn=24")))
 
 
-def test_paper_rule_says_that_it_did_not_polarise(
+def test_the_lagrangian_says_that_it_did_not_polarise(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shear(configure(inputs, tmp_path / "out", rule="paper", mixture=MixtureConfig(kind="fixed")))
+    mixture = MixtureConfig(kind="fixed")
+    shear(configure(inputs, tmp_path / "out", rule="sheared-llama", mixture=mixture))
     report = json.loads((tmp_path / "out" / "shear.json").read_text())
     assert report["polarised"] is False
     assert report["kept"]["intermediate"] == [20] * 3
@@ -439,7 +461,7 @@ def test_bad_calls_fail_before_any_weight_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_is_settled_before_training_and_kept_for_resumes(
+def test_a_budget_is_resolved_before_training_and_kept_for_resumes(
     inputs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -458,8 +480,8 @@ def test_a_budget_is_settled_before_training_and_kept_for_resumes(
     assert found == json.loads((output / "shear.json").read_text())["parameters"]["target"]
     assert json.loads((output / "run.json").read_text())["target"] == record["shape"]
 
-    # A finished, or a cut off, run takes the recorded shape: nothing is settled again.
-    monkeypatch.setattr("pruner.proposal.settle", None)
+    # A finished, or a cut off, run takes the recorded shape: nothing is resolved again.
+    monkeypatch.setattr("pruner.proposal.resolve", None)
     assert shear(configure(inputs, output, **options)) is None
     assert f"target params={limit} is {record['shape']}" in capsys.readouterr().out
     (output / "shear.json").unlink()
