@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from trainer.models.computed import computed_config
 from trainer.models.config import ModelConfig
 from trainer.models.folding import Fold, fold_vector, fold_weight
 from trainer.models.masks import LayerMasks, Masks
@@ -39,33 +40,19 @@ class Extraction:
 
     def _config(self) -> ModelConfig:
         """The smaller model's; AssertionError where the masks leave no uniform one."""
-        source, sizes = self.source, set()
+        assert self.masks.computed is not None
         _require_nonzero(self.masks.hidden, self.stream.units, "no hidden dimension is kept")
+        shapes = []
         for index, block in self.blocks.items():
-            units = block.units
-            columns = block.head_columns(source.head_dim)
+            columns = block.head_columns(self.source.head_dim)
             uneven = f"KV heads keep different query heads in block {index}"
-            _require_nonzero(columns, units.queries, uneven)
+            _require_nonzero(columns, block.units.queries, uneven)
             empty = f"no channel is kept in block {index}"
-            _require_nonzero(block.intermediate, units.channels, empty)
-            sizes.add(
-                (
-                    _count(units.queries, source.query_size) // source.head_dim,
-                    _count(units.queries if source.fused_qkv else units.keys, source.kv_size)
-                    // source.head_dim,
-                    _count(units.channels, source.intermediate_size),
-                )
-            )
-        assert len(sizes) == 1, f"blocks keep different numbers of units: {sorted(sizes)}"
-        heads, kv_heads, channels = sizes.pop()
-        return replace(
-            source,
-            num_layers=len(self.blocks),
-            hidden_size=_count(self.stream.units, source.hidden_size),
-            intermediate_size=channels,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-        )
+            _require_nonzero(block.intermediate, block.units.channels, empty)
+            shapes.append(computed_config(self.source, self.masks.computed, index))
+        uniform = all(shape == shapes[0] for shape in shapes)
+        assert uniform, f"blocks keep different numbers of units: {shapes}"
+        return replace(shapes[0], num_layers=len(shapes))
 
     @torch.no_grad()
     def tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -140,7 +127,3 @@ def _require_nonzero(mask: Tensor | None, units: Tensor | None, problem: str) ->
     """AssertionError with `problem` unless the mask of every computed unit is above 0."""
     if mask is not None:
         assert bool(((mask if units is None else mask[units]) > 0).all()), problem
-
-
-def _count(units: Tensor | None, every: int) -> int:
-    return every if units is None else len(units)

@@ -94,7 +94,7 @@ def finish(
     if context.is_main:
         print_tables(report)
     if not report["polarised"]:
-        _warn_unpolarised(trainer, report)
+        _warn_unpolarised(report)
     logger.info(f"model: {output / 'model'}  report: {output / 'shear.json'}")
     return report
 
@@ -188,12 +188,11 @@ def _put_in_place(z: dict[str, Tensor], rotation: Tensor | None, output: Path) -
     return None
 
 
-def _warn_unpolarised(trainer: Trainer, report: dict[str, Any]) -> None:
+def _warn_unpolarised(report: dict[str, Any]) -> None:
     units = ", ".join(f"{name} {count}" for name, count in report["kept_not_alive"].items())
-    logger.info(
-        f"warning: the masks did not polarise. Kept units that are not on (z < 0.99): {units}; "
-        "their values are folded into the weights. More steps help, and --rule projection always "
-        "polarises",
+    logger.warning(
+        f"the masks did not polarise. Kept units that are not on (z < 0.99): {units}; their values "
+        "are folded into the weights. More steps help, and --rule projection always polarises"
     )
 
 

@@ -94,8 +94,7 @@ def shear(config: ShearConfig) -> Trainer | None:
         return None
     if proposal is not None:
         publish(context, proposal, output / TARGET_FILE)
-    for message in inputs.domains.messages():
-        logger.info(message)
+    inputs.domains.log()
     logger.info(f"source {inputs.source.describe()}  target {inputs.target.describe()}")
     teacher = load_teacher(
         _teacher(inputs), config.distillation, config.train, inputs.model, context

@@ -97,7 +97,7 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     if finished:
         say_finished(context, output / "cpt.json", config.json)
         return None
-    _say_notes(inputs, config)
+    _log_notes(inputs, config)
     teacher = load_teacher(inputs.teacher, inputs.distillation, train, inputs.shape, context)
     fresh = config.init == "random"
     load = random_init(train.seed) if fresh else pretrained(inputs.source)
@@ -182,9 +182,8 @@ def _require_one_teacher(inputs: Inputs, context: DistributedContext) -> None:
         )
 
 
-def _say_notes(inputs: Inputs, config: CptConfig) -> None:
-    for message in inputs.domains.messages():
-        logger.info(message)
+def _log_notes(inputs: Inputs, config: CptConfig) -> None:
+    inputs.domains.log()
     if any(inputs.used.values()):
         total = sum(inputs.used.values())
         logger.info(f"data: goes on after the {total:,} samples that shearing has drawn")

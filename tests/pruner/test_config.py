@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,10 @@ from pruner.config import (
     resolve_identity,
     resolve_masks,
 )
+from pruner.run import shear
 from pruner.shapes import Shape, shape_of
+from tests.factories import write_model, write_tokens
+from tests.pruner.test_run import configure
 from tests.trainer.models.cases import LLAMA_CASES, NEOX_CASES
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
@@ -113,41 +117,25 @@ def test_a_resolved_config_leaves_nothing_open(rule: Any, steps: int) -> None:
     assert kept.norm_scale == "live"
 
 
+UNRESOLVED = {
+    "masks.init": None,
+    "masks.calibration_sequences": 6,
+    "masks.mask_lr": None,
+    "masks.mask_clip": 1.0,
+    "masks.target_warmup": None,
+    "masks.harden": 0.75,
+    "masks.temperature": 0.5,
+    "masks.final_temperature": 0.02,
+    "masks.mask_noise": 0.5,
+    "masks.compact": True,
+    "masks.mask_draws": None,
+    "masks.implicit_gradient": True,
+}
 SAVED = {
-    "projection": {
-        "masks.rule": "projection",
-        "masks.init": None,
-        "masks.basis": "principal",
-        "masks.norm_scale": "held",
-        "masks.calibration_sequences": 6,
-        "masks.mask_lr": None,
-        "masks.mask_clip": 1.0,
-        "masks.target_warmup": None,
-        "masks.harden": 0.75,
-        "masks.temperature": 0.5,
-        "masks.final_temperature": 0.02,
-        "masks.mask_noise": 0.5,
-        "masks.compact": True,
-        "masks.mask_draws": None,
-        "masks.implicit_gradient": True,
-    },
-    "paper": {
-        "masks.rule": "paper",
-        "masks.init": None,
-        "masks.basis": "source",
-        "masks.norm_scale": "live",
-        "masks.calibration_sequences": 6,
-        "masks.mask_lr": None,
-        "masks.mask_clip": 1.0,
-        "masks.target_warmup": None,
-        "masks.harden": 0.75,
-        "masks.temperature": 0.5,
-        "masks.final_temperature": 0.02,
-        "masks.mask_noise": 0.5,
-        "masks.compact": True,
-        "masks.mask_draws": None,
-        "masks.implicit_gradient": True,
-    },
+    "projection": UNRESOLVED
+    | {"masks.rule": "projection", "masks.basis": "principal", "masks.norm_scale": "held"},
+    "paper": UNRESOLVED
+    | {"masks.rule": "paper", "masks.basis": "source", "masks.norm_scale": "live"},
 }
 """What run.json held of the masks before its options were resolved, by the flag --rule."""
 
@@ -161,3 +149,18 @@ def test_saved_identities_of_unresolved_options_are_those_of_today(rule: Any) ->
     assert resolve_identity(today) == today
     other = resolve_identity(SAVED[rule] | {"masks.mask_lr": 0.2, "masks.init": "taylor"})
     assert (other["masks.mask_lr"], other["masks.init"]) == (0.2, "taylor")
+
+
+@pytest.mark.parametrize("rule", SAVED)
+def test_a_run_that_saved_unresolved_options_is_resumed(rule: Any, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", num_hidden_layers=3)
+    write_tokens(tmp_path / "tokens", model, number=40)
+    output = tmp_path / "out"
+    shear(configure(tmp_path, output, rule=rule))
+    identity = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps(identity | SAVED[rule]))
+    (output / "shear.json").unlink()
+    shear(configure(tmp_path, output, rule=rule))
+    assert (output / "shear.json").exists()
+    with pytest.raises(InputError, match=r"masks\.mask_lr was .*, now 0\.3\. Repeat"):
+        shear(configure(tmp_path, output, rule=rule, mask_lr=0.3))

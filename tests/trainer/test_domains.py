@@ -80,8 +80,8 @@ def test_a_fit_is_evaluated_at_the_number_of_parameters(tmp_path: Path) -> None:
     loss = 50 * (10**9) ** -0.2 + 1
     assert domains.reference == pytest.approx({"c4": loss, "github": loss}, abs=1e-5)
     assert domains.weights == {"c4": 0.2, "github": 0.8}
-    lines = domains.messages()
-    assert len(lines) == 2 and lines[0].startswith("note: reference loss of c4 fitted at 1,000,000")
+    assert domains.notes[0].startswith("reference loss of c4 fitted at 1,000,000")
+    assert len(domains.notes) == 2 and not domains.warnings
     with pytest.raises(InputError, match=r"the domains \['c4', 'github'\]"):
         start(reference_fit=str(write_fit(path, "c4")))
 
@@ -93,8 +93,10 @@ def test_a_fit_excludes_given_losses() -> None:
         DomainOptions(reference="c4=1", reference_fit="fit.json")
 
 
-def test_warnings_follow_notes() -> None:
-    assert Domains({}, {}, ["a"], ["b"]).messages() == ["note: a", "warning: b"]
+def test_warnings_are_told_from_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    Domains({}, {}, ["a"], ["b"]).log()
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("note: a\n", "warning: b\n")
 
 
 @pytest.mark.parametrize("text", ["c4", "c4=x", "=1", "c4=-1", "c4=nan", "c4=1,c4=2", ""])
@@ -222,9 +224,9 @@ def test_a_fit_steers_continued_pre_training(
     loss = round(50 * parameters**-0.2 + 1, 4)
     assert steering(trainer)[1] == pytest.approx({"alpha": loss, "beta": loss}, abs=1e-3)
     assert not (tmp_path / "out" / "reference.json").exists()
-    printed = capsys.readouterr().out
-    assert f"alpha fitted at {parameters:,} parameters: {loss:.4f}" in printed
-    assert f"warning: {parameters:,} parameters lie" in printed
+    said = capsys.readouterr()
+    assert f"alpha fitted at {parameters:,} parameters: {loss:.4f}" in said.out
+    assert f"warning: {parameters:,} parameters lie" in said.err
 
 
 def test_fits_are_checked_before_weights_load(
