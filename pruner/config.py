@@ -212,7 +212,11 @@ def resolve_identity(saved: dict[str, Any]) -> dict[str, Any]:
 
     Former versions saved most options of MaskConfig as they were given: None, or a rule's alias.
     """
-    rule = ALIASES.get(saved["masks.rule"], saved["masks.rule"])
+    rule = saved.get("masks.rule", "")
+    rule = ALIASES.get(rule, rule)
+    if rule not in DEFAULTS:
+        # Another command's run.
+        return saved
     defaults = {f"masks.{name}": value for name, value in DEFAULTS[rule]["masks"].items()}
     missing = {name: value for name, value in defaults.items() if saved.get(name) is None}
     return saved | missing | {"masks.rule": rule}

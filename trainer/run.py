@@ -97,32 +97,23 @@ def build_trainer(
 ) -> Trainer:
     """Puts model, optimizer, data and callbacks together; restores the newest checkpoint, if any.
 
-    `weights` are the initial domain weights; `reference` the losses a dynamic mixture steers
-    towards; `used` samples of each domain are passed over. `callbacks` run before the standard
-    ones, in this order:
-
-    mixture     records the domain weights,
-    evaluate    and the held-out losses, under the masks that `callbacks` have set;
-    guard       refuses a step that is not finite, before anything changes;
-    metrics     writes the step's record, complete by now,
-    progress    and shows it;
-    checkpoint  saves the state of all others, and stops the run when asked to.
+    `callbacks` run before the standard ones. `weights` are the initial domain weights; `reference`
+    the losses a dynamic mixture steers towards; `used` samples of each domain are passed over.
     """
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
     sampler.start_after(used or {})
     stream = BatchStream(reader, sampler, config.global_batch, context.rank, context.world)
     horizon = max(1, config.steps) * config.global_batch * config.seq_len
     checkpointer = Checkpointer(output / "checkpoints", context, keep=config.keep_checkpoints)
+    # The order counts. First what the caller adds: it may set the masks that evaluation uses.
     listed: list[Callback] = [
         *callbacks,
         MixtureCallback(Mixture(mixture, weights, reference, horizon), mixture.interval),
     ]
     if held_out is not None:
-        listed.append(
-            EvaluateCallback(
-                held_out, interval=config.eval_interval, sequences=config.eval_sequences
-            )
-        )
+        interval, sequences = config.eval_interval, config.eval_sequences
+        listed.append(EvaluateCallback(held_out, interval=interval, sequences=sequences))
+    # Metrics and progress show what those before them have recorded; checkpoints save them all.
     listed += [
         GuardCallback(checkpointer),
         MetricsCallback(output, interval=config.log_interval, tensorboard=tensorboard),

@@ -147,6 +147,7 @@ def test_saved_identities_of_unresolved_options_are_those_of_today(rule: Any) ->
     assert today.keys() == SAVED[rule].keys()
     assert resolve_identity({"steps": 8, **SAVED[rule]}) == {"steps": 8, **today}
     assert resolve_identity(today) == today
+    assert resolve_identity({"command": "cpt"}) == {"command": "cpt"}
     other = resolve_identity(SAVED[rule] | {"masks.mask_lr": 0.2, "masks.init": "taylor"})
     assert (other["masks.mask_lr"], other["masks.init"]) == (0.2, "taylor")
 
