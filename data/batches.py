@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import InputError
 from data.log import logger
 from data.reader import TokenReader
 from data.sampler import DomainSampler
@@ -38,10 +37,7 @@ class BatchStream:
         sampler: the order; the stream advances it.
         global_batch: rows per step over all ranks, G.
         rank: this rank, r.
-        world: number of ranks, W.
-
-    Raises:
-        InputError: `world` does not divide `global_batch`.
+        world: number of ranks, W; must divide G.
     """
 
     def __init__(
@@ -53,7 +49,7 @@ class BatchStream:
         world: int = 1,
     ) -> None:
         assert sampler.domains == reader.domains and 0 <= rank < world
-        check_divides(global_batch, world)
+        assert global_batch >= 1 and global_batch % world == 0, (global_batch, world)
         self.reader = reader
         self.sampler = sampler
         self.global_batch = global_batch
@@ -117,15 +113,3 @@ class BatchStream:
                     f"domain {domain} starts epoch {epoch + 1} ({size:,} samples per epoch)"
                 )
         self._announced = epochs
-
-
-def check_divides(global_batch: int, world: int) -> None:
-    """Raises InputError unless `world` ranks can share `global_batch` rows equally."""
-    if global_batch < 1 or global_batch % world:
-        fitting = [str(size) for size in range(1, global_batch + 1) if global_batch % size == 0]
-        below = global_batch // world * world
-        near = f"{below} or {below + world}" if below else f"{world}"
-        raise InputError(
-            f"a global batch of {global_batch} sequences cannot be divided over {world} ranks; "
-            f"use {', '.join(fitting) or 'fewer'} ranks, or a global batch of {near}"
-        )

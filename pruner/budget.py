@@ -166,7 +166,14 @@ _Candidate = tuple[tuple[float, ...], Shape, float]
 
 
 class _Space:
-    """All shapes of a source, as a plane of depths and channels for each width and heads."""
+    """All shapes of a source, as a plane of depths and channels for each width and heads.
+
+    A base fixes the width and the heads. The cost is affine in the layers, and a layer's in its
+    channels, so four costs give those of the base's whole plane, which NumPy then searches at once.
+    For example SmolLM2-135M (30 layers, width 576, 9 heads, 3 KV heads, 1536 channels): 18 widths
+    in steps of 32 with 9 choices of heads are 162 bases, and each has a plane of 30 depths by 48
+    numbers of channels: 233,280 shapes at 648 evaluations of the cost.
+    """
 
     def __init__(self, source: ModelConfig, cost: Cost, fixed: Mapping[str, int]) -> None:
         self.source = source

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
-from pruner.constraint import Rule
+from pruner.rules import Rule
 from pruner.shapes import Shape
 from pruner.units import on_counts, span, to_masks
 from trainer.loop import Callback, Trainer
@@ -24,9 +24,9 @@ LABELS = {
     "query_head": "heads",
     "intermediate": "ffn",
 }
-"""Names of the families in the progress bar."""
+"""Names of the kinds of units in the progress bar."""
 PADDING = {"cuda": 128, "cpu": 16}
-"""Multiples to which live dimensions and channels are padded, for the sake of vector loads."""
+"""Multiples to which the nonzero dimensions and channels are padded, for vector loads."""
 
 
 class ShearCallback(Callback):
@@ -38,13 +38,13 @@ class ShearCallback(Callback):
 
     name: ClassVar[str] = "shear"
 
-    def __init__(self, rule: Rule, source: Shape, room: float = math.inf) -> None:
+    def __init__(self, rule: Rule, source: Shape, headroom: float = math.inf) -> None:
         self.rule = rule
         self.source = source
-        self.room = room
+        self.headroom = headroom
         """Bytes of each rank that gathered weights and their gradient sums may take."""
         self.z: dict[str, Tensor] = {}
-        """[rows, units] masks of each family in this rank's last draw."""
+        """[rows, units] masks of each kind in this rank's last draw."""
         self._outputs: list[Tensor] = []
         self._leaves: list[Tensor] = []
         self._steered = False
@@ -55,38 +55,40 @@ class ShearCallback(Callback):
 
     def on_step_start(self, trainer: Trainer) -> None:
         self._outputs, self._leaves = [], []
-        draws = self.rule.config.draws
+        draws = self.rule.config.mask_draws
         if draws != "micro-batch":
-            self._draw(
-                trainer, trainer.context.rank if draws == "rank" else 0, trainer.micro_batches
-            )
+            draw = trainer.context.rank if draws == "rank" else 0
+            self._draw(trainer, draw, trainer.micro_batches)
 
     def on_micro_batch(self, trainer: Trainer) -> None:
-        if self.rule.config.draws == "micro-batch":
-            self._draw(
-                trainer, trainer.context.rank * trainer.micro_batches + trainer.micro_batch, 1
-            )
+        if self.rule.config.mask_draws == "micro-batch":
+            first = trainer.context.rank * trainer.micro_batches
+            self._draw(trainer, first + trainer.micro_batch, 1)
 
     def _draw(self, trainer: Trainer, draw: int, passes: int) -> None:
         """Makes masks for the next `passes` forward and backward passes of this rank."""
-        masks = self.rule.masks(trainer.step, draw)
-        self.z = {name: z.detach() for name, z in masks.items()}
-        joined = self._joined(masks)
-        outputs = joined.tensors()
-        leaves = {name: z.detach().requires_grad_(z.requires_grad) for name, z in outputs.items()}
-        trained = [name for name, z in outputs.items() if z.requires_grad]
-        self._outputs += [outputs[name] for name in trained]
-        self._leaves += [leaves[name] for name in trained]
-        trainer.masks = self._compact(joined.with_tensors(leaves), trainer)
-        live = trainer.masks.computed
-        if live is not None:
+        z = self.rule.masks(trainer.step, draw)
+        self.z = {name: values.detach() for name, values in z.items()}
+        joined = self._joined(z)
+        leaves = {}
+        for name, output in joined.tensors().items():
+            leaves[name] = output.detach().requires_grad_(output.requires_grad)
+            if output.requires_grad:
+                self._outputs.append(output)
+                self._leaves.append(leaves[name])
+        masks = self._compact(joined.with_tensors(leaves), trainer)
+        computed = masks.computed
+        if computed is not None:
             model, seq_len = trainer.model.config, trainer.config.seq_len
-            trainer.throughput.recount(lambda causal: computed_flops(model, live, seq_len, causal))
-            if passes > 1 and self._may_share(live, trainer):
-                trainer.masks = replace(trainer.masks, cache=WeightCache(passes))
+            trainer.throughput.recount(
+                lambda causal: computed_flops(model, computed, seq_len, causal)
+            )
+            if passes > 1 and self._may_share(computed, trainer):
+                masks = replace(masks, cache=WeightCache(passes))
+        trainer.masks = masks
 
-    def _joined(self, masks: dict[str, Tensor]) -> Masks:
-        return to_masks(masks, self.source, hold_scale=self.rule.config.holds_scale)
+    def _joined(self, z: dict[str, Tensor]) -> Masks:
+        return to_masks(z, self.source, hold_scale=self.rule.config.norm_scale == "held")
 
     def _compact(self, masks: Masks, trainer: Trainer) -> Masks:
         if not self.rule.config.compact:
@@ -94,20 +96,21 @@ class ShearCallback(Callback):
         padding = PADDING.get(trainer.context.device.type, 16)
         return masks.compact(trainer.model.config, multiple=padding)
 
-    def _may_share(self, live: ComputedUnits, trainer: Trainer) -> bool:
-        """Whether the passes of this draw share their gathered weights.
+    def _may_share(self, computed: ComputedUnits, trainer: Trainer) -> bool:
+        """Whether the passes of this draw share their gathered weights (docs/decisions/0005).
 
-        That puts off the gradients of what is gathered to the last pass, and FSDP reduces in each
-        pass what has a gradient: ranks with different live units would disagree about it, and
-        replicas (HSDP) must reduce the same parameters every time.
+        Shared weights get their gradients in the last pass alone, and FSDP reduces in each pass the
+        parameters that have one. Ranks with draws of their own compute other units, and would wait
+        for each other with different parameters. Replicas (HSDP) must reduce the same parameters in
+        every pass. Both gather anew in each pass, as does a rank without the memory to keep the
+        gathered weights and the fp32 sums of their gradients.
         """
-        if self.rule.config.draws != "step" or trainer.config.replicas > 1:
+        if self.rule.config.mask_draws != "step" or trainer.config.replicas > 1:
             return False
         model = trainer.model.config
-        share = computed_flops(model, live, 0, True) / model.flops_per_token(0, True)
+        share = computed_flops(model, computed, 0, True) / model.flops_per_token(0, True)
         itemsize = compute_dtype(trainer.config.precision, trainer.context.device).itemsize
-        # The gathered weights, and the fp32 sums of their gradients.
-        return model.num_parameters() * share * (itemsize + 4) <= self.room
+        return model.num_parameters() * share * (itemsize + 4) <= self.headroom
 
     def after_backward(self, trainer: Trainer) -> None:
         self._steered = bool(self._outputs)
@@ -138,7 +141,7 @@ class ShearCallback(Callback):
                 f"the mask gradients of {', '.join(rows[:3])}{more} are not finite at step "
                 f"{trainer.step + 1}; nothing was updated. Run the same command with a lower --lr "
                 f"(now {trainer.config.lr:g}): it resumes from the last checkpoint, if one was "
-                f"saved. A lower --mask-lr (now {self.rule.config.learning_rate:g}) is another "
+                f"saved. A lower --mask-lr (now {self.rule.learning_rate:g}) is another "
                 "run: give it another --output"
             )
 
@@ -149,22 +152,20 @@ class ShearCallback(Callback):
         elif trainer.config.eval_interval and trainer.step % trainer.config.eval_interval == 0:
             # Equal on all ranks and free of noise, whatever the ranks drew for training.
             with torch.no_grad():
-                masks = self.rule.masks(trainer.step - 1, None)
-            trainer.masks = self._compact(self._joined(masks), trainer)
+                z = self.rule.masks(trainer.step - 1, None)
+            trainer.masks = self._compact(self._joined(z), trainer)
 
     def _report(self, trainer: Trainer, step: int) -> None:
-        """Alive and target units, multipliers and temperature of the masks the step used."""
-        alive = {name: on_counts(z).tolist() for name, z in self.z.items()}
-        for name, family in self.rule.members.items():
-            counts, label = alive[name], LABELS[name]
-            low, high = min(counts), max(counts)
-            trainer.bar_fields[label] = f"{span(counts)}/{family.target}"
+        """Units on, target, multipliers and temperature of the masks the step used."""
+        for name, kind in self.rule.kinds.items():
+            counts: list[int] = on_counts(self.z[name]).tolist()
+            trainer.bar_fields[LABELS[name]] = f"{span(counts)}/{kind.target}"
             trainer.record[f"alive_{name}"] = sum(counts) / len(counts)
-            trainer.record[f"alive_{name}_min"] = low
-            trainer.record[f"alive_{name}_max"] = high
-            trainer.record[f"target_{name}"] = self.rule.current_target(family, step)
-        duals = torch.cat([dual.abs().flatten() for dual in self.rule.duals().values()])
-        multiplier = float(duals.mean())
+            trainer.record[f"alive_{name}_min"] = min(counts)
+            trainer.record[f"alive_{name}_max"] = max(counts)
+            trainer.record[f"target_{name}"] = self.rule.current_target(kind, step)
+        multipliers = [values.flatten() for values in self.rule.count_multipliers.values()]
+        multiplier = float(torch.cat(multipliers).abs().mean())
         trainer.record["lambda"] = multiplier
         trainer.record["temperature"] = self.rule.temperature(step)
         trainer.bar_fields["λ"] = f"{multiplier:.3f}"

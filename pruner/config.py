@@ -1,45 +1,81 @@
 """Options of a shearing run."""
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-from data.errors import require, require_at_least, require_finite
+from data.errors import InputError, require, require_at_least, require_finite
 from data.mixture import MixtureConfig
-from trainer.config import DistillationConfig, TrainConfig
+from pruner.shapes import Shape
+from trainer.config import DISTILL_WEIGHT, MIN_LR_RATIO, DistillationConfig, TrainConfig
+from trainer.models.config import ModelConfig
 
 COLDEST = 1e-4
 """Lowest temperature at which rounding of the scores leaves the count exact."""
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "projection": {
+        "masks": {
+            "init": "importance",
+            "basis": "principal",
+            "norm_scale": "held",
+            "mask_lr": 0.05,
+            "target_warmup": 0.5,
+            "mask_draws": "step",
+        },
+        # Training goes on after it, from the source's own predictions.
+        "train": {"min_lr_ratio": 1.0},
+        "distillation": {"weight": DISTILL_WEIGHT},
+    },
+    "sheared-llama": {
+        "masks": {
+            "init": "flat",
+            "basis": "source",
+            "norm_scale": "live",
+            "mask_lr": 1.0,
+            "target_warmup": 0.2,
+            "mask_draws": "micro-batch",
+        },
+        "train": {"min_lr_ratio": MIN_LR_RATIO},
+        "distillation": {"weight": 0.0},
+    },
+}
+"""What options are that are None: by rule, part of ShearConfig and option."""
+AT_ONCE = {"train": {"min_lr_ratio": MIN_LR_RATIO}, "distillation": {"weight": 0.0}}
+"""The same where nothing is trained (--steps 0)."""
+ALIASES: dict[str, Literal["sheared-llama"]] = {"paper": "sheared-llama"}
+"""Former names of rules."""
+
+Part = TypeVar("Part", "MaskConfig", TrainConfig, DistillationConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskConfig:
     """How the masks are learned."""
 
-    rule: Literal["projection", "paper"] = "projection"
-    """projection meets the target count at every step; paper is Sheared LLaMA's penalty, which need
-    not polarise."""
+    rule: Literal["projection", "sheared-llama", "paper"] = "projection"
+    """projection meets the target count at every step; sheared-llama is the published penalty,
+    which need not polarise (paper: its former name)."""
     init: Literal["importance", "taylor", "magnitude", "flat"] | None = None
     """Initial scores: by the strength of activations (importance) or by gradients of the loss
     (taylor) in one calibration pass, by the norm of the weights (magnitude), or flat. Default:
-    importance for projection, flat (as published) for paper."""
+    importance for projection, flat (as published) for sheared-llama."""
     basis: Literal["principal", "source"] | None = None
     """Basis in which residual dimensions are pruned. principal: the principal components of what
-    the norms read, to which the source is turned first without changing its function; source: its
+    the norms read, to which the source is rotated first without changing its function; source: its
     own dimensions. Default: principal for projection where the family allows it, source (as
-    published) for paper."""
+    published) for sheared-llama."""
     norm_scale: Literal["held", "live"] | None = None
     """What the norms' outputs do while residual dimensions leave. held: those that stay keep their
     scale; live: they are normed to that of a full stream, as in a smaller model with the same
-    gains. Default: held for projection, live (as published) for paper."""
+    gains. Default: held for projection, live (as published) for sheared-llama."""
     calibration_sequences: int = 32
     """Training sequences of the calibration pass."""
     mask_lr: float | None = None
-    """Adam's learning rate for the scores. Default: 0.05 for projection, 1.0 for paper."""
+    """Adam's learning rate for the scores. Default: 0.05 for projection, 1.0 for sheared-llama."""
     mask_clip: float = 1.0
-    """Largest norm of the score gradient of each mask family."""
+    """Largest norm of the score gradient of each kind of units."""
     target_warmup: float | None = None
     """Fraction of the steps over which the count falls linearly from the source's to the target's.
-    Default: 0.5 for projection, 0.2 for paper."""
+    Default: 0.5 for projection, 0.2 for sheared-llama."""
     harden: float = 0.75
     """Fraction of the steps after which masks are exactly 0 or 1 and only weights train
     (projection)."""
@@ -54,15 +90,18 @@ class MaskConfig:
     model; off, every pass computes the whole source."""
     mask_draws: Literal["step", "rank", "micro-batch"] | None = None
     """Which passes share a draw of the masks: all of a step, all of a rank in a step, or none.
-    Default: step for projection, micro-batch (as published) for paper."""
+    Default: step for projection, micro-batch (as published) for sheared-llama."""
     implicit_gradient: bool = True
     """Differentiate through the threshold, so that the gradient cannot change the count
     (projection)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rule", ALIASES.get(self.rule, self.rule))
         require_finite(self)
         require(0 < self.harden <= 1, "harden", self.harden, "in (0, 1]; use for example 0.75")
-        warmup, temperature = self.warmup, self.temperature
+        temperature, warmup = self.temperature, self.target_warmup
+        if warmup is None:
+            warmup = DEFAULTS[self.rule]["masks"]["target_warmup"]
         require(0 < warmup <= 1, "target_warmup", warmup, "in (0, 1]; use for example 0.5")
         require(
             self.rule != "projection" or warmup <= self.harden,
@@ -77,9 +116,8 @@ class MaskConfig:
             self.final_temperature,
             f"in [{COLDEST}, --temperature {temperature}]; use for example 0.02",
         )
-        require(
-            self.learning_rate > 0, "mask_lr", self.learning_rate, "above 0; use for example 0.05"
-        )
+        rate = self.mask_lr
+        require(rate is None or rate > 0, "mask_lr", rate, "above 0; use for example 0.05")
         require(self.mask_clip > 0, "mask_clip", self.mask_clip, "above 0; use for example 1.0")
         require(self.mask_noise >= 0, "mask_noise", self.mask_noise, "0 (no noise) or more")
         require(
@@ -88,33 +126,6 @@ class MaskConfig:
             self.calibration_sequences,
             "at least 1; use for example 32, or --init flat for no calibration pass",
         )
-
-    @property
-    def initial(self) -> str:
-        """The initialisation in force: a value of `init`."""
-        return self.init or ("importance" if self.rule == "projection" else "flat")
-
-    @property
-    def holds_scale(self) -> bool:
-        """Whether norms hold the scale of the dimensions that stay, in force."""
-        return (self.norm_scale or ("held" if self.rule == "projection" else "live")) == "held"
-
-    @property
-    def draws(self) -> str:
-        """What shares a draw of the masks, in force."""
-        return self.mask_draws or ("step" if self.rule == "projection" else "micro-batch")
-
-    @property
-    def learning_rate(self) -> float:
-        """The scores' learning rate in force."""
-        default = 0.05 if self.rule == "projection" else 1.0
-        return default if self.mask_lr is None else self.mask_lr
-
-    @property
-    def warmup(self) -> float:
-        """The fraction of the steps in force over which the count falls."""
-        default = 0.5 if self.rule == "projection" else 0.2
-        return default if self.target_warmup is None else self.target_warmup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,26 +169,68 @@ class ShearConfig:
             steps=3200,
             global_batch=32,
             micro_batch=4,
+            min_lr_ratio=None,
             warmup_ratio=0.1,
             activation_checkpointing=True,
         )
     )
 
-    def in_force(self) -> "ShearConfig":
-        """The same options with those settled that depend on others.
-
-        The projection rule distils, and holds the learning rate for the training after it; the
-        paper's does neither.
-        """
-        learned = self.masks.rule == "projection" and self.train.steps > 0
-        ratio = self.train.min_lr_ratio
-        if ratio is None and learned:
-            ratio = 1.0
-        return replace(
-            self,
-            train=replace(self.train, min_lr_ratio=ratio),
-            distillation=self.distillation.in_force(learned),
-        )
-
     def __post_init__(self) -> None:
         require_at_least(self, 1, "reference_sequences", why="; use for example 32")
+
+
+def resolve(config: ShearConfig, model: ModelConfig, target: Shape) -> ShearConfig:
+    """`config` with every option that is None filled in, for pruning `model` to `target`.
+
+    Raises InputError when an option cannot be had for `model`.
+    """
+    defaults = DEFAULTS[config.masks.rule] | ({} if config.train.steps else AT_ONCE)
+    masks = replace(config.masks, basis=_basis(config.masks, model, target))
+    return replace(
+        config,
+        masks=_fill(masks, defaults["masks"]),
+        train=_fill(config.train, defaults["train"]),
+        distillation=_fill(config.distillation, defaults["distillation"]),
+    )
+
+
+def resolve_masks(masks: MaskConfig) -> MaskConfig:
+    """The options of `masks`, those that are None as by default for its rule."""
+    return _fill(masks, DEFAULTS[masks.rule]["masks"])
+
+
+def resolve_identity(saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved identity of a run, as this version would save it.
+
+    Former versions saved most options of MaskConfig as they were given: None, or a rule's alias.
+    """
+    rule = saved.get("masks.rule", "")
+    rule = ALIASES.get(rule, rule)
+    if rule not in DEFAULTS:
+        # Another command's run.
+        return saved
+    defaults = {f"masks.{name}": value for name, value in DEFAULTS[rule]["masks"].items()}
+    missing = {name: value for name, value in defaults.items() if saved.get(name) is None}
+    return saved | missing | {"masks.rule": rule}
+
+
+def _basis(
+    masks: MaskConfig, model: ModelConfig, target: Shape
+) -> Literal["principal", "source"] | None:
+    """The basis, if the rule does not decide about it.
+
+    A LayerNorm subtracts the mean over the dimensions, which a rotated stream does not have.
+    """
+    rotatable = model.traits.rotatable
+    if masks.basis == "principal" and not rotatable:
+        raise InputError(
+            f"--basis principal needs a model with RMSNorm, and {model.family} has LayerNorm: use "
+            "--basis source"
+        )
+    return masks.basis if rotatable and target.hidden < model.hidden_size else "source"
+
+
+def _fill(part: Part, defaults: dict[str, Any]) -> Part:
+    """`part` with the `defaults` of the options that are None."""
+    missing = {name: value for name, value in defaults.items() if getattr(part, name) is None}
+    return replace(part, **missing)

@@ -5,8 +5,9 @@ One JSON line per recorded step:
     {"step", "temperature", "families": {name: {"rows", "units", "target", "current_target",
      "alive", "nonzero", "multipliers", "histogram"}}, "masks": {name: {"columns", "data"}}}
 
-`alive` (mask >= 0.99) and `nonzero` count the units of each row, `histogram` the masks of the whole
-family in BINS equal parts of 0 .. 1. Only some lines hold `masks`; see `encode_mask`.
+`families` are kinds of units. `alive` (mask >= 0.99: on) and `nonzero` count the units of each row,
+`histogram` the masks of the whole kind in BINS equal parts of 0 .. 1. Only some lines hold `masks`;
+see `encode_mask`.
 """
 
 import base64
@@ -32,7 +33,7 @@ SNAPSHOTS = 40
 """Most records that hold the masks themselves, the first and the last step's not counted."""
 BINS = 20
 WHOLE_UNITS = 16384
-"""A family of at most this many units is kept whole in a snapshot."""
+"""A kind of at most this many units is kept whole in a snapshot."""
 COLUMNS = 128
 """A larger one is averaged over this many groups of neighbouring units in each row."""
 
@@ -78,27 +79,25 @@ class HistoryCallback(Callback):
 
     def _record(self, step: int, *, masks: bool) -> dict[str, Any]:
         rule, z = self.shear.rule, self.shear.z
-        duals = rule.duals()
-        families = {
+        kinds = {
             name: {
-                "rows": family.rows,
-                "units": family.units,
-                "target": family.target,
-                "current_target": rule.current_target(family, step - 1),
+                "rows": kind.rows,
+                "units": kind.units,
+                "target": kind.target,
+                "current_target": rule.current_target(kind, step - 1),
                 "alive": on_counts(z[name]).tolist(),
                 "nonzero": (z[name] > 0).sum(-1).tolist(),
-                "multipliers": [float(f"{v:.6g}") for v in duals[name].flatten().tolist()],
+                "multipliers": [
+                    float(f"{value:.6g}")
+                    for value in rule.count_multipliers[name].flatten().tolist()
+                ],
                 "histogram": histogram(z[name]),
             }
-            for name, family in rule.members.items()
+            for name, kind in rule.kinds.items()
         }
-        record = {
-            "step": step,
-            "temperature": rule.temperature(step - 1),
-            "families": families,
-        }
+        record = {"step": step, "temperature": rule.temperature(step - 1), "families": kinds}
         if masks:
-            record["masks"] = {name: encode_mask(z[name]) for name in rule.members}
+            record["masks"] = {name: encode_mask(z[name]) for name in rule.kinds}
         return record
 
 
@@ -114,7 +113,7 @@ def snapshot_interval(steps: int) -> int:
 
 
 def histogram(z: Tensor) -> list[int]:
-    """Units of a family in each of BINS equal parts of 0 .. 1; 1 belongs to the last."""
+    """Units of a kind in each of BINS equal parts of 0 .. 1; 1 belongs to the last."""
     index = (z.double() * BINS).long().clamp(0, BINS - 1)
     counts: list[int] = torch.bincount(index.flatten(), minlength=BINS).tolist()
     return counts
@@ -123,7 +122,7 @@ def histogram(z: Tensor) -> list[int]:
 def encode_mask(z: Tensor) -> dict[str, Any]:
     """Masks [rows, units] as compressed bytes of 255 z, in `columns` columns a row.
 
-    Columns are units, or in a family of more than WHOLE_UNITS the means of neighbouring ones.
+    Columns are units, or in a kind of more than WHOLE_UNITS the means of neighbouring ones.
     """
     values = z.detach().cpu().double().numpy()
     if values.size > WHOLE_UNITS and values.shape[1] > COLUMNS:

@@ -1,4 +1,4 @@
-"""Initial scores: how important each unit of the source is, by one of three measures.
+"""How important each unit of the source is, by one of three measures.
 
 importance  Activations over a calibration set as in Minitron (arXiv 2407.14679, section 2.2): the
             mean of |x| over the tokens of a sequence, then the sum of squares over sequences.
@@ -16,31 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruner.config import MaskConfig
 from pruner.shapes import Shape, shape_of
-from pruner.units import Family, to_masks
-from trainer.loop import next_token_targets
-from trainer.models.decoder import CausalLM
+from pruner.units import to_masks, unit_sizes
+from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.families import Names, Role
 from trainer.parallel import DistributedContext
 from trainer.saving import full_tensors
 
-PAPER_FLAT_MEAN = 5.0
-PAPER_IMPORTANCE_MEAN = 2.0
-"""log-alpha of an average unit that starts from importance: P(z = 1) is 0.6, and no unit is held at
-its bound."""
-FLAT_STD = 0.01
-FLOOR = 1e-3
-"""Least importance that is told apart, relative to the median of a row."""
 _READERS = {
     Role.QUERIES: "query_head",
     Role.KEYS: "kv_group",
     Role.FUSED: "kv_group",
     Role.CHANNELS: "intermediate",
 }
-"""Matrices whose columns read the residual stream, and the family of their rows."""
+"""Matrices whose columns read the residual stream, and the kind of units in their rows."""
 _WRITERS = {Role.ATTENTION_OUTPUT: "query_head", Role.FEED_FORWARD_OUTPUT: "intermediate"}
-"""Matrices whose rows write to the residual stream, and the family of their columns."""
+"""Matrices whose rows write to the residual stream, and the kind of units in their columns."""
 
 
 class ActivationStatistics:
@@ -78,7 +69,7 @@ class ActivationStatistics:
         self._handles.clear()
 
     def reduce(self, context: DistributedContext) -> dict[str, Tensor]:
-        """Importance of each family's units [rows, units], fp64 on the CPU, summed over ranks."""
+        """Importance of each kind's units [rows, units], fp64 on the CPU, summed over ranks."""
         sums = [self.hidden, self.layer, self.heads, self.intermediate]
         hidden, layer, heads, intermediate = (context.all_reduce_sum(s).cpu() for s in sums)
         grouped = heads.view(-1, self.shape.group)
@@ -117,8 +108,8 @@ class ActivationStatistics:
     def _block_hook(self, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             cosine = F.cosine_similarity(inputs[0].float(), output.float(), dim=-1)
-            turned = (1 - cosine).mean(-1).double()
-            self.layer[0, index] += (turned * self.weights).sum()
+            change = (1 - cosine).mean(-1).double()
+            self.layer[0, index] += (change * self.weights).sum()
 
         return hook
 
@@ -130,7 +121,7 @@ def measure(
     context: DistributedContext,
     micro_batch: int,
 ) -> dict[str, Tensor]:
-    """Importance of the units of all families: [rows, units] fp64 on the CPU, non-negative.
+    """Importance of the units of all kinds: [rows, units] fp64 on the CPU, non-negative.
 
     `kind` is "importance", "taylor" or "magnitude"; `sequences` [n, S] is the calibration set.
     Collective: every rank gets all sequences and runs its share; the result is the same on all.
@@ -176,11 +167,11 @@ def taylor(model: CausalLM, sequences: Tensor, context: DistributedContext) -> d
     shape, device = shape_of(model.config), context.device
     z = {
         name: torch.ones(size, device=device, requires_grad=True)
-        for name, size in _family_sizes(shape).items()
+        for name, size in unit_sizes(shape).items()
     }
     sums = {
         name: torch.zeros(size, dtype=torch.float64, device=device)
-        for name, size in _family_sizes(shape).items()
+        for name, size in unit_sizes(shape).items()
     }
     for start in range(0, len(sequences), context.world):
         # Ranks without work left run a sequence that does not count: gathers are collective.
@@ -207,7 +198,7 @@ def magnitudes(model: CausalLM) -> dict[str, Tensor]:
     """
     shape = shape_of(model.config)
     squares = {
-        name: torch.zeros(size, dtype=torch.float64) for name, size in _family_sizes(shape).items()
+        name: torch.zeros(size, dtype=torch.float64) for name, size in unit_sizes(shape).items()
     }
     for name, tensor in full_tensors(model):
         if tensor.ndim == 2:
@@ -236,62 +227,15 @@ def _add_matrix(
     index, _, part = name.removeprefix(prefix).partition(".")
     layer, role = int(index), names.modules[part.rpartition(".")[0]]
     reads = role in _READERS
-    family = _READERS[role] if reads else _WRITERS[role]
+    kind = _READERS[role] if reads else _WRITERS[role]
     units, hidden = (rows, columns) if reads else (columns, rows)
     squares["hidden"][0] += hidden
     squares["layer"][0, layer] += units.sum()
-    if family == "intermediate":
-        squares[family][layer] += units
+    if kind == "intermediate":
+        squares[kind][layer] += units
         return
     squares["kv_group"][layer] += units.view(shape.kv_heads, -1).sum(-1)
-    if family == "query_head":
+    if kind == "query_head":
         first = layer * shape.kv_heads
         heads = units.view(shape.kv_heads, shape.group, -1).sum(-1)
-        squares[family][first : first + shape.kv_heads] += heads
-
-
-def _family_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
-    """(rows, units) of every mask family of a source."""
-    return {
-        "hidden": (1, shape.hidden),
-        "layer": (1, shape.layers),
-        "kv_group": (shape.layers, shape.kv_heads),
-        "query_head": (shape.layers * shape.kv_heads, shape.group),
-        "intermediate": (shape.layers, shape.ffn),
-    }
-
-
-def standardise(importance: Tensor) -> Tensor:
-    """ln(importance) with mean 0 and standard deviation 1 in each row, fp32; 0 in constant rows.
-
-    Values below a thousandth of the row's median count as that: an unused unit, whose logarithm has
-    no bound, would flatten the differences of all others.
-    """
-    values = importance.double()
-    floor = values.median(-1, keepdim=True).values * FLOOR
-    logs = torch.maximum(values, floor).clamp(min=1e-30).log()
-    centred = logs - logs.mean(-1, keepdim=True)
-    deviation = centred.square().mean(-1, keepdim=True).sqrt()
-    return torch.where(deviation > 1e-9, centred / deviation.clamp(min=1e-9), 0.0).float()
-
-
-def initial_scores(
-    members: dict[str, Family],
-    config: MaskConfig,
-    importance: dict[str, Tensor] | None,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Scores [rows, units] fp32 to start from; `importance` may be None for flat scores."""
-    generator = torch.Generator().manual_seed(seed)
-    paper = config.rule == "paper"
-    scores = {}
-    for name, family in members.items():
-        if config.initial != "flat":
-            assert importance is not None
-            values = standardise(importance[name]) + (PAPER_IMPORTANCE_MEAN if paper else 0.0)
-        else:
-            noise = torch.randn(family.rows, family.units, generator=generator)
-            values = FLAT_STD * noise + (PAPER_FLAT_MEAN if paper else 0.0)
-        scores[name] = values.to(device)
-    return scores
+        squares[kind][first : first + shape.kv_heads] += heads

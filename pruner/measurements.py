@@ -19,7 +19,7 @@ from data.errors import InputError
 from data.reader import TokenReader
 from pruner.config import ShearConfig
 from pruner.importance import measure
-from pruner.rotation import measure_basis, turn
+from pruner.rotation import measure_rotation, rotate
 from trainer.domains import measured_reference
 from trainer.evaluate import evaluate, report
 from trainer.models.decoder import CausalLM
@@ -27,8 +27,8 @@ from trainer.models.hf import save_tensors
 from trainer.parallel import DistributedContext, reshard
 
 FILE = "source.safetensors"
-BASIS = "basis"
-"""Name of the basis among the stored tensors."""
+ROTATION = "basis"
+"""Name of the rotation among the stored tensors."""
 _KEYS = ("held_out", "reference", "importance")
 
 
@@ -41,22 +41,22 @@ class Measurements:
     reference: dict[str, float]
     """Loss per domain on training text: what a dynamic mixture compares training losses with."""
     importance: dict[str, Tensor] | None
-    """[rows, units] of each family (pruner.importance.measure), of hidden dimensions in `basis`;
-    None for flat initial scores."""
-    basis: Tensor | None = None
-    """[d, d] fp64: what the residual stream is turned to before it is pruned (rotation.py); None:
-    it stays as it is."""
+    """[rows, units] of each kind (pruner.importance.measure), of hidden dimensions after the
+    rotation; None for flat initial scores."""
+    rotation: Tensor | None = None
+    """[d, d] fp64: what rotates the residual stream before it is pruned (pruner.rotation); None: it
+    stays as it is."""
 
 
-def measurements_key(config: ShearConfig, basis: str, source: str, data: str) -> str:
+def measurements_key(config: ShearConfig, source: str, data: str) -> str:
     """Hash of everything the measurements depend on.
 
-    `basis` is the one in force; `source` and `data` are fingerprints of weights and tokens.
+    `config` is resolved; `source` and `data` are fingerprints of weights and tokens.
     """
     train, masks = config.train, config.masks
     parts = [source, data, train.seq_len, train.eval_sequences, train.precision]
-    parts += [masks.initial, masks.calibration_sequences, config.domain_weights]
-    parts += [config.reference_sequences, basis]
+    parts += [masks.init, masks.calibration_sequences, config.domain_weights]
+    parts += [config.reference_sequences, masks.basis]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -88,11 +88,11 @@ def measure_source(
     reader: TokenReader,
     held_out: TokenReader | None,
     weights: dict[str, float],
-    basis: str,
 ) -> Measurements:
-    """Measure a loaded source, and turn it to its principal basis if `basis` says so; collective.
+    """Measures a loaded source, and rotates it to its principal components on the way if
+    `config.masks.basis` says so; collective.
 
-    `weights` are the initial domain weights, `basis` is "principal" or "source".
+    `weights` are the initial domain weights, `config` is resolved.
     """
     batch = config.train.micro_batch
     losses = {}
@@ -100,17 +100,18 @@ def measure_source(
         count = config.train.eval_sequences
         losses = report(evaluate(model, held_out, held_out.domains, count, batch, context))
     reference = measured_reference(model, reader, config.reference_sequences, batch, context)
-    sequences = calibration_set(reader, weights, config.masks.calibration_sequences)
-    turned = None
-    if basis == "principal":
-        turned = measure_basis(model, sequences, context, batch)
-        turn(model, turned)
+    masks = config.masks
+    sequences = calibration_set(reader, weights, masks.calibration_sequences)
+    rotation = None
+    if masks.basis == "principal":
+        rotation = measure_rotation(model, sequences, context, batch)
+        rotate(model, rotation)
     importance = None
-    if config.masks.initial != "flat":
-        importance = measure(config.masks.initial, model, sequences, context, batch)
+    if masks.init is not None and masks.init != "flat":
+        importance = measure(masks.init, model, sequences, context, batch)
         reshard(model)
         _require_finite(importance)
-    return Measurements(losses, reference, importance, turned)
+    return Measurements(losses, reference, importance, rotation)
 
 
 def _require_finite(importance: dict[str, Tensor]) -> None:
@@ -144,8 +145,8 @@ def _read(path: Path, key: str | None) -> Measurements | None:
     except (OSError, SafetensorError):
         return None
     held_out, reference, importance = (json.loads(metadata[key]) for key in _KEYS)
-    basis = tensors.pop(BASIS, None)
-    return Measurements(held_out, reference, tensors if importance else None, basis)
+    rotation = tensors.pop(ROTATION, None)
+    return Measurements(held_out, reference, tensors if importance else None, rotation)
 
 
 def _write(path: Path, key: str, measurements: Measurements) -> str | None:
@@ -156,8 +157,8 @@ def _write(path: Path, key: str, measurements: Measurements) -> str | None:
         "importance": json.dumps(measurements.importance is not None),
     }
     tensors = dict(measurements.importance or {"none": torch.zeros(0)})
-    if measurements.basis is not None:
-        tensors[BASIS] = measurements.basis
+    if measurements.rotation is not None:
+        tensors[ROTATION] = measurements.rotation
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, path, metadata)

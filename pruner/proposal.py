@@ -1,7 +1,7 @@
 """From a budget to a shape, with what explains it: the table a run prints and OUTPUT/target.json.
 
-The shape of a run is settled once. A resumed run takes it from its output folder, where a speedup
-measured again might come to another one.
+A run resolves its budget once. A resumed run takes the shape from its output folder, because a
+speedup measured again might come to another one.
 """
 
 import json
@@ -26,14 +26,14 @@ from trainer.parallel import DistributedContext
 TARGET_FILE = "target.json"
 
 
-def settle_together(
+def resolve_together(
     budget: Budget,
     source: ModelConfig,
     output: Path,
     context: DistributedContext,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """`settle` on rank 0, or what `output` recorded of it when its run began; on every rank.
+    """`resolve` on rank 0, or what `output` recorded of it when its run began; on every rank.
 
     All ranks take part. Raises InputError on every rank.
     """
@@ -46,7 +46,7 @@ def settle_together(
             logger.info(f"target {budget.text} is {record['shape']} ({output / TARGET_FILE})")
         else:
             try:
-                record = settle(budget, source, context.device, dtype)
+                record = resolve(budget, source, context.device, dtype)
             except InputError as error:
                 problem = str(error)
     context.raise_first(problem)
@@ -55,7 +55,7 @@ def settle_together(
 
 
 def recorded(output: Path, budget: Budget, source: ModelConfig) -> dict[str, Any] | None:
-    """What `settle` returned for the same budget and source when the run in `output` began."""
+    """What `resolve` returned for the same budget and source when the run in `output` began."""
     try:
         record: dict[str, Any] = json.loads((output / TARGET_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -64,7 +64,7 @@ def recorded(output: Path, budget: Budget, source: ModelConfig) -> dict[str, Any
     return record if same and record.get("source") == shape_of(source).describe() else None
 
 
-def settle(
+def resolve(
     budget: Budget, source: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The shape that `budget` comes to, printed with its reasons; what a run keeps of it.

@@ -14,9 +14,9 @@ from torch import Tensor
 from data.files import replace_folder
 from data.log import logger
 from pruner.config import ShearConfig
-from pruner.constraint import Rule
 from pruner.extract import Extraction
 from pruner.measurements import Measurements
+from pruner.rules import Rule
 from pruner.shapes import Shape, shape_of
 from pruner.units import kept_indices, on_counts, polarised, span, to_masks
 from trainer.loop import Trainer
@@ -64,7 +64,9 @@ def finish(
     """
     output, context = Path(config.output), trainer.context
     z = {name: values.cpu() for name, values in rule.final().items()}
-    masks = to_masks(z, shape_of(trainer.model.config), hold_scale=config.masks.holds_scale)
+    masks = to_masks(
+        z, shape_of(trainer.model.config), hold_scale=config.masks.norm_scale == "held"
+    )
     extraction = Extraction(trainer.model.config, masks)
     assert shape_of(extraction.config) == target, extraction.config
     unchecked = output / UNCHECKED
@@ -84,16 +86,15 @@ def finish(
         **training_report(trainer),
         "reference": reference,
         "source_held_out": measured.held_out,
-        "basis": "source" if measured.basis is None else "principal",
+        "basis": config.masks.basis,
         "reload_difference": difference,
     }
-    context.raise_first(_put_in_place(z, measured.basis, output) if context.is_main else None)
-    copies = [Path(config.json)] if config.json is not None else []
-    publish(context, report, [*copies, output / "shear.json"])
+    context.raise_first(_put_in_place(z, measured.rotation, output) if context.is_main else None)
+    publish(context, report, config.json, output / "shear.json")
     if context.is_main:
         print_tables(report)
     if not report["polarised"]:
-        _warn_unpolarised(trainer, report)
+        _warn_unpolarised(report)
     logger.info(f"model: {output / 'model'}  report: {output / 'shear.json'}")
     return report
 
@@ -146,16 +147,16 @@ def require_same_constants(written: ModelConfig, source: ModelConfig) -> None:
 
 
 def _units(rule: Rule, z: dict[str, Tensor]) -> dict[str, Any]:
-    """What each row of each family keeps, and whether the kept units are fully on."""
+    """What each row of each kind keeps, and whether the kept units are fully on."""
     kept = {name: (values > 0).sum(-1) for name, values in z.items()}
-    alive = {name: on_counts(values) for name, values in z.items()}
+    on = {name: on_counts(values) for name, values in z.items()}
     return {
-        "families": {name: asdict(family) for name, family in rule.members.items()},
-        "target": {name: [family.target] * family.rows for name, family in rule.members.items()},
+        "families": {name: asdict(kind) for name, kind in rule.kinds.items()},
+        "target": {name: [kind.target] * kind.rows for name, kind in rule.kinds.items()},
         "kept": {name: counts.tolist() for name, counts in kept.items()},
-        "alive": {name: counts.tolist() for name, counts in alive.items()},
-        "kept_not_alive": {name: int((kept[name] - alive[name]).sum()) for name in z},
-        "polarised": polarised(z, rule.members),
+        "alive": {name: counts.tolist() for name, counts in on.items()},
+        "kept_not_alive": {name: int((kept[name] - on[name]).sum()) for name in z},
+        "polarised": polarised(z, rule.kinds),
     }
 
 
@@ -172,13 +173,13 @@ def _sizes(source: ModelConfig, target: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _put_in_place(z: dict[str, Tensor], basis: Tensor | None, output: Path) -> str | None:
-    """Publishes the checked model and writes masks and basis; returns what went wrong, if
+def _put_in_place(z: dict[str, Tensor], rotation: Tensor | None, output: Path) -> str | None:
+    """Publishes the checked model and writes masks and rotation; returns what went wrong, if
     anything."""
     tensors = {f"z.{name}": values for name, values in z.items()}
     tensors |= {f"kept.{name}": kept_indices(values) for name, values in z.items()}
-    if basis is not None:
-        tensors["basis"] = basis.float()
+    if rotation is not None:
+        tensors["basis"] = rotation.float()
     try:
         save_tensors(tensors, output / "masks.safetensors")
         replace_folder(output / UNCHECKED, output / "model")
@@ -187,12 +188,11 @@ def _put_in_place(z: dict[str, Tensor], basis: Tensor | None, output: Path) -> s
     return None
 
 
-def _warn_unpolarised(trainer: Trainer, report: dict[str, Any]) -> None:
+def _warn_unpolarised(report: dict[str, Any]) -> None:
     units = ", ".join(f"{name} {count}" for name, count in report["kept_not_alive"].items())
-    logger.info(
-        f"warning: the masks did not polarise. Kept units that are not alive (z < 0.99): {units}; "
-        "their soft values are folded into the weights. More steps help, and --rule projection "
-        "always polarises",
+    logger.warning(
+        f"the masks did not polarise. Kept units that are not on (z < 0.99): {units}; their values "
+        "are folded into the weights. More steps help, and --rule projection always polarises"
     )
 
 
@@ -200,14 +200,14 @@ def print_tables(report: dict[str, Any]) -> None:
     """Prints what was kept and how the loss changed."""
     console = Console()
     shapes = Table(title="kept units per row")
-    for heading in ("family", "rows", "source", "target", "kept", "alive"):
-        shapes.add_column(heading, justify="left" if heading == "family" else "right")
-    for name, family in report["families"].items():
+    for heading in ("units", "rows", "source", "target", "kept", "on"):
+        shapes.add_column(heading, justify="left" if heading == "units" else "right")
+    for name, kind in report["families"].items():
         shapes.add_row(
             name,
-            str(family["rows"]),
-            str(family["units"]),
-            str(family["target"]),
+            str(kind["rows"]),
+            str(kind["units"]),
+            str(kind["target"]),
             span(report["kept"][name]),
             span(report["alive"][name]),
         )

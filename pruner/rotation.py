@@ -1,4 +1,4 @@
-"""The basis in which residual dimensions are pruned: the source's own, or its principal components.
+"""Rotating the residual stream to its principal components, in which it is then pruned.
 
 RMSNorm commutes with an orthogonal matrix Q once its gain is part of the matrices behind it, so a
 model whose every reader of the residual stream is multiplied by Q and every writer by Q^T is the
@@ -12,33 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
-from pruner.config import MaskConfig
 from pruner.importance import calibration_batches
-from pruner.shapes import Shape
-from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.families import Role
 from trainer.parallel import DistributedContext, full_tensor, local_region, reshard
 
 GAIN_TOLERANCE = 0.2
 """Largest relative distance of a final gain from the median at which a dimension of a model with
-tied embeddings is turned with the others."""
-
-
-def basis_in_force(masks: MaskConfig, model: ModelConfig, target: Shape) -> str:
-    """ "principal" or "source". Raises InputError when the option cannot be had for `model`.
-
-    A LayerNorm subtracts the mean over the dimensions, which a turned stream does not have.
-    """
-    turnable = model.traits.rotatable
-    if masks.basis == "principal" and not turnable:
-        raise InputError(
-            f"--basis principal needs a model with RMSNorm, and {model.family} has LayerNorm: use "
-            "--basis source"
-        )
-    if target.hidden == model.hidden_size or not turnable:
-        return "source"
-    return masks.basis or ("principal" if masks.rule == "projection" else "source")
+tied embeddings is rotated with the others."""
 
 
 class StreamCovariance:
@@ -75,10 +56,10 @@ class StreamCovariance:
 
 
 @torch.no_grad()
-def measure_basis(
+def measure_rotation(
     model: CausalLM, sequences: Tensor, context: DistributedContext, micro_batch: int
 ) -> Tensor:
-    """principal_basis of the loaded source on `sequences` [n, S]: fp64, on the CPU, the same on
+    """`principal_rotation` of the loaded source on `sequences` [n, S]: on the CPU and the same on
     every rank; collective. Raises InputError when the stream is not finite."""
     with StreamCovariance(model) as covariance:
         for weights, ids in calibration_batches(sequences, context, micro_batch):
@@ -94,19 +75,19 @@ def measure_basis(
     reshard(model)
     (parameter,) = model.get_submodule(model.names.final_norm).parameters()
     gain = full_tensor(parameter)
-    basis = None
+    rotation = None
     if context.is_main:
-        basis = principal_basis(total, gain, tied=model.config.tie_embeddings).cpu()
-    found: Tensor = context.broadcast(basis)
+        rotation = principal_rotation(total, gain, tied=model.config.tie_embeddings).cpu()
+    found: Tensor = context.broadcast(rotation)
     return found
 
 
-def principal_basis(covariance: Tensor, final_gain: Tensor, *, tied: bool) -> Tensor:
+def principal_rotation(covariance: Tensor, final_gain: Tensor, *, tied: bool) -> Tensor:
     """Orthogonal Q [d, d] fp64 whose columns are principal components, the strongest first.
 
     With tied embeddings the final norm's gain cannot move into the head without changing the
     embedding, and only a uniform gain is the same in every basis. So dimensions whose gain is
-    farther than GAIN_TOLERANCE from the median stay as they are, and the others turn among
+    farther than GAIN_TOLERANCE from the median stay as they are, and the others rotate among
     themselves.
 
     Args:
@@ -116,48 +97,49 @@ def principal_basis(covariance: Tensor, final_gain: Tensor, *, tied: bool) -> Te
     """
     gain = final_gain.to(covariance)
     median = gain.median()
-    turned = (gain - median).abs() <= GAIN_TOLERANCE * median.abs()
+    rotated = (gain - median).abs() <= GAIN_TOLERANCE * median.abs()
     if not tied:
-        turned = torch.ones_like(turned)
-    basis = torch.diag((~turned).to(covariance.dtype))
-    chosen = torch.nonzero(turned).flatten()
+        rotated = torch.ones_like(rotated)
+    rotation = torch.diag((~rotated).to(covariance.dtype))
+    chosen = torch.nonzero(rotated).flatten()
     vectors = torch.linalg.eigh(covariance[chosen][:, chosen]).eigenvectors
     # eigh leaves signs open; the same everywhere, whatever computed them.
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    basis[chosen[:, None], chosen] = vectors * largest.sign()
-    strength = torch.einsum("ij,ik,kj->j", basis, covariance, basis)
-    return basis[:, strength.argsort(descending=True)]
+    rotation[chosen[:, None], chosen] = vectors * largest.sign()
+    strength = torch.einsum("ij,ik,kj->j", rotation, covariance, rotation)
+    return rotation[:, strength.argsort(descending=True)]
 
 
 @torch.no_grad()
-def turn(model: CausalLM, basis: Tensor) -> None:
-    """Turns the residual stream of a loaded source to `basis` [d, d] fp64, in place; collective.
+def rotate(model: CausalLM, rotation: Tensor) -> None:
+    """Rotates the residual stream of a loaded source by an orthogonal `rotation` [d, d] fp64, in
+    place; collective.
 
     The gains of each norm move into the matrices behind it, up to their root mean square: with that
     taken out as well, an optimizer's steps would be of another size relative to the weights. The
     function stays the same up to rounding; with tied embeddings, up to the differences of the final
-    gain among the dimensions that were turned together.
+    gain among the dimensions that were rotated together.
     """
     reshard(model)
-    basis = basis.to(next(model.parameters()).device)
+    rotation = rotation.to(next(model.parameters()).device)
     for block in model.blocks:
         attention, feed_forward = _norms(model, block)
-        _turn_norm(attention, _with_roles(model, block, Role.QUERIES, Role.KEYS), basis)
-        _turn_norm(feed_forward, _with_roles(model, block, Role.CHANNELS), basis)
+        _rotate_norm(attention, _with_roles(model, block, Role.QUERIES, Role.KEYS), rotation)
+        _rotate_norm(feed_forward, _with_roles(model, block, Role.CHANNELS), rotation)
         for module in _with_roles(model, block, Role.ATTENTION_OUTPUT, Role.FEED_FORWARD_OUTPUT):
             for parameter in module.parameters():
                 full = full_tensor(parameter).double()
                 own, region = local_region(parameter)
-                own.copy_(basis[:, region[0]].t() @ full)
+                own.copy_(rotation[:, region[0]].t() @ full)
     names = model.names
     final = model.get_submodule(names.final_norm)
     if model.config.tie_embeddings:
         (gain,) = final.parameters()
-        _assign(gain, torch.einsum("ij,i,ij->j", basis, full_tensor(gain).double(), basis))
+        _assign(gain, torch.einsum("ij,i,ij->j", rotation, full_tensor(gain).double(), rotation))
     else:
-        _turn_norm(final, [model.get_submodule(names.head)], basis)
+        _rotate_norm(final, [model.get_submodule(names.head)], rotation)
     (embedding,) = model.get_submodule(names.embedding).parameters()
-    _multiply(embedding, basis)
+    _multiply(embedding, rotation)
 
 
 def _norms(model: CausalLM, block: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -171,14 +153,14 @@ def _with_roles(model: CausalLM, block: nn.Module, *roles: Role) -> list[nn.Modu
     return [block.get_submodule(name) for name in names]
 
 
-def _turn_norm(norm: nn.Module, readers: list[nn.Module], basis: Tensor) -> None:
-    """Moves the norm's gain into the weights of its readers and turns these."""
+def _rotate_norm(norm: nn.Module, readers: list[nn.Module], rotation: Tensor) -> None:
+    """Moves the norm's gain into the weights of its readers and rotates these."""
     (gain,) = norm.parameters()
     values = full_tensor(gain).double()
     size = values.square().mean().sqrt()
     # Zeros stay in the weights: a gain of 0 in front of weights of 0 could never be trained again.
     size = torch.where(size > 0, size, 1.0)
-    factor = (values / size)[:, None] * basis
+    factor = (values / size)[:, None] * rotation
     for reader in readers:
         weight = reader.weight
         assert isinstance(weight, Tensor)

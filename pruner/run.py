@@ -8,10 +8,8 @@ from data.log import logger
 from data.reader import TokenReader
 from pruner.budget import parse_budget
 from pruner.callback import ShearCallback
-from pruner.config import ShearConfig
-from pruner.constraint import Rule, make_rule, require_reachable
+from pruner.config import ShearConfig, resolve, resolve_identity
 from pruner.history import HistoryCallback
-from pruner.importance import initial_scores
 from pruner.measurements import (
     Measurements,
     keep,
@@ -19,20 +17,29 @@ from pruner.measurements import (
     measure_source,
     measurements_key,
 )
-from pruner.proposal import TARGET_FILE, settle_together
+from pruner.proposal import TARGET_FILE, resolve_together
 from pruner.report import finish
-from pruner.rotation import basis_in_force, turn
+from pruner.rotation import rotate
+from pruner.rules import Rule
+from pruner.scores import initial_scores, make_rule
 from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
-from pruner.units import families
+from pruner.sheared_llama import require_reachable
+from pruner.units import unit_kinds
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
 from trainer.config import check_layout
-from trainer.distillation import TeacherSource, check_teacher, load_teacher, teacher_identity
+from trainer.distillation import (
+    Teacher,
+    TeacherSource,
+    check_teacher,
+    load_teacher,
+    teacher_identity,
+)
 from trainer.domains import DomainOptions, Domains, starting_domains
-from trainer.identity import claim_output, run_identity
+from trainer.identity import run_identity, verify_run
 from trainer.inputs import find_model_with_data, open_data
 from trainer.loop import Trainer
-from trainer.memory import room_bytes
+from trainer.memory import headroom_bytes
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import check_weights, load_config
@@ -46,6 +53,8 @@ from trainer.saving import publish, require_copy, say_finished
 class Inputs:
     """Everything the options name, opened and checked; no weights yet."""
 
+    config: ShearConfig
+    """The options, resolved."""
     folder: Path
     """The source's Hugging Face folder."""
     model: ModelConfig
@@ -54,8 +63,6 @@ class Inputs:
     reader: TokenReader
     held_out: TokenReader | None
     domains: Domains
-    basis: str
-    """The basis of the residual stream in force (pruner.rotation)."""
 
 
 def shear(config: ShearConfig) -> Trainer | None:
@@ -67,41 +74,44 @@ def shear(config: ShearConfig) -> Trainer | None:
     check_layout(config.train, parallel.world_size())
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
     choose_kernels(config.train.kernels, context)
-    json_copy = Path(config.json) if config.json else None
-    require_copy(context, json_copy)
-    config, proposal = _settle_target(config.in_force(), context)
+    require_copy(context, config.json)
+    config, proposal = _resolve_target(config, context)
     with context.rank_zero_first():
         inputs = open_inputs(config)
-    output = Path(config.output)
+    config, output = inputs.config, Path(config.output)
     finished = context.broadcast((output / "shear.json").exists())
     resuming = Checkpointer(output / "checkpoints", context).latest() is not None
     fingerprint = weights_fingerprint(inputs.folder)
-    identity = _identity(config, inputs, fingerprint, context)
-    claim_output(output, identity, context, started=finished or resuming)
+    verify_run(
+        output,
+        _identity(inputs, fingerprint, context),
+        context,
+        started=finished or resuming,
+        resolve=resolve_identity,
+    )
     if finished:
-        say_finished(context, output / "shear.json", json_copy)
+        say_finished(context, output / "shear.json", config.json)
         return None
     if proposal is not None:
-        publish(context, proposal, [output / TARGET_FILE])
-    for message in inputs.domains.messages():
-        logger.info(message)
+        publish(context, proposal, output / TARGET_FILE)
+    inputs.domains.log()
     logger.info(f"source {inputs.source.describe()}  target {inputs.target.describe()}")
-    source = _teacher(config, inputs)
-    teacher = load_teacher(source, config.distillation, config.train, inputs.model, context)
+    teacher = load_teacher(
+        _teacher(inputs), config.distillation, config.train, inputs.model, context
+    )
     model = build_model(
         inputs.model, config.train, context, load=None if resuming else pretrained(inputs.folder)
     )
-    measured = _measurements(config, inputs, context, fingerprint, None if resuming else model)
+    measured = _measurements(inputs, context, fingerprint, None if resuming else model)
     reference = inputs.domains.reference or measured.reference
-    trainer, rule = _assemble(config, inputs, model, context, measured, reference)
-    trainer.teacher = teacher
+    trainer, rule = _assemble(inputs, model, teacher, context, measured, reference)
     trainer.fit()
     if not trainer.stopping:
         finish(trainer, rule, config, inputs.folder, inputs.target, measured, reference)
     return trainer
 
 
-def _settle_target(
+def _resolve_target(
     config: ShearConfig, context: DistributedContext
 ) -> tuple[ShearConfig, dict[str, Any] | None]:
     """`config` with the shape that a budget comes to, and what OUTPUT/target.json says of it.
@@ -116,7 +126,7 @@ def _settle_target(
         folder, model = _find_source(config)
         open_data(config.data, config.train, model, folder)
     dtype = parallel.compute_dtype(config.train.precision, context.device)
-    proposal = settle_together(budget, model, Path(config.output), context, dtype)
+    proposal = resolve_together(budget, model, Path(config.output), context, dtype)
     return replace(config, target=proposal["shape"]), proposal
 
 
@@ -136,8 +146,8 @@ def open_inputs(config: ShearConfig) -> Inputs:
     target = parse_target(config.target, source)
     pruned = config_of(target, model)
     pruned.to_hf()
-    require_reachable(families(target, source), config.masks)
-    basis = basis_in_force(config.masks, model, target)
+    require_reachable(unit_kinds(target, source), config.masks)
+    config = resolve(config, model, target)
     reader, held_out = open_data(config.data, config.train, model, folder)
     check_teacher("the source", model, config.distillation, config.train, model)
     domains = starting_domains(
@@ -149,7 +159,7 @@ def open_inputs(config: ShearConfig) -> Inputs:
     )
     folder = resolve_model(config.source, option="--source")
     check_weights(folder, model)
-    return Inputs(folder, model, source, target, reader, held_out, domains, basis)
+    return Inputs(config, folder, model, source, target, reader, held_out, domains)
 
 
 def _find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:
@@ -164,12 +174,9 @@ def _find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:
     return folder, load_config(folder)
 
 
-def _identity(
-    config: ShearConfig, inputs: Inputs, fingerprint: str, context: DistributedContext
-) -> dict[str, Any]:
+def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> dict[str, Any]:
+    config = inputs.config
     precision = parallel.compute_dtype(config.train.precision, context.device)
-    scale = "held" if config.masks.holds_scale else "live"
-    masks = asdict(config.masks) | {"basis": inputs.basis, "norm_scale": scale}
     return run_identity(
         config.train,
         inputs.model,
@@ -181,40 +188,37 @@ def _identity(
         mixture=asdict(config.mixture),
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference,
-        **{f"masks.{name}": value for name, value in masks.items()},
-        **teacher_identity(config.distillation, _teacher(config, inputs)),
+        **{f"masks.{name}": value for name, value in asdict(config.masks).items()},
+        **teacher_identity(config.distillation, _teacher(inputs)),
     )
 
 
-def _teacher(config: ShearConfig, inputs: Inputs) -> TeacherSource | None:
+def _teacher(inputs: Inputs) -> TeacherSource | None:
     """The untouched source; None when distillation is off."""
-    return TeacherSource(inputs.folder, inputs.model) if config.distillation.weight else None
+    distilled = inputs.config.distillation.weight
+    return TeacherSource(inputs.folder, inputs.model) if distilled else None
 
 
 def _measurements(
-    config: ShearConfig,
-    inputs: Inputs,
-    context: DistributedContext,
-    fingerprint: str,
-    model: CausalLM | None,
+    inputs: Inputs, context: DistributedContext, fingerprint: str, model: CausalLM | None
 ) -> Measurements:
-    """Kept measurements of the source, or those of `model` while it still is the source, which is
-    then turned to the basis in force."""
-    output = Path(config.output)
-    key = measurements_key(config, inputs.basis, fingerprint, inputs.reader.fingerprint)
+    """Kept measurements of the source, or those of `model` while it still is the source; `model` is
+    rotated if its basis says so."""
+    config, output = inputs.config, Path(inputs.config.output)
+    key = measurements_key(config, fingerprint, inputs.reader.fingerprint)
     measured = load_kept(output, None if model is None else key, context)
     if measured is None:
         assert model is not None
         logger.info("measuring the source: held-out loss and importance of its units")
-        data = (inputs.reader, inputs.held_out, inputs.domains.weights, inputs.basis)
+        data = (inputs.reader, inputs.held_out, inputs.domains.weights)
         measured = measure_source(model, config, context, *data)
         keep(measured, output, key, context)
-    elif model is not None and measured.basis is not None:
-        turn(model, measured.basis)
-    if measured.basis is not None:
-        turned = int(((measured.basis != 0).sum(0) > 1).sum())
+    elif model is not None and measured.rotation is not None:
+        rotate(model, measured.rotation)
+    if measured.rotation is not None:
+        rotated = int(((measured.rotation != 0).sum(0) > 1).sum())
         logger.info(
-            f"turned to principal components: {turned} of {inputs.source.hidden} dimensions",
+            f"rotated to principal components: {rotated} of {inputs.source.hidden} dimensions",
         )
     for domain, values in measured.held_out.items():
         logger.info(f"source, held-out {domain}: loss {values['loss']:.4f}")
@@ -222,32 +226,34 @@ def _measurements(
 
 
 def _assemble(
-    config: ShearConfig,
     inputs: Inputs,
     model: CausalLM,
+    teacher: Teacher | None,
     context: DistributedContext,
     measured: Measurements,
     reference: dict[str, float],
 ) -> tuple[Trainer, Rule]:
     """The trainer with its newest checkpoint restored, and the rule that trains its masks."""
-    members = families(inputs.target, inputs.source)
-    seed = config.train.seed
-    scores = initial_scores(members, config.masks, measured.importance, seed, context.device)
-    rule = make_rule(members, scores, config.masks, config.train.steps, seed)
-    teacher = inputs.model if config.distillation.weight else None
-    room = room_bytes(inputs.model, config.train, context, teacher)
-    shear_callback = ShearCallback(rule, inputs.source, room)
+    config, output = inputs.config, Path(inputs.config.output)
+    train, seed = config.train, config.train.seed
+    kinds = unit_kinds(inputs.target, inputs.source)
+    scores = initial_scores(kinds, config.masks, measured.importance, seed, context.device)
+    rule = make_rule(kinds, scores, config.masks, train.steps, seed)
+    taught_by = None if teacher is None else inputs.model
+    headroom = headroom_bytes(inputs.model, train, context, taught_by)
+    shear_callback = ShearCallback(rule, inputs.source, headroom)
     trainer = build_trainer(
         model,
-        config.train,
+        train,
         context,
-        output=Path(config.output),
+        output=output,
         reader=inputs.reader,
         held_out=inputs.held_out,
         weights=inputs.domains.weights,
         reference=reference,
         mixture=config.mixture,
-        callbacks=[shear_callback, HistoryCallback(shear_callback, Path(config.output))],
+        teacher=teacher,
+        callbacks=[shear_callback, HistoryCallback(shear_callback, output)],
         description="shear",
     )
     return trainer, rule

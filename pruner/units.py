@@ -1,8 +1,8 @@
-"""Mask families: which units a target removes, and how their masks become the model's masks.
+"""Kinds of units: which ones a target removes, and how their masks become the model's masks.
 
-A family is a stack of independent rows; each row must end with exactly its target count of units.
+A kind is a stack of independent rows; each row must end with exactly its target count of units.
 
-| family       | rows                    | units of a row                   |
+| kind         | rows                    | units of a row                   |
 |--------------|-------------------------|----------------------------------|
 | hidden       | 1                       | residual dims                    |
 | layer        | 1                       | decoder blocks                   |
@@ -23,14 +23,14 @@ from pruner.shapes import Shape
 from trainer.models.masks import Masks
 
 ON = 0.99
-"""A unit at or above this mask value is alive."""
+"""A unit at or above this mask value is on."""
 OFF = 0.01
-"""A unit at or below this mask value is removed."""
+"""A unit at or below this mask value is off."""
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """One mask family: `rows` rows of `units` units, of which `target` are kept in each row."""
+class UnitKind:
+    """One kind of units: `rows` rows of `units` units, of which `target` are kept in each row."""
 
     name: str
     rows: int
@@ -38,20 +38,29 @@ class Family:
     target: int
 
 
-def families(target: Shape, source: Shape) -> dict[str, Family]:
-    """The families whose target is smaller than the source, in a fixed order."""
-    every = (
-        Family("hidden", 1, source.hidden, target.hidden),
-        Family("layer", 1, source.layers, target.layers),
-        Family("kv_group", source.layers, source.kv_heads, target.kv_heads),
-        Family("query_head", source.layers * source.kv_heads, source.group, target.group),
-        Family("intermediate", source.layers, source.ffn, target.ffn),
-    )
-    return {family.name: family for family in every if family.target < family.units}
+def unit_sizes(source: Shape) -> dict[str, tuple[int, int]]:
+    """(rows, units) of every kind of units of a source, in a fixed order."""
+    return {
+        "hidden": (1, source.hidden),
+        "layer": (1, source.layers),
+        "kv_group": (source.layers, source.kv_heads),
+        "query_head": (source.layers * source.kv_heads, source.group),
+        "intermediate": (source.layers, source.ffn),
+    }
+
+
+def unit_kinds(target: Shape, source: Shape) -> dict[str, UnitKind]:
+    """The kinds of which the target keeps fewer units than the source has."""
+    kinds = {}
+    for name, (rows, units) in unit_sizes(source).items():
+        kept = unit_sizes(target)[name][1]
+        if kept < units:
+            kinds[name] = UnitKind(name, rows, units, kept)
+    return kinds
 
 
 def to_masks(z: dict[str, Tensor], source: Shape, *, hold_scale: bool = False) -> Masks:
-    """Join family masks z [rows, units] into the model's masks; differentiable.
+    """Joins the masks z [rows, units] of all kinds into the model's masks; differentiable.
 
     A query head's mask is the product of its KV group's and its own. `hold_scale` as in Masks.
     """
@@ -83,7 +92,7 @@ def indicator(scores: Tensor, count: int) -> Tensor:
 
 
 def on_counts(z: Tensor) -> Tensor:
-    """Units per row that are alive: int64 [rows]."""
+    """Units per row that are on: int64 [rows]."""
     return (z >= ON).sum(-1)
 
 
@@ -100,10 +109,10 @@ def kept_indices(z: Tensor) -> Tensor:
     return torch.nonzero(z > 0)[:, 1].view(z.shape[0], -1)
 
 
-def polarised(z: dict[str, Tensor], members: dict[str, Family]) -> bool:
-    """True if each row has exactly its target count alive and every other unit removed."""
+def polarised(z: dict[str, Tensor], kinds: dict[str, UnitKind]) -> bool:
+    """True if each row has exactly its target count of units on and every other unit off."""
     return all(
-        bool((on_counts(z[name]) == family.target).all())
-        and bool(((z[name] <= OFF).sum(-1) == family.units - family.target).all())
-        for name, family in members.items()
+        bool((on_counts(z[name]) == kind.target).all())
+        and bool(((z[name] <= OFF).sum(-1) == kind.units - kind.target).all())
+        for name, kind in kinds.items()
     )

@@ -1,10 +1,11 @@
-"""Options of a training run."""
+"""Options of training runs."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from math import isfinite
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from data.errors import InputError, require, require_at_least, require_finite
+from data.mixture import MixtureConfig
 from data.options import Name
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -12,6 +13,8 @@ Kernels = Literal["auto", "reference", "triton", "cuda"]
 
 DISTILL_WEIGHT = 0.9
 """Weight of the divergence from a teacher when none is named."""
+MIN_LR_RATIO = 0.1
+"""Default of TrainConfig.min_lr_ratio where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +37,7 @@ class TrainConfig:
     lr: float = 1e-4
     """Peak learning rate."""
 
-    min_lr_ratio: float | None = None
+    min_lr_ratio: float | None = MIN_LR_RATIO
     """Learning rate at the last step, as a fraction of the peak. None: 0.1; in shearing by the
     projection rule 1, because training goes on after it."""
 
@@ -112,11 +115,6 @@ class TrainConfig:
         require(self.lr > 0, "lr", self.lr, "above 0")
         require(self.eps > 0, "eps", self.eps, "above 0")
 
-    @property
-    def final_lr_ratio(self) -> float:
-        """`min_lr_ratio` in force."""
-        return 0.1 if self.min_lr_ratio is None else self.min_lr_ratio
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillationConfig:
@@ -159,12 +157,40 @@ class DistillationConfig:
             "0 (the whole vocabulary) or at least 2 (over a single id nothing is compared)",
         )
 
-    def in_force(self, teacher: bool) -> "DistillationConfig":
-        """The same options with a weight: DISTILL_WEIGHT where none was given and there is a
-        `teacher`."""
-        if self.weight is not None:
-            return self
-        return replace(self, weight=DISTILL_WEIGHT if teacher else 0.0)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CptConfig:
+    """Train a sheared (or any Llama-family) model further; running it again resumes --output."""
+
+    ESSENTIAL: ClassVar = (
+        "model data output init steps seq-len global-batch micro-batch lr mixture seed json"
+    )
+
+    model: str = "runs/shear"
+    """Folder of a shearing run, a Hugging Face folder, a .gguf file or a hub id."""
+    data: str = "runs/tokens"
+    """Folder made by data.tokenize."""
+    output: str = "runs/cpt"
+    """Folder of this run: model/, cpt.json, metrics.jsonl, checkpoints/."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """random: fresh weights of the same shape, as a baseline."""
+    domain_weights: str | None = None
+    """Initial weights, "c4=0.6,github=0.4". None: the shearing run's last ones, else proportional
+    to tokens."""
+    reference_losses: str | None = None
+    """Losses to steer towards, "c4=2.1,github=0.9". None: the shearing run's reference, else the
+    model's own at the start."""
+    reference_fit: str | None = None
+    """JSON file {"sizes": {"6738415616": {"c4": 1.92, ...}, ...}} of held-out losses by number of
+    parameters, from which the losses to steer towards are fitted at the model's number."""
+    teacher: str | None = None
+    """Model to learn from besides the text, named like --model; same vocabulary. None: for a
+    sheared model the source, at shearing's --distill-weight; else none."""
+    json: str | None = None
+    """Copy the final report to this file."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def check_layout(config: TrainConfig, world: int) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data.errors import InputError
 from data.log import logger
@@ -10,12 +10,18 @@ from data.mixture import MixtureConfig
 from data.reader import TokenReader
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
-from trainer.config import DistillationConfig, TrainConfig, check_layout
+from trainer.config import (
+    MIN_LR_RATIO,
+    CptConfig,
+    DistillationConfig,
+    TrainConfig,
+    check_layout,
+)
 from trainer.distillation import (
     TeacherSource,
     load_teacher,
     open_teacher,
-    settle_teacher,
+    resolve_teacher,
     teacher_identity,
 )
 from trainer.domains import (
@@ -26,7 +32,7 @@ from trainer.domains import (
     start_reference,
     starting_domains,
 )
-from trainer.identity import claim_output, run_identity
+from trainer.identity import run_identity, verify_run
 from trainer.inputs import find_model_with_data, open_data
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
@@ -76,87 +82,68 @@ class Inputs:
     """What to say about the teacher."""
 
 
-def continue_pretraining(
-    config: TrainConfig,
-    *,
-    model: str,
-    data: str,
-    output: Path,
-    init: Literal["pretrained", "random"] = "pretrained",
-    mixture: MixtureConfig | None = None,
-    domain_weights: str | None = None,
-    reference_losses: str | None = None,
-    reference_fit: str | None = None,
-    teacher: str | None = None,
-    distillation: DistillationConfig | None = None,
-    json_copy: Path | None = None,
-    tensorboard: bool = True,
-) -> Trainer | None:
-    """Trains `model` on `data`, writes OUTPUT/model and OUTPUT/cpt.json; resumes what OUTPUT holds.
+def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trainer | None:
+    """Trains as `config` says, writes OUTPUT/model and OUTPUT/cpt.json; resumes what OUTPUT holds.
 
     Returns None when the run was finished before. Raises InputError before any weight is loaded.
     """
-    _check_steps(config)
-    context = parallel.init(replicas=config.replicas, threads=config.threads)
-    choose_kernels(config.kernels, context)
-    require_copy(context, json_copy)
-    teaching = (teacher, distillation or DistillationConfig())
-    mixture = mixture or MixtureConfig()
-    options = DomainOptions(domain_weights, reference_losses, reference_fit)
+    if config.train.min_lr_ratio is None:
+        config = replace(config, train=replace(config.train, min_lr_ratio=MIN_LR_RATIO))
+    train, output = config.train, Path(config.output)
+    _check_steps(train)
+    context = parallel.init(replicas=train.replicas, threads=train.threads)
+    choose_kernels(train.kernels, context)
+    require_copy(context, config.json)
     with context.rank_zero_first():
-        inputs = open_inputs(config, model, data, mixture, options, teaching, init == "pretrained")
+        inputs = open_inputs(config)
     _require_one_teacher(inputs, context)
     finished = context.broadcast((output / "cpt.json").exists())
     resuming = Checkpointer(output / "checkpoints", context).latest() is not None
-    identity = _identity(config, inputs, init, context)
-    claim_output(output, identity, context, started=finished or resuming)
+    verify_run(output, _identity(config, inputs, context), context, started=finished or resuming)
     if finished:
-        say_finished(context, output / "cpt.json", json_copy)
+        say_finished(context, output / "cpt.json", config.json)
         return None
-    _say_notes(inputs, config, data, context)
-    frozen = load_teacher(inputs.teacher, inputs.distillation, config, inputs.shape, context)
-    load = pretrained(inputs.source) if init == "pretrained" else random_init(config.seed)
-    network = build_model(inputs.shape, config, context, load=None if resuming else load)
+    _log_notes(inputs, config)
+    teacher = load_teacher(inputs.teacher, inputs.distillation, train, inputs.shape, context)
+    fresh = config.init == "random"
+    load = random_init(train.seed) if fresh else pretrained(inputs.source)
+    model = build_model(inputs.shape, train, context, load=None if resuming else load)
     trainer = build_trainer(
-        network,
-        config,
+        model,
+        train,
         context,
         output=output,
         reader=inputs.reader,
         held_out=inputs.held_out,
         weights=inputs.domains.weights,
-        reference=_reference(inputs, output, None if resuming else network, config, context),
+        reference=_reference(inputs, config, None if resuming else model, context),
         mixture=inputs.mixture,
         used=inputs.used,
+        teacher=teacher,
         description="cpt",
         tensorboard=tensorboard,
     )
-    trainer.teacher = frozen
     trainer.fit()
     if not trainer.stopping:
-        finish(trainer, inputs.source, output, json_copy)
+        finish(trainer, inputs.source, config)
     return trainer
 
 
-def open_inputs(
-    config: TrainConfig,
-    model: str,
-    data: str,
-    mixture: MixtureConfig,
-    options: DomainOptions,
-    teaching: tuple[str | None, DistillationConfig],
-    weights: bool,
-) -> Inputs:
+def open_inputs(config: CptConfig) -> Inputs:
     """Opens model folder, data and teacher and checks that they fit each other and the options.
 
-    The weights of a hub id are fetched at the end, if `weights` are needed at all.
+    The weights of a hub id are fetched at the end, and only if training starts from them.
     """
-    tokenizer = local_folder(model if is_hub_id(model) else SOURCE)
+    train, mixture, weights = config.train, config.mixture, config.init == "pretrained"
+    options = DomainOptions(config.domain_weights, config.reference_losses, config.reference_fit)
     source = find_model_with_data(
-        lambda: find_model(model, weights=False), data, config.seq_len, tokenizer
+        lambda: find_model(config.model, weights=False),
+        config.data,
+        train.seq_len,
+        local_folder(config.model if is_hub_id(config.model) else SOURCE),
     )
     shape = load_config(source)
-    reader, held_out = open_data(data, config, shape, source)
+    reader, held_out = open_data(config.data, train, shape, source)
     sheared = sheared_report(source)
     # Only a model as it was pre-trained is its own reference: a sheared one starts too high.
     measurable = weights and sheared is None
@@ -169,12 +156,14 @@ def open_inputs(
     )
     if not domains.reference and not measurable:
         mixture = replace(mixture, kind="fixed")
-    name, distillation, note = settle_teacher(*teaching, sheared if weights else None)
-    teacher = open_teacher(name, distillation, config, shape, reader)
+    name, distillation, note = resolve_teacher(
+        config.teacher, config.distillation, sheared if weights else None
+    )
+    teacher = open_teacher(name, distillation, train, shape, reader)
     if weights:
-        source = find_model(model)
+        source = find_model(config.model)
         check_weights(source, shape)
-    used = samples_used(sheared, reader, config.seed) if weights else {}
+    used = samples_used(sheared, reader, train.seed) if weights else {}
     return Inputs(
         source, shape, reader, held_out, domains, used, mixture, distillation, teacher, note
     )
@@ -199,43 +188,37 @@ def _require_one_teacher(inputs: Inputs, context: DistributedContext) -> None:
         )
 
 
-def _say_notes(inputs: Inputs, config: TrainConfig, data: str, context: DistributedContext) -> None:
-    for message in inputs.domains.messages():
-        logger.info(message)
+def _log_notes(inputs: Inputs, config: CptConfig) -> None:
+    inputs.domains.log()
     if any(inputs.used.values()):
         total = sum(inputs.used.values())
         logger.info(f"data: goes on after the {total:,} samples that shearing has drawn")
-    if config.eval_sequences and inputs.held_out is None:
-        logger.info(f"note: {data} has no held-out sequences: nothing will be evaluated")
+    if config.train.eval_sequences and inputs.held_out is None:
+        logger.info(f"note: {config.data} has no held-out sequences: nothing will be evaluated")
 
 
 def _reference(
-    inputs: Inputs,
-    output: Path,
-    model: CausalLM | None,
-    config: TrainConfig,
-    context: DistributedContext,
+    inputs: Inputs, config: CptConfig, model: CausalLM | None, context: DistributedContext
 ) -> dict[str, float]:
     """Known reference losses, or for a dynamic mixture those of the start model (`model`; None once
     training has begun)."""
     if inputs.domains.reference or inputs.mixture.kind == "fixed":
         return inputs.domains.reference
-    return start_reference(output, model, inputs.reader, config.micro_batch, context)
+    batch = config.train.micro_batch
+    return start_reference(Path(config.output), model, inputs.reader, batch, context)
 
 
-def _identity(
-    config: TrainConfig, inputs: Inputs, init: str, context: DistributedContext
-) -> dict[str, Any]:
-    pretrained_weights = weights_fingerprint(inputs.source) if init == "pretrained" else None
+def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) -> dict[str, Any]:
+    fresh = config.init == "random"
     dynamic = inputs.mixture.kind == "dynamic"
     return run_identity(
-        config,
+        config.train,
         inputs.shape,
-        precision=str(parallel.compute_dtype(config.precision, context.device)),
+        precision=str(parallel.compute_dtype(config.train.precision, context.device)),
         data=inputs.reader.fingerprint,
         command="cpt",
-        init=init,
-        initial_weights=pretrained_weights,
+        init=config.init,
+        initial_weights=None if fresh else weights_fingerprint(inputs.source),
         mixture=asdict(inputs.mixture),
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference if dynamic else None,
@@ -262,11 +245,12 @@ def find_model(model: str, *, weights: bool = True) -> Path:
     return resolve_model(model, weights=weights)
 
 
-def finish(trainer: Trainer, source: Path, output: Path, json_copy: Path | None) -> None:
+def finish(trainer: Trainer, source: Path, config: CptConfig) -> None:
     """Writes the model folder and then the report, whose presence marks the run as finished."""
+    output = Path(config.output)
     save_pretrained(trainer.model, trainer.context, output / "model", tokenizer_from=source)
     report = training_report(trainer)
-    publish(trainer.context, report, [*([json_copy] if json_copy else []), output / "cpt.json"])
+    publish(trainer.context, report, config.json, output / "cpt.json")
     logger.info(
         f"final loss {trainer.loss:.4f} after {trainer.tokens:,} tokens "
         f"({report['tokens_per_second']:,.0f} tokens/s in steps, "

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from data.errors import InputError
 from data.reader import TokenReader
 from data.tokenizers import load_tokenizer
-from trainer.config import DistillationConfig, TrainConfig
+from trainer.config import DISTILL_WEIGHT, DistillationConfig, TrainConfig
 from trainer.kernels.linear_cross_entropy import TeacherOutput
 from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
@@ -61,7 +61,7 @@ class Teacher:
         return TeacherOutput(states, head_weight, config.weight, config.temperature, config.top_k)
 
 
-def settle_teacher(
+def resolve_teacher(
     name: str | None, config: DistillationConfig, sheared: dict[str, Any] | None
 ) -> tuple[str | None, DistillationConfig, str | None]:
     """The teacher of continued pre-training, its options with a weight, and a note for the user.
@@ -75,7 +75,8 @@ def settle_teacher(
         default = asdict(DistillationConfig())
         options = asdict(config).items()
         config = replace(config, **{key: known[key] for key, v in options if v == default[key]})
-    config = config.in_force(name is not None)
+    if config.weight is None:
+        config = replace(config, weight=0.0 if name is None else DISTILL_WEIGHT)
     if name is not None or not config.weight or not sheared:
         return name, config, None
     source = sheared["source"]

@@ -54,10 +54,12 @@ class Domains:
     warnings: list[str] = field(default_factory=list)
     """What makes them doubtful."""
 
-    def messages(self) -> list[str]:
-        """Notes and warnings as lines to print."""
-        notes = [f"note: {text}" for text in self.notes]
-        return notes + [f"warning: {text}" for text in self.warnings]
+    def log(self) -> None:
+        """Says the notes and warnings."""
+        for text in self.notes:
+            logger.info(f"note: {text}")
+        for text in self.warnings:
+            logger.warning(text)
 
 
 def parse_values(text: str, flag: str) -> dict[str, float]:
@@ -203,7 +205,7 @@ def start_reference(
         losses: dict[str, float] = kept
     else:
         losses = measured_reference(model, reader, REFERENCE_SEQUENCES, batch, context)
-        publish(context, {"reference": losses, "sequences": REFERENCE_SEQUENCES}, [path])
+        publish(context, {"reference": losses, "sequences": REFERENCE_SEQUENCES}, path)
     values = ", ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
     logger.info(f"reference losses (the start model's on training text, {path}): {values}")
     return losses

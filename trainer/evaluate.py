@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 from data.errors import InputError
 from data.reader import TokenReader
-from trainer.loop import next_token_targets
-from trainer.models.decoder import CausalLM
+from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.masks import Masks
 from trainer.parallel import DistributedContext, reshard
 

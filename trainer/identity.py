@@ -1,6 +1,7 @@
 """What makes a run this run: only the configuration that started an output folder resumes it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,6 @@ def run_identity(
     options = asdict(config)
     return {
         **{name: options[name] for name in SCHEDULE_FIELDS},
-        "min_lr_ratio": config.final_lr_ratio,
         "precision": precision,
         "data": data,
         **{f"model.{name}": value for name, value in shape.items()},
@@ -52,16 +52,24 @@ def run_identity(
     }
 
 
-def claim_output(
-    output: Path, identity: dict[str, Any], context: DistributedContext, *, started: bool
+def verify_run(
+    output: Path,
+    identity: dict[str, Any],
+    context: DistributedContext,
+    *,
+    started: bool,
+    resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> None:
     """Writes OUTPUT/run.json, or compares with the one there when the run has `started` (has state
     worth keeping).
 
-    Changes of CHANGEABLE options are noted and kept while the run is unfinished. Raises InputError
-    naming the other fields that differ.
+    Changes of CHANGEABLE options are noted and kept while the run is unfinished. `resolve` brings a
+    saved identity that a former version wrote into today's form. Raises InputError naming the other
+    fields that differ.
     """
     saved = context.raise_on_any_rank(lambda: read_identity(output) if started else None)
+    if saved is not None:
+        saved = resolve(saved)
     problem = None
     if context.is_main:
         wanted = json.loads(json.dumps(identity))

@@ -10,7 +10,7 @@ from data.batches import Batch, BatchStream
 from trainer.config import TrainConfig
 from trainer.distillation import Teacher
 from trainer.memory import explain_out_of_memory
-from trainer.models.decoder import CausalLM
+from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.masks import Masks
 from trainer.optimizer import clip_gradients
 from trainer.parallel import DistributedContext, prepare_pass
@@ -98,6 +98,7 @@ class Trainer:
         context: DistributedContext,
         throughput: Throughput,
         callbacks: list[Callback],
+        teacher: Teacher | None = None,
     ) -> None:
         names = [callback.name for callback in callbacks]
         assert len(set(names)) == len(names), f"callback names repeat: {names}"
@@ -118,7 +119,7 @@ class Trainer:
         """Masks of the current pass, set by a callback in on_step_start or on_micro_batch."""
         self.micro_batch = 0
         """Number of the current micro-batch of this rank, from 0, within its step."""
-        self.teacher: Teacher | None = None
+        self.teacher = teacher
         """The frozen model that training follows besides the text."""
         self.record: dict[str, Any] = {}
         """Metrics of the current step."""
@@ -221,12 +222,13 @@ class Trainer:
 
     def _set_learning_rate(self) -> float:
         config = self.config
+        assert config.min_lr_ratio is not None, "options are resolved before training"
         rate = learning_rate(
             self.step,
             steps=config.steps,
             peak=config.lr,
             warmup_ratio=config.warmup_ratio,
-            min_ratio=config.final_lr_ratio,
+            min_ratio=config.min_lr_ratio,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -235,18 +237,3 @@ class Trainer:
     def _call(self, hook: str) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self)
-
-
-def next_token_targets(
-    ids: torch.Tensor, valid: np.ndarray | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Targets [B, S], each position's next token, and which of them count (bool [B, S]).
-
-    The last position has no target. `valid` [B, S], if given, marks the ids that may be targets.
-    """
-    targets = torch.roll(ids, -1, dims=1)
-    counted = torch.ones_like(ids, dtype=torch.bool)
-    if valid is not None:
-        counted = torch.roll(torch.from_numpy(valid).to(ids.device), -1, dims=1)
-    counted[:, -1] = False
-    return targets, counted

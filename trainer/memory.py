@@ -12,7 +12,7 @@ from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext, compute_dtype
 
-ROOM_SHARE = 0.7
+HEADROOM_SHARE = 0.7
 """Share of a device's memory that may be filled before activations by what merely saves time."""
 STATE_BYTES = 16
 """Per parameter: weight, gradient and both Adam moments in fp32, divided over the shards."""
@@ -84,7 +84,7 @@ def check_memory(
     )
 
 
-def room_bytes(
+def headroom_bytes(
     model: ModelConfig,
     config: TrainConfig,
     context: DistributedContext,
@@ -98,7 +98,7 @@ def room_bytes(
     itemsize = compute_dtype(config.precision, context.device).itemsize
     held = model.num_parameters() * (STATE_BYTES / shards + itemsize)
     held += teacher_bytes(teacher, itemsize, shards, whole=True)
-    return min(context.gather(ROOM_SHARE * total_memory(context.device) - held))
+    return min(context.gather(HEADROOM_SHARE * total_memory(context.device) - held))
 
 
 def teacher_bytes(teacher: ModelConfig | None, itemsize: int, shards: int, *, whole: bool) -> int:

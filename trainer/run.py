@@ -19,6 +19,7 @@ from trainer.callbacks.mixture import MixtureCallback
 from trainer.callbacks.progress import ProgressCallback
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
+from trainer.distillation import Teacher
 from trainer.evaluate import report as held_out_report
 from trainer.kernels import registry
 from trainer.loop import Callback, Trainer
@@ -89,6 +90,7 @@ def build_trainer(
     reference: dict[str, float],
     mixture: MixtureConfig,
     used: Mapping[str, int] | None = None,
+    teacher: Teacher | None = None,
     callbacks: Sequence[Callback] = (),
     description: str,
     tensorboard: bool = True,
@@ -103,16 +105,15 @@ def build_trainer(
     stream = BatchStream(reader, sampler, config.global_batch, context.rank, context.world)
     horizon = max(1, config.steps) * config.global_batch * config.seq_len
     checkpointer = Checkpointer(output / "checkpoints", context, keep=config.keep_checkpoints)
+    # The order counts. First what the caller adds: it may set the masks that evaluation uses.
     listed: list[Callback] = [
         *callbacks,
         MixtureCallback(Mixture(mixture, weights, reference, horizon), mixture.interval),
     ]
     if held_out is not None:
-        listed.append(
-            EvaluateCallback(
-                held_out, interval=config.eval_interval, sequences=config.eval_sequences
-            )
-        )
+        interval, sequences = config.eval_interval, config.eval_sequences
+        listed.append(EvaluateCallback(held_out, interval=interval, sequences=sequences))
+    # Metrics and progress show what those before them have recorded; checkpoints save them all.
     listed += [
         GuardCallback(checkpointer),
         MetricsCallback(output, interval=config.log_interval, tensorboard=tensorboard),
@@ -129,6 +130,7 @@ def build_trainer(
             model.config, seq_len=config.seq_len, device=context.device, world=context.world
         ),
         callbacks=listed,
+        teacher=teacher,
     )
     checkpointer.clean()
     latest = checkpointer.latest()

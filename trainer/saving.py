@@ -1,7 +1,7 @@
 """What a run leaves behind: the model's folder and the report."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,28 +58,29 @@ def save_tensors_of(
     context.raise_first(problem)
 
 
-def publish(context: DistributedContext, report: dict[str, Any], paths: Sequence[Path]) -> None:
-    """Writes a report to all `paths` from rank 0. Raises InputError on every rank."""
+def publish(context: DistributedContext, report: dict[str, Any], *paths: Path | str | None) -> None:
+    """Writes a report to all `paths` (None: nowhere) from rank 0. Raises InputError on every
+    rank."""
     problem = None
     if context.is_main:
         try:
             for path in paths:
-                write_json(path, report)
+                if path is not None:
+                    write_json(Path(path), report)
         except OSError as error:
             problem = f"cannot write {path}: {error.strerror}; free space or choose another file"
     context.raise_first(problem)
 
 
-def require_copy(context: DistributedContext, path: Path | None) -> None:
+def require_copy(context: DistributedContext, path: Path | str | None) -> None:
     """Raises InputError on every rank when rank 0 could not write the report's copy (--json)."""
     if path is not None:
         context.raise_on_any_rank(
-            lambda: require_writable(path, "--json") if context.is_main else None
+            lambda: require_writable(Path(path), "--json") if context.is_main else None
         )
 
 
-def say_finished(context: DistributedContext, report: Path, copy: Path | None) -> None:
+def say_finished(context: DistributedContext, report: Path, copy: str | None) -> None:
     """Says that the run of `report` is finished, and copies the report to `copy` (--json)."""
     logger.info(f"{report.parent}: this run is finished; its report is {report}")
-    if copy is not None:
-        publish(context, json.loads(report.read_text(encoding="utf-8")), [copy])
+    publish(context, json.loads(report.read_text(encoding="utf-8")), copy)

@@ -22,10 +22,10 @@ from data.progress import Progress
 from launch.bench_shear.config import BenchConfig
 from pruner.budget import refuse_budget
 from pruner.callback import ShearCallback
-from pruner.config import MaskConfig
-from pruner.constraint import make_rule
+from pruner.config import DEFAULTS, MaskConfig, resolve_masks
+from pruner.scores import make_rule
 from pruner.shapes import config_of, parse_target, shape_of
-from pruner.units import families, indicator
+from pruner.units import indicator, unit_kinds
 from trainer import parallel
 from trainer.config import TrainConfig
 from trainer.kernels import registry
@@ -141,8 +141,9 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     large, small = (_trainer(model, train, context) for model in (source, pruned))
     variants = {"dense source": Variant(large), "target": Variant(small)}
     last = int(RUN_STEPS * MaskConfig().harden) - 2
+    warmup = DEFAULTS["projection"]["masks"]["target_warmup"]
     for progress in PROGRESS:
-        step = max(0, round(progress * RUN_STEPS * MaskConfig().warmup) - 1)
+        step = max(0, round(progress * RUN_STEPS * warmup) - 1)
         shear = _shear(source, config, context, polarised=False)
         variants[f"compact, {progress:.0%} of the way"] = Variant(large, step, shear)
     at_target = _shear(source, config, context, polarised=True)
@@ -196,16 +197,16 @@ def _shear(
 ) -> ShearCallback:
     """Masks from random scores; `polarised` ones are far apart, as at the end of a run."""
     shape = shape_of(source)
-    members = families(parse_target(config.target, shape), shape)
+    kinds = unit_kinds(parse_target(config.target, shape), shape)
     generator = torch.Generator().manual_seed(0)
     scores: dict[str, Tensor] = {}
-    for name, family in members.items():
-        values = torch.randn(family.rows, family.units, generator=generator)
+    for name, kind in kinds.items():
+        values = torch.randn(kind.rows, kind.units, generator=generator)
         if polarised:
-            values = 4 * indicator(values, family.target) + 0.1 * values
+            values = 4 * indicator(values, kind.target) + 0.1 * values
         scores[name] = values.to(context.device)
-    masks = MaskConfig(mask_lr=1e-6, compact=compact)
-    return ShearCallback(make_rule(members, scores, masks, RUN_STEPS, 0), shape)
+    masks = resolve_masks(MaskConfig(mask_lr=1e-6, compact=compact))
+    return ShearCallback(make_rule(kinds, scores, masks, RUN_STEPS, 0), shape)
 
 
 def _alternate(

@@ -374,7 +374,7 @@ def multipliers(run: Run) -> Group:
 
     alt = f"Temperature over steps, {heat[0]:.3g} to {heat[-1]:.3g}"
     pictures.append(draw(paint_temperature, title="temperature", alt=alt))
-    if run.identity.get("masks.rule") == "paper":
+    if run.identity.get("masks.rule") in ("sheared-llama", "paper"):
         meaning = "The linear multiplier of the penalty on a family's expected count."
     else:
         meaning = "The score a unit must exceed to be kept: the multiplier of its row's count."

@@ -74,12 +74,6 @@ def test_resume_with_another_world_size_continues_the_sequence(folder: Path) -> 
         assert np.array_equal(np.concatenate([batch.ids for batch in found]), expected.ids)
 
 
-@pytest.mark.parametrize("world", [3, 5, 16])
-def test_world_that_does_not_divide_lists_the_sizes_that_fit(folder: Path, world: int) -> None:
-    with pytest.raises(InputError, match=rf"8 sequences .* {world} ranks; use 1, 2, 4, 8 ranks"):
-        make(folder, 0, world)
-
-
 def test_new_epoch_is_announced_once_and_only_by_rank_zero(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,8 +12,9 @@ import pytest
 from data.errors import InputError
 from tests.conftest import ROOT
 from tests.factories import write_model, write_tokenizer, write_tokens
+from tests.trainer.tiny import pretrain
 from trainer.config import TrainConfig
-from trainer.cpt import continue_pretraining, find_model
+from trainer.cpt import find_model
 from trainer.loop import Trainer
 
 SCRIPT = str(ROOT / "launch" / "cpt.py")
@@ -158,13 +159,12 @@ def test_a_finished_run_is_left_alone(
     output = tmp_path / "cpt"
 
     def run(config: TrainConfig, copy: Path | None = None) -> Trainer | None:
-        return continue_pretraining(
+        return pretrain(
             config,
-            model=str(workspace / "runs" / "shear"),
-            data=str(workspace / "runs" / "tokens"),
+            model=workspace / "runs" / "shear",
+            data=workspace / "runs" / "tokens",
             output=output,
-            json_copy=copy,
-            tensorboard=False,
+            json=None if copy is None else str(copy),
         )
 
     trainer = run(quick())
@@ -184,13 +184,12 @@ def test_a_finished_run_is_left_alone(
 
 def test_random_initialisation_has_the_same_shape(workspace: Path, tmp_path: Path) -> None:
     shear = workspace / "runs" / "shear"
-    trainer = continue_pretraining(
+    trainer = pretrain(
         quick(steps=1),
-        model=str(shear),
-        data=str(workspace / "runs" / "tokens"),
+        model=shear,
+        data=workspace / "runs" / "tokens",
         output=tmp_path,
         init="random",
-        tensorboard=False,
     )
     assert trainer is not None
     sizes = [(shear / "model" / "model.safetensors").stat().st_size]
@@ -201,7 +200,7 @@ def test_random_initialisation_has_the_same_shape(workspace: Path, tmp_path: Pat
 
 def test_a_layout_is_refused_before_anything_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--micro-batch 5"):
-        continue_pretraining(quick(micro_batch=5), model="nowhere", data="nowhere", output=tmp_path)
+        pretrain(quick(micro_batch=5), model=tmp_path / "no", data=tmp_path / "no", output=tmp_path)
 
 
 def test_unfinished_shearing_is_named(tmp_path: Path) -> None:

@@ -11,11 +11,10 @@ from torch import Tensor
 from data.batches import Batch
 from data.errors import InputError
 from pruner.callback import ShearCallback
-from pruner.config import MaskConfig
-from pruner.constraint import make_rule
-from pruner.importance import initial_scores
+from pruner.config import MaskConfig, resolve_masks
+from pruner.scores import initial_scores, make_rule
 from pruner.shapes import Shape, shape_of
-from pruner.units import families, indicator, polarised, to_masks
+from pruner.units import indicator, polarised, to_masks, unit_kinds
 from tests.distributed import run_ranks
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
@@ -68,15 +67,15 @@ class RandomStream:
 
 def make_trainer(**options: Any) -> tuple[Trainer, ShearCallback]:
     of_masks = {name: options.pop(name) for name in MASK_OPTIONS & options.keys()}
-    masks = MaskConfig(**({"init": "flat"} | of_masks))
+    masks = resolve_masks(MaskConfig(**({"init": "flat"} | of_masks)))
     fields = {"steps": 8, "seq_len": 8, "global_batch": 8, "micro_batch": 2, "lr": 1e-3}
     config = TrainConfig(**(fields | {"precision": "fp32"} | options))
     context = parallel.init(threads=1, replicas=config.replicas)
     model = build_model(MODEL, config, context, load=lambda m: init_weights(m, std=0.3))
     source = shape_of(MODEL)
-    members = families(TARGET, source)
-    scores = initial_scores(members, masks, None, 3, context.device)
-    callback = ShearCallback(make_rule(members, scores, masks, config.steps, seed=3), source)
+    kinds = unit_kinds(TARGET, source)
+    scores = initial_scores(kinds, masks, None, 3, context.device)
+    callback = ShearCallback(make_rule(kinds, scores, masks, config.steps, seed=3), source)
     trainer = Trainer(
         model=model,
         optimizer=build_optimizer(model, config),
@@ -110,7 +109,7 @@ def test_masks_meet_the_target_at_the_end() -> None:
     for name, scores in callback.rule.scores.items():
         assert not torch.equal(scores, before[name]), name
     final = callback.rule.final()
-    assert polarised(final, callback.rule.members)
+    assert polarised(final, callback.rule.kinds)
     assert trainer.masks is not None and trainer.masks.hidden is not None
     assert torch.equal(trainer.masks.hidden, final["hidden"][0])
     assert not trainer.masks.hidden.requires_grad
@@ -160,12 +159,12 @@ def test_ranks_and_accumulation_do_not_change_the_masks() -> None:
                 assert all(torch.equal(rank[step][name], found[0][step][name]) for rank in found)
                 difference = (found[0][step][name] - values).abs().max().item()
                 assert difference < limit, (world, step, name, difference)
-        for name, family in families(TARGET, shape_of(MODEL)).items():
-            kept = indicator(expected[-1][name], family.target)
-            assert torch.equal(indicator(found[0][-1][name], family.target), kept)
+        for name, kind in unit_kinds(TARGET, shape_of(MODEL)).items():
+            kept = indicator(expected[-1][name], kind.target)
+            assert torch.equal(indicator(found[0][-1][name], kind.target), kept)
 
 
-@pytest.mark.parametrize("rule", ["projection", "paper"])
+@pytest.mark.parametrize("rule", ["projection", "sheared-llama"])
 @pytest.mark.parametrize("stop", [4, 7])
 def test_resume_is_bit_identical(rule: str, stop: int, tmp_path: Path) -> None:
     straight, expected = make_trainer(rule=rule)

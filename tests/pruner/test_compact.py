@@ -1,4 +1,4 @@
-"""Training on the live units only is training on the dense masked model."""
+"""Training on the nonzero units only is training on the dense masked model."""
 
 from typing import Any
 
@@ -117,9 +117,9 @@ def test_ranks_that_skip_different_layers_stay_in_step(micro_batch: int) -> None
 
 
 def test_passes_share_gathered_weights_where_memory_allows() -> None:
-    def shares(room: float, **options: Any) -> bool:
+    def shares(headroom: float, **options: Any) -> bool:
         trainer, callback = make_trainer(micro_batch=2, **options)
-        callback.room = room
+        callback.headroom = headroom
         trainer.train_step()
         assert trainer.masks is not None
         return trainer.masks.cache is not None

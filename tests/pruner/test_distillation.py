@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from data.errors import InputError
-from pruner.run import shear
+from pruner.run import open_inputs, shear
 from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokens
 from tests.pruner.test_run import configure
+from tests.trainer.tiny import pretrain
 from trainer import distillation
 from trainer.config import DISTILL_WEIGHT, DistillationConfig
-from trainer.cpt import continue_pretraining
 from trainer.models.sources import weights_fingerprint
 
 
@@ -48,7 +48,7 @@ def test_distillation_keeps_the_model_near_its_source(inputs: Path, tmp_path: Pa
     assert distilled[-1] < 0.8 * max(distilled) and distilled[-1] < 0.5 * free[-1]
     del options["distillation"]
     (tmp_path / "1.0" / "shear.json").unlink()
-    for rule, now in (("projection", DISTILL_WEIGHT), ("paper", None)):
+    for rule, now in (("projection", DISTILL_WEIGHT), ("sheared-llama", None)):
         with pytest.raises(InputError, match=rf"distill\.weight was 1\.0, now {now}"):
             shear(configure(inputs, tmp_path / "1.0", rule=rule, **options))
 
@@ -58,7 +58,7 @@ def test_learned_masks_are_distilled_unless_told_otherwise(inputs: Path, tmp_pat
         ("default", {}),
         ("off", {"distillation": DistillationConfig(weight=0.0)}),
         ("at-once", {"steps": 0}),
-        ("paper", {"rule": "paper", "target": "ffn=30"}),
+        ("sheared-llama", {"rule": "sheared-llama", "target": "ffn=30"}),
     ):
         shear(configure(inputs, tmp_path / output, **changes))
         identity = json.loads((tmp_path / output / "run.json").read_text())
@@ -69,10 +69,10 @@ def test_learned_masks_are_distilled_unless_told_otherwise(inputs: Path, tmp_pat
 def train_on(inputs: Path, shear_run: Path, output: Path, **options: Any) -> dict[str, Any]:
     """What run.json says of the teacher after training on a sheared model."""
     distillation = DistillationConfig(**options.pop("distillation", {}))
-    continue_pretraining(
+    pretrain(
         configure(inputs, output).train,
-        model=str(shear_run),
-        data=str(inputs / "tokens"),
+        model=shear_run,
+        data=inputs / "tokens",
         output=output,
         distillation=distillation,
         **options,
@@ -154,11 +154,10 @@ def test_a_teacher_that_some_ranks_lack_is_refused_on_all(
 def test_a_distilled_run_holds_its_learning_rate(inputs: Path) -> None:
     for options, expected in (
         ({}, (1.0, DISTILL_WEIGHT)),
-        ({"rule": "paper"}, (None, 0.0)),
-        ({"steps": 0}, (None, 0.0)),
-        ({"rule": "paper", "min_lr_ratio": 0.3}, (0.3, 0.0)),
+        ({"rule": "sheared-llama"}, (0.1, 0.0)),
+        ({"steps": 0}, (0.1, 0.0)),
+        ({"rule": "sheared-llama", "min_lr_ratio": 0.3}, (0.3, 0.0)),
         ({"min_lr_ratio": 0.3}, (0.3, DISTILL_WEIGHT)),
     ):
-        config = configure(inputs, inputs, **options).in_force()
+        config = open_inputs(configure(inputs, inputs, target="ffn=30", **options)).config
         assert (config.train.min_lr_ratio, config.distillation.weight) == expected
-    assert configure(inputs, inputs, rule="paper").in_force().train.final_lr_ratio == 0.1

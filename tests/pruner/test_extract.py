@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
-from pruner.extract import Extraction, extract
+from pruner.extract import Extraction
 from pruner.shapes import Shape, shape_of, validate
-from pruner.units import families, to_masks
+from pruner.units import to_masks, unit_kinds
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config, load_model, save_model
@@ -78,10 +78,10 @@ def random_masks(
     """Random units of each row kept, with mid-range values when `soft`."""
     generator = torch.Generator().manual_seed(seed)
     z: dict[str, Tensor] = {}
-    for name, family in families(target, source).items():
-        order = torch.rand(family.rows, family.units, generator=generator).argsort(-1)
-        values = 0.2 + 0.75 * torch.rand(family.rows, family.units, generator=generator)
-        z[name] = torch.where(order < family.target, values if soft else 1.0, 0.0)
+    for name, kind in unit_kinds(target, source).items():
+        order = torch.rand(kind.rows, kind.units, generator=generator).argsort(-1)
+        values = 0.2 + 0.75 * torch.rand(kind.rows, kind.units, generator=generator)
+        z[name] = torch.where(order < kind.target, values if soft else 1.0, 0.0)
     return to_masks(z, source, hold_scale=hold_scale)
 
 
@@ -96,8 +96,10 @@ def check_all_agree(model: CausalLM, masks: Masks, path: Path) -> ModelConfig:
     ids = torch.randint(0, 53, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         masked = model(ids, masks=masks)
-        config, tensors = extract(model.config, masks, model.named_parameters())
-        save_model(config, ((name, t.detach()) for name, t in tensors), path)
+        extraction = Extraction(model.config, masks)
+        config = extraction.config
+        pairs = extraction.tensors(model.named_parameters())
+        save_model(config, ((name, tensor.detach()) for name, tensor in pairs), path)
         extracted = load_model(path)
         plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         assert difference(extracted.eval()(ids), masked) < 1e-5
@@ -157,11 +159,12 @@ def test_gpt_neox_width_and_heads_alone_work_but_have_no_folder(
     model = random_model(**NEOX_MODELS[name])
     source = shape_of(model.config)
     masks = random_masks(Shape(3, sizes[0], sizes[1], sizes[1], 8, 20), source)
-    config, pairs = extract(model.config, masks, model.named_parameters())
+    extraction = Extraction(model.config, masks)
+    pairs = extraction.tensors(model.named_parameters())
     tensors = {key: tensor.detach() for key, tensor in pairs}
     with pytest.raises(InputError, match=r"is not \d heads of 8, and gpt_neox configs"):
-        save_model(config, tensors, tmp_path / "model")
-    extracted = CausalLM(config)
+        save_model(extraction.config, tensors, tmp_path / "model")
+    extracted = CausalLM(extraction.config)
     extracted.load_state_dict(tensors)
     ids = torch.randint(0, 53, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -205,10 +208,10 @@ def test_all_units_kept_with_soft_masks(name: str, tmp_path: Path) -> None:
 
 def test_no_masks_copy_the_model() -> None:
     model = random_model(model_type="llama")
-    config, tensors = extract(model.config, Masks(), model.named_parameters())
-    assert config == model.config
+    extraction = Extraction(model.config, Masks())
+    assert extraction.config == model.config
     parameters = dict(model.named_parameters())
-    copied = dict(tensors)
+    copied = dict(extraction.tensors(model.named_parameters()))
     assert copied.keys() == parameters.keys()
     assert all(torch.equal(copied[name], parameters[name]) for name in parameters)
 
@@ -216,15 +219,14 @@ def test_no_masks_copy_the_model() -> None:
 def test_a_stored_head_of_a_tied_model_is_left_out() -> None:
     model = random_model(model_type="llama", tie_word_embeddings=True)
     state = [*model.named_parameters(), ("lm_head.weight", model.head_weight)]
-    names = [name for name, _ in extract(model.config, Masks(), state)[1]]
+    names = [name for name, _ in Extraction(model.config, Masks()).tensors(state)]
     assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
 
 
 def test_dtype_is_kept_and_dropped_blocks_are_renumbered() -> None:
     model = random_model(model_type="llama").to(torch.bfloat16)
     masks = Masks(layer=torch.tensor([0.0, 1.0, 1.0]), hidden=torch.linspace(0.1, 1, 24))
-    _, tensors = extract(model.config, masks, model.named_parameters())
-    found = dict(tensors)
+    found = dict(Extraction(model.config, masks).tensors(model.named_parameters()))
     assert all(t.dtype == torch.bfloat16 for t in found.values())
     blocks = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
     assert blocks == {"0", "1"}
@@ -244,3 +246,7 @@ def test_non_uniform_masks_are_refused() -> None:
         Extraction(config, Masks(head=heads))
     with pytest.raises(AssertionError, match="no block"):
         Extraction(config, Masks(layer=torch.zeros(3)))
+    with pytest.raises(AssertionError, match="no hidden dimension"):
+        Extraction(config, Masks(hidden=torch.zeros(24)))
+    with pytest.raises(AssertionError, match="no channel is kept in block 0"):
+        Extraction(config, Masks(intermediate=torch.zeros(3, 20)))

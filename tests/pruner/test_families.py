@@ -11,7 +11,7 @@ from data.errors import InputError
 from pruner.run import open_inputs, shear
 from tests.factories import write_model, write_tokenizer, write_tokens
 from tests.pruner.test_run import configure
-from trainer.cpt import continue_pretraining
+from tests.trainer.tiny import pretrain
 from trainer.models.hf import load_config
 
 
@@ -49,10 +49,10 @@ def test_gpt_neox_is_sheared_and_trained_on(inputs: Path, tmp_path: Path) -> Non
     assert report["reload_difference"] <= 1e-5 and report["polarised"]
     model = load_config(tmp_path / "out" / "model")
     assert (model.family, model.num_layers, model.hidden_size) == ("gpt_neox", 2, 16)
-    continued = continue_pretraining(
+    continued = pretrain(
         config.train,
-        model=str(tmp_path / "out"),
-        data=str(inputs / "tokens"),
+        model=tmp_path / "out",
+        data=inputs / "tokens",
         output=tmp_path / "cpt",
     )
     assert continued is not None

@@ -25,7 +25,7 @@ from pruner.history import (
     snapshot_interval,
 )
 from pruner.shapes import shape_of
-from pruner.units import families
+from pruner.units import unit_kinds
 from tests.distributed import run_ranks
 from tests.pruner.test_callback import MODEL, TARGET, make_trainer
 from trainer.checkpoint import Checkpointer
@@ -43,8 +43,8 @@ class Watch(Callback):
 
     def on_step_end(self, t: Trainer) -> None:
         z = {name: values.clone() for name, values in self.shear.z.items()}
-        duals = self.shear.rule.duals()
-        self.seen[t.step] = (z, {name: v.flatten().tolist() for name, v in duals.items()})
+        multipliers = self.shear.rule.count_multipliers.items()
+        self.seen[t.step] = (z, {name: v.flatten().tolist() for name, v in multipliers})
 
 
 def recorded(output: Path, **options: Any) -> tuple[Trainer, Watch]:
@@ -59,26 +59,26 @@ def steps_of(output: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (output / FILE).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("rule", ["projection", "paper"])
+@pytest.mark.parametrize("rule", ["projection", "sheared-llama"])
 def test_records_are_the_masks_of_their_steps(rule: str, tmp_path: Path) -> None:
     trainer, watch = recorded(tmp_path, rule=rule)
     trainer.fit()
     records = read_records(tmp_path / FILE)
     assert [record["step"] for record in records] == list(range(1, 9))
-    members = families(TARGET, shape_of(MODEL))
+    kinds = unit_kinds(TARGET, shape_of(MODEL))
     for record in records:
-        z, duals = watch.seen[record["step"]]
-        assert record["families"].keys() == z.keys() == members.keys()
+        z, multipliers = watch.seen[record["step"]]
+        assert record["families"].keys() == z.keys() == kinds.keys()
         step = record["step"] - 1
         assert record["temperature"] == watch.shear.rule.temperature(step)
-        for name, family in members.items():
+        for name, kind in kinds.items():
             found, values = record["families"][name], z[name].numpy()
             assert (found["rows"], found["units"]) == values.shape
-            assert found["target"] == family.target
-            assert found["current_target"] == watch.shear.rule.current_target(family, step)
+            assert found["target"] == kind.target
+            assert found["current_target"] == watch.shear.rule.current_target(kind, step)
             assert found["alive"] == [int((row >= np.float32(0.99)).sum()) for row in values]
             assert found["nonzero"] == [int(np.count_nonzero(row)) for row in values]
-            assert found["multipliers"] == pytest.approx(duals[name], rel=1e-5)
+            assert found["multipliers"] == pytest.approx(multipliers[name], rel=1e-5)
             assert found["histogram"] == np.histogram(values, BINS, (0, 1))[0].tolist()
             restored = decode_mask(record["masks"][name])
             assert restored.shape == values.shape

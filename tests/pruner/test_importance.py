@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pruner.config import MaskConfig
-from pruner.importance import initial_scores, measure, standardise
-from pruner.shapes import Shape, shape_of
-from pruner.units import families, to_masks
+from pruner.importance import measure
+from pruner.shapes import shape_of
+from pruner.units import to_masks
 from tests.distributed import run_ranks
 from tests.factories import write_model
 from trainer import parallel
@@ -163,44 +162,6 @@ def test_ranks_share_the_work_and_agree(folder: Path, kind: str, count: int) -> 
         for name, values in expected.items():
             assert torch.allclose(first[name], values, rtol=2e-5, atol=1e-8), name
             assert all(torch.equal(first[name], other[name]) for other in others), name
-
-
-def test_standardised_rows() -> None:
-    rows = torch.stack([torch.linspace(1, 50, 20).double(), torch.full((20,), 3.0).double()])
-    scores = standardise(rows)
-    assert scores.dtype == torch.float32
-    assert scores.mean(-1).abs().max() < 1e-6
-    assert scores[0].square().mean().item() == pytest.approx(1.0, abs=1e-5)
-    assert torch.equal(scores[1], torch.zeros(20))
-    unused = torch.cat([torch.zeros(5), torch.linspace(1, 50, 200)])
-    scores = standardise(unused[None])[0]
-    assert torch.equal(scores[:5], scores[:1].expand(5)) and scores[0] < scores[5:].min()
-    assert scores[5:].std() > 0.5, "units that are never used flatten the rest"
-    assert torch.equal(standardise(torch.zeros(1, 3)), torch.zeros(1, 3))
-
-
-def test_initial_scores_by_rule_and_kind() -> None:
-    source = Shape(2, 16, 4, 2, 4, 10)
-    members = families(Shape(2, 8, 4, 2, 4, 5), source)
-    importance = {"hidden": torch.arange(1, 17).view(1, 16), "intermediate": torch.rand(2, 10) + 1}
-    cpu = torch.device("cpu")
-    projection = initial_scores(members, MaskConfig(), importance, 0, cpu)
-    assert (projection["hidden"].diff() > 0).all()
-    assert projection["hidden"].mean().abs() < 1e-6
-    paper = MaskConfig(rule="paper", init="importance")
-    shifted = initial_scores(members, paper, importance, 0, cpu)
-    assert torch.allclose(shifted["hidden"], projection["hidden"] + 2)
-    for init in ("taylor", "magnitude"):
-        same = initial_scores(members, MaskConfig(init=init), importance, 0, cpu)
-        assert torch.equal(same["hidden"], projection["hidden"])
-    flat = initial_scores(members, MaskConfig(init="flat"), None, 0, cpu)
-    assert flat["intermediate"].abs().max() < 0.1 and flat["intermediate"].std() > 0
-    published = initial_scores(members, MaskConfig(rule="paper"), None, 0, cpu)
-    assert abs(published["hidden"].mean().item() - 5) < 0.02
-    again = initial_scores(members, MaskConfig(init="flat"), None, 0, cpu)
-    other = initial_scores(members, MaskConfig(init="flat"), None, 1, cpu)
-    assert torch.equal(flat["hidden"], again["hidden"])
-    assert not torch.equal(flat["hidden"], other["hidden"])
 
 
 def test_gpt_neox_is_measured_by_all_means(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from data.errors import InputError
 from pruner import proposal as proposal_module
 from pruner.budget import Budget, parse_budget
-from pruner.proposal import TARGET_FILE, recorded, settle, settle_together
+from pruner.proposal import TARGET_FILE, recorded, resolve, resolve_together
 from pruner.shapes import config_of, parse_target, shape_of
 from tests.distributed import run_ranks
 from tests.pruner.test_budget import SOURCES
@@ -49,10 +49,10 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_parameters_are_settled_without_measuring(
+def test_parameters_are_resolved_without_measuring(
     timed: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = settle(budget("params=70m"), SMOLLM, CPU, torch.float32)
+    record = resolve(budget("params=70m"), SMOLLM, CPU, torch.float32)
     target = parse_target(record["shape"], shape_of(SMOLLM))
     count = config_of(target, SMOLLM).num_parameters()
     assert 0.97 * 70e6 <= count <= 70e6
@@ -67,7 +67,7 @@ def test_parameters_are_settled_without_measuring(
 
 
 def test_block_parameters_have_their_own_budget(capsys: pytest.CaptureFixture[str]) -> None:
-    record = settle(budget("params-non-embedding=46m,layers=24"), SMOLLM, CPU, torch.float32)
+    record = resolve(budget("params-non-embedding=46m,layers=24"), SMOLLM, CPU, torch.float32)
     assert 0.97 * 46e6 <= record["non_embedding_parameters"]["target"] <= 46e6
     assert record["shape"].startswith("layers=24,")
     assert "and have layers=24" in capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_block_parameters_have_their_own_budget(capsys: pytest.CaptureFixture[st
 def test_a_speedup_is_predicted_and_then_measured(
     timed: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = settle(budget("speedup=2"), SMOLLM, CPU, torch.float32)
+    record = resolve(budget("speedup=2"), SMOLLM, CPU, torch.float32)
     assert timed == [8, 2]
     target = config_of(parse_target(record["shape"], shape_of(SMOLLM)), SMOLLM)
     before, after = synthetic([SMOLLM, target])
@@ -96,7 +96,7 @@ def test_models_that_do_not_fit_are_not_measured_whole(
     timed: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(proposal_module, "total_memory", lambda _: 10**9)
-    record = settle(budget("speedup=2"), SMOLLM, CPU, torch.float32)
+    record = resolve(budget("speedup=2"), SMOLLM, CPU, torch.float32)
     assert timed == [8]
     assert record["latency"]["measured"] is None
     assert "not measured: both models together need" in capsys.readouterr().out
@@ -118,27 +118,27 @@ def test_budgets_that_cannot_be_met_name_what_can(
     text: str, message: str, timed: list[int]
 ) -> None:
     with pytest.raises(InputError, match=message):
-        settle(budget(text), SMOLLM, CPU, torch.float32)
+        resolve(budget(text), SMOLLM, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("text", ["params=1m", "speedup=1000"])
 def test_what_the_error_names_can_be_met(text: str, timed: list[int]) -> None:
     with pytest.raises(InputError) as error:
-        settle(budget(text), SMOLLM, CPU, torch.float32)
+        resolve(budget(text), SMOLLM, CPU, torch.float32)
     key = text.partition("=")[0]
     value = str(error.value).rpartition(f"{key}=")[2].split()[0].rstrip(",")
-    settle(budget(f"{key}={value}"), SMOLLM, CPU, torch.float32)
+    resolve(budget(f"{key}={value}"), SMOLLM, CPU, torch.float32)
 
 
 def test_a_budget_that_steps_leave_unused_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     text = f"params={SOURCES['demo'].num_parameters() - 1}"
-    record = settle(budget(text), SOURCES["demo"], CPU, torch.float32)
+    record = resolve(budget(text), SOURCES["demo"], CPU, torch.float32)
     assert 0.9 < record["used"] < 0.97
     assert "the steps between shapes are coarse" in capsys.readouterr().out
 
 
 def test_a_record_is_for_one_budget_of_one_source(tmp_path: Path) -> None:
-    record = settle(budget("params=70m"), SMOLLM, CPU, torch.float32)
+    record = resolve(budget("params=70m"), SMOLLM, CPU, torch.float32)
     assert recorded(tmp_path, budget("params=70m"), SMOLLM) is None
     (tmp_path / TARGET_FILE).write_text(json.dumps(record))
     assert recorded(tmp_path, budget(" Params=70M"), SMOLLM) == record
@@ -148,7 +148,7 @@ def test_a_record_is_for_one_budget_of_one_source(tmp_path: Path) -> None:
     assert recorded(tmp_path, budget("params=70m"), SMOLLM) is None
 
 
-def settle_on_a_rank(output: Path, text: str) -> Any:
+def resolve_on_a_rank(output: Path, text: str) -> Any:
     """Each rank's clock differs; only rank 0's may count."""
     context = parallel.init(threads=1)
 
@@ -159,13 +159,13 @@ def settle_on_a_rank(output: Path, text: str) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proposal_module, "decode_timer", lambda *_: timer)
         try:
-            return settle_together(budget(text), SMOLLM, output, context, torch.float32)
+            return resolve_together(budget(text), SMOLLM, output, context, torch.float32)
         except InputError as error:
             return str(error)
 
 
-def test_rank_zero_settles_for_all(tmp_path: Path) -> None:
-    first, second = run_ranks(settle_on_a_rank, 2, tmp_path, "speedup=2")
+def test_rank_zero_resolves_for_all(tmp_path: Path) -> None:
+    first, second = run_ranks(resolve_on_a_rank, 2, tmp_path, "speedup=2")
     assert first == second and first["budget"] == "speedup=2"
-    errors = run_ranks(settle_on_a_rank, 2, tmp_path, "speedup=1000")
+    errors = run_ranks(resolve_on_a_rank, 2, tmp_path, "speedup=1000")
     assert errors[0] == errors[1] and "out of reach" in errors[0]

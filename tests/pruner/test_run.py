@@ -20,8 +20,8 @@ from pruner.run import shear
 from pruner.shapes import config_of
 from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokens
+from tests.trainer.tiny import pretrain
 from trainer.config import DistillationConfig, TrainConfig
-from trainer.cpt import continue_pretraining
 from trainer.loop import Trainer
 from trainer.models.hf import load_config, load_model
 
@@ -40,7 +40,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configure(inputs: Path, output: Path, **options: Any) -> ShearConfig:
     train: dict[str, Any] = {"steps": 8, "seq_len": 32, "global_batch": 4, "micro_batch": 2}
-    train |= {"lr": 1e-3, "eval_sequences": 2, "precision": "fp32", "threads": 1}
+    train |= {
+        "min_lr_ratio": None,
+        "lr": 1e-3,
+        "eval_sequences": 2,
+        "precision": "fp32",
+        "threads": 1,
+    }
     masks: dict[str, Any] = {"calibration_sequences": 6}
     for name in list(options):
         if name in TrainConfig.__dataclass_fields__:
@@ -143,7 +149,7 @@ def test_no_steps_prune_at_once_by_the_initial_scores(
     assert torch.equal(before["model.embed_tokens.weight"], embedding[:, dims])
 
 
-@pytest.mark.parametrize("rule", ["projection", "paper"])
+@pytest.mark.parametrize("rule", ["projection", "sheared-llama"])
 def test_the_saved_model_is_the_one_that_was_trained(
     rule: str, inputs: Path, tmp_path: Path
 ) -> None:
@@ -182,12 +188,11 @@ def test_continued_training_goes_on_after_the_samples_of_shearing(
     assert sum(drawn.values()) == train.steps * train.global_batch
 
     def train_on(output: str, **changes: Any) -> dict[str, int]:
-        trainer = continue_pretraining(
+        trainer = pretrain(
             replace(train, **changes),
-            model=str(tmp_path / "shear"),
-            data=configure(inputs, tmp_path).data,
+            model=tmp_path / "shear",
+            data=inputs / "tokens",
             output=tmp_path / output,
-            tensorboard=False,
         )
         assert trainer is not None
         return trainer.stream.sampler.used
@@ -310,16 +315,17 @@ def test_another_target_does_not_resume(inputs: Path, tmp_path: Path) -> None:
         shear(configure(inputs, tmp_path / "out", target=TARGET.replace("ffn=20", "ffn=24")))
 
 
-def test_paper_rule_says_that_it_did_not_polarise(
+def test_the_lagrangian_says_that_it_did_not_polarise(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shear(configure(inputs, tmp_path / "out", rule="paper", mixture=MixtureConfig(kind="fixed")))
+    mixture = MixtureConfig(kind="fixed")
+    shear(configure(inputs, tmp_path / "out", rule="sheared-llama", mixture=mixture))
     report = json.loads((tmp_path / "out" / "shear.json").read_text())
     assert report["polarised"] is False
     assert report["kept"]["intermediate"] == [20] * 3
     assert sum(report["kept_not_alive"].values()) > 0
     assert report["reload_difference"] <= 1e-5
-    assert "warning: the masks did not polarise" in capsys.readouterr().out
+    assert "warning: the masks did not polarise" in capsys.readouterr().err
 
 
 def test_bf16_compute_and_16_bit_weights(inputs: Path, tmp_path: Path) -> None:
@@ -439,7 +445,7 @@ def test_bad_calls_fail_before_any_weight_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_is_settled_before_training_and_kept_for_resumes(
+def test_a_budget_is_resolved_before_training_and_kept_for_resumes(
     inputs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -458,8 +464,8 @@ def test_a_budget_is_settled_before_training_and_kept_for_resumes(
     assert found == json.loads((output / "shear.json").read_text())["parameters"]["target"]
     assert json.loads((output / "run.json").read_text())["target"] == record["shape"]
 
-    # A finished, or a cut off, run takes the recorded shape: nothing is settled again.
-    monkeypatch.setattr("pruner.proposal.settle", None)
+    # A finished, or a cut off, run takes the recorded shape: nothing is resolved again.
+    monkeypatch.setattr("pruner.proposal.resolve", None)
     assert shear(configure(inputs, output, **options)) is None
     assert f"target params={limit} is {record['shape']}" in capsys.readouterr().out
     (output / "shear.json").unlink()

@@ -2,22 +2,22 @@ import torch
 
 from pruner.shapes import Shape
 from pruner.units import (
-    families,
     indicator,
     kept_indices,
     on_counts,
     polarised,
     to_masks,
     top_units,
+    unit_kinds,
 )
 
 SOURCE = Shape(layers=3, hidden=12, heads=6, kv_heads=3, head_dim=2, ffn=10)
 TARGET = Shape(layers=2, hidden=8, heads=2, kv_heads=2, head_dim=2, ffn=5)
 
 
-def test_families_have_one_row_per_independent_choice() -> None:
-    members = families(TARGET, SOURCE)
-    sizes = {name: (f.rows, f.units, f.target) for name, f in members.items()}
+def test_kinds_have_one_row_per_independent_choice() -> None:
+    kinds = unit_kinds(TARGET, SOURCE)
+    sizes = {name: (f.rows, f.units, f.target) for name, f in kinds.items()}
     assert sizes == {
         "hidden": (1, 12, 8),
         "layer": (1, 3, 2),
@@ -27,9 +27,9 @@ def test_families_have_one_row_per_independent_choice() -> None:
     }
 
 
-def test_only_pruned_families_exist() -> None:
-    members = families(Shape(3, 12, 4, 2, 2, 10), SOURCE)
-    assert list(members) == ["kv_group"]
+def test_only_pruned_kinds_exist() -> None:
+    kinds = unit_kinds(Shape(3, 12, 4, 2, 2, 10), SOURCE)
+    assert list(kinds) == ["kv_group"]
     masks = to_masks({"kv_group": torch.ones(3, 3)}, SOURCE)
     assert masks.head is not None and masks.head.shape == (3, 6)
     assert masks.hidden is None and masks.layer is None and masks.intermediate is None
@@ -53,15 +53,15 @@ def test_ties_go_to_the_lower_index() -> None:
 
 
 def test_counts_indices_and_polarisation() -> None:
-    members = families(Shape(3, 12, 6, 3, 2, 2), SOURCE)
+    kinds = unit_kinds(Shape(3, 12, 6, 3, 2, 2), SOURCE)
     z = torch.zeros(3, 10)
     z[:, [1, 7]] = 1.0
-    assert polarised({"intermediate": z}, members)
+    assert polarised({"intermediate": z}, kinds)
     assert kept_indices(z).tolist() == [[1, 7]] * 3
     for value, index in ((0.98, 1), (0.02, 0), (1.0, 0)):
         soft = z.clone()
         soft[2, index] = value
-        assert not polarised({"intermediate": soft}, members)
+        assert not polarised({"intermediate": soft}, kinds)
     soft = z.clone()
     soft[0, 1] = 0.5
     assert on_counts(soft).tolist() == [1, 2, 2]

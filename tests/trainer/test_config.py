@@ -2,7 +2,7 @@ import pytest
 
 from data.cli import parse
 from data.errors import InputError
-from trainer.config import DISTILL_WEIGHT, DistillationConfig, TrainConfig, check_layout
+from trainer.config import DistillationConfig, TrainConfig, check_layout
 
 
 def test_defaults_are_the_published_recipe() -> None:
@@ -73,11 +73,4 @@ def test_distillation_flags() -> None:
     words = "--distill-weight 0.5 --distill-temperature 2 --distill-top-k 64"
     config = parse(DistillationConfig, section="cpt", argv=words.split())
     assert config == DistillationConfig(weight=0.5, temperature=2.0, top_k=64)
-    assert config.kind == "forward-kl" and config.in_force(True) == config
-
-
-def test_an_unnamed_distillation_weight_depends_on_the_teacher() -> None:
-    unnamed = DistillationConfig(top_k=64)
-    assert unnamed.in_force(True) == DistillationConfig(weight=DISTILL_WEIGHT, top_k=64)
-    assert unnamed.in_force(False) == DistillationConfig(weight=0.0, top_k=64)
-    assert DistillationConfig(weight=0.0).in_force(True).weight == 0
+    assert config.kind == "forward-kl"

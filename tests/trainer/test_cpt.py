@@ -8,19 +8,17 @@ from typing import Any
 import pytest
 
 from data.errors import InputError
-from tests.trainer.tiny import losses, options
-from trainer.cpt import continue_pretraining
+from tests.trainer.tiny import losses, options, pretrain
 from trainer.loop import Trainer
 
 
 def run(workspace: Path, output: Path, **changes: Any) -> Trainer | None:
-    return continue_pretraining(
+    return pretrain(
         options(steps=8, save_interval=2, **changes),
-        model=str(workspace / "model"),
-        data=str(workspace / "tokens"),
+        model=workspace / "model",
+        data=workspace / "tokens",
         output=output,
         reference_losses="alpha=2.0,beta=5.0",
-        tensorboard=False,
     )
 
 
@@ -83,21 +81,21 @@ def test_learning_rate_and_evaluation_may_change_on_resume(
 
 def test_an_unwritable_copy_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^--json .* is a folder; name a file in it"):
-        continue_pretraining(
+        pretrain(
             options(steps=1),
-            model=str(tmp_path / "none"),
-            data=str(tmp_path / "none"),
+            model=tmp_path / "none",
+            data=tmp_path / "none",
             output=tmp_path / "out",
-            json_copy=tmp_path,
+            json=str(tmp_path),
         )
     assert not (tmp_path / "out").exists()
 
 
 def test_no_steps_are_refused(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--steps 0: must be at least 1 to train"):
-        continue_pretraining(
+        pretrain(
             options(steps=0),
-            model=str(workspace / "model"),
-            data=str(workspace / "tokens"),
+            model=workspace / "model",
+            data=workspace / "tokens",
             output=tmp_path,
         )

@@ -17,14 +17,19 @@ from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokenizer
 from tests.trainer.test_cpt import stop_during
 from tests.trainer.test_loop import LENGTH, ROWS, SEED, Capture, Gradients, RaggedStream, make_masks
-from tests.trainer.tiny import SHAPE, losses, options
+from tests.trainer.tiny import SHAPE, losses, options, pretrain
 from trainer import memory, parallel
-from trainer.config import DistillationConfig
-from trainer.cpt import continue_pretraining
-from trainer.distillation import Teacher, TeacherSource, load_teacher, open_teacher
-from trainer.loop import Trainer, next_token_targets
+from trainer.config import DISTILL_WEIGHT, DistillationConfig
+from trainer.distillation import (
+    Teacher,
+    TeacherSource,
+    load_teacher,
+    open_teacher,
+    resolve_teacher,
+)
+from trainer.loop import Trainer
 from trainer.memory import teacher_bytes
-from trainer.models.decoder import CausalLM
+from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.hf import init_weights, load_config, load_model
 from trainer.optimizer import build_optimizer
 from trainer.run import build_model, random_init
@@ -184,15 +189,14 @@ def test_student_and_teacher_must_fit_together(
 
 def train(workspace: Path, output: Path, teacher: Path, **changes: Any) -> Trainer | None:
     distillation = changes.pop("distillation", HALF)
-    return continue_pretraining(
+    return pretrain(
         options(**({"steps": 8, "save_interval": 2} | changes)),
-        model=str(workspace / "model"),
-        data=str(workspace / "tokens"),
+        model=workspace / "model",
+        data=workspace / "tokens",
         output=output,
         reference_losses="alpha=2.0,beta=5.0",
         teacher=str(teacher),
         distillation=distillation,
-        tensorboard=False,
     )
 
 
@@ -249,13 +253,12 @@ def test_losses_do_not_depend_on_the_number_of_ranks(
 
 
 def test_a_run_without_a_teacher_records_none(workspace: Path, tmp_path: Path) -> None:
-    continue_pretraining(
+    pretrain(
         options(steps=1),
-        model=str(workspace / "model"),
-        data=str(workspace / "tokens"),
+        model=workspace / "model",
+        data=workspace / "tokens",
         output=tmp_path,
         reference_losses="alpha=2.0,beta=5.0",
-        tensorboard=False,
     )
     assert "distill_kl" not in (tmp_path / "metrics.jsonl").read_text()
     assert "distill" not in (tmp_path / "run.json").read_text()
@@ -297,3 +300,11 @@ def test_a_bad_teacher_is_refused_before_any_weight_is_read(
     with pytest.raises(InputError, match="padded predicts 320 ids"):
         train(workspace, tmp_path / "out", padded)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unnamed_weight_depends_on_the_teacher() -> None:
+    unnamed = DistillationConfig(top_k=64)
+    for name, weight in (("some/model", DISTILL_WEIGHT), (None, 0.0)):
+        assert resolve_teacher(name, unnamed, None) == (name, replace(unnamed, weight=weight), None)
+    off = DistillationConfig(weight=0.0)
+    assert resolve_teacher("some/model", off, None) == ("some/model", off, None)

@@ -9,9 +9,9 @@ from data.errors import InputError
 from data.reader import TokenReader
 from tests.distributed import run_ranks
 from tests.trainer.tiny import options as train_options
+from tests.trainer.tiny import pretrain
 from trainer import cpt, parallel
 from trainer.callbacks.mixture import MixtureCallback
-from trainer.cpt import continue_pretraining
 from trainer.domains import (
     DomainOptions,
     Domains,
@@ -80,8 +80,8 @@ def test_a_fit_is_evaluated_at_the_number_of_parameters(tmp_path: Path) -> None:
     loss = 50 * (10**9) ** -0.2 + 1
     assert domains.reference == pytest.approx({"c4": loss, "github": loss}, abs=1e-5)
     assert domains.weights == {"c4": 0.2, "github": 0.8}
-    lines = domains.messages()
-    assert len(lines) == 2 and lines[0].startswith("note: reference loss of c4 fitted at 1,000,000")
+    assert domains.notes[0].startswith("reference loss of c4 fitted at 1,000,000")
+    assert len(domains.notes) == 2 and not domains.warnings
     with pytest.raises(InputError, match=r"the domains \['c4', 'github'\]"):
         start(reference_fit=str(write_fit(path, "c4")))
 
@@ -93,8 +93,10 @@ def test_a_fit_excludes_given_losses() -> None:
         DomainOptions(reference="c4=1", reference_fit="fit.json")
 
 
-def test_warnings_follow_notes() -> None:
-    assert Domains({}, {}, ["a"], ["b"]).messages() == ["note: a", "warning: b"]
+def test_warnings_are_told_from_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    Domains({}, {}, ["a"], ["b"]).log()
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("note: a\n", "warning: b\n")
 
 
 @pytest.mark.parametrize("text", ["c4", "c4=x", "=1", "c4=-1", "c4=nan", "c4=1,c4=2", ""])
@@ -151,15 +153,14 @@ def test_lost_measurements(workspace: Path, tmp_path: Path, content: str | None)
         measure(workspace, tmp_path, restarted=True)
 
 
-def pretrain(
+def train_on(
     workspace: Path, output: Path, *, model: Path | None = None, **changes: Any
 ) -> Trainer:
-    trainer = continue_pretraining(
+    trainer = pretrain(
         train_options(steps=6, save_interval=2),
-        model=str(model or workspace / "model"),
-        data=str(workspace / "tokens"),
+        model=model or workspace / "model",
+        data=workspace / "tokens",
         output=output,
-        tensorboard=False,
         **changes,
     )
     assert trainer is not None
@@ -175,7 +176,7 @@ def steering(trainer: Trainer) -> tuple[str, dict[str, float]]:
 def test_a_model_without_shearing_is_its_own_reference(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = pretrain(workspace, tmp_path / "straight")
+    straight = train_on(workspace, tmp_path / "straight")
     kind, reference = steering(straight)
     assert kind == "dynamic" and reference == measure(workspace, tmp_path / "own", restarted=False)
 
@@ -188,9 +189,9 @@ def test_a_model_without_shearing_is_its_own_reference(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stop_after_three)
-        assert pretrain(workspace, output).step == 3
+        assert train_on(workspace, output).step == 3
     monkeypatch.setattr(cpt, "pretrained", lambda source: None)
-    resumed = pretrain(workspace, output)
+    resumed = train_on(workspace, output)
     assert resumed.step == 6 and steering(resumed) == (kind, reference)
     assert resumed.loss == straight.loss
 
@@ -198,7 +199,7 @@ def test_a_model_without_shearing_is_its_own_reference(
 def test_random_weights_are_no_reference(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = pretrain(workspace, tmp_path, init="random")
+    trainer = train_on(workspace, tmp_path, init="random")
     assert steering(trainer)[0] == "fixed" and not (tmp_path / "reference.json").exists()
     assert "the domain weights stay fixed" in capsys.readouterr().out
 
@@ -209,7 +210,7 @@ def test_a_sheared_model_is_no_reference(
     run = tmp_path / "shear"
     shutil.copytree(workspace / "model", run / "model")
     (run / "shear.json").write_text(json.dumps(SHEARED))
-    trainer = pretrain(workspace, tmp_path / "out", model=run / "model")
+    trainer = train_on(workspace, tmp_path / "out", model=run / "model")
     assert steering(trainer)[0] == "fixed"
     assert "the domain weights stay fixed" in capsys.readouterr().out
 
@@ -219,13 +220,13 @@ def test_a_fit_steers_continued_pre_training(
 ) -> None:
     fit = write_fit(tmp_path / "fit.json", "alpha", "beta")
     parameters = load_config(workspace / "model").num_parameters()
-    trainer = pretrain(workspace, tmp_path / "out", reference_fit=str(fit))
+    trainer = train_on(workspace, tmp_path / "out", reference_fit=str(fit))
     loss = round(50 * parameters**-0.2 + 1, 4)
     assert steering(trainer)[1] == pytest.approx({"alpha": loss, "beta": loss}, abs=1e-3)
     assert not (tmp_path / "out" / "reference.json").exists()
-    printed = capsys.readouterr().out
-    assert f"alpha fitted at {parameters:,} parameters: {loss:.4f}" in printed
-    assert f"warning: {parameters:,} parameters lie" in printed
+    said = capsys.readouterr()
+    assert f"alpha fitted at {parameters:,} parameters: {loss:.4f}" in said.out
+    assert f"warning: {parameters:,} parameters lie" in said.err
 
 
 def test_fits_are_checked_before_weights_load(
@@ -234,9 +235,9 @@ def test_fits_are_checked_before_weights_load(
     monkeypatch.delattr(cpt, "build_model")
     fit = write_fit(tmp_path / "fit.json", "gamma")
     with pytest.raises(InputError, match=r"has losses of \['gamma'\]"):
-        pretrain(workspace, tmp_path / "out", reference_fit=str(fit))
+        train_on(workspace, tmp_path / "out", reference_fit=str(fit))
     with pytest.raises(InputError, match=r"--reference-losses .* and --reference-fit"):
-        pretrain(
+        train_on(
             workspace, tmp_path / "out", reference_fit=str(fit), reference_losses="alpha=1,beta=1"
         )
     assert not (tmp_path / "out").exists()

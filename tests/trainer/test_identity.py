@@ -7,12 +7,12 @@ from data.errors import InputError
 from tests.trainer.tiny import SHAPE, options
 from trainer import parallel
 from trainer.config import TrainConfig
-from trainer.identity import claim_output, read_identity, run_identity
+from trainer.identity import read_identity, run_identity, verify_run
 from trainer.models.config import ModelConfig
 from trainer.models.sources import weights_fingerprint
 
 
-def claim(
+def verify(
     output: Path,
     config: TrainConfig,
     model: ModelConfig = SHAPE,
@@ -21,24 +21,24 @@ def claim(
     started: bool = True,
 ) -> None:
     identity = run_identity(config, model, precision="fp32", data=data, target={"layers": (1, 2)})
-    claim_output(output, identity, parallel.init(threads=1), started=started)
+    verify_run(output, identity, parallel.init(threads=1), started=started)
 
 
 def test_the_same_run_is_accepted(tmp_path: Path) -> None:
-    claim(tmp_path, options(), started=False)
-    claim(tmp_path, options(micro_batch=4, save_interval=7, threads=2, eval_interval=3))
+    verify(tmp_path, options(), started=False)
+    verify(tmp_path, options(micro_batch=4, save_interval=7, threads=2, eval_interval=3))
     identity = read_identity(tmp_path)
     assert identity is not None and identity["lr"] == 1e-2 and identity["model.hidden_size"] == 16
 
 
 def test_differences_are_named(tmp_path: Path) -> None:
-    claim(tmp_path, options(), started=False)
+    verify(tmp_path, options(), started=False)
     with pytest.raises(InputError, match=r"lr was 0\.01, now 0\.5, seed was 0, now 1\. Repeat"):
-        claim(tmp_path, options(lr=0.5, seed=1))
+        verify(tmp_path, options(lr=0.5, seed=1))
     with pytest.raises(InputError, match="data was 'abc', now 'def'"):
-        claim(tmp_path, options(), data="def")
+        verify(tmp_path, options(), data="def")
     with pytest.raises(InputError, match=r"model\.num_layers was 2, now 3"):
-        claim(tmp_path, options(), replace(SHAPE, num_layers=3))
+        verify(tmp_path, options(), replace(SHAPE, num_layers=3))
 
 
 def checkpoint(output: Path, step: int) -> None:
@@ -50,36 +50,36 @@ def checkpoint(output: Path, step: int) -> None:
 def test_remedies_against_divergence_may_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    claim(tmp_path, options(), started=False)
+    verify(tmp_path, options(), started=False)
     checkpoint(tmp_path, 12)
-    claim(tmp_path, options(lr=0.005, clip=0.5, weight_decay=0.2, min_lr_ratio=0.2))
+    verify(tmp_path, options(lr=0.005, clip=0.5, weight_decay=0.2, min_lr_ratio=0.2))
     notes = capsys.readouterr().out
     assert "lr 0.01 -> 0.005 from step 13" in notes and notes.count("note:") == 4
     identity = read_identity(tmp_path)
     assert identity is not None and (identity["lr"], identity["clip"]) == (0.005, 0.5)
-    claim(tmp_path, options(lr=0.005, clip=0.5, weight_decay=0.2, min_lr_ratio=0.2))
+    verify(tmp_path, options(lr=0.005, clip=0.5, weight_decay=0.2, min_lr_ratio=0.2))
     assert capsys.readouterr().out == ""
     with pytest.raises(InputError, match=r": seed was 0, now 1\. Repeat"):
-        claim(tmp_path, options(lr=0.001, clip=0.5, weight_decay=0.2, min_lr_ratio=0.2, seed=1))
+        verify(tmp_path, options(lr=0.001, clip=0.5, weight_decay=0.2, min_lr_ratio=0.2, seed=1))
     assert capsys.readouterr().out == "" and read_identity(tmp_path) == identity
 
 
 def test_a_finished_run_cannot_change(tmp_path: Path) -> None:
-    claim(tmp_path, options(), started=False)
+    verify(tmp_path, options(), started=False)
     checkpoint(tmp_path, 20)
     with pytest.raises(InputError, match=r"lr was 0\.01, now 0\.5"):
-        claim(tmp_path, options(lr=0.5))
+        verify(tmp_path, options(lr=0.5))
 
 
 def test_more_steps_are_another_schedule(tmp_path: Path) -> None:
-    claim(tmp_path, options(), started=False)
+    verify(tmp_path, options(), started=False)
     with pytest.raises(InputError, match=r"steps was 20, now 40.*schedule.*--model .*model"):
-        claim(tmp_path, options(steps=40))
+        verify(tmp_path, options(steps=40))
 
 
 def test_a_run_without_progress_is_replaced(tmp_path: Path) -> None:
-    claim(tmp_path, options(), started=False)
-    claim(tmp_path, options(lr=0.5), started=False)
+    verify(tmp_path, options(), started=False)
+    verify(tmp_path, options(lr=0.5), started=False)
     identity = read_identity(tmp_path)
     assert identity is not None and identity["lr"] == 0.5
 
@@ -87,7 +87,7 @@ def test_a_run_without_progress_is_replaced(tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--output .*file.* cannot be written"):
-        claim(tmp_path / "file", options(), started=False)
+        verify(tmp_path / "file", options(), started=False)
 
 
 def test_weights_fingerprint_sees_changes(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from data.errors import InputError
 from tests.distributed import run_ranks
 from tests.trainer.tiny import SHAPE, losses, make_trainer, options
 from trainer import parallel
-from trainer.loop import Callback, Trainer, next_token_targets
-from trainer.models.decoder import CausalLM
+from trainer.loop import Callback, Trainer
+from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.hf import init_weights
 from trainer.models.masks import Masks
 from trainer.optimizer import build_optimizer

@@ -102,7 +102,7 @@ def test_a_report_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> No
     context = parallel.init(threads=1)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write .*report\.json"):
-        publish(context, {}, [tmp_path / "file" / "report.json"])
+        publish(context, {}, tmp_path / "file" / "report.json")
 
 
 def test_one_error_names_missing_model_and_missing_data(workspace: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from data.mixture import MixtureConfig
 from data.reader import TokenReader
 from trainer import parallel
-from trainer.config import TrainConfig
+from trainer.config import CptConfig, TrainConfig
+from trainer.cpt import continue_pretraining
 from trainer.loop import Callback, Trainer
 from trainer.models.config import ModelConfig
 from trainer.run import build_model, build_trainer, random_init
@@ -72,6 +73,14 @@ def make_trainer(
         description="test",
         tensorboard=False,
     )
+
+
+def pretrain(
+    train: TrainConfig, *, model: Path, data: Path, output: Path, **options: Any
+) -> Trainer | None:
+    """Continued pre-training without TensorBoard."""
+    config = CptConfig(train=train, model=str(model), data=str(data), output=str(output), **options)
+    return continue_pretraining(config, tensorboard=False)
 
 
 def losses(output: Path) -> list[float]:

@@ -120,6 +120,22 @@ def expand(heads: np.ndarray, width: int) -> np.ndarray:
     return (heads[:, None] * width + np.arange(width)).ravel()
 
 
+def computed_config(config: ModelConfig, computed: ComputedUnits, index: int) -> ModelConfig:
+    """The architecture of what is computed of block `index`, as a model of this one block."""
+    units = computed.layers[index]
+    keys_of = units.keys if units.fused is None else units.queries
+    kept = (computed.hidden, units.queries, keys_of, units.channels)
+    width, queries, keys, channels = (None if found is None else len(found) for found in kept)
+    return replace(
+        config,
+        num_layers=1,
+        hidden_size=width or config.hidden_size,
+        num_heads=(queries or config.query_size) // config.head_dim,
+        num_kv_heads=(keys or config.kv_size) // config.head_dim,
+        intermediate_size=channels or config.intermediate_size,
+    )
+
+
 def computed_flops(
     config: ModelConfig, computed: ComputedUnits, seq_len: int, causal: bool
 ) -> float:
@@ -127,23 +143,11 @@ def computed_flops(
     ModelConfig.flops_per_token."""
     width = config.hidden_size if computed.hidden is None else len(computed.hidden)
     head = 6.0 * config.vocab_size * width
-    total = head
-    for units in computed.layers:
-        if units.skipped:
-            continue
-        keys_of = units.keys if units.fused is None else units.queries
-        indices = (units.queries, keys_of, units.channels)
-        queries, keys, channels = (None if index is None else len(index) for index in indices)
-        block = replace(
-            config,
-            num_layers=1,
-            hidden_size=width,
-            num_heads=(queries or config.query_size) // config.head_dim,
-            num_kv_heads=(keys or config.kv_size) // config.head_dim,
-            intermediate_size=channels or config.intermediate_size,
-        )
-        total += block.flops_per_token(seq_len, causal) - head
-    return total
+    blocks = (index for index, units in enumerate(computed.layers) if not units.skipped)
+    return head + sum(
+        computed_config(config, computed, index).flops_per_token(seq_len, causal) - head
+        for index in blocks
+    )
 
 
 def _to_host(masks: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

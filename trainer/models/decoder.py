@@ -3,6 +3,7 @@
 import pkgutil
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -140,3 +141,16 @@ class CausalLM(nn.Module):
             return LossOutput(loss, token_loss.view(targets.shape))
         loss, token_loss, token_kl = linear_distillation(*arguments, teacher_output)
         return LossOutput(loss, token_loss.view(targets.shape), token_kl.view(targets.shape))
+
+
+def next_token_targets(ids: Tensor, valid: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    """Targets [B, S], each position's next token, and which of them count (bool [B, S]).
+
+    The last position has no target. `valid` [B, S], if given, marks the ids that may be targets.
+    """
+    targets = torch.roll(ids, -1, dims=1)
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    if valid is not None:
+        counted = torch.roll(torch.from_numpy(valid).to(ids.device), -1, dims=1)
+    counted[:, -1] = False
+    return targets, counted

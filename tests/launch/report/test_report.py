@@ -25,8 +25,7 @@ from pruner.history import encode_mask
 from pruner.run import shear
 from tests.factories import write_model, write_tokens
 from tests.pruner.test_run import configure
-from tests.trainer.tiny import options
-from trainer.cpt import continue_pretraining
+from tests.trainer.tiny import options, pretrain
 
 VOID = {"meta", "img", "br"}
 SHOWN = ("Units", "Kept units", "Alive units", "Distribution of the masks", "How units settled")
@@ -40,12 +39,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_model(root / "model", num_hidden_layers=3)
     write_tokens(root / "tokens", model, number=40)
     shear(configure(root, root / "shear", eval_interval=4))
-    continue_pretraining(
+    pretrain(
         options(steps=3, seq_len=32, eval_interval=2),
-        model=str(root / "shear"),
-        data=str(root / "tokens"),
+        model=root / "shear",
+        data=root / "tokens",
         output=root / "cpt",
-        tensorboard=False,
     )
     return root
 
