@@ -51,7 +51,10 @@ class Names:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How one family differs: its parameters' names, its config.json, its block."""
+    """How one family differs: its parameters' names, its config.json, its block.
+
+    A new family is a row, and a block class where no other family's block does.
+    """
 
     architecture: str
     """The transformers class that runs it, as config.json names it."""
@@ -71,7 +74,9 @@ class Family:
     norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """The class in trainer.models.layers of every norm over the residual stream."""
     block: str = "trainer.models.llama:DecoderLayer"
-    """The block's class; a path, because blocks import ModelConfig, which reads this table."""
+    """The block's class: made from a ModelConfig, called with x, cos, sin and the LayerMasks, and
+    made of the layers of trainer.models.layers. A path, because blocks import ModelConfig, which
+    reads this table."""
 
     @property
     def fused_qkv(self) -> bool:

@@ -12,8 +12,6 @@ from trainer.models.config import ModelConfig
 from trainer.models.layers import LayerNorm, Linear, skip_block
 from trainer.models.masks import LayerMasks
 
-_NO_MASKS = LayerMasks()
-
 
 class Attention(nn.Module):
     """Causal attention with as many key/value heads as query heads."""
@@ -70,7 +68,7 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(config)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: LayerMasks = _NO_MASKS) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: LayerMasks) -> Tensor:
         """x [B, S, m] -> [B, S, m]; cos and sin [S, rotary_dim / 2] in x's dtype."""
         if masks.units.skipped:
             return skip_block(self, x, masks.stream)

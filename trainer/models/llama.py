@@ -1,4 +1,4 @@
-"""The blocks of the Llama family."""
+"""The block of Llama, Mistral and Qwen: RMSNorm, separate projections, gated feed-forward layer."""
 
 from torch import Tensor, nn
 
@@ -8,8 +8,6 @@ from trainer.kernels.swiglu import swiglu
 from trainer.models.config import ModelConfig
 from trainer.models.layers import Linear, RMSNorm, skip_block
 from trainer.models.masks import LayerMasks
-
-_NO_MASKS = LayerMasks()
 
 
 class Attention(nn.Module):
@@ -74,7 +72,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: LayerMasks = _NO_MASKS) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: LayerMasks) -> Tensor:
         """x [B, S, m] -> [B, S, m]; cos and sin [S, head_dim / 2] in x's dtype."""
         if masks.units.skipped:
             return skip_block(self, x, masks.stream)

@@ -194,8 +194,8 @@ def _is_complete(folder: Path, weights: bool) -> bool:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Hash of a model folder's safetensors files: sizes, headers and a few samples of each, so it
-    costs no time."""
+    """Hash of a model folder's safetensors files: sizes, headers and a few samples of each, so that
+    it is quick for any model."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

@@ -36,6 +36,13 @@ def test_reading_leaves_the_given_dictionary_alone() -> None:
     assert values["rope_scaling"] == {"type": "linear", "factor": 4.0}
 
 
+def test_keys_of_other_families_are_ignored_as_in_transformers() -> None:
+    stray = {"attention_bias": True, "mlp_bias": True, "use_parallel_residual": True}
+    config = ModelConfig.from_hf(CASES["mistral"] | stray)
+    assert not (config.qkv_bias or config.output_bias or config.mlp_bias)
+    assert not (stray.keys() & config.to_hf().to_dict().keys())
+
+
 def test_special_tokens_and_extras_reach_the_written_config() -> None:
     config = ModelConfig.from_hf({**CASES["llama"], "bos_token_id": 7, "eos_token_id": [8, 9]})
     written = config.to_hf()
