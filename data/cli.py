@@ -254,11 +254,12 @@ def _parse_words(options: Sequence[Option], words: list[str]) -> dict[str, Any]:
     flat = dataclasses.make_dataclass("Options", fields, kw_only=True)
     try:
         program = program_name().partition(" [")[0]
-        return vars(tyro.cli(flat, prog=program, args=words, console_outputs=rank() == 0))
+        given: Any = tyro.cli(flat, prog=program, args=words, console_outputs=rank() == 0)
     except SystemExit:
         if rank() != 0:
             _wait_for_rank_zero()
         raise
+    return {option.name: getattr(given, option.name) for option in options}
 
 
 def _print_help(

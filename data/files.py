@@ -29,6 +29,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
+def write_copy(path: str | None, content: dict[str, Any]) -> None:
+    """Writes what a command measured to the file that --json names, if it names one."""
+    if path is not None:
+        write_json(Path(path), content)
+
+
 def partial_path(path: Path) -> Path:
     """Where this process writes what becomes `path`; other processes write elsewhere."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -70,11 +76,14 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def require_writable(path: Path, option: str) -> None:
-    """Raises InputError, naming `option`, when `write_text` could not write `path`.
+def require_writable(name: str | Path | None, option: str) -> None:
+    """Raises InputError, naming `option`, when `write_text` could not write the file `name`.
 
-    Leaves nothing behind; a file that exists stays as it is.
+    None is an option left out. Leaves nothing behind; a file that exists stays as it is.
     """
+    if name is None:
+        return
+    path = Path(name)
     try:
         if path.is_dir():
             raise InputError(f"{option} {path} is a folder; name a file in it")

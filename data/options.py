@@ -85,7 +85,7 @@ def options_of(config: type, base: Any = None, section: str = "") -> list[Option
 def build(config: type[T], values: dict[str, Any]) -> T:
     """An instance of `config` from the values of its options by name; it validates itself."""
     arguments = {
-        field.name: build(kind, values)
+        field.name: build(typing.cast(type, kind), values)
         if dataclasses.is_dataclass(kind)
         else values[_name(field, markers)]
         for field, kind, markers in _fields(config)

@@ -8,7 +8,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from data.files import require_writable, write_json
+from data.files import require_writable, write_copy
 from data.progress import Progress
 from launch.bench_kernels.config import BenchConfig
 from launch.bench_kernels.losses import LOSSES, Loss, loss_inputs
@@ -68,12 +67,10 @@ SMALL = "SmolLM2 135M"
 
 def run(config: BenchConfig) -> None:
     """Measures, prints the result and writes it to --json."""
-    if config.json is not None:
-        require_writable(Path(config.json), "--json")
+    require_writable(config.json, "--json")
     result = measure(config)
     print_result(result)
-    if config.json is not None:
-        write_json(Path(config.json), result)
+    write_copy(config.json, result)
 
 
 def measure(config: BenchConfig) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from data.errors import InputError
-from data.files import require_writable, write_json
+from data.files import require_writable, write_copy
 from data.progress import Progress
 from launch.bench_shear.config import BenchConfig
 from pruner.budget import refuse_budget
@@ -109,12 +108,10 @@ class Variant:
 
 def run(config: BenchConfig) -> None:
     """Measures, prints the result and writes it to --json."""
-    if config.json is not None:
-        require_writable(Path(config.json), "--json")
+    require_writable(config.json, "--json")
     result = measure(config)
     print_result(result)
-    if config.json is not None:
-        write_json(Path(config.json), result)
+    write_copy(config.json, result)
 
 
 def measure(config: BenchConfig) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """A comparison from its options to the table."""
 
 import shutil
-from pathlib import Path
 from typing import Any
 
-from data.files import require_writable, write_json
+from data.files import require_writable, write_copy
 from data.sources import find_files
 from launch.compare.config import CompareConfig
 from launch.compare.dead_units import dead_units_plan
@@ -22,8 +21,7 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     options that cannot work with the source or the input, and at the end for stages that failed.
     """
     source = load_config(resolve_model(config.source, weights=False, option="--source"))
-    if config.json is not None:
-        require_writable(Path(config.json), "--json")
+    require_writable(config.json, "--json")
     find_files(config.input)
     maker = StageMaker(config)
     plan = dead_units_plan(maker, source) if config.dead_units else losses_plan(maker, source)
@@ -36,8 +34,8 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
         # A finished run needs none, and they are the largest thing it leaves.
         shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
         results = plan.results(done)
-        if config.json is not None and results is not None:
-            write_json(Path(config.json), results)
+        if results is not None:
+            write_copy(config.json, results)
 
     stages = Stages(maker.output, number=len(plan.tasks))
     try:

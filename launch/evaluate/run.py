@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.errors import InputError
-from data.files import require_writable, write_json
+from data.files import require_writable, write_copy
 from data.progress import Progress
 from data.reader import TokenReader
 from data.tokenizers import load_tokenizer
@@ -48,8 +48,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
     Everything that can be refused without the weights is refused before they are read.
     """
-    if config.json is not None:
-        require_writable(Path(config.json), "--json")
+    require_writable(config.json, "--json")
     text = _read_text(Path(config.text)) if config.text is not None else None
     reader = _open_tokens(config) if config.data is not None else None
     context = parallel.init(threads=config.threads)
@@ -77,8 +76,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     context.barrier()
     if context.is_main:
         _print(result)
-        if config.json is not None:
-            write_json(Path(config.json), result)
+        write_copy(config.json, result)
     return result
 
 

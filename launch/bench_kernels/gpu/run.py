@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data.errors import InputError
-from data.files import require_writable, write_json
+from data.files import require_writable, write_copy
 from data.machine import available_cores
 from data.progress import Progress
 from launch.bench_kernels.config import BenchConfig
@@ -36,9 +36,8 @@ def run(config: BenchConfig) -> None:
         InputError: there is no GPU.
         SystemExit: status 1; an operator was wrong, failed, or could not be checked in time.
     """
-    for option, path in (("--json", config.json), ("--csv", config.csv)):
-        if path is not None:
-            require_writable(Path(path), option)
+    require_writable(config.json, "--json")
+    require_writable(config.csv, "--csv")
     if not torch.cuda.is_available():
         made_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
         raise InputError(
@@ -48,8 +47,7 @@ def run(config: BenchConfig) -> None:
             "the kernels, --cpu times what runs on a CPU"
         )
     report = measure("cuda", config.budget_seconds)
-    if config.json is not None:
-        write_json(Path(config.json), report)
+    write_copy(config.json, report)
     if config.csv is not None:
         gpu_report.write_csv(Path(config.csv), report["facts"], report["timings"])
     gpu_report.print_report(report["facts"], report["checks"], report["timings"])

@@ -4,13 +4,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from data.files import require_writable, write_json
+from data.files import require_writable, write_copy
 from data.progress import Progress
 from launch.bench_kernels import traffic as kernel_traffic
 from launch.bench_kernels.config import BenchConfig
@@ -42,12 +41,10 @@ cross_entropy and distillation leave the gradient in their forward pass and have
 
 def run(config: BenchConfig) -> None:
     """Compiles, prints the report and writes it to --json; status 1 if a kernel did not compile."""
-    if config.json is not None:
-        require_writable(Path(config.json), "--json")
+    require_writable(config.json, "--json")
     report = measure(config.archs)
     print_report(report)
-    if config.json is not None:
-        write_json(Path(config.json), as_json(report))
+    write_copy(config.json, as_json(report))
     if report["failures"]:
         sys.exit(1)
 
