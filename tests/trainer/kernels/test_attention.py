@@ -265,6 +265,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_bad_input_is_refused(backend: str, changed: dict[str, Any], message: str) -> None:
     good = {name: torch.zeros(1, 4, 2, 8) for name in ("query", "key", "value")}

@@ -1,14 +1,12 @@
 """gather_scale against plain indexing in fp64, for the reference and the compiled operator."""
 
 import random
-from collections.abc import Iterator
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.kernels.backends import INTERPRETED, running
+from tests.trainer.kernels.backends import DEVICE, INTERPRETED
 from tests.trainer.kernels.cases import (
     DTYPES,
     Case,
@@ -22,20 +20,9 @@ from tests.trainer.kernels.cases import (
 from trainer.kernels import library
 from trainer.kernels.gather_scale import gather_scale, gather_scale_backward
 
-# The interpreter is slow, and tests/trainer/kernels/backends.py makes its tiles small.
-SEEDS = 20 if INTERPRETED else 60
-
-
-@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "compiled"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton":
-        with running("triton"):
-            yield request.param
-        return
-    if request.param == "compiled" and not library.is_loaded("cpu"):
-        pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
-    with library.reference_only() if request.param == "reference" else nullcontext():
-        yield request.param
+BACKENDS = ("reference", "compiled")
+# The interpreter is slow, and a GPU waits for the compiler.
+SEEDS = 20 if INTERPRETED or DEVICE == "cuda" else 60
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,6 +89,7 @@ def test_mask_gradients_are_exact_where_the_mask_is_zero(backend: str) -> None:
 @pytest.mark.parametrize("kept", [torch.tensor([0, 2]), torch.tensor([2, 0]), torch.arange(16, 48)])
 def test_what_is_left_out_is_never_read(backend: str, kept: Tensor) -> None:
     """A NaN in a dead unit does not reach the others."""
+    kept = kept.to(DEVICE)
     weight, scale = torch.full((48, 48), torch.nan), torch.full((48,), torch.nan)
     weight[kept.unsqueeze(1), kept] = 1.0
     scale[kept] = 1.0
@@ -189,6 +177,7 @@ def test_compiles_without_graph_break(backend: str) -> None:
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.cpu
 def test_results_do_not_depend_on_the_number_of_threads(backend: str) -> None:
     torch.manual_seed(0)
     weight, gradient = torch.randn(700, 300), torch.randn(350, 150)
@@ -236,6 +225,7 @@ def test_gradients_that_go_past_the_cache(dtype: torch.dtype, width: int) -> Non
 GOOD = Case(torch.zeros(4, 6), torch.tensor([0]), torch.ones(4), torch.tensor([5]), torch.ones(6))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -258,6 +248,7 @@ def test_bad_input_is_refused(backend: str, changed: dict[str, Tensor], message:
         gather_scale_backward(torch.zeros(case.n, case.m), *case, (True, True, True))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "gradient", [torch.zeros(1, 2), torch.zeros(1, 1).double(), torch.zeros(1, 1, device="meta")]
 )

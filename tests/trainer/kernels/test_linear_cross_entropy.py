@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
+from tests.trainer.kernels.backends import DEVICE
 from tests.trainer.kernels.comparison import compiles
 from trainer.kernels import linear_cross_entropy as operator
 from trainer.kernels import registry
@@ -143,7 +144,7 @@ def test_without_tokens(backend: str) -> None:
 def test_the_chosen_implementation_computes_the_chunks(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = registry.triton_module("cross_entropy", torch.device("cpu"))
+    module = registry.triton_module("cross_entropy", torch.device(DEVICE))
     assert (module is not None) == (backend == "triton")
     if module is not None:
         forward, sizes = module.forward, []

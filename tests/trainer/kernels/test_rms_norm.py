@@ -205,6 +205,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_bad_input_is_refused(backend: str, changed: dict[str, Tensor], message: str) -> None:
     good = {"x": torch.zeros(2, 4), "gain": torch.ones(4), "eps": EPS}

@@ -153,6 +153,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_bad_input_is_refused(backend: str, changed: dict[str, Tensor], message: str) -> None:
     good = {"query": torch.zeros(2, 3, 4, 8), "key": torch.zeros(2, 3, 2, 8)}

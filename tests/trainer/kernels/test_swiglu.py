@@ -128,6 +128,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_bad_input_is_refused(backend: str, changed: dict[str, Tensor], message: str) -> None:
     given = {"gate": torch.zeros(2, 4), "up": torch.zeros(2, 4), "mask": torch.ones(4), **changed}
