@@ -44,6 +44,14 @@ TILES: dict[str, dict[str, object]] = {
 }
 
 
+Sizes = tuple[int, ...]
+
+
+def large(*sizes: Sizes) -> tuple[Sizes, ...]:
+    """Sizes of real models, which fill a GPU's own tiles: none on a CPU, which takes too long."""
+    return sizes if DEVICE == "cuda" else ()
+
+
 def on_gpu(operator: str) -> tuple[str, ...]:
     """The implementations of an operator that a GPU has, of the arguments of `running`."""
     others = [known.name for known in registry.operators() if known.compiled or known.fused]

@@ -1,17 +1,17 @@
 """gather_scale against plain indexing in fp64, for the reference and the compiled operator."""
 
-import random
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.kernels.backends import DEVICE, INTERPRETED
+from tests.trainer.kernels.backends import DEVICE
 from tests.trainer.kernels.cases import (
     DTYPES,
+    SEEDS,
     Case,
     assert_close,
     draw_case,
+    draw_cases,
     expected_backward,
     expected_forward,
     in_double,
@@ -21,14 +21,11 @@ from trainer.kernels import library
 from trainer.kernels.gather_scale import gather_scale, gather_scale_backward
 
 BACKENDS = ("reference", "compiled")
-# The interpreter is slow, and a GPU waits for the compiler.
-SEEDS = 20 if INTERPRETED or DEVICE == "cuda" else 60
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
-    for seed in range(SEEDS):
-        case = draw_case(seed, dtype)
+    for case, _ in draw_cases(dtype):
         poison()
         found = gather_scale(*case)
         assert found.dtype == dtype
@@ -40,9 +37,7 @@ def test_forward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
-    for seed in range(SEEDS):
-        case = draw_case(seed, dtype)
-        generator = random.Random(~seed)
+    for case, generator in draw_cases(dtype):
         accumulated = dtype != torch.float64 and generator.random() < 0.5
         gradient = torch.randn(case.n, case.m).to(torch.float32 if accumulated else dtype)
         if generator.random() < 0.2:
