@@ -88,6 +88,11 @@ def running(backend: str) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
+def has_gpu() -> bool:
+    """Whether there is one to run on."""
+    return torch.cuda.is_available()
+
+
 def synchronize() -> None:
     """Waits for the GPU; raises RuntimeError for what a kernel has done wrong."""
     if DEVICE != "cpu":

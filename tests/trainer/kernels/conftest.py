@@ -16,7 +16,7 @@ NO_GPU = f"needs a GPU, and PyTorch {torch.__version__} sees none"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if asks_for_gpu(config) and torch.cuda.is_available():
+    if asks_for_gpu(config) and backends.has_gpu():
         backends.DEVICE = "cuda"
 
 
@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marks: list[pytest.MarkDecorator] = []
     if asks_for_gpu(metafunc.config) and not metafunc.definition.get_closest_marker("cpu"):
         names, marks = backends.on_gpu(operator_of(metafunc.module.__name__)), [pytest.mark.gpu]
-        if not torch.cuda.is_available():
+        if not backends.has_gpu():
             marks.append(pytest.mark.skip(reason=NO_GPU))
     elif INTERPRETED:
         names = ("triton",)

@@ -81,7 +81,7 @@ def main(largest: float) -> None:
     registry.choose("triton", torch.device("cpu"))
     for run, every_size in SIZES.items():
         for size in (size for size in every_size if math.prod(size) <= largest):
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for dtype in (torch.float32, torch.bfloat16):
 
                 def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
                     return torch.randn(shape).to(dtype).requires_grad_()
