@@ -17,7 +17,8 @@ def test_loses_the_device(backend: str) -> None:
     def answer() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    backends.synchronize = answer
+    if backend == "triton":
+        backends.synchronize = answer
 
 
 def test_between(backend: str) -> None:
@@ -25,7 +26,8 @@ def test_between(backend: str) -> None:
 
 
 def test_hangs(backend: str) -> None:
-    time.sleep(600)
+    if backend == "triton":
+        time.sleep(600)
 
 
 def test_after(backend: str) -> None:
