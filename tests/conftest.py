@@ -1,16 +1,25 @@
 """Fixtures every test may use. Tiny models and token folders are made by tests/factories.py."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# The tests are about CPU ranks, forked from a process that must not have touched a GPU.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def asks_for_gpu(config: pytest.Config) -> bool:
+    """Whether -m selects the tests that run on a GPU."""
+    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Other tests are about CPU ranks, forked from a process that must not have touched a GPU.
+    if not asks_for_gpu(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

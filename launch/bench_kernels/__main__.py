@@ -1,4 +1,4 @@
-"""Kernels on a GPU: checked and timed; without one: compiled and read, or timed on the CPU."""
+"""Kernels on a GPU: timed; without one: compiled and read, or timed on the CPU."""
 
 from data import cli
 from launch.bench_kernels.config import BenchConfig

@@ -10,7 +10,7 @@ KNOWN_ARCHS = (80, 90, 100)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
-    """Check and time every operator on a GPU; or report on kernels without one."""
+    """Time every operator on a GPU; or report on kernels without one."""
 
     ESSENTIAL: ClassVar = "static cpu archs csv json"
 

@@ -1,4 +1,4 @@
-"""What `make gpu-check` times: every operator, and the same computation by others.
+"""What is timed on a GPU: every operator, and the same computation by others.
 
 An operator of the registry gets a row in BENCHMARKS. All sides of a row take the same arguments and
 return the same values; masks are ones, because others have none to apply.

@@ -1,4 +1,4 @@
-"""Table, CSV and JSON of what `make gpu-check` found."""
+"""Table and CSV of what was timed on a GPU."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.bench_kernels.gpu.jobs import Result
 from launch.bench_kernels.static.compile import GPUS, Gpu
 
 NOTES = """\
@@ -18,7 +17,11 @@ of the matrix products. copy: the same of a copy in memory, on this GPU, in this
 Others apply no mask. A side that computes something else, or fails, is not compared. Liger's \
 SwiGLU writes its gradients over its arguments, which then are not those of the other sides.
 """
+Result = dict[str, Any]
+"""One timing: "operator", "side", "model", "status" (ok, failed, not comparable, skipped),
+"message", and what timing.measure found."""
 Line = dict[str, Any]
+"""One pass of a result."""
 SLOWER = {"PCIE", "NVL", "MIG", "40GB"}
 """In the names of cards that share an architecture with one that is listed, not its data sheet."""
 
@@ -95,15 +98,13 @@ def write_csv(path: Path, facts: dict[str, str], timings: Sequence[Line]) -> Non
 
 def print_report(
     facts: dict[str, str],
-    checks: Sequence[Result],
     timings: Sequence[Line],
     console: Console | None = None,
 ) -> None:
-    """Prints what it was measured on, the checks by operator, the timings, and what went wrong."""
+    """Prints what it was measured on, the timings, and what went wrong."""
     # Redirected output would be cut at 80 columns.
     console = console or Console(width=None if Console().is_terminal else 150)
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()), markup=False)
-    console.print(_check_table(checks))
     ceiling = ceiling_of(facts["gpu"])
     if ceiling is not None:
         console.print(
@@ -113,46 +114,17 @@ def print_report(
         )
     console.print(_timing_table(timings))
     console.print(NOTES, markup=False)
-    for line in dict.fromkeys(_complaints(checks, timings)):
+    for line in dict.fromkeys(_complaints(timings)):
         console.print(line, markup=False)
 
 
-def describe(check: Result) -> str:
-    """Operator, implementation, sizes, dtype and mask."""
-    case = check["case"]
-    sizes = "x".join(map(str, case["sizes"]))
-    return f"{check['operator']} {check['backend']} {sizes} {case['dtype']} mask {case['mask']}"
-
-
-def _complaints(checks: Iterable[Result], timings: Iterable[Line]) -> Iterable[str]:
-    for check in checks:
-        if check["status"] == "failed":
-            yield f"FAILED {describe(check)}: {check['message']}"
+def _complaints(timings: Iterable[Line]) -> Iterable[str]:
     for line in timings:
         if line["status"] != "ok":
             # A package that is not installed would be named for every operator and model.
             whole = line["message"].startswith("ModuleNotFoundError")
             where = line["side"] if whole else f"{line['operator']} {line['side']}, {line['model']}"
             yield f"{line['status']}: {where}: {line['message']}"
-    skipped = sum(check["status"] == "skipped" for check in checks)
-    if skipped:
-        yield f"FAILED: {skipped} cases were not checked, the time budget is spent"
-
-
-def _check_table(checks: Sequence[Result]) -> Table:
-    table = Table(title="against fp64, forward and gradients")
-    for heading in ("operator", "runs as"):
-        table.add_column(heading)
-    for heading in ("right", "failed", "skipped", "largest error / allowed"):
-        table.add_column(heading, justify="right")
-    for pair in dict.fromkeys((check["operator"], check["backend"]) for check in checks):
-        mine = [check for check in checks if (check["operator"], check["backend"]) == pair]
-        counts = [
-            sum(c["status"] == status for c in mine) for status in ("ok", "failed", "skipped")
-        ]
-        worst = max((check.get("worst", 0.0) for check in mine), default=0.0)
-        table.add_row(*pair, *map(str, counts), f"{worst:.2f}")
-    return table
 
 
 def _timing_table(timings: Sequence[Line]) -> Table:

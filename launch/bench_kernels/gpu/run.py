@@ -1,9 +1,9 @@
-"""What `python -m launch.bench_kernels` does on a GPU: checks every operator, then times it."""
+"""What `python -m launch.bench_kernels` does on a GPU: times every operator beside others."""
 
-import math
+import os
 import sys
-import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,29 @@ import torch
 
 from data.errors import InputError
 from data.files import require_writable, write_copy
-from data.machine import available_cores
 from data.progress import Progress
 from launch.bench_kernels.config import BenchConfig
-from launch.bench_kernels.gpu import benchmarks as gpu_benchmarks
-from launch.bench_kernels.gpu import cases as gpu_cases
 from launch.bench_kernels.gpu import report as gpu_report
-from launch.bench_kernels.gpu.benchmarks import COMPILE, Model
-from launch.bench_kernels.gpu.facts import facts, takes_several_processes
-from launch.bench_kernels.gpu.jobs import Budget, Job, Result, Runner, Unit
+from launch.bench_kernels.gpu import timing
+from launch.bench_kernels.gpu.benchmarks import BENCHMARKS, COMPILE, MODELS, Model
+from launch.bench_kernels.gpu.facts import facts
+from launch.bench_kernels.gpu.report import Result
 from trainer.kernels import registry
 
 SECONDS_PER_PASS = 0.3
-CHECKS_AT_ONCE = 6
-"""Checks wait for the compiler rather than for the GPU."""
-_CHOICES: tuple[registry.Kernels, ...] = ("reference", "triton", "auto")
+MESSAGE_CHARACTERS = 600
+OUT_OF_TIME = "the time budget is spent"
+
+Side = dict[str, Any]
+"""Plain values that name one timing; "comparison": the code is that of others and may fail."""
 
 
 def run(config: BenchConfig) -> None:
-    """Checks, measures, writes the report to --json and --csv and prints it.
+    """Measures, writes the report to --json and --csv and prints it.
 
     Raises:
         InputError: there is no GPU.
-        SystemExit: status 1; an operator was wrong, failed, or could not be checked in time.
+        SystemExit: status 1; an operator failed.
     """
     require_writable(config.json, "--json")
     require_writable(config.csv, "--csv")
@@ -46,11 +46,17 @@ def run(config: BenchConfig) -> None:
             "install a PyTorch made for an older one. --static reports what the compiler makes of "
             "the kernels, --cpu times what runs on a CPU"
         )
+    # Kernels on a GPU are never interpreted; Triton reads this when it is imported.
+    os.environ.pop("TRITON_INTERPRET", None)
     report = measure("cuda", config.budget_seconds)
     write_copy(config.json, report)
     if config.csv is not None:
         gpu_report.write_csv(Path(config.csv), report["facts"], report["timings"])
-    gpu_report.print_report(report["facts"], report["checks"], report["timings"])
+    gpu_report.print_report(report["facts"], report["timings"])
+    sys.stdout.flush()
+    if not is_usable(torch.device("cuda")):
+        # What a broken device keeps from ending is ended.
+        os._exit(1)
     if not report["passed"]:
         sys.exit(1)
 
@@ -59,59 +65,87 @@ def measure(
     device: str,
     budget_seconds: float,
     *,
-    largest: float = math.inf,
-    models: Sequence[Model] = gpu_benchmarks.MODELS,
+    models: Sequence[Model] = MODELS,
     seconds: float = SECONDS_PER_PASS,
-    operators: Sequence[str] | None = None,
-    **options: Any,
+    operators: Iterable[str] = BENCHMARKS,
 ) -> dict[str, Any]:
     """The report in plain values.
 
     Args:
         device: what to run on.
         budget_seconds: time for all of it; what is left then is skipped.
-        largest: product of the sizes of the largest case.
         models: shapes to time.
         seconds: for each timing.
-        operators: names; None: all.
-        options: of Runner.
+        operators: names in BENCHMARKS.
 
     Returns:
-        "passed": every operator is right and ran; "facts", "checks" (results of units), "timings"
-        (lines of gpu_report).
+        "passed": every operator ran; "facts", "timings" (lines of report.py).
     """
-    budget = Budget(budget_seconds)
-
-    def wanted(names: Sequence[str]) -> list[str]:
-        return [name for name in names if operators is None or name in operators]
-
-    checks = [
-        job for name in wanted(list(gpu_cases.ROWS)) for job in check_jobs(name, device, largest)
-    ]
-    benchmarks = wanted(list(gpu_benchmarks.BENCHMARKS))
-    timings = [time_job(benchmarks, device, models, seconds)] if benchmarks else []
-    most = CHECKS_AT_ONCE if takes_several_processes() else 1
-    at_once = max(1, min(most, available_cores() // 2))
-
-    def work(kind: str, jobs: Sequence[Job], say: Callable[[Result], str], **how: Any) -> Any:
-        with Progress(kind, total=sum(len(job.units) for job in jobs), unit=kind) as bar:
-            runner = Runner(device=device, budget=budget, on_result=_shown(bar, say), **options)
-            return runner.run_all(jobs, **how)
-
-    checked = work("check", checks, _check_line, at_once=at_once)
-    timed = work("timing", timings, _timing_line)
-    shapes = [asdict(model) for model in models]
-    timed.sort(key=lambda r: (benchmarks.index(r["operator"]), shapes.index(r["model"])))
+    names = list(operators)
+    # Before a kernel can take the device down.
     found = facts(torch.device(device))
-    failed = [r for r in checked if r["status"] != "ok"] + [
-        r for r in timed if r["status"] == "failed"
-    ]
+    timed, lost = time_all(plan(names, device, models, seconds), device, budget_seconds)
+    shapes = [asdict(model) for model in models]
+    timed.sort(key=lambda r: (names.index(r["operator"]), shapes.index(r["model"])))
     return {
-        "passed": not failed,
+        "passed": not lost and all(result["status"] != "failed" for result in timed),
         "facts": found,
-        "checks": checked,
         "timings": gpu_report.lines(timed, found["gpu"]),
     }
+
+
+def time_all(sides: Sequence[Side], device: str, budget_seconds: float) -> tuple[list[Result], str]:
+    """One result for each side, and what the device was lost to, if it was.
+
+    A side that raises has that as its result. After an illegal access, say, no later call would
+    work: nothing more is run.
+    """
+    end, lost = time.monotonic() + budget_seconds, ""
+    results: list[Result] = []
+    with Progress("timing", total=len(sides), unit="timing") as bar:
+        for side in sides:
+            if lost or time.monotonic() >= end:
+                message = f"not run: {lost}" if lost else OUT_OF_TIME
+                result = side | {"status": "skipped", "message": message}
+            else:
+                result = time_one(side, torch.device(device))
+                if not is_usable(torch.device(device)):
+                    lost = f"the device answers no more after {_name(side)}"
+            results.append(result)
+            bar.message(f"{result['status']:8} {_line(result)}  {result['message']}".rstrip())
+            bar.update()
+    return results, lost
+
+
+def time_one(side: Side, device: torch.device) -> Result:
+    """The side with "status" (ok, failed, not comparable), "message", and what it took."""
+    try:
+        found = timing.measure(side, device)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        status = "not comparable" if side.get("comparison") else "failed"
+        return side | {"status": status, "message": text[:MESSAGE_CHARACTERS]}
+    return side | {"status": "ok", "message": ""} | found
+
+
+def is_usable(device: torch.device) -> bool:
+    """Whether the device still answers; after an illegal access it does not."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def plan(names: Sequence[str], device: str, models: Sequence[Model], seconds: float) -> list[Side]:
+    """All sides of all benchmarks in the order of their worth, for the time may not last: first
+    models come first, and of each torch.compile last, whose compiler takes the longest."""
+    sides = [{"operator": name} | side for name in names for side in _sides(name, device)]
+    sides.sort(key=lambda side: side["side"] == COMPILE)
+    return [
+        side | {"model": asdict(model), "seconds": seconds} for model in models for side in sides
+    ]
 
 
 def backends(name: str, device: str) -> dict[str, registry.Kernels]:
@@ -120,7 +154,8 @@ def backends(name: str, device: str) -> dict[str, registry.Kernels]:
     Computations that are no operators of the registry run as "pytorch".
     """
     found: dict[str, registry.Kernels] = {}
-    for choice in _CHOICES:
+    choices: tuple[registry.Kernels, ...] = ("reference", "triton", "auto")
+    for choice in choices:
         try:
             with registry.chosen(choice, device) as running:
                 found.setdefault(running.get(name, "pytorch"), choice)
@@ -129,46 +164,10 @@ def backends(name: str, device: str) -> dict[str, registry.Kernels]:
     return found
 
 
-def check_jobs(name: str, device: str, largest: float = math.inf) -> list[Job]:
-    """All cases of an operator, one job for each implementation."""
-    cases = [asdict(case) for case in gpu_cases.cases(name, largest)]
-    return [
-        Job(
-            f"{name}, {backend}",
-            tuple(
-                {
-                    "kind": "check",
-                    "operator": name,
-                    "backend": backend,
-                    "choice": choice,
-                    "case": case,
-                }
-                for case in cases
-            ),
-        )
-        for backend, choice in backends(name, device).items()
-    ]
-
-
-def time_job(names: Sequence[str], device: str, models: Sequence[Model], seconds: float) -> Job:
-    """All benchmarks, in one process: a start takes as long as several timings.
-
-    What is left when time is up comes last: the shapes of later models, and before them
-    torch.compile, whose compiler takes the longest.
-    """
-    sides = [{"operator": name} | side for name in names for side in _sides(name, device)]
-    sides.sort(key=lambda side: side["side"] == COMPILE)
-    common = {"kind": "time", "seconds": seconds}
-    return Job(
-        "timings",
-        tuple(common | side | {"model": asdict(model)} for model in models for side in sides),
-    )
-
-
-def _sides(name: str, device: str) -> list[Unit]:
+def _sides(name: str, device: str) -> list[Side]:
     """All sides of a benchmark: ours in each implementation that is not eager."""
-    row = gpu_benchmarks.BENCHMARKS[name]
-    sides: list[Unit] = [{"side": "eager", "choice": "auto", "comparison": True}]
+    row = BENCHMARKS[name]
+    sides: list[Side] = [{"side": "eager", "choice": "auto", "comparison": True}]
     if row.ours is None:
         return sides
     ours = {b: choice for b, choice in backends(name, device).items() if b != "reference"}
@@ -177,22 +176,10 @@ def _sides(name: str, device: str) -> list[Unit]:
     return sides + [{"side": side, "choice": "auto", "comparison": True} for side in others]
 
 
-def _shown(bar: Progress, say: Callable[[Result], str]) -> Callable[[Result], None]:
-    lock = threading.Lock()
-
-    def show(result: Result) -> None:
-        with lock:
-            bar.message(f"{result['status']:8} {say(result)}  {result['message']}".rstrip())
-            bar.update()
-
-    return show
+def _name(side: Side) -> str:
+    return f"{side['operator']} {side['side']}, {side['model']['name']}"
 
 
-def _check_line(result: Result) -> str:
-    error = f"  {result['worst']:.2f} of the allowed error" if "worst" in result else ""
-    return gpu_report.describe(result) + error
-
-
-def _timing_line(result: Result) -> str:
+def _line(result: Result) -> str:
     times = (f"{p['pass']} {1e6 * p['seconds']:.1f} µs" for p in result.get("passes", ()))
-    return f"{result['operator']} {result['side']}, {result['model']['name']}  {', '.join(times)}"
+    return f"{_name(result)}  {', '.join(times)}".rstrip()

@@ -1,4 +1,4 @@
-"""Time of one side of one benchmark; part of gpu_worker.
+"""Time of one side of one benchmark.
 
 On a GPU: CUDA events, medians. Before each timed call other work is queued, long enough that the
 call's kernels are all launched before the first of them starts: what is measured is the GPU's time,

@@ -1,7 +1,8 @@
-"""Which implementation of the operators a test runs.
+"""Which implementation of the operators a test runs, and on which device.
 
-Triton's interpreter must be chosen before Triton is imported, and any test may have done that: what
-runs in it runs in processes of its own (test_triton.py), which set TRITON_INTERPRET=1.
+On a CPU: the reference, the operator around it, and compiled code. `pytest -m gpu` runs the same
+tests on a GPU. Triton's interpreter must be chosen before Triton is imported, and any test may have
+done that: what runs in it runs in a process of its own (test_triton.py), with TRITON_INTERPRET=1.
 """
 
 import os
@@ -11,10 +12,12 @@ from unittest.mock import patch
 
 import torch
 
-from trainer.kernels import registry
+from trainer.kernels import library, registry
 from trainer.kernels.compilation import Tile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu"
+"""What tests of operators compute on; conftest.py makes it "cuda" for `pytest -m gpu`."""
 
 # Tiles so small that small tensors need several programs, and programs several steps.
 TILES: dict[str, dict[str, object]] = {
@@ -41,21 +44,56 @@ TILES: dict[str, dict[str, object]] = {
 }
 
 
+Sizes = tuple[int, ...]
+
+
+def large(*sizes: Sizes) -> tuple[Sizes, ...]:
+    """Sizes of real models, which fill a GPU's own tiles: none on a CPU, which takes too long."""
+    return sizes if DEVICE == "cuda" else ()
+
+
+def on_gpu(operator: str) -> tuple[str, ...]:
+    """The implementations of an operator that a GPU has, of the arguments of `running`."""
+    others = [known.name for known in registry.operators() if known.compiled or known.fused]
+    # All operators run in a model.
+    several = operator in (*others, "model")
+    return ("reference", "triton", "cuda") if several else ("reference", "triton")
+
+
+def is_missing(operator: str, backend: str) -> bool:
+    """Whether a backend of an operator needs a library of csrc/ that was not built."""
+    compiled = backend == "compiled" or (backend == "cuda" and operator == "gather_scale")
+    return compiled and not library.is_loaded(torch.device(DEVICE).type)
+
+
 @contextmanager
 def running(backend: str) -> Iterator[None]:
-    """Operators run as "reference" (PyTorch operations), "operator" (one opaque operator) or
-    "triton"; memory that PyTorch hands out is filled with NaN."""
+    """Operators run as "reference" (PyTorch operations), "operator" (one opaque operator),
+    "triton", or "compiled" and "cuda" (what a run takes by itself, on a CPU and on a GPU); memory
+    that PyTorch hands out is filled with NaN."""
     choices: dict[str, registry.Kernels] = {"reference": "reference", "triton": "triton"}
     reference = backend == "reference"
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert bool(torch.empty(64).isnan().all())
+    # This is what fills memory. On a GPU it would also forbid what training runs.
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
+    assert bool(torch.empty(64, device=DEVICE).isnan().all())
     try:
         choice = choices.get(backend, "auto")
         with (
-            registry.chosen(choice, "cpu"),
+            registry.chosen(choice, DEVICE),
             patch.object(registry, "runs_reference", lambda *_: reference),
         ):
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
+
+
+def has_gpu() -> bool:
+    """Whether there is one to run on."""
+    return torch.cuda.is_available()
+
+
+def synchronize() -> None:
+    """Waits for the GPU; raises RuntimeError for what a kernel has done wrong."""
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()

@@ -1,13 +1,19 @@
 """Random arguments of gather_scale, and what is expected of it in fp64."""
 
 import random
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tests.trainer.kernels.backends import DEVICE, INTERPRETED
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 2, 15, 16, 17, 33, 70, 131)
+LARGE = (1000, 1003, 2048, 5504)
+# The interpreter is slow, and a GPU waits for the compiler.
+SEEDS = 20 if INTERPRETED or DEVICE == "cuda" else 60
 # Allowed relative error of sums and products; results in bf16 and fp16 are rounded once more.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -64,6 +70,14 @@ def draw_case(seed: int, dtype: torch.dtype, sizes: tuple[int, ...] = SIZES) -> 
     return Case(weight, rows, scales[0], columns, scales[1])
 
 
+def draw_cases(dtype: torch.dtype) -> Iterator[tuple[Case, random.Random]]:
+    """Many small weights and on a GPU some large ones, each with a generator of its own."""
+    for seed in range(SEEDS):
+        yield draw_case(seed, dtype), random.Random(~seed)
+    for seed in range(6 if DEVICE == "cuda" else 0):
+        yield draw_case(seed, dtype, LARGE), random.Random(~seed)
+
+
 def in_double(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """weight, selected rows and columns, and the scales, all present and in fp64."""
     out, width = case.weight.shape
@@ -93,7 +107,8 @@ def expected_backward(case: Case, gradient: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def poison() -> None:
     """Leaves NaN in the memory that the next allocations of a test are likely to get."""
-    kept = [torch.full((size,), torch.nan) for size in (1, 8, 64, 512, 4096, 16384) for _ in "abc"]
+    sizes = (1, 8, 64, 512, 4096, 16384, *((2**20, 2**23) if DEVICE == "cuda" else ()))
+    kept = [torch.full((size,), torch.nan) for size in sizes for _ in "abc"]
     del kept
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer.kernels.backends import large
 from tests.trainer.kernels.comparison import (
     DTYPES,
     close,
@@ -27,6 +28,7 @@ SHAPES = (
     (1, 70, 3, 1, 7),
     (1, 20, 6, 2, 33),
     (1, 97, 2, 2, 16),
+    *large((2, 515, 8, 2, 80), (1, 1024, 32, 8, 128)),
 )
 OPTIONS = ("head_mask", "documents", "window", "scale")
 # Weights, and the output from which the mask's gradient comes, are rounded to the inputs' dtype.
@@ -159,10 +161,11 @@ def test_large_scores_do_not_overflow(backend: str) -> None:
     compare(run, formula, (100 * query, 100 * key, value), tolerance=1e-3)
 
 
-def test_negative_masks(backend: str) -> None:
+@pytest.mark.parametrize("mask", [(-0.7, 2.5), (0.0, 0.0), (1.0, 1.0)], ids=str)
+def test_masks_of_one_kind(backend: str, mask: tuple[float, float]) -> None:
     torch.manual_seed(6)
     inputs = [torch.randn(1, 20, 2, 8) for _ in range(3)]
-    compare(run, formula, (*inputs, torch.tensor([-0.7, 2.5])))
+    compare(run, formula, (*inputs, torch.tensor(mask)))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 2, 3), (2, 0, 2, 3)], ids=str)
@@ -265,6 +268,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_bad_input_is_refused(backend: str, changed: dict[str, Any], message: str) -> None:
     good = {name: torch.zeros(1, 4, 2, 8) for name in ("query", "key", "value")}

@@ -119,11 +119,11 @@ def test_leaves_the_rest_to_others(installed: Installed, dtype: torch.dtype, hea
     torch.testing.assert_close(found, formula(*tensors).to(dtype), atol=0.03, rtol=0.02)
 
 
-@pytest.mark.parametrize("backend", registry.FUSED)
+@pytest.mark.parametrize("fused", registry.FUSED)
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("option", [{}, {"window": 7}, {"documents": torch.ones(2, 20).long()}])
 def test_masks_of_all_pairs_are_left_to_kernels_where_there_are_some(
-    backend: str, kernels: bool, option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    fused: str, kernels: bool, option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without them, and for what they do not compute, PyTorch's own attention runs."""
     asked: list[tuple[int, ...]] = []
@@ -132,7 +132,7 @@ def test_masks_of_all_pairs_are_left_to_kernels_where_there_are_some(
         asked.append(tuple(query.shape))
         return query, None
 
-    monkeypatch.setattr(registry, "which", lambda name, device: backend)
+    monkeypatch.setattr(registry, "which", lambda name, device: fused)
     monkeypatch.setattr(registry, "has_kernels", lambda *_: kernels)
     monkeypatch.setattr(attention_flash, "find", lambda query: None)
     monkeypatch.setattr(torch.ops.shorn, "attention", operator)
@@ -207,7 +207,7 @@ def test_is_named_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("module", "capability", "backend"),
+    ("module", "capability", "chosen"),
     [
         ("flash_attn_interface", 8, "sdpa"),
         ("flash_attn_interface", 9, "flash"),
@@ -217,7 +217,7 @@ def test_is_named_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_is_chosen_where_it_knows_the_gpu(
-    module: str, capability: int, backend: str, monkeypatch: pytest.MonkeyPatch
+    module: str, capability: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(Installed(module, False), monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -226,7 +226,7 @@ def test_is_chosen_where_it_knows_the_gpu(
         torch.cuda, "get_device_capability", lambda device: (capabilities[device.index], 0)
     )
     with registry.chosen("auto", "cuda:1") as running:
-        assert running["attention"] == backend == registry.which("attention", "cuda")
+        assert running["attention"] == chosen == registry.which("attention", "cuda")
 
 
 def test_is_not_chosen_where_it_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from tests.trainer.kernels.backends import large
 from tests.trainer.kernels.comparison import DTYPES, close, draw_rows
 from trainer.kernels import cross_entropy
 from trainer.kernels.cross_entropy import cross_entropy_
 
 WIDE_AND_NARROW = (torch.float64, *DTYPES)
-SHAPES = ((1, 1), (1, 2), (5, 17), (3, 64), (7, 65), (2, 127), (9, 300), (4, 1100))
+# Rows of up to 32,768 logits have a kernel of their own.
+LARGE = large((257, 1003), (70, 32000), (16, 49152))
+SHAPES = ((1, 1), (1, 2), (5, 17), (3, 64), (7, 65), (2, 127), (9, 300), (4, 1100), *LARGE)
 
 
 class Case(NamedTuple):
@@ -100,7 +103,7 @@ def test_equals_formula(backend: str, shape: tuple[int, int], dtype: torch.dtype
 def test_teacher_equals_formula(
     backend: str, temperature: float, share: float, dtype: torch.dtype
 ) -> None:
-    for shape in ((1, 1), (5, 17), (6, 130)):
+    for shape in ((1, 1), (5, 17), (6, 130), *LARGE):
         compare(draw(shape, dtype, teacher=True, share=share, temperature=temperature), 1e-5)
 
 
@@ -221,6 +224,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_bad_input_is_refused(backend: str, changed: dict[str, Any], message: str) -> None:
     given = {

@@ -1,19 +1,17 @@
 """gather_scale against plain indexing in fp64, for the reference and the compiled operator."""
 
-import random
-from collections.abc import Iterator
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.kernels.backends import INTERPRETED, running
+from tests.trainer.kernels.backends import DEVICE
 from tests.trainer.kernels.cases import (
     DTYPES,
+    SEEDS,
     Case,
     assert_close,
     draw_case,
+    draw_cases,
     expected_backward,
     expected_forward,
     in_double,
@@ -22,26 +20,12 @@ from tests.trainer.kernels.cases import (
 from trainer.kernels import library
 from trainer.kernels.gather_scale import gather_scale, gather_scale_backward
 
-# The interpreter is slow, and tests/trainer/kernels/backends.py makes its tiles small.
-SEEDS = 20 if INTERPRETED else 60
-
-
-@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "compiled"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "triton":
-        with running("triton"):
-            yield request.param
-        return
-    if request.param == "compiled" and not library.is_loaded("cpu"):
-        pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
-    with library.reference_only() if request.param == "reference" else nullcontext():
-        yield request.param
+BACKENDS = ("reference", "compiled")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
-    for seed in range(SEEDS):
-        case = draw_case(seed, dtype)
+    for case, _ in draw_cases(dtype):
         poison()
         found = gather_scale(*case)
         assert found.dtype == dtype
@@ -53,9 +37,7 @@ def test_forward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
-    for seed in range(SEEDS):
-        case = draw_case(seed, dtype)
-        generator = random.Random(~seed)
+    for case, generator in draw_cases(dtype):
         accumulated = dtype != torch.float64 and generator.random() < 0.5
         gradient = torch.randn(case.n, case.m).to(torch.float32 if accumulated else dtype)
         if generator.random() < 0.2:
@@ -102,6 +84,7 @@ def test_mask_gradients_are_exact_where_the_mask_is_zero(backend: str) -> None:
 @pytest.mark.parametrize("kept", [torch.tensor([0, 2]), torch.tensor([2, 0]), torch.arange(16, 48)])
 def test_what_is_left_out_is_never_read(backend: str, kept: Tensor) -> None:
     """A NaN in a dead unit does not reach the others."""
+    kept = kept.to(DEVICE)
     weight, scale = torch.full((48, 48), torch.nan), torch.full((48,), torch.nan)
     weight[kept.unsqueeze(1), kept] = 1.0
     scale[kept] = 1.0
@@ -189,6 +172,7 @@ def test_compiles_without_graph_break(backend: str) -> None:
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.cpu
 def test_results_do_not_depend_on_the_number_of_threads(backend: str) -> None:
     torch.manual_seed(0)
     weight, gradient = torch.randn(700, 300), torch.randn(350, 150)
@@ -236,6 +220,7 @@ def test_gradients_that_go_past_the_cache(dtype: torch.dtype, width: int) -> Non
 GOOD = Case(torch.zeros(4, 6), torch.tensor([0]), torch.ones(4), torch.tensor([5]), torch.ones(6))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -258,6 +243,7 @@ def test_bad_input_is_refused(backend: str, changed: dict[str, Tensor], message:
         gather_scale_backward(torch.zeros(case.n, case.m), *case, (True, True, True))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "gradient", [torch.zeros(1, 2), torch.zeros(1, 1).double(), torch.zeros(1, 1, device="meta")]
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
+from tests.trainer.kernels.backends import DEVICE, Sizes, large
 from tests.trainer.kernels.comparison import compiles
 from trainer.kernels import linear_cross_entropy as operator
 from trainer.kernels import registry
@@ -24,32 +25,43 @@ from trainer.kernels.linear_cross_entropy import (
     linear_distillation,
 )
 
-TOKENS, WIDTH, CLASSES = 11, 8, 70
+SIZES = TOKENS, WIDTH, CLASSES = 11, 8, 70
+CHUNK = 4
+# More tokens than the device takes at a time.
+FP32_TOLERANCE = 5e-5 if DEVICE == "cuda" else 1e-5
+SEVERAL_CHUNKS = (2500, 64, 1003) if DEVICE == "cuda" else (300, WIDTH, CLASSES)
 
 
 def draw(
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, sizes: Sizes = SIZES
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, TeacherOutput]:
     torch.manual_seed(0)
-    hidden, weight = torch.randn(TOKENS, WIDTH), torch.randn(CLASSES, WIDTH)
-    states, head = torch.randn(TOKENS, 6).to(dtype), torch.randn(CLASSES, 6).to(dtype)
-    token_weights = torch.rand(TOKENS) * (torch.arange(TOKENS) % 3 > 0)
-    targets = torch.randint(CLASSES, (TOKENS,)).masked_fill(token_weights == 0, -100)
+    tokens, width, classes = sizes
+    # Logits are about as large for all widths.
+    hidden, weight = (
+        torch.randn(tokens, width),
+        torch.randn(classes, width) * (WIDTH / width) ** 0.5,
+    )
+    states, head = torch.randn(tokens, 6).to(dtype), torch.randn(classes, 6).to(dtype)
+    token_weights = torch.rand(tokens) * (torch.arange(tokens) % 3 > 0)
+    targets = torch.randint(classes, (tokens,)).masked_fill(token_weights == 0, -100)
     teacher_output = TeacherOutput(states, head, share=0.4, temperature=1.5)
     return hidden.to(dtype), weight.to(dtype), targets, token_weights, teacher_output
 
 
-def losses_of(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def losses_of(
+    dtype: torch.dtype = torch.float32, sizes: Sizes = SIZES, chunk: int | None = CHUNK
+) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """The loss as a function of hidden states and weight: plain, and with each kind of teacher."""
-    _, _, targets, token_weights, teacher_output = draw(dtype)
+    _, _, targets, token_weights, teacher_output = draw(dtype, sizes)
     rest = targets, token_weights
     few = teacher_output._replace(top_k=5)
     return {
-        "plain": lambda hidden, weight: linear_cross_entropy(hidden, weight, *rest, 4)[0],
+        "plain": lambda hidden, weight: linear_cross_entropy(hidden, weight, *rest, chunk)[0],
         "taught": lambda hidden, weight: linear_distillation(
-            hidden, weight, *rest, teacher_output, 4
+            hidden, weight, *rest, teacher_output, chunk
         )[0],
-        "top-k": lambda hidden, weight: linear_distillation(hidden, weight, *rest, few, 4)[0],
+        "top-k": lambda hidden, weight: linear_distillation(hidden, weight, *rest, few, chunk)[0],
     }
 
 
@@ -66,11 +78,30 @@ def gradients(loss: Callable[[Tensor, Tensor], Tensor], *inputs: Tensor) -> tupl
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_fp64(backend: str, kind: str, dtype: torch.dtype) -> None:
     """Also through the Triton kernels; fp64 goes through the reference, which is tested."""
-    inputs = draw(dtype)[:2]
-    expected = gradients(losses_of(torch.float64)[kind], *draw(torch.float64)[:2])
-    for found, exact in zip(gradients(losses_of(dtype)[kind], *inputs), expected, strict=True):
+    compare(kind, dtype, SIZES, CHUNK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [SEVERAL_CHUNKS, *large((1024, 512, 32000), (130, 256, 49152))], ids=str
+)
+@pytest.mark.parametrize("kind", ["plain", "taught"])
+def test_the_devices_own_chunks_equal_fp64(
+    backend: str, kind: str, sizes: Sizes, dtype: torch.dtype
+) -> None:
+    """Only with several chunks is the head's gradient a sum of several products."""
+    assert SEVERAL_CHUNKS[0] > default_chunk(SEVERAL_CHUNKS[0], SEVERAL_CHUNKS[2], DEVICE)
+    compare(kind, dtype, sizes, None)
+
+
+def compare(kind: str, dtype: torch.dtype, sizes: Sizes, chunk: int | None) -> None:
+    """Loss and gradients in `dtype` equal those in fp64."""
+    wide = torch.float64
+    expected = gradients(losses_of(wide, sizes, chunk)[kind], *draw(wide, sizes)[:2])
+    losses = gradients(losses_of(dtype, sizes, chunk)[kind], *draw(dtype, sizes)[:2])
+    tolerance = {torch.float32: FP32_TOLERANCE, torch.bfloat16: 4e-2, torch.float16: 6e-3}[dtype]
+    for found, exact in zip(losses, expected, strict=True):
         assert found.dtype == (torch.float32 if found.dim() == 0 else dtype)
-        tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}[dtype]
         assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
@@ -143,7 +174,7 @@ def test_without_tokens(backend: str) -> None:
 def test_the_chosen_implementation_computes_the_chunks(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = registry.triton_module("cross_entropy", torch.device("cpu"))
+    module = registry.triton_module("cross_entropy", torch.device(DEVICE))
     assert (module is not None) == (backend == "triton")
     if module is not None:
         forward, sizes = module.forward, []

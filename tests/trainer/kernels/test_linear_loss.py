@@ -17,17 +17,18 @@ from trainer.kernels.linear_cross_entropy import (
     linear_distillation,
 )
 
+BACKENDS = ("reference",)
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def _inputs(
     tokens: int, size: int, classes: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, size, generator=generator, dtype=torch.float64).to(dtype)
-    weight = torch.randn(classes, size, generator=generator, dtype=torch.float64).to(dtype)
-    targets = torch.randint(0, classes, (tokens,), generator=generator)
-    weights = torch.rand(tokens, generator=generator) * (
-        torch.rand(tokens, generator=generator) > 0.3
-    )
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, size, dtype=torch.float64).to(dtype)
+    weight = torch.randn(classes, size, dtype=torch.float64).to(dtype)
+    targets = torch.randint(0, classes, (tokens,))
+    weights = torch.rand(tokens) * (torch.rand(tokens) > 0.3)
     targets[weights == 0] = -100
     return hidden.requires_grad_(), weight.requires_grad_(), targets, weights
 
@@ -104,6 +105,7 @@ def test_all_tokens_ignored_gives_zero() -> None:
     assert weight.grad is not None and weight.grad.abs().sum() == 0
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("target", [-1, 9])
 def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
     hidden, weight, targets, _ = _inputs(5, 4, 9, torch.float32)
@@ -147,6 +149,7 @@ def test_logits_of_all_tokens_are_never_held(gradients: bool) -> None:
     assert largest.elements < tokens * classes / 10
 
 
+@pytest.mark.cpu
 def test_the_default_chunk_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, size, classes = 4096, 2, 4096
     monkeypatch.setitem(LOGITS_BYTES, "cpu", 4 * classes * 320)
@@ -157,9 +160,9 @@ def test_the_default_chunk_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) 
 
 
 def _teacher_output(tokens: int, classes: int, dtype: torch.dtype, **options: Any) -> TeacherOutput:
-    generator = torch.Generator().manual_seed(1)
-    states = torch.randn(tokens, 16, generator=generator, dtype=torch.float64).to(dtype)
-    head = torch.randn(classes, 16, generator=generator, dtype=torch.float64).to(dtype)
+    torch.manual_seed(1)
+    states = torch.randn(tokens, 16, dtype=torch.float64).to(dtype)
+    head = torch.randn(classes, 16, dtype=torch.float64).to(dtype)
     return TeacherOutput(states, head, **({"share": 0.5} | options))
 
 
@@ -293,6 +296,7 @@ def test_logits_of_student_and_teacher_are_never_held_whole(top_k: int) -> None:
     assert largest.elements < tokens * classes / 10
 
 
+@pytest.mark.cpu
 def test_the_default_chunk_counts_the_teachers_logits_too(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, classes = 4096, 4096
     monkeypatch.setitem(LOGITS_BYTES, "cpu", 4 * classes * 640)

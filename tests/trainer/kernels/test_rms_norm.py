@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests.trainer.kernels.backends import large
 from tests.trainer.kernels.comparison import (
     DTYPES,
     close,
@@ -23,7 +24,7 @@ Results = tuple[Tensor, ...]
 
 EPS = 1e-5
 SHAPES = ((1, 1), (7, 2), (3, 11, 15), (2, 3, 16), (130, 33), (70, 130), (5, 257), (2, 37, 200))
-WIDE = ((3, 2300), (2, 4097))
+WIDE = ((3, 2300), (2, 4097), *large((257, 5120), (1031, 4096)))
 
 
 def formula(
@@ -205,6 +206,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_bad_input_is_refused(backend: str, changed: dict[str, Tensor], message: str) -> None:
     good = {"x": torch.zeros(2, 4), "gain": torch.ones(4), "eps": EPS}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer.kernels.backends import large
 from tests.trainer.kernels.comparison import DTYPES, compare, compiles, draw_rows
 from trainer.kernels.rope import rope
 
@@ -18,6 +19,7 @@ SHAPES = (
     (2, 4, 7, 7, 20, 4),
     (1, 6, 40, 8, 16, 12),
     (2, 3, 2, 3, 130, 130),
+    *large((2, 257, 12, 4, 80, 20), (2, 1025, 32, 8, 128, 128)),
 )
 
 
@@ -153,6 +155,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_bad_input_is_refused(backend: str, changed: dict[str, Tensor], message: str) -> None:
     good = {"query": torch.zeros(2, 3, 4, 8), "key": torch.zeros(2, 3, 2, 8)}

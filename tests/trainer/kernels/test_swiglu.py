@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer.kernels.backends import large
 from tests.trainer.kernels.comparison import (
     DTYPES,
     compare,
@@ -16,6 +17,7 @@ from tests.trainer.kernels.comparison import (
 from trainer.kernels.swiglu import swiglu
 
 SHAPES = ((1, 1), (7, 2), (3, 11, 15), (2, 3, 16), (130, 33), (40, 130), (3, 7, 300), (2, 1100))
+SHAPES += large((257, 5504), (1031, 11008))
 
 
 def formula(gate: Tensor, up: Tensor, mask: Tensor | None) -> Tensor:
@@ -128,6 +130,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_bad_input_is_refused(backend: str, changed: dict[str, Tensor], message: str) -> None:
     given = {"gate": torch.zeros(2, 4), "up": torch.zeros(2, 4), "mask": torch.ones(4), **changed}
