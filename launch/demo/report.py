@@ -11,11 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from data.files import write_json
-from launch.demo import plots
 from launch.demo.generation import silence_transformers
+from launch.report import page
+from launch.report.config import ReportConfig
 from trainer.models.hf import load_model
 
 LOGIT_TOLERANCE = 1e-5
+PICTURES = ("units-that-are-on", "domains", "loss")
+"""Groups of the page that are named among the results as files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +46,11 @@ class Check:
 
 
 def write(results: Results, folder: Path) -> None:
-    """Write FOLDER/report.json and the pictures."""
+    """Write FOLDER/report.json, the page report.html and its pictures."""
     checks = [*loss_checks(results.evaluation), reload_check(results.models["sheared + CPT"])]
-    pictures = draw(results, folder)
+    runs = tuple(str(run) for run in results.runs.values())
+    shown = ReportConfig(runs=runs, output=str(folder / "report.html"), figures=str(folder))
+    facts = page.run(shown)
     rows = {
         name: {
             "parameters": row["parameters"],
@@ -61,21 +66,15 @@ def write(results: Results, folder: Path) -> None:
         "settings": results.settings,
         "rows": rows,
         "prompt": results.prompt,
-        "tokens": trained_tokens(results),
+        "tokens": {
+            name: run["tokens"] for name, run in zip(results.runs, facts["runs"], strict=True)
+        },
         "held_out_tokens": results.evaluation["source"]["overall"]["tokens"],
         "checks": [{"claim": c.claim, "holds": c.holds, "numbers": c.numbers} for c in checks],
-        "pictures": [str(path) for path in pictures],
+        "pictures": [facts["page"], *(str(folder / f"{name}.png") for name in PICTURES)],
         "model": str(results.models["sheared + CPT"]),
     }
     write_json(folder / "report.json", report)
-
-
-def trained_tokens(results: Results) -> dict[str, int]:
-    """Training tokens of each run, as its metrics counted them."""
-    metrics = {
-        name: plots.read_metrics(run / "metrics.jsonl") for name, run in results.runs.items()
-    }
-    return {name: records[-1]["tokens"] for name, records in metrics.items()}
 
 
 def loss_checks(evaluation: dict[str, dict[str, Any]]) -> list[Check]:
@@ -115,21 +114,6 @@ def reload_check(folder: Path) -> Check:
         if difference.item()
         else "not one bit differs",
     )
-
-
-def draw(results: Results, folder: Path) -> list[Path]:
-    """The three pictures: alive units, domain weights, losses."""
-    shear, cpt, random = (
-        plots.read_metrics(results.runs[name] / "metrics.jsonl")
-        for name in ("shear", "cpt", "random")
-    )
-    lines = {"source": results.evaluation["source"]["overall"]["loss"]}
-    curves = {"sheared": cpt, "random init": random}
-    return [
-        plots.plot_alive(shear, folder / "alive_units.png"),
-        plots.plot_weights(shear, cpt, folder / "domain_weights.png"),
-        plots.plot_losses(shear, curves, lines, folder / "losses.png"),
-    ]
 
 
 def show(folder: Path) -> int:

@@ -9,6 +9,7 @@ from launch.report.config import ReportConfig
 EXAMPLES = """
 python -m launch.report runs/shear
 python -m launch.report runs/shear runs/cpt --output report.html
+python -m launch.report runs/shear runs/cpt --figures pictures
 """
 
 

@@ -16,6 +16,8 @@ class ReportConfig:
     one of pruner.shear, which is shown first wherever it is named."""
     output: str | None = None
     """File to write. None: report.html in the folder of the run that is shown first."""
+    figures: str | None = None
+    """Folder for the page's pictures as PNG files."""
     json: str | None = None
     """File for the page's numbers as JSON."""
 

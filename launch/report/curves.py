@@ -1,17 +1,19 @@
-"""Pictures of the report page about training: losses, domain weights, learning rate, speed."""
+"""Pictures of the report about training: losses, domain weights, learning rate, speed."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from launch.demo.plots import mean_loss
-from launch.report.figures import BLUE, COLOURS, INK, ORANGE, WIDE, Group, draw, line
-from launch.report.run_folder import Run
+from launch.report.figures import BLUE, COLOURS, INK, ORANGE, WIDE, Group, Picture, line
+from launch.report.run_folder import Run, mean_loss
 
 SMOOTHING = 50
 """A smoothed curve averages over this fraction of its points, 1 / SMOOTHING."""
+BASELINE = 2
+"""Index in COLOURS of runs from random weights that are shown beside another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,93 +25,111 @@ class Point:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The points of one run, at least one."""
+
+    run: Run
+    points: list[Point]
+    baseline: bool
+    """Whether it started from random weights, beside the run that is shown before it."""
+
+    @property
+    def tokens(self) -> list[int]:
+        return [point.tokens for point in self.points]
+
+    def values(self, key: str) -> list[float]:
+        """A number of every record; NaN where it has none."""
+        return [point.record.get(key, np.nan) for point in self.points]
+
+    def held_out(self) -> tuple[list[int], list[dict[str, Any]]]:
+        """Tokens and {domain: {loss, tokens}} of the records with held-out losses."""
+        measured = [point for point in self.points if point.record.get("held_out")]
+        return [p.tokens for p in measured], [p.record["held_out"] for p in measured]
+
+
 def training_groups(runs: Sequence[Run]) -> list[Group]:
-    """Everything that can be drawn from the metrics of runs that followed each other."""
-    points = joined(runs)
-    if not any(points):
+    """Everything that can be drawn from the metrics of runs that followed each other.
+
+    A run from random weights follows none: it is drawn in the picture of losses only, beside the
+    run before it.
+    """
+    curves = joined(runs)
+    if not curves:
         return []
-    names = domain_names(points)
-    groups = [losses(runs, points), domains(runs, points, names), pace(runs, points)]
-    if any(points[:-1]):
-        line_between = " A vertical line marks where one run ends and the next begins."
-        groups = [replace(group, caption=group.caption + line_between) for group in groups]
+    chain = [curve for curve in curves if not curve.baseline]
+    groups = [losses(curves), domains(chain), pace(chain)]
     return [group for group in groups if group.pictures]
 
 
-def _shears(runs: Sequence[Run], points: Sequence[Sequence[Point]]) -> bool:
-    """Whether any of the points are of shearing."""
-    return any(run.command == "shear" for run, drawn in zip(runs, points, strict=True) if drawn)
-
-
-def joined(runs: Sequence[Run]) -> list[list[Point]]:
-    """The records of each run; tokens count on from the end of the run before."""
-    start, result = 0, []
+def joined(runs: Sequence[Run]) -> list[Curve]:
+    """The curve of each run with records; tokens count on from the end of the run before."""
+    start, end = 0, 0
+    curves: list[Curve] = []
     for run in runs:
-        result.append([Point(start + r["tokens"], r) for r in run.metrics if "tokens" in r])
-        if result[-1]:
-            start = result[-1][-1].tokens
-    return result
+        baseline = bool(curves) and run.command == "cpt" and run.identity.get("init") == "random"
+        start = start if baseline else end
+        points = [Point(start + r["tokens"], r) for r in run.metrics if "tokens" in r]
+        if points:
+            curves.append(Curve(run, points, baseline))
+            end = end if baseline else points[-1].tokens
+    return curves
 
 
-def domain_names(points: Sequence[Sequence[Point]]) -> list[str]:
-    """Every domain of any record, sorted."""
-    keys = ("domain_weights", "domain_loss", "held_out")
-    return sorted({name for p in _flat(points) for key in keys for name in p.record.get(key) or {}})
+def _caption(curves: Sequence[Curve], shearing: str, training: str) -> str:
+    """The caption for curves with shearing among them or without, and what lines between mean."""
+    text = shearing if any(curve.run.command == "shear" for curve in curves) else training
+    if sum(not curve.baseline for curve in curves) > 1:
+        text += " A vertical line marks where one run ends and the next begins."
+    return text
 
 
-def _flat(points: Sequence[Sequence[Point]]) -> list[Point]:
-    return [point for run in points for point in run]
-
-
-def losses(runs: Sequence[Run], points: Sequence[Sequence[Point]]) -> Group:
+def losses(curves: Sequence[Curve]) -> Group:
     """Training loss and mean held-out loss over tokens."""
-    source = next((mean_loss(held) for run in runs if (held := source_held_out(run))), None)
-    held_out = [_held_out_means(run) for run in points]
+    source = next((mean_loss(h) for curve in curves if (h := source_held_out(curve.run))), None)
+    means = [mean_loss(row) for c in curves if not c.baseline for row in c.held_out()[1]]
 
     def paint(axis: Any) -> None:
-        for run, means in zip(points, held_out, strict=True):
-            x, y = [p.tokens for p in run], [p.record.get("loss", np.nan) for p in run]
+        for curve in curves:
+            colour = COLOURS[BASELINE] if curve.baseline else BLUE
+            x, y = curve.tokens, curve.values("loss")
             smooth = smoothed(y)
             if smooth is not None:
-                axis.plot(x, y, color=BLUE, alpha=0.25, linewidth=0.7)
-            line(axis, x, y if smooth is None else smooth)
-            axis.plot(*means, "o-", color=ORANGE, markersize=4.5, linewidth=1)
+                axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.7)
+            line(axis, x, y if smooth is None else smooth, color=colour)
+            x, rows = curve.held_out()
+            held = colour if curve.baseline else ORANGE
+            axis.plot(x, [mean_loss(row) for row in rows], "o-", color=held, ms=4.5, lw=1)
         if source is not None:
             axis.axhline(source, color=INK, linestyle=":", linewidth=1.2)
-        axis.set(ylabel="loss (nats per token)")
-        _tokens_axis(axis, points)
+        _label(axis, curves, "loss (nats per token)")
 
-    means = [value for _, values in held_out for value in values]
-    last = next(run[-1] for run in reversed(points) if run)
-    alt = f"Training loss, {last.record.get('loss', float('nan')):.3f} at {last.tokens:,} tokens"
+    last = next(c.points[-1] for c in reversed(curves) if not c.baseline)
+    alt = f"Training loss, {last.record.get('loss', np.nan):.3f} at {last.tokens:,} tokens"
     if means:
         alt += f"; held-out loss {means[0]:.3f} first, {means[-1]:.3f} last"
-    legend = [("c0", "training text" + (", smoothed" if _is_long(points) else ""))]
+    long = any(len(curve.points) >= 2 * SMOOTHING for curve in curves)
+    legend = [("c0", "training text" + (", smoothed" if long else ""))]
     legend += [("held", "held-out text")] if means else []
+    legend += [
+        (f"c{BASELINE}", f"{c.run.folder.name}: from random weights, both texts")
+        for c in curves
+        if c.baseline
+    ]
     legend += [("source", "source model, held-out text")] if source is not None else []
-    caption = (
+    caption = _caption(
+        curves,
         "Loss over training tokens. While units are being removed the loss rises; it should fall "
-        "again once the shape is reached, and held-out text should follow training text."
-        if _shears(runs, points)
-        else "Loss over training tokens; held-out text should follow training text down."
+        "again once the shape is reached, and held-out text should follow training text.",
+        "Loss over training tokens; held-out text should follow training text down.",
     )
-    picture = draw(paint, title="all domains", alt=alt, size=WIDE)
-    return Group("Loss", caption, [picture], legend, wide=True)
+    return Group("Loss", caption, [Picture("all domains", alt, paint, WIDE)], legend, wide=True)
 
 
 def source_held_out(run: Run) -> dict[str, dict[str, float]]:
     """Held-out losses of the source model by domain, where the run's report has them."""
     measured: dict[str, dict[str, float]] = (run.report or {}).get("source_held_out") or {}
     return measured
-
-
-def _held_out_means(run: Sequence[Point]) -> tuple[list[int], list[float]]:
-    measured = [p for p in run if p.record.get("held_out")]
-    return [p.tokens for p in measured], [mean_loss(p.record["held_out"]) for p in measured]
-
-
-def _is_long(points: Sequence[Sequence[Point]]) -> bool:
-    return any(len(run) >= 2 * SMOOTHING for run in points)
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray | None:
@@ -128,45 +148,42 @@ def smoothed(values: Sequence[float]) -> np.ndarray | None:
     return np.where(gaps[high] > gaps[low], np.nan, means)
 
 
-def domains(runs: Sequence[Run], points: Sequence[Sequence[Point]], names: Sequence[str]) -> Group:
+def domains(curves: Sequence[Curve]) -> Group:
     """Held-out loss and weight of each domain over tokens."""
-    before = next((held for run in runs if (held := source_held_out(run))), {})
+    records = [point.record for curve in curves for point in curve.points]
+    keys = ("domain_weights", "domain_loss", "held_out")
+    names = sorted({name for record in records for key in keys for name in record.get(key) or {}})
+    before = next((held for c in curves if (held := source_held_out(c.run))), {})
 
     def paint_held_out(axis: Any) -> None:
         for index, name in enumerate(names):
             style = _domain_style(index)
-            for run in points:
-                measured = [p for p in run if name in (p.record.get("held_out") or {})]
-                losses = [p.record["held_out"][name]["loss"] for p in measured]
-                x = [p.tokens for p in measured]
-                axis.plot(x, losses, marker="o", markersize=4, **style)
+            for curve in curves:
+                x, rows = curve.held_out()
+                y = [row.get(name, {}).get("loss", np.nan) for row in rows]
+                axis.plot(x, y, marker="o", markersize=4, **style)
             if name in before:
                 axis.axhline(before[name]["loss"], **(style | {"linestyle": ":", "linewidth": 1}))
-        axis.set(ylabel="held-out loss")
-        _tokens_axis(axis, points)
+        _label(axis, curves, "held-out loss")
 
     def paint_weights(axis: Any) -> None:
         for index, name in enumerate(names):
-            for run in points:
-                y = [(p.record.get("domain_weights") or {}).get(name, np.nan) for p in run]
-                x = [p.tokens for p in run]
-                line(axis, x, y, drawstyle="steps-post", **_domain_style(index))
-        axis.set(ylabel="domain weight", ylim=(0, None))
-        _tokens_axis(axis, points)
+            for curve in curves:
+                weights = [point.record.get("domain_weights") or {} for point in curve.points]
+                y = [weight.get(name, np.nan) for weight in weights]
+                line(axis, curve.tokens, y, drawstyle="steps-post", **_domain_style(index))
+        _label(axis, curves, "domain weight", ylim=(0, None))
 
-    last = next(run[-1] for run in reversed(points) if run).record
     pictures = []
-    if any(p.record.get("held_out") for p in _flat(points)):
+    if any(record.get("held_out") for record in records):
         alt = f"Held-out loss of {len(names)} domains over tokens"
-        pictures.append(draw(paint_held_out, title="held-out loss", alt=alt, size=WIDE))
-    if any(p.record.get("domain_weights") for p in _flat(points)):
-        weights = last.get("domain_weights") or {}
-        alt = "Domain weights over tokens; last: " + ", ".join(
-            f"{name} {weight:.3f}" for name, weight in sorted(weights.items())
-        )
-        title = "weight in the training data"
-        pictures.append(draw(paint_weights, title=title, alt=alt, size=WIDE))
-    caption = (
+        pictures.append(Picture("held-out loss", alt, paint_held_out, WIDE))
+    if any(record.get("domain_weights") for record in records):
+        last = sorted((records[-1].get("domain_weights") or {}).items())
+        alt = "Domain weights over tokens; last: "
+        alt += ", ".join(f"{name} {weight:.3f}" for name, weight in last)
+        pictures.append(Picture("weight in the training data", alt, paint_weights, WIDE))
+    text = (
         "A dynamic mixture gives weight to domains that are further above their reference loss; "
         "weights that lie still from the start belong to a fixed one."
         + (" Dotted: the source model's held-out loss." if before and pictures else "")
@@ -175,7 +192,7 @@ def domains(runs: Sequence[Run], points: Sequence[Sequence[Point]], names: Seque
         (f"c{index % len(COLOURS)}" + (" dashed" if index >= len(COLOURS) else ""), name)
         for index, name in enumerate(names)
     ]
-    return Group("Domains", caption, pictures, legend, wide=True)
+    return Group("Domains", _caption(curves, text, text), pictures, legend, wide=True)
 
 
 def _domain_style(index: int) -> dict[str, Any]:
@@ -183,7 +200,7 @@ def _domain_style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": style, "linewidth": 1.4}
 
 
-def pace(runs: Sequence[Run], points: Sequence[Sequence[Point]]) -> Group:
+def pace(curves: Sequence[Curve]) -> Group:
     """Learning rate, speed and gradient norm over tokens."""
     pictures = []
     for key, title, unit in (
@@ -191,35 +208,32 @@ def pace(runs: Sequence[Run], points: Sequence[Sequence[Point]]) -> Group:
         ("tokens_per_second", "speed", "tokens/s"),
         ("grad_norm", "gradient norm before clipping", "norm"),
     ):
-        values = [p.record[key] for p in _flat(points) if key in p.record]
+        values = [p.record[key] for curve in curves for p in curve.points if key in p.record]
         if values:
-            paint = _painter(points, key, unit)
+            paint = partial(_paint_pace, curves=curves, key=key, unit=unit)
             alt = f"{title.capitalize()} over tokens, {values[0]:.3g} first, {values[-1]:.3g} last"
-            pictures.append(draw(paint, title=title, alt=alt))
-    level = "Shearing usually gets faster as it removes units; otherwise speed should be level"
-    caption = (level if _shears(runs, points) else "Speed should be level") + (
+            pictures.append(Picture(title, alt, paint))
+    rest = (
         "; steps that are much slower than their neighbours waited for something. A gradient "
         "norm that climbs announces divergence: lower the learning rate."
     )
+    level = "Shearing usually gets faster as it removes units; otherwise speed should be level"
+    caption = _caption(curves, level + rest, "Speed should be level" + rest)
     return Group("Learning rate and speed", caption, pictures)
 
 
-def _painter(points: Sequence[Sequence[Point]], key: str, unit: str) -> Callable[[Any], None]:
-    def paint(axis: Any) -> None:
-        for run in points:
-            line(axis, [p.tokens for p in run], [p.record.get(key, np.nan) for p in run])
-        axis.set(ylabel=unit, ylim=(0, None))
-        _tokens_axis(axis, points)
-
-    return paint
+def _paint_pace(axis: Any, curves: Sequence[Curve], key: str, unit: str) -> None:
+    for curve in curves:
+        line(axis, curve.tokens, curve.values(key))
+    _label(axis, curves, unit, ylim=(0, None))
 
 
-def _tokens_axis(axis: Any, points: Sequence[Sequence[Point]]) -> None:
-    """Labels the axis of tokens and draws a line between runs."""
+def _label(axis: Any, curves: Sequence[Curve], ylabel: str, **limits: Any) -> None:
+    """Names the axes, of which x is in tokens, and draws a line between runs."""
     from matplotlib.ticker import EngFormatter
 
-    axis.set(xlabel="training tokens")
+    axis.set(xlabel="training tokens", ylabel=ylabel, **limits)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for run in points[:-1]:
-        if run:
-            axis.axvline(run[-1].tokens, color=INK, linewidth=0.8, alpha=0.6)
+    ends = [curve.tokens[-1] for curve in curves if not curve.baseline]
+    for end in ends[:-1]:
+        axis.axvline(end, color=INK, linewidth=0.8, alpha=0.6)

@@ -1,4 +1,4 @@
-"""What `python -m launch.report` does: the folders of runs in, one HTML file out.
+"""What `python -m launch.report` does: the folders of runs in, one HTML file and pictures out.
 
 The page is a single file without scripts and without links. Its own content security policy lets
 it load nothing but the images inside it.
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from data.errors import InputError
@@ -19,23 +20,24 @@ from data.files import write_json, write_text
 from data.log import logger
 from launch.report.config import ReportConfig
 from launch.report.curves import training_groups
-from launch.report.figures import Group, Picture, label, mask_groups
+from launch.report.figures import COLOURS, ORANGE, RAMP, Group, Picture
+from launch.report.markup import Html, element, table
+from launch.report.masks import label, mask_groups
 from launch.report.run_folder import (
-    FamilyState,
     Run,
+    UnitCounts,
     facts,
-    family_states,
     read_run,
     removed_layers,
+    unit_counts,
 )
-from launch.report.style import STYLE_SHEET
 
-COMMANDS = {"shear": "Shearing", "cpt": "Continued pre-training"}
+HERE = Path(__file__).parent
 UNKNOWN = "not known yet"
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
-    """Writes the page, and the numbers at its head to --json; returns these.
+    """Writes the page, the pictures to --figures and the numbers to --json; returns the numbers.
 
     Raises InputError for folders that hold no run, without matplotlib, and for a file that cannot
     be written.
@@ -49,113 +51,112 @@ def run(config: ReportConfig) -> dict[str, Any]:
     path = Path(config.output) if config.output else runs[0].folder / "report.html"
     copies = [Path(config.json)] if config.json is not None else []
     for file in (path, *copies):
-        _prepare(file)
-    text = page(runs)
-    numbers: dict[str, Any] = {"page": str(path), "bytes": len(text.encode())}
-    numbers["runs"] = [facts(one) for one in runs]
+        if file.is_dir():
+            raise InputError(f"{file} is a folder; name a file in it")
+    masks = [group for one in runs if one.command == "shear" for group in mask_groups(one)]
+    groups = [*masks, *training_groups(runs)]
     try:
+        for folder in {file.parent for file in (path, *copies)}:
+            folder.mkdir(parents=True, exist_ok=True)
+        text = page(runs, groups)
+        numbers: dict[str, Any] = {"page": str(path), "bytes": len(text.encode())}
+        numbers["runs"] = [facts(one) for one in runs]
         write_text(path, text)
         for file in copies:
             write_json(file, numbers)
+        if config.figures is not None:
+            write_figures(Path(config.figures), groups)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise InputError(
+            f"cannot write {error.filename or path}: {error.strerror}; name another place with "
+            "--output, --json or --figures"
+        ) from error
     logger.info(f"{path} ({numbers['bytes'] / 1e6:.1f} MB)")
     return numbers
 
 
-def _prepare(file: Path) -> None:
-    """Makes the folder of a file. Raises InputError when no file can be written there."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(file, error) from error
-    if file.is_dir():
-        raise InputError(f"{file} is a folder; name a file in it")
+def write_figures(folder: Path, groups: Sequence[Group]) -> None:
+    """Writes FOLDER/<title>.png for every group, such as units-that-are-on.png and loss.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for group in groups:
+        name = group.title.lower().replace(" ", "-")
+        (folder / f"{name}.png").write_bytes(group.png())
 
 
-def _cannot_write(file: Path, error: OSError) -> InputError:
-    return InputError(
-        f"cannot write {error.filename or file}: {error.strerror}; name another file with --output "
-        "or --json"
-    )
-
-
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     """The whole page about runs that followed each other."""
-    title = "Report: " + ", ".join(str(one.folder) for one in runs)
-    digest = base64.b64encode(hashlib.sha256(STYLE_SHEET.encode()).digest()).decode("ascii")
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; "
-        "form-action 'none'"
-    )
+    style = (HERE / "style.css").read_text("utf-8") + _colours()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
     body = [_head(one) for one in runs]
-    for one in runs:
-        if one.command == "shear":
-            body.append(_units(one))
-            body += [_group(group) for group in mask_groups(one)]
-    body += [_group(group) for group in training_groups(runs)]
+    body += [_units(one) for one in runs if one.command == "shear"]
+    body += [_group(group) for group in groups]
     body += [_configuration(one) for one in runs]
-    made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE_SHEET}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + f"\n<footer>Written {escape(made)} from the files of the run.</footer>\n"
-        "</main>\n</body>\n</html>\n"
+    return Template((HERE / "page.html").read_text("utf-8")).substitute(
+        digest=digest,
+        style=style,
+        title=escape("Report: " + ", ".join(str(one.folder) for one in runs)),
+        body="\n".join(body),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
 
 
-def _head(run: Run) -> str:
+def _colours() -> str:
+    """The colours of the pictures, as style.css names them."""
+    ramp = {f"r{index}": colour for index, colour in enumerate(RAMP)}
+    lines = {f"c{index}": colour for index, colour in enumerate(COLOURS)}
+    names = {"orange": ORANGE} | ramp | lines
+    variables = "; ".join(f"--{name}: {colour}" for name, colour in names.items())
+    swatches = "".join(f".{name} {{ border-top-color: var(--{name}) }}\n" for name in lines)
+    return f":root {{ {variables} }}\n{swatches}"
+
+
+def _head(run: Run) -> Html:
     """Name, state and key figures of one run."""
     numbers = facts(run)
-    name = f"{COMMANDS[run.command]}: {run.folder.name or run.folder}"
-    state = "finished" if numbers["finished"] else "not finished"
-    cells = [(key, value, note) for key, value, note in _key_figures(run, numbers) if value]
-    figures = "".join(
-        f"<div><dt>{escape(key)}</dt><dd>{escape(value)}"
-        + (f"<small>{escape(note)}</small>" if note else "")
-        + "</dd></div>"
-        for key, value, note in cells
+    title = {"shear": "Shearing", "cpt": "Continued pre-training"}[run.command]
+    done = numbers["finished"]
+    state = element(
+        "span", "finished" if done else "not finished", class_=f"state {'done' if done else 'open'}"
     )
-    kind = "done" if numbers["finished"] else "open"
-    return (
-        f'<header><h1>{escape(name)} <span class="state {kind}">{state}</span></h1>'
-        f'<p class="path">{escape(str(run.folder))}</p>'
-        + (_shapes(numbers) if run.command == "shear" else "")
-        + f'<dl class="figures">{figures}</dl></header>'
+    figures = [
+        element(
+            "div",
+            element("dt", name),
+            element("dd", value, *([element("small", note)] if note else [])),
+        )
+        for name, value, note in _key_figures(run, numbers)
+        if value
+    ]
+    return element(
+        "header",
+        element("h1", f"{title}: {run.folder.name or run.folder} ", state),
+        element("p", str(run.folder), class_="path"),
+        *([_shapes(numbers)] if run.command == "shear" else []),
+        element("dl", *figures, class_="figures"),
     )
 
 
 def _key_figures(run: Run, numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value, small print) of each; an empty value is left out."""
     counts = numbers["parameters"]
-    rows = []
     if run.command == "shear":
-        rows += _mask_figures(numbers)
+        rows = _mask_figures(numbers)
     else:
         note = f"{counts['source_non_embedding']:,} without embeddings"
-        rows.append(("parameters", f"{counts['source']:,}", note))
+        rows = [("parameters", f"{counts['source']:,}", note)]
     if numbers["steps"] == 0:
         return [*rows, ("steps", "none", "nothing was trained")]
-    share = numbers["step"] / numbers["steps"]
-    written = run.written
-    when = datetime.fromtimestamp(written).astimezone() if written is not None else None
-    rows.append(
-        (
-            "steps",
-            f"{numbers['step']:,} of {numbers['steps']:,}",
-            f"{share:.0%}" + (f", last line {when:%Y-%m-%d %H:%M}" if when else ""),
-        )
-    )
+    note = f"{numbers['step'] / numbers['steps']:.0%}"
+    if run.written is not None:
+        note += f", last line {datetime.fromtimestamp(run.written).astimezone():%Y-%m-%d %H:%M}"
+    rows.append(("steps", f"{numbers['step']:,} of {numbers['steps']:,}", note))
     rows.append(("training tokens", f"{numbers['tokens']:,}", ""))
     loss, speed, held_out = (numbers[key] for key in ("loss", "tokens_per_second", "held_out"))
     note = "held out: " + ", ".join(f"{name} {value:.3f}" for name, value in held_out.items())
-    rows.append(("training loss", f"{loss:.4f}" if loss is not None else "", held_out and note))
+    note = note if held_out else ""
+    rows.append(("training loss", f"{loss:.4f}" if loss is not None else "", note))
     rows.append(("tokens/s", f"{speed:,.0f}" if speed is not None else "", ""))
-    return [(key, value, note or "") for key, value, note in rows]
+    return rows
 
 
 def _mask_figures(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -163,9 +164,8 @@ def _mask_figures(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
     left = counts["target_non_embedding"] / counts["source_non_embedding"]
     no = "no" if numbers["finished"] else "not yet"
     polarised = {True: "yes", False: no, None: UNKNOWN}[numbers["polarised"]]
-    soft = numbers["kept_not_alive"]
+    between = numbers["kept_not_alive"]
     since = numbers["on_target_since_step"]
-    note = f"every row on its target since step {since:,}" if since is not None else ""
     return [
         (
             "parameters",
@@ -173,73 +173,77 @@ def _mask_figures(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"without embeddings {counts['source_non_embedding']:,} → "
             f"{counts['target_non_embedding']:,} ({left:.0%})",
         ),
-        ("masks polarised", polarised, note),
         (
-            "kept, but not alive",
-            f"{sum(soft.values()):,} units" if soft else UNKNOWN,
+            "masks polarised",
+            polarised,
+            f"every row on its target since step {since:,}" if since is not None else "",
+        ),
+        (
+            "nonzero, but not on",
+            f"{sum(between.values()):,} units" if between else UNKNOWN,
             "masks above 0 and below 0.99",
         ),
     ]
 
 
-def _shapes(numbers: dict[str, Any]) -> str:
+def _shapes(numbers: dict[str, Any]) -> Html:
     """The table of source and target sizes."""
-    names = list(numbers["source"])
-    header = ("", *(name.replace("_", " ") for name in names))
+    names = [name.replace("_", " ") for name in numbers["source"]]
     rows = [
-        (which, *(f"{numbers[which][name]:,}" for name in names)) for which in ("source", "target")
+        (which, *(f"{value:,}" for value in numbers[which].values()))
+        for which in ("source", "target")
     ]
-    return _table(header, rows)
+    return table(("", *names), rows)
 
 
-def _units(run: Run) -> str:
-    """The tables of kept units: by family, and by layer to fold out."""
-    states = family_states(run)
-    note = "" if run.history else _no_history(run)
-    if not states:
-        return f"<section><h2>Units</h2>{note}</section>"
-    header = ("family", "rows", "source", "target", "target now", "alive", "kept, not alive")
-    rows = [
-        (
-            label(name),
-            f"{state.rows:,}",
-            f"{state.units:,}",
-            f"{state.target:,}",
-            f"{state.current_target:,.1f}".removesuffix(".0"),
-            _span(state.alive),
-            f"{state.soft:,}",
+def _units(run: Run) -> Html:
+    """The tables of unit counts: by kind, and by layer to fold out."""
+    counts = unit_counts(run)
+    parts: list[Html] = []
+    if counts:
+        rows = [
+            (
+                label(name),
+                *(f"{number:,}" for number in (count.rows, count.units, count.target)),
+                f"{count.current_target:,.1f}".removesuffix(".0"),
+                _span(count.on),
+                f"{count.between:,}",
+            )
+            for name, count in counts.items()
+        ]
+        header = ("kind", "rows", "source", "target", "target now", "on", "nonzero, not on")
+        explanation = (
+            "Units of a row, smallest to largest over the rows of a kind. A unit is on at a mask "
+            "of 0.99 or more."
         )
-        for name, state in states.items()
-    ]
-    return (
-        "<section><h2>Units</h2><p>Units of a row, smallest to largest over the rows of a family. "
-        "A unit is alive at a mask of 0.99 or more.</p>"
-        + _table(header, rows)
-        + note
-        + _by_layer(run, states)
-        + "</section>"
-    )
+        parts += [element("p", explanation), table(header, rows)]
+    if not run.history:
+        parts.append(_no_history(run))
+    return element("section", element("h2", "Units"), *parts, *_by_layer(run, counts))
 
 
-def _no_history(run: Run) -> str:
+def _no_history(run: Run) -> Html:
     if run.steps == 0:
-        return (
-            "<p>The run had no training steps: units were chosen once, by their initial scores.</p>"
+        return element(
+            "p", "The run had no training steps: units were chosen once, by their initial scores."
         )
     if run.report is None and not run.metrics:
-        return "<p>No step is on record yet.</p>"
-    return (
-        '<p class="note">No history of the masks is on record (history.jsonl), so their '
-        "distribution, how units settled and the multipliers cannot be shown.</p>"
+        return element("p", "No step is on record yet.")
+    return element(
+        "p",
+        "No history of the masks is on record (history.jsonl), so their distribution, how units "
+        "settled and the multipliers cannot be shown.",
+        class_="note",
     )
 
 
-def _by_layer(run: Run, states: dict[str, FamilyState]) -> str:
+def _by_layer(run: Run, counts: dict[str, UnitCounts]) -> list[Html]:
+    """What is on in every layer; nothing where no kind has rows of layers."""
     layers = run.model.num_layers
-    split = {n: s for n, s in states.items() if s.rows > 1 and s.rows % layers == 0}
-    own = run.masks["layer"][0] if "layer" in run.masks else None
+    split = {n: c for n, c in counts.items() if c.rows > 1 and c.rows % layers == 0}
+    own = run.masks["layer"][0] if counts and "layer" in run.masks else None
     if not split and own is None:
-        return ""
+        return []
     removed = removed_layers(run) if run.masks_step is None else []
     header = ["layer", *(["mask"] if own is not None else []), *(label(name) for name in split)]
     rows = []
@@ -247,15 +251,19 @@ def _by_layer(run: Run, states: dict[str, FamilyState]) -> str:
         row = [str(layer)]
         if own is not None:
             row.append("removed" if layer in removed else _mask(own[layer]))
-        for state in split.values():
-            each = state.rows // layers
-            counts = state.alive[layer * each : (layer + 1) * each]
-            row.append(f"{_span(counts)} / {state.target:,}")
+        for count in split.values():
+            each = count.rows // layers
+            row.append(f"{_span(count.on[layer * each :][:each])} / {count.target:,}")
         rows.append(row)
-    return (
-        "<details><summary>Alive units of every layer</summary><p>Alive / target in each layer; a "
-        "layer whose own mask is 0 is removed whole.</p>" + _table(header, rows) + "</details>"
-    )
+    explanation = "Units on / target in each layer; a layer whose own mask is 0 is removed whole."
+    return [
+        element(
+            "details",
+            element("summary", "Units on in every layer"),
+            element("p", explanation),
+            table(header, rows),
+        )
+    ]
 
 
 def _mask(value: float) -> str:
@@ -267,51 +275,31 @@ def _span(counts: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        "</div>"
-    )
-
-
-def _group(group: Group) -> str:
-    legend = "".join(
-        f'<li><span class="swatch {escape(kind)}"></span>{escape(text)}</li>'
-        for kind, text in group.legend
-    )
-    return (
-        f"<section><h2>{escape(group.title)}</h2><p>{escape(group.caption)}</p>"
-        + (f'<ul class="legend">{legend}</ul>' if legend else "")
-        + f'<div class="pictures{" wide" if group.wide else ""}">'
-        + "".join(_figure(picture) for picture in group.pictures)
-        + "</div></section>"
+def _group(group: Group) -> Html:
+    legend = [
+        element("li", element("span", class_=f"swatch {kind}"), text) for kind, text in group.legend
+    ]
+    pictures = [_figure(picture) for picture in group.pictures]
+    return element(
+        "section",
+        element("h2", group.title),
+        element("p", group.caption),
+        *([element("ul", *legend, class_="legend")] if legend else []),
+        element("div", *pictures, class_="pictures wide" if group.wide else "pictures"),
     )
 
 
-def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode("ascii")
-    width, height = picture.size
-    return (
-        f"<figure><figcaption>{escape(picture.title)}</figcaption>"
-        f'<img src="data:image/png;base64,{data}" alt="{escape(picture.alt)}" '
-        f'width="{width}" height="{height}"></figure>'
-    )
+def _figure(picture: Picture) -> Html:
+    source = "data:image/png;base64," + base64.b64encode(picture.png()).decode("ascii")
+    width, height = picture.pixels
+    image = element("img", src=source, alt=picture.alt, width=width, height=height)
+    return element("figure", element("figcaption", picture.title), image)
 
 
-def _configuration(run: Run) -> str:
-    rows = []
-    for name, value in run.identity.items():
-        text = value if isinstance(value, str) else json.dumps(value, indent=1)
-        rows.append(f"<tr><th scope='row'>{escape(name)}</th><td>{escape(text)}</td></tr>")
-    return (
-        f"<section><details><summary>Configuration of {escape(run.folder.name)} (run.json)"
-        f'</summary><div class="scroll"><table class="settings"><tbody>{"".join(rows)}</tbody>'
-        "</table></div></details></section>"
-    )
+def _configuration(run: Run) -> Html:
+    rows = [
+        (name, value if isinstance(value, str) else json.dumps(value, indent=1))
+        for name, value in run.identity.items()
+    ]
+    summary = element("summary", f"Configuration of {run.folder.name} (run.json)")
+    return element("section", element("details", summary, table((), rows, class_="settings")))

@@ -1,6 +1,7 @@
 """What the output folders of runs tell about them, during the run and after it."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from data.errors import InputError
-from launch.demo.plots import first_step_on_target
 from pruner.history import FILE as HISTORY
 from pruner.history import decode_mask, read_records
 from pruner.shapes import Shape, config_of, parse_target, shape_of
@@ -24,28 +24,28 @@ COMMANDS = {"shear": "shear.json", "cpt": "cpt.json"}
 
 
 @dataclass(frozen=True, slots=True)
-class FamilyState:
-    """Counts of one mask family, each row on its own."""
+class UnitCounts:
+    """Counts of one unit kind, each row on its own."""
 
     rows: int
     units: int
     target: int
     """Units every row keeps at the end."""
     current_target: float
-    alive: list[int]
+    on: list[int]
     """Units of each row whose mask is at least 0.99."""
-    kept: list[int]
+    nonzero: list[int]
     """Units of each row whose mask is above 0."""
 
     @property
-    def soft(self) -> int:
-        """Units that are kept but not alive."""
-        return sum(self.kept) - sum(self.alive)
+    def between(self) -> int:
+        """Units that are nonzero but not on."""
+        return sum(self.nonzero) - sum(self.on)
 
     @property
     def settled(self) -> bool:
-        """Whether every row has its target alive and nothing else."""
-        return all(count == self.target for count in (*self.alive, *self.kept))
+        """Whether every row has its target on and nothing else nonzero."""
+        return all(count == self.target for count in (*self.on, *self.nonzero))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Run:
     target: Shape | None
     """The shape that a shearing run makes."""
     masks: dict[str, np.ndarray]
-    """The newest masks there are, [rows, columns] by family, in 0 .. 1."""
+    """The newest masks there are, [rows, columns] by unit kind, in 0 .. 1."""
     masks_step: int | None
     """Completed steps when `masks` were recorded; None for those that were extracted."""
 
@@ -149,34 +149,27 @@ def removed_layers(run: Run) -> list[int]:
     return [int(index) for index in np.flatnonzero(run.masks["layer"][0] <= limit)]
 
 
-def family_states(run: Run) -> dict[str, FamilyState]:
-    """The newest counts of each family: those of the extracted model once there is one, else of the
-    last record; none for a run without either."""
-    if run.report is not None and "families" in run.report:
-        report = run.report
+def unit_counts(run: Run) -> dict[str, UnitCounts]:
+    """The newest counts of each unit kind: those of the extracted model once there is one, else of
+    the last record; none for a run without either."""
+    report = run.report or {}
+    if "families" in report:
         return {
-            name: FamilyState(
-                rows=family["rows"],
-                units=family["units"],
-                target=family["target"],
-                current_target=family["target"],
-                alive=report["alive"][name],
-                kept=report["kept"][name],
+            name: UnitCounts(
+                *(sizes["rows"], sizes["units"], sizes["target"], sizes["target"]),
+                on=report["alive"][name],
+                nonzero=report["kept"][name],
             )
-            for name, family in report["families"].items()
+            for name, sizes in report["families"].items()
         }
-    if not run.history:
-        return {}
+    last = run.history[-1]["families"] if run.history else {}
     return {
-        name: FamilyState(
-            rows=family["rows"],
-            units=family["units"],
-            target=family["target"],
-            current_target=family["current_target"],
-            alive=family["alive"],
-            kept=family["nonzero"],
+        name: UnitCounts(
+            *(sizes["rows"], sizes["units"], sizes["target"], sizes["current_target"]),
+            on=sizes["alive"],
+            nonzero=sizes["nonzero"],
         )
-        for name, family in run.history[-1]["families"].items()
+        for name, sizes in last.items()
     }
 
 
@@ -216,16 +209,34 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def _mask_facts(run: Run) -> dict[str, Any]:
-    states = family_states(run)
-    names = [name for name in states if run.metrics and f"alive_{name}_min" in run.metrics[-1]]
-    reached = names and all(state.current_target == state.target for state in states.values())
-    polarised = all(state.settled for state in states.values()) if states else None
+    counts = unit_counts(run)
+    names = [name for name in counts if run.metrics and f"alive_{name}_min" in run.metrics[-1]]
+    reached = names and all(count.current_target == count.target for count in counts.values())
+    polarised = all(count.settled for count in counts.values()) if counts else None
     return {
         "source": asdict(shape_of(run.model)),
         "target": asdict(run.target) if run.target else None,
         "rule": run.identity.get("masks.rule"),
         "polarised": run.report["polarised"] if run.report else polarised,
-        "kept_not_alive": {name: state.soft for name, state in states.items()},
-        "alive": {name: state.alive for name, state in states.items()},
+        "kept_not_alive": {name: count.between for name, count in counts.items()},
+        "alive": {name: count.on for name, count in counts.items()},
         "on_target_since_step": first_step_on_target(run.metrics, names) if reached else None,
     }
+
+
+def first_step_on_target(records: list[dict[str, Any]], kinds: list[str]) -> int | None:
+    """The step from which every row of every kind has its final target on; None if none does."""
+    final = {kind: records[-1][f"target_{kind}"] for kind in kinds}
+    first = None
+    for record in reversed(records):
+        ends = [(kind, record[f"alive_{kind}{end}"]) for kind in kinds for end in ("_min", "_max")]
+        if any(count != final[kind] for kind, count in ends):
+            break
+        first = record["step"]
+    return first
+
+
+def mean_loss(domains: Mapping[str, Mapping[str, float]]) -> float:
+    """Token-weighted mean of {domain: {loss, tokens}}."""
+    tokens = sum(row["tokens"] for row in domains.values())
+    return sum(row["loss"] * row["tokens"] for row in domains.values()) / tokens

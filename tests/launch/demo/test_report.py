@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch.demo import plots
 from launch.demo import report as demo_report
 from launch.demo.report import Results, loss_checks, reload_check
 from tests.factories import write_model
@@ -50,7 +49,7 @@ def test_reload_check_compares_logits(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not reload_check(folder).holds
 
 
-def metrics(path: Path, shear: bool) -> None:
+def write_run(path: Path, shear: bool) -> None:
     path.mkdir(parents=True)
     lines = []
     for step in range(1, 7):
@@ -68,6 +67,13 @@ def metrics(path: Path, shear: bool) -> None:
                 record[f"target_{family}"] = 24
         lines.append(json.dumps(record))
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2}
+    sizes |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    identity: dict[str, Any] = {f"model.{name}": size for name, size in sizes.items()}
+    identity |= {"model.family": "llama", "steps": 6, "target": "hidden=24,ffn=24"}
+    identity["command"] = "shear" if shear else "cpt"
+    identity["init"] = "random" if path.name == "random" else "pretrained"
+    (path / "run.json").write_text(json.dumps(identity))
 
 
 @pytest.mark.parametrize(("random_loss", "status"), [(6.0, 0), (3.0, 1)])
@@ -75,7 +81,7 @@ def test_report_is_written_and_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], random_loss: float, status: int
 ) -> None:
     for name in ("shear", "cpt", "random"):
-        metrics(tmp_path / name, shear=name == "shear")
+        write_run(tmp_path / name, shear=name == "shear")
     model = write_model(tmp_path / "model")
     results = Results(
         settings={
@@ -97,20 +103,8 @@ def test_report_is_written_and_shown(
     shown = capsys.readouterr().out
     for words in ("sheared + CPT", "4.000", "768 tokens", "[bold] text", str(model)):
         assert words.replace(" ", "") in shown.replace(" ", "").replace("\n", ""), words
-    for name in ("alive_units.png", "domain_weights.png", "losses.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_line_at_the_target_marks_where_every_row_stays_on_it() -> None:
-    rows = [(30, 30, 28), (24, 25, 24), (24, 24, 24), (23, 24, 24), (24, 24, 24), (24, 24, 24)]
-    records = [
-        {"step": step, "alive_hidden_min": low, "alive_hidden_max": high, "target_hidden": target}
-        for step, (low, high, target) in enumerate(rows, start=1)
+    report = json.loads((folder / "report.json").read_text())
+    assert [Path(path).name for path in report["pictures"]] == [
+        *("report.html", "units-that-are-on.png", "domains.png", "loss.png")
     ]
-    assert plots.first_step_on_target(records, ["hidden"]) == 5
-    assert plots.first_step_on_target(records[:4], ["hidden"]) is None
-
-
-def test_held_out_mean_is_token_weighted() -> None:
-    rows = {"a": {"loss": 1.0, "tokens": 30}, "b": {"loss": 3.0, "tokens": 10}}
-    assert plots.mean_loss(rows) == pytest.approx(1.5)
+    assert all(Path(path).is_file() and path in shown for path in report["pictures"])

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from data.errors import InputError
 from launch.report.__main__ import main
-from launch.report.curves import smoothed
-from launch.report.figures import COMPONENT, INDEX, step_edges
-from launch.report.run_folder import facts, read_run
+from launch.report.curves import joined, smoothed
+from launch.report.masks import COMPONENT, INDEX, step_edges
+from launch.report.run_folder import facts, first_step_on_target, mean_loss, read_run
 from pruner.history import encode_mask
 from pruner.run import shear
 from tests.factories import write_model, write_tokens
@@ -28,7 +28,13 @@ from tests.pruner.test_run import configure
 from tests.trainer.tiny import options, pretrain
 
 VOID = {"meta", "img", "br"}
-SHOWN = ("Units", "Kept units", "Alive units", "Distribution of the masks", "How units settled")
+SHOWN = (
+    "Units",
+    "Kept units",
+    "Units that are on",
+    "Distribution of the masks",
+    "How units settled",
+)
 TRAINING = ("Loss", "Domains", "Learning rate and speed")
 
 
@@ -86,10 +92,14 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag == "img"]
 
 
-def make(tmp_path: Path, *folders: Path) -> tuple[Page, dict[str, Any]]:
+def make(
+    tmp_path: Path, *folders: Path, figures: Path | None = None
+) -> tuple[Page, dict[str, Any]]:
     """The page about `folders`, and what --json holds."""
     page, numbers = tmp_path / "pages" / "page.html", tmp_path / "pages" / "page.json"
-    main([*map(str, folders), "--output", str(page), "--json", str(numbers)])
+    words = ["--output", str(page), "--json", str(numbers)]
+    words += ["--figures", str(figures)] if figures else []
+    main([*map(str, folders), *words])
     return Page(page), json.loads(numbers.read_text())
 
 
@@ -151,7 +161,7 @@ def test_the_page_of_shearing_and_what_followed(runs: Path, tmp_path: Path) -> N
         f"{sizes['source']:,} → {sizes['target']:,}",
         "masks polarised yes",
         "8 of 8",
-        "kept, but not alive 0 units",
+        "nonzero, but not on 0 units",
         "FFN channels per layer 3 48 20 20 20 0",
         "Configuration of shear",
     ):
@@ -169,6 +179,20 @@ def test_the_order_in_which_runs_are_named_does_not_matter(runs: Path, tmp_path:
     page, numbers = make(tmp_path, runs / "cpt", runs / "shear")
     assert [one["command"] for one in numbers["runs"]] == ["shear", "cpt"]
     assert page.text.index("Shearing: shear") < page.text.index("Continued pre-training: cpt")
+
+
+def test_pictures_as_files_and_a_baseline_beside_its_run(runs: Path, tmp_path: Path) -> None:
+    baseline = copy(runs, tmp_path, "cpt").rename(tmp_path / "scratch_$\\frac{")
+    identity = json.loads((baseline / "run.json").read_text())
+    (baseline / "run.json").write_text(json.dumps(identity | {"init": "random"}))
+    folders = [runs / "shear", runs / "cpt", baseline]
+    tokens = [[point.tokens for point in c.points] for c in joined([read_run(f) for f in folders])]
+    assert tokens[0][-1] < tokens[1][0] and tokens[1] == tokens[2]
+    page, _ = make(tmp_path, *folders, figures=tmp_path / "pictures")
+    assert "scratch_$\\frac{: from random weights" in page.text
+    found = {path.stem: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    assert set(found) == {h.lower().replace(" ", "-") for h in page.headings} - {"units"}
+    assert all(content.startswith(b"\x89PNG") for content in found.values())
 
 
 def test_reports_whose_target_is_a_shape_are_shown_too(runs: Path, tmp_path: Path) -> None:
@@ -205,7 +229,7 @@ def test_a_layer_that_is_kept_with_a_small_mask_is_not_marked(runs: Path, tmp_pa
     assert "kept with a mask near 0 look removed here" in page.text
     maps = [str(i["alt"]) for i in page.images if str(i["alt"]).startswith("Heat map")]
     assert len(maps) == 2 and all(alt.endswith(f"removed layers: {removed}") for alt in maps)
-    table = page.source.split("Alive units of every layer")[1].split("</table>")[0]
+    table = page.source.split("Units on in every layer")[1].split("</table>")[0]
     cells = re.findall(r'<th scope="row">(\d)</th><td>(.*?)</td>', table)
     found = {int(layer): unescape(cell) for layer, cell in cells}
     assert found[removed] == "removed" and found[kept[0]] == "< 0.01"
@@ -250,7 +274,7 @@ def test_a_run_without_history(runs: Path, tmp_path: Path) -> None:
     page, _ = make(tmp_path, folder)
     check_self_contained(page)
     assert "No history of the masks is on record" in page.text
-    assert set(page.headings) == {"Units", "Kept units", "Alive units", *TRAINING}
+    assert set(page.headings) == {"Units", "Kept units", "Units that are on", *TRAINING}
 
 
 def test_a_run_of_no_steps(runs: Path, tmp_path: Path) -> None:
@@ -350,6 +374,21 @@ def test_smoothing_keeps_level_and_gaps() -> None:
 def test_cells_meet_half_way_between_steps() -> None:
     assert step_edges([1, 4, 8]).tolist() == [0.5, 2.5, 6.0, 8.5]
     assert step_edges([3]).tolist() == [2.5, 3.5]
+
+
+def test_the_step_from_which_every_row_stays_on_its_target() -> None:
+    rows = [(30, 30, 28), (24, 25, 24), (24, 24, 24), (23, 24, 24), (24, 24, 24), (24, 24, 24)]
+    records = [
+        {"step": step, "alive_hidden_min": low, "alive_hidden_max": high, "target_hidden": target}
+        for step, (low, high, target) in enumerate(rows, start=1)
+    ]
+    assert first_step_on_target(records, ["hidden"]) == 5
+    assert first_step_on_target(records[:4], ["hidden"]) is None
+
+
+def test_held_out_mean_is_token_weighted() -> None:
+    rows = {"a": {"loss": 1.0, "tokens": 30}, "b": {"loss": 3.0, "tokens": 10}}
+    assert mean_loss(rows) == pytest.approx(1.5)
 
 
 def write_large_run(folder: Path, layers: int = 32, steps: int = 3200) -> None:
