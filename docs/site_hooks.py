@@ -71,16 +71,17 @@ def command_page(name: str, command: Command) -> str:
     """What `shorn NAME --help-all` says, as a page."""
     config, module = command.load_config(), importlib.import_module(command.module)
     options = all_options(config)
-    essential = essential_names(config, options)
+    by_name = {option.name: option for option in options}
+    essential = [by_name[name] for name in essential_names(config, options)]
     long_form = command.module.removesuffix(".__main__")
     ranks = "[--ranks N] " if command.on_ranks else ""
     words = "".join(f"[{option.metavar}] " for option in options if option.metavar)
     described = re.sub(r"\n\s*\n", "\n\n", re.sub(r"\n *", "\n", config.__doc__ or "")).strip()
     parts = [f"# shorn {name}", described, f"```\nshorn {name} {ranks}{words}[options]\n```"]
     parts += [f"Long form: `python -m {long_form}`.", "## Options to know"]
-    parts += entries([option for option in options if option.name in essential])
+    parts += entries(essential)
     parts += ["## Examples", f"```bash\n{module.EXAMPLES.strip()}\n```"]
-    others = [option for option in options if option.name not in essential]
+    others = [option for option in options if option not in essential]
     for section in dict.fromkeys(option.section for option in others):
         parts.append(f"## {section or 'More options'}")
         parts += entries([option for option in others if option.section == section])
