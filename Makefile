@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # GPU_PYTHON=python3 checks the packages that are there, without $(VENV) and without a network.
 GPU_PYTHON ?= $(BIN)/python
+MKDOCS := $(VENV)/bin/mkdocs
 
-.PHONY: help install demo test test-all gpu-check checks format clean
+.PHONY: help install demo test test-all gpu-check checks format docs clean
 
 help:
 	@echo "make demo      shear, train, evaluate and export a real model on this machine"
@@ -20,6 +21,7 @@ help:
 	@echo "make gpu-check on a GPU: test every operator, then time it; OUT=FOLDER for the reports"
 	@echo "make checks    format check, lint, types"
 	@echo "make format    rewrite files to the house format"
+	@echo "make docs      docs/files.md, then the site in build/site"
 	@echo "make clean     remove $(VENV) and tool caches (never runs/)"
 
 install: $(INSTALLED)
@@ -65,6 +67,14 @@ checks: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED) $(MKDOCS)
+	$(BIN)/python docs/make_files.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f .mkdocs.yml
+	@echo "build/site/index.html"
+
+$(MKDOCS): | $(INSTALLED)
+	$(BIN)/python -m pip install "mkdocs-material>=9.5"
 
 clean:
 	rm -rf $(VENV) build *.egg-info trainer/kernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
