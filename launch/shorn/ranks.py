@@ -59,11 +59,18 @@ def start_ranks(number: int, words: list[str]) -> int:
     finally:
         context.close()
     assert result is not None
-    statuses = [failure.exitcode for failure in result.failures.values()]
+    return exit_status([failure.exitcode for failure in result.failures.values()])
+
+
+def exit_status(failures: list[int]) -> int:
+    """The status of a group, from those of its ranks that failed, the first one first.
+
+    A rank that died of a signal has its negative number, and a shell adds 128 to it.
+    """
     for status in KNOWN_STATUSES:
-        if status in statuses:
+        if status in failures:
             return status
-    first = statuses[0] if statuses else 0
+    first = failures[0] if failures else 0
     return first if first >= 0 else 128 - first
 
 

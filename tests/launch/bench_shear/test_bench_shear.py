@@ -113,7 +113,7 @@ def test_the_command_writes_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"hidden": 60, "heads": 8}, "--hidden 60"),
         ({"repeats": 0}, "--repeats 0"),
         ({"heads": 0}, "--heads 0"),
-        ({"seq_len": 1}, "--seq-len 1 must be at least 2"),
+        ({"seq_len": 1}, "--seq-len 1: must be at least 2"),
         ({"micro_batch": 0}, "--micro-batch 0"),
         ({"target": "speedup=2"}, "--target 'speedup=2': budgets are resolved by pruner.shear"),
         ({"batch": 2, "micro_batch": 4}, "--micro-batch 4"),

@@ -80,6 +80,13 @@ def test_a_signal_saves_and_ends_with_0(workspace: Path, number: signal.Signals)
     assert list((output / "checkpoints").iterdir())
 
 
+def test_the_cause_decides_the_status() -> None:
+    assert ranks.exit_status([]) == 0
+    assert ranks.exit_status([1, -15]) == 1
+    assert ranks.exit_status([-6, 2]) == 2
+    assert ranks.exit_status([-9, -15]) == 137
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks.torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="--ranks 3: this machine has 2 GPUs; use --ranks 2"):
