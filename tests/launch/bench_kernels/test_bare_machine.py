@@ -57,7 +57,7 @@ def test_operators_are_tested(python: list[str]) -> None:
 def test_operators_are_timed(python: list[str], tmp_path: Path) -> None:
     bench = (*python, "-m", "launch.bench_kernels")
     assert "--static" in run(*bench, "--help")
-    sizes = "--vocabularies 50 --tokens 12 --hidden 8 --repeats 1".split()
+    sizes = "--vocabularies 5000 --tokens 512 --hidden 32 --repeats 1".split()
     run(*bench, "--cpu", *sizes, "--json", str(tmp_path / "cpu.json"))
     assert json.loads((tmp_path / "cpu.json").read_text())["gather_scale_speedup"] > 0
 
