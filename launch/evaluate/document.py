@@ -46,7 +46,7 @@ class Window:
 
 
 def resolve_bos(rule: str, bos_id: int | None, adds_bos: bool) -> str:
-    """The rule in force: "auto" follows the tokenizer. Raises InputError without a BOS token."""
+    """The resolved rule: "auto" follows the tokenizer. Raises InputError without a BOS token."""
     if rule == "auto":
         return "yes" if adds_bos and bos_id is not None else "no"
     if rule != "no" and bos_id is None:

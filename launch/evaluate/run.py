@@ -39,7 +39,7 @@ class Document:
     text_bytes: int
     """UTF-8 length of the text."""
     bos: str
-    """The BOS rule in force: "no", "yes" or "every"."""
+    """The resolved BOS rule: "no", "yes" or "every"."""
     bos_id: int | None
 
 

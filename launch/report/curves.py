@@ -139,13 +139,9 @@ def smoothed(values: Sequence[float]) -> np.ndarray | None:
     """
     if len(values) < 2 * SMOOTHING:
         return None
-    half = len(values) // SMOOTHING // 2 + 1
-    sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])
-    gaps = np.concatenate([[0], np.cumsum(np.isnan(np.array(values, float)))])
-    low = np.clip(np.arange(len(values)) - half, 0, None)
-    high = np.clip(np.arange(len(values)) + half + 1, None, len(values))
-    means: np.ndarray = (sums[high] - sums[low]) / (high - low)
-    return np.where(gaps[high] > gaps[low], np.nan, means)
+    window = np.ones(len(values) // SMOOTHING // 2 * 2 + 3)
+    counts = np.convolve(np.ones(len(values)), window, "same")
+    return np.convolve(values, window, "same") / counts
 
 
 def domains(curves: Sequence[Curve]) -> Group:

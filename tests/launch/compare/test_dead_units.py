@@ -61,7 +61,7 @@ def test_counts_are_those_of_the_runs(tmp_path: Path, capsys: pytest.CaptureFixt
         source="model", input=("t",), output=str(tmp_path), sparsities=(0.5,), seeds=(4,)
     )
     plan = dead_units_plan(StageMaker(config), ModelConfig.from_hf(SMOLLM2))
-    assert "50% of every family: layers=15,hidden=288" in capsys.readouterr().out
+    assert "50% of every unit kind: layers=15,hidden=288" in capsys.readouterr().out
     shears = [task for task in plan.tasks if "flags" in task.settings]
     assert [task.name for task in shears] == [
         "dead-units/50/projection/seed-4",
