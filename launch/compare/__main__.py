@@ -20,7 +20,7 @@ python -m launch.compare --source models/SmolLM2-135M --input 'text/*.zst' \\
     ours with other flags: of pruner.shear, then after | of launch/cpt.py
 python -m launch.compare --source models/Qwen3-0.6B --input 'text/*.zst' \\
     --targets small=layers=20,hidden=768,heads=12,kv-heads=6,ffn=2048
-python -m launch.compare --source models/SmolLM2-135M --input 'text/*.zst' \\\\
+python -m launch.compare --source models/SmolLM2-135M --input 'text/*.zst' \\
     --dead-units
     kept and on units under both rules at three sparsities
 """
