@@ -5,12 +5,15 @@ tests on a GPU. Triton's interpreter must be chosen before Triton is imported, a
 done that: what runs in it runs in a process of its own (test_triton.py), with TRITON_INTERPRET=1.
 """
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from trainer.kernels import library, registry
 from trainer.kernels.compilation import Tile
@@ -86,6 +89,28 @@ def running(backend: str) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def on_device() -> Iterator[None]:
+    """Tensors are made on DEVICE, random ones with the numbers that a CPU draws: what a test allows
+    was found for these."""
+    names = ("rand", "randn", "randint", "randperm")
+    draws: dict[str, Any] = {name: _drawn_on_cpu(getattr(torch, name)) for name in names}
+    with torch.device(DEVICE), patch.multiple(torch, **draws):
+        yield
+
+
+def _drawn_on_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def draw(*sizes: object, requires_grad: bool = False, **options: object) -> Tensor:
+        if "device" not in options:
+            return (
+                function(*sizes, device="cpu", **options).to(DEVICE).requires_grad_(requires_grad)
+            )
+        return function(*sizes, requires_grad=requires_grad, **options)
+
+    return draw
 
 
 def has_gpu() -> bool:

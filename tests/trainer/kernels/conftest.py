@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import asks_for_gpu
 from tests.trainer.kernels import backends
-from tests.trainer.kernels.backends import INTERPRETED, TILES, running
+from tests.trainer.kernels.backends import INTERPRETED, TILES, on_device, running
 
 GPU_PROCESSES = 12
 NO_GPU = f"needs a GPU, and PyTorch {torch.__version__} sees none"
@@ -73,7 +73,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The implementation a test runs, see `running`; the tensors it makes are on DEVICE."""
     if backends.is_missing(operator_of(request.module.__name__), request.param):
         pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
-    with torch.device(backends.DEVICE), running(request.param):
+    with on_device(), running(request.param):
         yield request.param
     try:
         backends.synchronize()
