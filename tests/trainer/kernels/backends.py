@@ -7,6 +7,7 @@ done that: what runs in it runs in a process of its own (test_triton.py), with T
 
 import functools
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -116,6 +117,16 @@ def _drawn_on_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def has_gpu() -> bool:
     """Whether there is one to run on."""
     return torch.cuda.is_available()
+
+
+def can_be_shared() -> bool:
+    """Whether several processes may use the GPU at a time, as far as its driver tells."""
+    command = ["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    return "Exclusive" not in told
 
 
 def synchronize() -> None:

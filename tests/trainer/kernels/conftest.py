@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from data.machine import available_cores
 from tests.conftest import asks_for_gpu
 from tests.trainer.kernels import backends
 from tests.trainer.kernels.backends import INTERPRETED, TILES, on_device, running
@@ -26,10 +27,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     share it; one where the driver lets no more."""
     if not asks_for_gpu(config):
         return None
-    from data.machine import available_cores
-    from launch.bench_kernels.gpu.facts import takes_several_processes
-
-    return max(1, min(GPU_PROCESSES, available_cores() - 2)) if takes_several_processes() else 1
+    return max(1, min(GPU_PROCESSES, available_cores() - 2)) if backends.can_be_shared() else 1
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
