@@ -47,16 +47,17 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(TEST_FLAGS)
 
-# Eight minutes at most: the tests get five of them, and the timings what is left. Both run, whatever
-# the tests find. A test that hangs takes its process down, and a new one goes on with the next.
+# Eight minutes at most: the tests get five of them with their end, the timings what is left. Both
+# run, whatever the tests find. A test that hangs takes its process down, and a new one goes on.
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 	@mkdir -p $(OUT)
-	start=$$(date +%s); \
-	OMP_NUM_THREADS=1 timeout --signal INT --kill-after 10 300 $(GPU_PYTHON) -m pytest -q -m gpu -n auto \
-	    --timeout 120 --timeout-method thread -p no:cacheprovider \
-	    --junitxml $(OUT)/gpu-check.xml tests/trainer/kernels; tested=$$?; \
-	timeout --kill-after 10 $$((480 - $$(date +%s) + start)) $(GPU_PYTHON) -m launch.bench_kernels \
-	    --budget-seconds $$((450 - $$(date +%s) + start)) \
+	end=$$(($$(date +%s) + 480)); \
+	OMP_NUM_THREADS=1 timeout --signal INT --kill-after 30 270 \
+	    $(GPU_PYTHON) -m pytest -q -m gpu -n auto --timeout 120 --timeout-method thread \
+	    -p no:cacheprovider --junitxml $(OUT)/gpu-check.xml tests/trainer/kernels; \
+	tested=$$?; left=$$((end - $$(date +%s))); \
+	timeout --signal INT --kill-after 10 $$((left - 10)) \
+	    $(GPU_PYTHON) -m launch.bench_kernels --budget-seconds $$((left - 60)) \
 	    --json $(OUT)/gpu-check.json --csv $(OUT)/gpu-check.csv $(GPU_CHECK_FLAGS) && exit $$tested
 
 checks: $(INSTALLED)

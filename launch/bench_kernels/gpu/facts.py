@@ -30,12 +30,6 @@ def facts(device: torch.device) -> dict[str, str]:
     }
 
 
-def takes_several_processes() -> bool:
-    """Whether several processes may use a GPU at the same time, as far as its driver tells."""
-    modes = _output(["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"])
-    return "Exclusive" not in modes
-
-
 def _is_built(device: torch.device) -> bool:
     """Whether the operators of csrc/ were compiled for this type of device, and could be loaded."""
     registry.operators()

@@ -95,22 +95,25 @@ def measure(
 
 
 def time_all(sides: Sequence[Side], device: str, budget_seconds: float) -> tuple[list[Result], str]:
-    """One result for each side, and what the device was lost to, if it was.
+    """One result for each side, and why the last ones were not run, if that is not for the time.
 
     A side that raises has that as its result. After an illegal access, say, no later call would
-    work: nothing more is run.
+    work: nothing more is run, and neither is it after Ctrl-C.
     """
     end, lost = time.monotonic() + budget_seconds, ""
     results: list[Result] = []
     with Progress("timing", total=len(sides), unit="timing") as bar:
         for side in sides:
-            if lost or time.monotonic() >= end:
-                message = f"not run: {lost}" if lost else OUT_OF_TIME
-                result = side | {"status": "skipped", "message": message}
-            else:
-                result = time_one(side, torch.device(device))
-                if not is_usable(torch.device(device)):
-                    lost = f"the device answers no more after {_name(side)}"
+            result = side | {"status": "skipped", "message": OUT_OF_TIME}
+            if not lost and time.monotonic() < end:
+                try:
+                    result = time_one(side, torch.device(device))
+                    if not is_usable(torch.device(device)):
+                        lost = f"the device answers no more after {_name(side)}"
+                except KeyboardInterrupt:
+                    lost = "interrupted"
+            if lost and result["status"] == "skipped":
+                result["message"] = f"not run: {lost}"
             results.append(result)
             bar.message(f"{result['status']:8} {_line(result)}  {result['message']}".rstrip())
             bar.update()

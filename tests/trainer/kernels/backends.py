@@ -5,12 +5,16 @@ tests on a GPU. Triton's interpreter must be chosen before Triton is imported, a
 done that: what runs in it runs in a process of its own (test_triton.py), with TRITON_INTERPRET=1.
 """
 
+import functools
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from trainer.kernels import library, registry
 from trainer.kernels.compilation import Tile
@@ -88,9 +92,41 @@ def running(backend: str) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
+@contextmanager
+def on_device() -> Iterator[None]:
+    """Tensors are made on DEVICE, random ones with the numbers that a CPU draws: what a test allows
+    was found for these."""
+    names = ("rand", "randn", "randint", "randperm")
+    draws: dict[str, Any] = {name: _drawn_on_cpu(getattr(torch, name)) for name in names}
+    with torch.device(DEVICE), patch.multiple(torch, **draws):
+        yield
+
+
+def _drawn_on_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def draw(*sizes: object, requires_grad: bool = False, **options: object) -> Tensor:
+        if "device" not in options:
+            return (
+                function(*sizes, device="cpu", **options).to(DEVICE).requires_grad_(requires_grad)
+            )
+        return function(*sizes, requires_grad=requires_grad, **options)
+
+    return draw
+
+
 def has_gpu() -> bool:
     """Whether there is one to run on."""
     return torch.cuda.is_available()
+
+
+def can_be_shared() -> bool:
+    """Whether several processes may use the GPU at a time, as far as its driver tells."""
+    command = ["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    return "Exclusive" not in told
 
 
 def synchronize() -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from data.machine import available_cores
 from tests.conftest import asks_for_gpu
 from tests.trainer.kernels import backends
-from tests.trainer.kernels.backends import INTERPRETED, TILES, running
+from tests.trainer.kernels.backends import INTERPRETED, TILES, on_device, running
 
 GPU_PROCESSES = 12
 NO_GPU = f"needs a GPU, and PyTorch {torch.__version__} sees none"
@@ -26,10 +27,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     share it; one where the driver lets no more."""
     if not asks_for_gpu(config):
         return None
-    from data.machine import available_cores
-    from launch.bench_kernels.gpu.facts import takes_several_processes
-
-    return max(1, min(GPU_PROCESSES, available_cores() - 2)) if takes_several_processes() else 1
+    return max(1, min(GPU_PROCESSES, available_cores() - 2)) if backends.can_be_shared() else 1
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -73,7 +71,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The implementation a test runs, see `running`; the tensors it makes are on DEVICE."""
     if backends.is_missing(operator_of(request.module.__name__), request.param):
         pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
-    with torch.device(backends.DEVICE), running(request.param):
+    with on_device(), running(request.param):
         yield request.param
     try:
         backends.synchronize()

@@ -26,10 +26,10 @@ def results(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tens
 
     if name == "attention":
         batch, length, heads, key_heads, width = sizes
-        inputs = [draw(batch, length, n, width) for n in (heads, key_heads, key_heads)]
+        several = [draw(batch, length, n, width) for n in (heads, key_heads, key_heads)]
         mask, documents = draw(heads, dtype=torch.float32), torch.arange(length).expand(batch, -1)
-        masked = attention(*inputs, head_mask=mask, documents=documents // 10)
-        return masked, attention(*inputs, window=4)
+        masked = attention(*several, head_mask=mask, documents=documents // 10)
+        return masked, attention(*several, window=4)
     if name == "rope":
         query, key = (draw(1, sizes[0], heads, sizes[2]) for heads in (sizes[1], 1))
         return rope(query, key, *(draw(sizes[0], sizes[2] // 4).detach() for _ in "cs"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from tests.trainer.kernels.backends import large
+from tests.trainer.kernels.backends import Sizes, large
 from tests.trainer.kernels.comparison import DTYPES, close, draw_rows
 from trainer.kernels import cross_entropy
 from trainer.kernels.cross_entropy import cross_entropy_
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 
 def draw(
-    shape: tuple[int, int],
+    shape: Sizes,
     dtype: torch.dtype,
     *,
     teacher: bool = False,
@@ -93,7 +93,7 @@ def compare(case: Case, tolerance: float = 3e-6) -> None:
 
 @pytest.mark.parametrize("dtype", WIDE_AND_NARROW, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_formula(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_equals_formula(backend: str, shape: Sizes, dtype: torch.dtype) -> None:
     compare(draw(shape, dtype))
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainer.kernels import backends
+
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = "tests/trainer/kernels"
 STAND_IN = ("-p", "tests.trainer.kernels.stand_in_gpu")
@@ -56,7 +58,7 @@ def test_every_operator_is_tested_in_every_implementation() -> None:
 def test_a_lost_or_hanging_device_costs_one_test() -> None:
     """Its process is replaced, and the tests after it run."""
     timed = importlib.util.find_spec("pytest_timeout") is not None
-    limits = ("--timeout", "5", "--timeout-method", "thread") if timed else ("-k", "not hangs")
+    limits = ("--timeout", "10", "--timeout-method", "thread") if timed else ("-k", "not hangs")
     files = (f"{FOLDER}/planted_gpu_tests.py", f"{FOLDER}/test_rope.py::test_without_positions")
     printed = run("-m", "gpu", *STAND_IN, "-rpf", "-n", "1", *limits, *files)
     failed = {"loses_the_device triton", *(["hangs triton"] if timed else [])}
@@ -65,6 +67,21 @@ def test_a_lost_or_hanging_device_costs_one_test() -> None:
     passed = set(outcomes(printed, "PASSED"))
     for name in ("before", "between", "after", "without_positions"):
         assert passed >= {f"{name} reference", f"{name} triton"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "shared"), [("Default", True), ("Default\nExclusive_Process", False), (None, True)]
+)
+def test_a_gpu_for_one_process_alone_is_known(
+    mode: str | None, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        if mode is None:
+            raise FileNotFoundError(command[0])
+        return subprocess.CompletedProcess(command, 0, mode)
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert backends.can_be_shared() is shared
 
 
 def test_without_a_gpu_the_reason_is_told() -> None:

@@ -56,16 +56,6 @@ def test_a_silent_driver_is_no_error(smi: str | None, monkeypatch: pytest.Monkey
     assert found["power cap"] == found["driver"] == gpu_facts.UNKNOWN
 
 
-@pytest.mark.parametrize(
-    ("mode", "several"), [("Default", True), ("Default\nExclusive_Process", False), (None, True)]
-)
-def test_a_gpu_for_one_process_alone_is_known(
-    mode: str | None, several: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers(monkeypatch, mode)
-    assert gpu_facts.takes_several_processes() is several
-
-
 @pytest.mark.parametrize("built", [True, False])
 def test_compiled_operators_are_told_from_missing_ones(
     built: bool, monkeypatch: pytest.MonkeyPatch

@@ -96,6 +96,14 @@ def test_nothing_runs_on_a_device_that_was_lost(
     assert {line["message"] for line in after} == {reason}
 
 
+def test_an_interrupted_run_has_its_report(planned: dict[str, Any]) -> None:
+    planned["rope triton"] = KeyboardInterrupt()
+    report = measure("cpu", 400, models=[TINY], operators=("copy", "rope"))
+    assert not report["passed"]
+    assert list(statuses(report).values()) == ["ok", "ok", *["skipped"] * 3]
+    assert {line["message"] for line in report["timings"][2:]} == {"not run: interrupted"}
+
+
 def test_a_device_that_fails_later_calls_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     def synchronize(device: torch.device) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
