@@ -99,7 +99,9 @@ def read_run(folder: Path) -> Run:
     if command not in COMMANDS:
         raise InputError(f"{folder} is a run of {command!r}, which has no page; {advice}")
     names = [field.name for field in fields(ModelConfig) if f"model.{field.name}" in identity]
-    history, target, masks, step = [], None, {}, None
+    history: list[dict[str, Any]] = []
+    masks: dict[str, np.ndarray] = {}
+    step = target = None
     try:
         model = ModelConfig(**{name: identity[f"model.{name}"] for name in names})
         finished = folder / COMMANDS[command]
