@@ -1,5 +1,4 @@
-"""Text for comparisons: documents of each domain split into those to train on and those to measure
-on, in the order of the input."""
+"""Text of a comparison: documents of each domain, some to measure on and others to train on."""
 
 import itertools
 import json

@@ -1,7 +1,7 @@
 """The demo's last stage: checks, table, pictures and the text the user reads."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,9 @@ def write(results: Results, folder: Path) -> None:
         "settings": results.settings,
         "rows": rows,
         "prompt": results.prompt,
-        "tokens": {
-            name: run["tokens"] for name, run in zip(results.runs, facts["runs"], strict=True)
-        },
+        "tokens": dict(zip(results.runs, (run["tokens"] for run in facts["runs"]), strict=True)),
         "held_out_tokens": results.evaluation["source"]["overall"]["tokens"],
-        "checks": [{"claim": c.claim, "holds": c.holds, "numbers": c.numbers} for c in checks],
+        "checks": [asdict(check) for check in checks],
         "pictures": [facts["page"], *(str(folder / f"{name}.png") for name in PICTURES)],
         "model": str(results.models["sheared + CPT"]),
     }

@@ -17,7 +17,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import zstandard
+import pyarrow as pa
 
 from data.errors import InputError
 from data.files import partial_path, replace_file
@@ -75,9 +75,9 @@ def _write_domain(
         bar.update(size, domain=domain)
         if written >= budget:
             break
-    compressed = zstandard.ZstdCompressor(level=6).compress(buffer.getvalue().encode("utf-8"))
     partial = partial_path(path)
-    partial.write_bytes(compressed)
+    with pa.output_stream(str(partial), compression="zstd") as stream:
+        stream.write(buffer.getvalue().encode("utf-8"))
     replace_file(partial, path)
     return written
 

@@ -99,11 +99,9 @@ def _paint_masks(axis: Any, values: np.ndarray, units: int) -> None:
     """Masks [rows, columns] of rows of `units`, averaged to COLUMNS columns where there are more;
     lines lie between cells that are wide enough."""
     drawn = group_means(values, COLUMNS) if values.shape[1] > COLUMNS else values
-    lines: dict[str, Any] = {}
-    if drawn.shape[1] <= LINED_COLUMNS:
-        lines = {"edgecolors": "white", "linewidth": 0.4}
     edges = np.linspace(0, units, drawn.shape[1] + 1) - 0.5
-    cells(axis, edges, np.arange(len(drawn) + 1) - 0.5, drawn, **lines)
+    lined = drawn.shape[1] <= LINED_COLUMNS
+    cells(axis, edges, np.arange(len(drawn) + 1) - 0.5, drawn, lined=lined)
 
 
 def _strip(name: str, values: np.ndarray, units: int, axis_label: str) -> Picture:

@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 
 from data.errors import InputError
-from data.files import write_json, write_text
+from data.files import require_writable, write_json, write_text
 from data.log import logger
 from launch.report.config import ReportConfig
 from launch.report.curves import training_groups
@@ -49,28 +49,21 @@ def run(config: ReportConfig) -> dict[str, Any]:
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the page's pictures need matplotlib: pip install -e '.[demo]'")
     path = Path(config.output) if config.output else runs[0].folder / "report.html"
-    copies = [Path(config.json)] if config.json is not None else []
-    for file in (path, *copies):
-        if file.is_dir():
-            raise InputError(f"{file} is a folder; name a file in it")
+    require_writable(path, "--output")
+    if config.json is not None:
+        require_writable(Path(config.json), "--json")
+    if config.figures is not None:
+        require_writable(Path(config.figures) / "loss.png", "--figures")
     masks = [group for one in runs if one.command == "shear" for group in mask_groups(one)]
     groups = [*masks, *training_groups(runs)]
-    try:
-        for folder in {file.parent for file in (path, *copies)}:
-            folder.mkdir(parents=True, exist_ok=True)
-        text = page(runs, groups)
-        numbers: dict[str, Any] = {"page": str(path), "bytes": len(text.encode())}
-        numbers["runs"] = [facts(one) for one in runs]
-        write_text(path, text)
-        for file in copies:
-            write_json(file, numbers)
-        if config.figures is not None:
-            write_figures(Path(config.figures), groups)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {error.filename or path}: {error.strerror}; name another place with "
-            "--output, --json or --figures"
-        ) from error
+    text = page(runs, groups)
+    write_text(path, text)
+    numbers: dict[str, Any] = {"page": str(path), "bytes": len(text.encode())}
+    numbers["runs"] = [facts(one) for one in runs]
+    if config.json is not None:
+        write_json(Path(config.json), numbers)
+    if config.figures is not None:
+        write_figures(Path(config.figures), groups)
     logger.info(f"{path} ({numbers['bytes'] / 1e6:.1f} MB)")
     return numbers
 

@@ -98,32 +98,25 @@ def read_run(folder: Path) -> Run:
     command = identity.get("command")
     if command not in COMMANDS:
         raise InputError(f"{folder} is a run of {command!r}, which has no page; {advice}")
+    names = [field.name for field in fields(ModelConfig) if f"model.{field.name}" in identity]
+    history: list[dict[str, Any]] = []
+    masks: dict[str, np.ndarray] = {}
+    step = target = None
     try:
-        model = _model(identity)
-        report = _read_report(folder / COMMANDS[command])
-        history = read_records(folder / HISTORY) if command == "shear" else []
-        masks, step = _newest_masks(folder, report, history) if command == "shear" else ({}, None)
-        shape = parse_target(identity["target"], shape_of(model)) if command == "shear" else None
+        model = ModelConfig(**{name: identity[f"model.{name}"] for name in names})
+        finished = folder / COMMANDS[command]
+        report = json.loads(finished.read_text("utf-8")) if finished.exists() else None
+        if command == "shear":
+            history = read_records(folder / HISTORY)
+            masks, step = _newest_masks(folder, report, history)
+            target = parse_target(identity["target"], shape_of(model))
     except (InputError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise InputError(
             f"{folder} cannot be read ({type(error).__name__}: {error}); it was written by another "
             "version or is damaged: resume the run, or name another folder"
         ) from error
     metrics = read_records(folder / "metrics.jsonl")
-    return Run(folder, command, identity, metrics, history, report, model, shape, masks, step)
-
-
-def _model(identity: dict[str, Any]) -> ModelConfig:
-    names = [field.name for field in fields(ModelConfig)]
-    stored = {name: identity[f"model.{name}"] for name in names if f"model.{name}" in identity}
-    return ModelConfig(**stored)
-
-
-def _read_report(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return report
+    return Run(folder, command, identity, metrics, history, report, model, target, masks, step)
 
 
 def _newest_masks(

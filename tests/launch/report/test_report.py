@@ -327,6 +327,7 @@ def test_whatever_comes_from_files_is_text(runs: Path, tmp_path: Path) -> None:
         (["SHEAR", "--output", "FOLDER"], "is a folder; name a file"),
         (["SHEAR", "--json", "FOLDER"], "is a folder; name a file"),
         (["SHEAR", "--output", "FILE/page.html"], "cannot write"),
+        (["SHEAR", "--figures", "FILE"], "cannot write"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(
@@ -343,7 +344,8 @@ def test_what_cannot_be_shown_is_refused(
         (tmp_path / name / "run.json").write_text(content)
     known = {"SHEAR": runs / "shear", "OTHER": tmp_path / "other", "OLD": tmp_path / "old"}
     known |= {"DAMAGED": tmp_path / "damaged", "FOLDER": tmp_path, ".": tmp_path}
-    known["FILE/page.html"] = tmp_path / "other" / "run.json" / "page.html"
+    known["FILE"] = tmp_path / "other" / "run.json"
+    known["FILE/page.html"] = known["FILE"] / "page.html"
     with pytest.raises(InputError, match=message):
         main([str(known.get(word, word)) for word in arguments])
 
@@ -360,13 +362,10 @@ def test_matplotlib_is_asked_for(
 def test_smoothing_keeps_level_and_gaps() -> None:
     assert smoothed([1.0] * 99) is None
     values = [2.0] * 200
-    assert smoothed(values) == pytest.approx(values)
     values[100] = float("nan")
     found = smoothed(values)
-    assert found is not None
-    gaps = np.flatnonzero(np.isnan(found))
-    assert gaps.min() < 100 < gaps.max() and gaps.max() - gaps.min() < 10
-    assert np.nanmax(found) == np.nanmin(found) == 2.0
+    assert found is not None and np.nanmax(found) == np.nanmin(found) == 2.0
+    assert 1 < np.isnan(found[90:111]).sum() == np.isnan(found).sum() < 10
     slope = smoothed(list(range(200)))
     assert slope is not None and slope[20:180] == pytest.approx(np.arange(20, 180))
 
