@@ -65,7 +65,6 @@ def _query_gradient(
     key, value, first, key_stride, value_stride = sources
     row_start, low, diagonal, high = limits
     row = row_start + tl.arange(0, ROWS)
-    logarithm = logarithm * LOG2_E
     d_queries = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(low, high, COLUMNS):
         keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
@@ -210,7 +209,7 @@ def _key_gradients(
             queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
             gradients = load_rows(gradient, start, stride, length, ROWS, HEAD_DIM, WIDTH)
             inside = row < length
-            logarithm = tl.load(logsumexp + here + row, mask=inside, other=0.0) * LOG2_E
+            logarithm = tl.load(logsumexp + here + row, mask=inside, other=0.0)
             along = tl.load(delta + here + row, mask=inside, other=0.0)
             scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
             weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[None, :]) * mask

@@ -55,7 +55,7 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Unmasked output and logsumexp of a tile of queries, both 0 without keys."""
+    """Unmasked output and logsumexp (base 2) of a tile of queries, both 0 without keys."""
     key, value, first, key_stride, value_stride = sources
     row_start, low, diagonal, high = limits
     row = row_start + tl.arange(0, ROWS)
@@ -80,7 +80,7 @@ def _attend(
         largest = larger
     largest = tl.where(denominator == 0.0, 0.0, largest)
     denominator = tl.where(denominator == 0.0, 1.0, denominator)
-    return total / denominator[:, None], largest / LOG2_E + tl.log(denominator)
+    return total / denominator[:, None], largest + tl.log2(denominator)
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def forward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, S, H, D] and logsumexp [B, H, S], 0 of heads whose mask is 0."""
+    """Output [B, S, H, D] and logsumexp [B, H, S] to base 2, 0 of heads whose mask is 0."""
     batch, length, heads, _ = query.shape
     output = query.new_empty(query.shape)
     logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)

@@ -49,7 +49,7 @@ MUTANTS = (
     ),
     Mutant("attention", "mask forgotten", "total * mask", "total"),
     Mutant("attention", "diagonal not masked", "or start >= diagonal", "or start > diagonal"),
-    Mutant("attention", "logsumexp of another base", "/ LOG2_E", "* 1.0"),
+    Mutant("attention", "logsumexp of another base", "tl.log2(denom", "tl.log(denom"),
     *(
         Mutant("attention", mistake, right, wrong, 0, _BACKWARD)
         for mistake, right, wrong in (
