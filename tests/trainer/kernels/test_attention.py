@@ -15,6 +15,7 @@ from tests.trainer.kernels.comparison import (
     draw_mask,
     draw_rows,
 )
+from trainer.kernels import registry
 from trainer.kernels.attention import attention
 
 # Batch, positions, heads, key heads, width of a head.
@@ -198,6 +199,8 @@ def test_same_bits_every_time(backend: str) -> None:
 def test_operator_is_registered_correctly(backend: str, complete: bool) -> None:
     query = torch.randn(2, 6, 4, 8, requires_grad=True)
     key, value = (torch.randn(2, 6, 2, 8, requires_grad=True) for _ in range(2))
+    if not registry.runs_kernels("attention", query):
+        pytest.skip("the operator runs kernels only")
     mask = torch.rand(4, requires_grad=True) if complete else None
     documents = torch.tensor([[0, 0, 1, 1, 1, 2]]).expand(2, 6) if complete else None
     rest = (4, 0.3) if complete else (None, None)
@@ -205,7 +208,7 @@ def test_operator_is_registered_correctly(backend: str, complete: bool) -> None:
     torch.library.opcheck(torch.ops.shorn.attention.default, arguments)
     tensors = [None if t is None else t.detach() for t in arguments[:5]]
     saved = torch.ops.shorn.attention(*tensors, *rest)
-    backward = (torch.randn(2, 6, 4, 8), *tensors, *saved, *rest)
+    backward = (torch.randn(2, 6, 4, 8), *saved, *tensors, *rest)
     torch.library.opcheck(torch.ops.shorn.attention_backward.default, backward)
 
 
@@ -288,5 +291,5 @@ def test_wrong_gradient_is_refused(backend: str) -> None:
     for gradient in (torch.zeros(1, 4, 8, 2), torch.zeros(1, 4, 8, 2).mT):
         with pytest.raises(ValueError, match="attention: gradient must be "):
             torch.ops.shorn.attention_backward(
-                gradient, x, x, x, None, None, x, statistic, None, None
+                gradient, x, statistic, x, x, x, None, None, None, None
             )

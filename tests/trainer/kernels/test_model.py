@@ -19,7 +19,7 @@ FAMILIES = ("llama-mha", "mistral-window", "qwen3", "gpt_neox")
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    with running("triton" if INTERPRETED else "operator"):
+    with running("triton" if INTERPRETED else "reference"):
         yield
 
 
