@@ -18,10 +18,16 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.kernels.compilation import CHANNELS, HEAD_DIM, HEADS, TOKENS, VOCABULARY, WIDTH
 from trainer.kernels.linear_cross_entropy import default_chunk
 
 BATCH = 2
+TOKENS = 8192
+WIDTH = 4096
+HEADS = 32
+HEAD_DIM = 128
+CHANNELS = 11008
+VOCABULARY = 32000
+"""One micro-batch of 2 x 4096 tokens in LLaMA 2 7B (arXiv 2307.09288)."""
 PASSES = ("forward", "backward")
 
 _aten = torch.ops.aten
@@ -35,7 +41,7 @@ class Operator:
     """An operator as plain PyTorch would write it."""
 
     name: str
-    """Prefix of its kernels' names in trainer/kernels/compilation.py."""
+    """Prefix of its kernels' names in launch/bench_kernels/static/kernels.py."""
     shape: str
     inputs: Callable[[], tuple[Tensor, ...]]
     function: Callable[..., Any]
@@ -87,11 +93,6 @@ def kernel_bytes(function: Any, arguments: Any, result: Any) -> int:
         index = sum(_bytes(x) for x in _tensors(arguments) if not x.is_floating_point())
         return 2 * outputs + index
     return _bytes(arguments) + outputs
-
-
-def measure() -> list[Traffic]:
-    """Counts both passes of every operator."""
-    return [traffic for operator in OPERATORS for traffic in count(operator)]
 
 
 def count(operator: Operator) -> list[Traffic]:
@@ -205,16 +206,16 @@ def _mask(size: int) -> Tensor:
     return torch.empty(size, requires_grad=True)
 
 
-def rms_norm(x: Tensor, residual: Tensor, gain: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Residual addition and the norm of the sum as Hugging Face writes it, gain masked."""
+def rms_norm(x: Tensor, residual: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Residual addition and the norm of the sum as Hugging Face writes it."""
     total = x + residual
     wide = total.float()
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
-    return normal.to(gain.dtype) * (gain * mask.to(gain.dtype)), total
+    return normal.to(gain.dtype) * gain, total
 
 
-def swiglu(gate: Tensor, up: Tensor, mask: Tensor) -> Tensor:
-    return functional.silu(gate) * up * mask.to(gate.dtype)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
 
 
 def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
@@ -242,9 +243,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def distillation(logits: Tensor, targets: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+def distillation(logits: Tensor, targets: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropies, and divergences from the teacher whose logits are given."""
-    student, teacher = logits.float().log_softmax(1), taught.float().log_softmax(1)
+    student, teacher = logits.float().log_softmax(1), teacher_logits.float().log_softmax(1)
     divergences = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
     return functional.nll_loss(student, targets, reduction="none"), divergences
 
@@ -275,14 +276,14 @@ _HEADS = f"[{BATCH}, {HEADS}, {TOKENS // BATCH}, {HEAD_DIM}]"
 OPERATORS = (
     Operator(
         "rms_norm",
-        f"[{TOKENS}, {WIDTH}] with residual, gain, mask",
-        lambda: (_bf16(TOKENS, WIDTH), _bf16(TOKENS, WIDTH), _bf16(WIDTH), _mask(WIDTH)),
+        f"[{TOKENS}, {WIDTH}] with residual, gain",
+        lambda: (_bf16(TOKENS, WIDTH), _bf16(TOKENS, WIDTH), _bf16(WIDTH)),
         rms_norm,
     ),
     Operator(
         "swiglu",
-        f"[{TOKENS}, {CHANNELS}] with mask",
-        lambda: (_bf16(TOKENS, CHANNELS), _bf16(TOKENS, CHANNELS), _mask(CHANNELS)),
+        f"[{TOKENS}, {CHANNELS}]",
+        lambda: (_bf16(TOKENS, CHANNELS), _bf16(TOKENS, CHANNELS)),
         swiglu,
     ),
     Operator(

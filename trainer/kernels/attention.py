@@ -1,12 +1,12 @@
 """Causal attention with a mask per head, grouped keys, windows, and documents that share a row.
 
 O_h = z_h * softmax(scale * Q_h K^T) V (arXiv 1706.03762, equation 1), over the keys that a query
-sees. `shorn::attention` and `shorn::attention_backward` are PyTorch operators for the Triton
-kernels, the portable path; on a GPU without them asked for, FlashAttention or PyTorch's own fused
+sees. `shorn::attention` and `shorn::attention_backward` are PyTorch operators that run the Triton
+kernels, the portable path. On a GPU without them asked for, FlashAttention or PyTorch's own fused
 attention runs, and the mask scales its output.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,18 @@ from trainer.kernels import attention_flash, registry
 from trainer.kernels.arguments import check_like, check_rows, refuse, wide_dtype
 
 NAME = "attention"
-LARGEST_HEAD_DIM = 256
-"""Channels of a head that the Triton kernels hold at once."""
+
+
+class Inputs(NamedTuple):
+    """Arguments of `attention`, as its operators take them too."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    head_mask: Tensor | None = None
+    documents: Tensor | None = None
+    window: int | None = None
+    scale: float | None = None
 
 
 def attention(
@@ -51,44 +61,31 @@ def attention(
     Raises:
         ValueError: a shape, dtype, stride, device or number does not fit.
     """
-    arguments = (query, key, value, head_mask, documents, window, scale)
+    inputs = Inputs(query, key, value, head_mask, documents, window, scale)
     if registry.runs_reference(NAME, query.device):
-        return reference(*arguments)
+        return reference(inputs)
     backend = registry.which(NAME, query.device)
-    fused = backend in registry.FUSED
     asked = backend == "flash" and documents is None
     library = attention_flash.find(query) if asked else None
     if library is not None:
-        _check(*arguments)
-        context = attention_flash.attend(library, query, key, value, window, _scale(query, scale))
+        _check(inputs)
+        context = attention_flash.attend(
+            library, query, key, value, window, score_scale(query, scale)
+        )
         return _mask_heads(context, head_mask)
-    kernels = registry.has_kernels(NAME, query.device)
     # PyTorch's own attention needs a mask of all pairs of positions for these, Triton's none.
     limited = documents is not None or (window is not None and window < query.shape[1])
-    if (kernels and not kernels_support(query)) or (fused and not (limited and kernels)):
-        return reference(*arguments)
-    result: Tensor = torch.ops.shorn.attention(*arguments)[0]
+    fused = backend in registry.FUSED and not limited
+    if fused or not registry.runs_kernels(NAME, query):
+        return reference(inputs)
+    result: Tensor = torch.ops.shorn.attention(*inputs)[0]
     return result
 
 
-def kernels_support(query: Tensor) -> bool:
-    """Whether the Triton kernels compute attention of these queries."""
-    return (
-        query.dtype != torch.float64 and query.shape[-1] <= LARGEST_HEAD_DIM and query.numel() > 0
-    )
-
-
-def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_mask: Tensor | None,
-    documents: Tensor | None,
-    window: int | None,
-    scale: float | None,
-) -> Tensor:
+def reference(inputs: Inputs) -> Tensor:
     """`attention` in PyTorch operations, with its fused attention."""
-    _check(query, key, value, head_mask, documents, window, scale)
+    _check(inputs)
+    query, key, value, head_mask, documents, window, scale = inputs
     visible = _visible(query, documents, window)
     context = F.scaled_dot_product_attention(
         query.transpose(1, 2),
@@ -100,6 +97,11 @@ def reference(
         enable_gqa=key.shape[2] != query.shape[2],
     )
     return _mask_heads(context.transpose(1, 2), head_mask)
+
+
+def score_scale(query: Tensor, scale: float | None) -> float:
+    """Factor of the scores."""
+    return float(query.shape[-1] ** -0.5) if scale is None else scale
 
 
 def first_keys(query: Tensor, documents: Tensor | None, window: int | None) -> Tensor | None:
@@ -143,104 +145,8 @@ def _mask_heads(context: Tensor, head_mask: Tensor | None) -> Tensor:
     return (context.to(scale.dtype) * scale).to(context.dtype)
 
 
-def _scale(query: Tensor, scale: float | None) -> float:
-    return float(query.shape[-1] ** -0.5) if scale is None else scale
-
-
-def _softmax(
-    query: Tensor, key: Tensor, documents: Tensor | None, window: int | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Weights [B, H, S, S] and logsumexp [B, H, S] of queries and keys [B, H, S, D]."""
-    scores = query @ key.mT * scale
-    visible = _visible(query.transpose(1, 2), documents, window)
-    if visible is None:
-        visible = torch.ones_like(scores[:1, :1], dtype=torch.bool).tril()
-    scores = scores.masked_fill(~visible, float("-inf"))
-    return scores.softmax(-1), scores.logsumexp(-1)
-
-
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """[B, S, G, D] -> [B, heads, S, D] in the wide dtype, each head repeated for its group."""
-    wide = x.to(wide_dtype(x)).transpose(1, 2)
-    return wide.repeat_interleave(heads // x.shape[2], 1)
-
-
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_mask: Tensor | None,
-    documents: Tensor | None,
-    window: int | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Output [B, S, H, D] and logsumexp [B, H, S] in the wide dtype, 0 of heads with mask 0."""
-    _check(query, key, value, head_mask, documents, window, scale)
-    factor = _scale(query, scale)
-    module = registry.triton_module(NAME, query.device)
-    if module is not None and kernels_support(query):
-        found: tuple[Tensor, Tensor] = module.forward(
-            query, key, value, head_mask, documents, window, factor
-        )
-        return found
-    queries, keys, values = (_by_head(x, query.shape[2]) for x in (query, key, value))
-    weights, logsumexp = _softmax(queries, keys, documents, window, factor)
-    context = weights @ values
-    if head_mask is not None:
-        context = context * head_mask[:, None, None]
-        logsumexp = logsumexp.masked_fill((head_mask == 0)[:, None], 0.0)
-    return context.transpose(1, 2).to(query.dtype).contiguous(), logsumexp
-
-
-def _backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_mask: Tensor | None,
-    documents: Tensor | None,
-    output: Tensor,
-    logsumexp: Tensor,
-    window: int | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and the mask (empty [0] without one)."""
-    check_like(NAME, "gradient", gradient, tuple(query.shape), (query.dtype,), query.device)
-    check_rows(NAME, "gradient", gradient)
-    factor = _scale(query, scale)
-    module = registry.triton_module(NAME, query.device)
-    if module is not None and kernels_support(query):
-        saved = (query, key, value, head_mask, documents, output, logsumexp)
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = module.backward(
-            gradient, *saved, window, factor
-        )
-        return found
-    heads = query.shape[2]
-    queries, keys, values, outer = (_by_head(x, heads) for x in (query, key, value, gradient))
-    weights, _ = _softmax(queries, keys, documents, window, factor)
-    d_mask = queries.new_empty(0)
-    if head_mask is not None:
-        d_mask = (outer * (weights @ values)).sum((0, 2, 3)).masked_fill(head_mask == 0, 0.0)
-        outer = outer * head_mask[:, None, None]
-    d_weights = outer @ values.mT
-    d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True)) * factor
-    d_heads = (d_scores @ keys, d_scores.mT @ queries, weights.mT @ outer)
-    d_query, d_key, d_value = (
-        x.unflatten(1, (like.shape[2], -1)).sum(2).transpose(1, 2).to(like.dtype).contiguous()
-        for x, like in zip(d_heads, (query, key, value), strict=True)
-    )
-    return d_query, d_key, d_value, d_mask
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_mask: Tensor | None,
-    documents: Tensor | None,
-    window: int | None,
-    scale: float | None,
-) -> None:
+def _check(inputs: Inputs) -> None:
+    query, key, value, head_mask, documents, window, scale = inputs
     check_rows(NAME, "query", query, 4)
     batch, length, heads, head_dim = query.shape
     if head_dim == 0:
@@ -261,50 +167,40 @@ def _check(
         refuse(NAME, "scale", "above 0 and finite", scale)
 
 
-def _fake_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_mask: Tensor | None,
-    documents: Tensor | None,
-    window: int | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, head_mask, documents, window, scale)
-    batch, length, heads, _ = query.shape
-    logsumexp = query.new_empty((batch, heads, length), dtype=wide_dtype(query))
-    return query.new_empty(query.shape), logsumexp
+def _check_backward(gradient: Tensor, output: Tensor, logsumexp: Tensor, *arguments: Any) -> None:
+    query = Inputs(*arguments).query
+    check_like(NAME, "gradient", gradient, tuple(query.shape), (query.dtype,), query.device)
+    check_rows(NAME, "gradient", gradient)
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs = Inputs(*arguments)
+    _check(inputs)
+    batch, length, heads, _ = inputs.query.shape
+    logsumexp = inputs.query.new_empty((batch, heads, length), dtype=torch.float32)
+    return inputs.query.new_empty(inputs.query.shape), logsumexp
 
 
 def _fake_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_mask: Tensor | None,
-    documents: Tensor | None,
-    output: Tensor,
-    logsumexp: Tensor,
-    window: int | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_mask = query.new_empty(0 if head_mask is None else query.shape[2], dtype=wide_dtype(query))
-    d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
-    return d_query, d_key, d_value, d_mask
+    gradient: Tensor, output: Tensor, logsumexp: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    inputs = Inputs(*arguments)
+    d_mask = logsumexp.new_empty(0 if inputs.head_mask is None else inputs.query.shape[2])
+    return *(x.new_empty(x.shape) for x in inputs[:3]), d_mask
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.window, ctx.scale = inputs
     ctx.set_materialize_grads(False)
     ctx.has_mask = inputs[3] is not None
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*output, *tensors)
 
 
 def _differentiate(
     ctx: Any, gradient: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if gradient is None:
-        return (None,) * 7
+        return (None,) * len(Inputs._fields)
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
     d_query, d_key, d_value, d_mask = torch.ops.shorn.attention_backward(
         gradient, *ctx.saved_tensors, ctx.window, ctx.scale
@@ -312,22 +208,21 @@ def _differentiate(
     return d_query, d_key, d_value, d_mask if ctx.has_mask else None, None, None, None
 
 
-def _register() -> torch.library.Library:
-    space = torch.library.Library("shorn", "FRAGMENT")
-    tensors = "Tensor query, Tensor key, Tensor value, Tensor? head_mask, Tensor? documents"
-    forward = f"attention({tensors}, int? window, float? scale) -> (Tensor, Tensor)"
-    backward = (
-        f"attention_backward(Tensor gradient, {tensors}, Tensor output, Tensor logsumexp, "
-        "int? window, float? scale) -> (Tensor, Tensor, Tensor, Tensor)"
-    )
-    registry.define(space, forward, _forward, _fake_forward)
-    registry.define(space, backward, _backward, _fake_backward)
-    torch.library.register_autograd(
-        "shorn::attention", _differentiate, setup_context=_save, lib=space
-    )
-    triton = "trainer.kernels.attention_triton"
-    registry.register(registry.Operator(NAME, reference, triton, fused=attention_flash.backend))
-    return space
-
-
-_SPACE = _register()
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? head_mask, Tensor? documents, int? window, "
+    "float? scale"
+)
+registry.define(
+    f"attention({_INPUTS}) -> (Tensor, Tensor)",
+    registry.kernel(NAME, "forward", lambda *arguments: _check(Inputs(*arguments))),
+    _fake,
+    _save,
+    _differentiate,
+)
+registry.define(
+    f"attention_backward(Tensor gradient, Tensor output, Tensor logsumexp, {_INPUTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    registry.kernel(NAME, "backward", _check_backward),
+    _fake_backward,
+)
+registry.register(registry.Operator(NAME, widest=256, fused=attention_flash.backend))

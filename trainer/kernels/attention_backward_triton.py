@@ -2,26 +2,22 @@
 
 FlashAttention-2, arXiv 2307.08691, algorithm 2, without its atomics. The query kernel first finds
 delta = rowsum(dO * O / z) and with it the gradient of the mask; the key kernel walks the query
-heads of its group. With P scaled by z all else is the backward pass of plain attention.
+heads of its group. With P scaled by z all else is the backward pass of plain attention:
+dP = dO V^T, dS = P * (dP - delta), dQ = dS K, dK = dS^T Q, dV = P^T dO.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.attention import first_keys
+from trainer.kernels.attention import Inputs, first_keys, score_scale
 from trainer.kernels.attention_tiles import (
-    BOUND_BYTES,
-    DOT_FLOPS,
     FP32,
     LOG2_E,
-    MASK_BYTES,
-    ROWS_BYTES,
-    STATISTIC_BYTES,
     choose,
-    compiled_constants,
-    compiled_tiles,
     constants,
     key_limits,
     load_mask,
@@ -30,7 +26,7 @@ from trainer.kernels.attention_tiles import (
     store_rows,
     visible,
 )
-from trainer.kernels.compilation import HEADS, TOKENS, Compilation, Tile
+from trainer.kernels.launching import Tile
 
 _QUERY_TILES = {
     80: (Tile(64, 64, 8, 2), Tile(64, 16, 8, 2)),
@@ -52,39 +48,46 @@ def _query_gradient(
     tile: tl.tuple,
     sources: tl.tuple,
     limits: tl.tuple,
-    length: tl.int32,
+    S: tl.int32,
     scale: tl.float32,
     HAS_BOUNDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
     """Gradient of a tile of queries, but for the mask; 0 without keys."""
-    queries, gradients, logarithm, along = tile
-    key, value, first, key_stride, value_stride = sources
-    row_start, low, diagonal, high = limits
-    row = row_start + tl.arange(0, ROWS)
-    logarithm = logarithm * LOG2_E
-    d_queries = tl.zeros((ROWS, WIDTH), tl.float32)
-    for start in range(low, high, COLUMNS):
-        keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-        values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[:, None])
-        if HAS_BOUNDS or start >= diagonal:
-            column = start + tl.arange(0, COLUMNS)
-            seen = visible(row, column, first, length, HAS_BOUNDS)
-            weights = tl.where(seen, weights, 0.0)
-        d_weights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
-        d_scores = weights * (d_weights - along[:, None])
-        d_queries = tl.dot(d_scores.to(keys.dtype), keys, d_queries, input_precision="ieee")
-    return d_queries * scale
+    q, do, lse, delta = tile
+    key, value, first, stride_ks, stride_vs = sources
+    start_m, low, diagonal, high = limits
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start_n in range(low, high, BLOCK_N):
+        k = load_rows(key, start_n, stride_ks, S, BLOCK_N, HEAD_DIM, BLOCK_D)
+        v = load_rows(value, start_n, stride_vs, S, BLOCK_N, HEAD_DIM, BLOCK_D)
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        # Of keys that are not seen this may be infinite; the next lines replace it by 0.
+        p = tl.exp2(qk * (scale * LOG2_E) - lse[:, None])
+        if HAS_BOUNDS or start_n >= diagonal:
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            seen = visible(offs_m, offs_n, first, S, HAS_BOUNDS)
+            p = tl.where(seen, p, 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq * scale
+
+
+@triton.jit
+def _delta(o: tl.tensor, do: tl.tensor, z: tl.tensor) -> tl.tensor:
+    """rowsum(dO * O / z): the output was scaled by the mask z, and is 0 where that is 0."""
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    return delta / tl.where(z == 0.0, 1.0, z)
 
 
 @triton.jit
 def backward_query_kernel(
-    gradient: tl.tensor,
+    d_output: tl.tensor,
     query: tl.tensor,
     key: tl.tensor,
     value: tl.tensor,
@@ -93,85 +96,86 @@ def backward_query_kernel(
     output: tl.tensor,
     logsumexp: tl.tensor,
     d_query: tl.tensor,
-    delta: tl.tensor,
+    deltas: tl.tensor,
     partial: tl.tensor,
-    length: tl.int32,
-    heads: tl.int32,
-    query_batch_stride: tl.int64,
-    query_stride: tl.int32,
-    query_head_stride: tl.int64,
-    key_batch_stride: tl.int64,
-    key_stride: tl.int32,
-    key_head_stride: tl.int64,
-    value_batch_stride: tl.int64,
-    value_stride: tl.int32,
-    value_head_stride: tl.int64,
+    S: tl.int32,
+    H: tl.int32,
+    stride_qb: tl.int64,
+    stride_qs: tl.int32,
+    stride_qh: tl.int64,
+    stride_kb: tl.int64,
+    stride_ks: tl.int32,
+    stride_kh: tl.int64,
+    stride_vb: tl.int64,
+    stride_vs: tl.int32,
+    stride_vh: tl.int64,
     scale: tl.float32,
     HAS_MASK: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:
-    """Gradient of ROWS queries, their delta, and their part of the mask's [B * blocks, H]."""
-    block, batch, head = position(length, heads, ROWS)
-    start = (tl.cdiv(length, ROWS) - 1 - block) * ROWS
-    mask = load_mask(head_mask, head, HAS_MASK)
-    query += batch * query_batch_stride + head * query_head_stride
-    key += batch * key_batch_stride + head // GROUP * key_head_stride
-    value += batch * value_batch_stride + head // GROUP * value_head_stride
-    sequence = batch.to(tl.int64) * length
-    place = (sequence * heads + head) * HEAD_DIM
-    stride = heads * HEAD_DIM
-    gradients = load_rows(gradient + place, start, stride, length, ROWS, HEAD_DIM, WIDTH)
-    outputs = load_rows(output + place, start, stride, length, ROWS, HEAD_DIM, WIDTH)
-    along = tl.sum(outputs.to(tl.float32) * gradients.to(tl.float32), 1)
-    along = along / tl.where(mask == 0.0, 1.0, mask)
+    """Gradient of BLOCK_M queries, their delta, and their part of the mask's [B * blocks, H].
+    Output and gradients are contiguous [B, S, H, D], logarithms and deltas [B, H, S]."""
+    block, off_b, off_h = position(S, H, BLOCK_M)
+    start_m = (tl.cdiv(S, BLOCK_M) - 1 - block) * BLOCK_M  # rows with the most keys come first
+    z = load_mask(head_mask, off_h, HAS_MASK)
+    query += off_b * stride_qb + off_h * stride_qh
+    key += off_b * stride_kb + off_h // GROUP * stride_kh
+    value += off_b * stride_vb + off_h // GROUP * stride_vh
+    off_bs = off_b.to(tl.int64) * S
+    offs = (off_bs * H + off_h) * HEAD_DIM
+    stride_os = H * HEAD_DIM
+    do = load_rows(d_output + offs, start_m, stride_os, S, BLOCK_M, HEAD_DIM, BLOCK_D)
+    o = load_rows(output + offs, start_m, stride_os, S, BLOCK_M, HEAD_DIM, BLOCK_D)
+    delta = _delta(o, do, z)
     if HAS_MASK:
-        tl.store(partial + (batch * tl.cdiv(length, ROWS) + block) * heads + head, tl.sum(along, 0))
-    row = start + tl.arange(0, ROWS)
-    here = sequence * heads + head.to(tl.int64) * length + row
-    tl.store(delta + here, along, mask=row < length)
-    logarithm = tl.load(logsumexp + here, mask=row < length, other=0.0)
-    queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
-    limits = key_limits(first + sequence, mask, start, length, HAS_BOUNDS, ROWS, COLUMNS)
-    tile = (queries, gradients, logarithm, along)
-    sources = (key, value, first + sequence, key_stride, value_stride)
-    d_queries = _query_gradient(
-        tile, sources, limits, length, scale, HAS_BOUNDS, ROWS, COLUMNS, HEAD_DIM, WIDTH
+        tl.store(partial + (off_b * tl.cdiv(S, BLOCK_M) + block) * H + off_h, tl.sum(delta, 0))
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    rows = off_bs * H + off_h.to(tl.int64) * S + offs_m
+    tl.store(deltas + rows, delta, mask=offs_m < S)
+    lse = tl.load(logsumexp + rows, mask=offs_m < S, other=0.0)
+    q = load_rows(query, start_m, stride_qs, S, BLOCK_M, HEAD_DIM, BLOCK_D)
+    tile = (q, do, lse, delta)
+    limits = key_limits(first + off_bs, z, start_m, S, HAS_BOUNDS, BLOCK_M, BLOCK_N)
+    sources = (key, value, first + off_bs, stride_ks, stride_vs)
+    dq = _query_gradient(
+        tile, sources, limits, S, scale, HAS_BOUNDS, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D
     )
-    store_rows(d_query + place, d_queries * mask, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+    store_rows(d_query + offs, dq * z, start_m, stride_os, S, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _query_limits(
     last: tl.tensor,
-    start: tl.int32,
-    length: tl.int32,
+    start_n: tl.int32,
+    S: tl.int32,
     HAS_BOUNDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Where the queries that see the keys from `start` begin, where those that see all of them do
+    """Where the queries that see the keys from `start_n` begin, where those that see all of them do
     unless there are bounds, where they end, and where all queries end."""
-    low = start // ROWS * ROWS
-    high = length
+    low = start_n // BLOCK_M * BLOCK_M
+    high = S
     if HAS_BOUNDS:
-        high = tl.load(last + tl.minimum(start + COLUMNS, length) - 1) + 1
-    diagonal = tl.minimum(low + (ROWS if ROWS > COLUMNS else COLUMNS), high)
-    return low, diagonal, high, length
+        # Last queries never decrease: that of the last key ends last.
+        high = tl.load(last + tl.minimum(start_n + BLOCK_N, S) - 1) + 1
+    diagonal = tl.minimum(low + (BLOCK_M if BLOCK_M > BLOCK_N else BLOCK_N), high)
+    return low, diagonal, high, S
 
 
 @triton.jit
 def _last_seen(
-    last: tl.tensor, column: tl.tensor, length: tl.int32, HAS_BOUNDS: tl.constexpr
+    last: tl.tensor, offs_n: tl.tensor, S: tl.int32, HAS_BOUNDS: tl.constexpr
 ) -> tl.tensor:
     """The last query that sees each key, if there are bounds."""
-    seen = column
+    seen = offs_n
     if HAS_BOUNDS:
-        seen = tl.load(last + column, mask=column < length, other=0)
+        seen = tl.load(last + offs_n, mask=offs_n < S, other=0)
     return seen
 
 
@@ -184,171 +188,163 @@ def _key_gradients(
     HAS_MASK: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     OF_KEYS: tl.constexpr,
     OF_VALUES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Gradients of a tile of keys, but for the scale, and of values; 0 where not asked for.
     Scores are transposed: [keys, queries]."""
-    keys, values, column, last_query = tile
-    gradients_of, queries_of, stride, query_stride, query_head_stride = sources[0]
-    logsumexp, delta, head_mask = sources[1]
-    begin, before = sources[2]
-    low, diagonal, high, length = limits
-    WIDTH: tl.constexpr = keys.shape[1]
-    d_keys = tl.zeros(keys.shape, tl.float32)
-    d_values = tl.zeros(keys.shape, tl.float32)
-    for head in range(begin, begin + GROUP):
-        mask = load_mask(head_mask, head, HAS_MASK)
-        gradient = gradients_of + head * HEAD_DIM
-        query = queries_of + query_head_stride * head
-        here = (before + head).to(tl.int64) * length
+    k, v, offs_n, last_m = tile
+    d_outputs, queries, stride_os, stride_qs, stride_qh = sources[0]
+    logsumexp, deltas, head_mask = sources[1]
+    first_head, off_bh = sources[2]
+    low, diagonal, high, S = limits
+    BLOCK_D: tl.constexpr = k.shape[1]
+    dk = tl.zeros(k.shape, tl.float32)
+    dv = tl.zeros(k.shape, tl.float32)
+    # One program sums over the query heads that read its key head: no atomics.
+    for off_h in range(first_head, first_head + GROUP):
+        z = load_mask(head_mask, off_h, HAS_MASK)
+        d_output = d_outputs + off_h * HEAD_DIM
+        query = queries + stride_qh * off_h
+        rows = (off_bh + off_h).to(tl.int64) * S
         # A head whose mask is 0 has no queries.
-        for start in range(tl.where(mask == 0.0, high, low), high, ROWS):
-            row = start + tl.arange(0, ROWS)
-            queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
-            gradients = load_rows(gradient, start, stride, length, ROWS, HEAD_DIM, WIDTH)
-            inside = row < length
-            logarithm = tl.load(logsumexp + here + row, mask=inside, other=0.0) * LOG2_E
-            along = tl.load(delta + here + row, mask=inside, other=0.0)
-            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-            weights = tl.exp2(scores * (scale * LOG2_E) - logarithm[None, :]) * mask
-            if HAS_BOUNDS or start < diagonal:
-                seen = column[:, None] <= row[None, :]
+        for start_m in range(tl.where(z == 0.0, high, low), high, BLOCK_M):
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            q = load_rows(query, start_m, stride_qs, S, BLOCK_M, HEAD_DIM, BLOCK_D)
+            do = load_rows(d_output, start_m, stride_os, S, BLOCK_M, HEAD_DIM, BLOCK_D)
+            inside = offs_m < S
+            lse = tl.load(logsumexp + rows + offs_m, mask=inside, other=0.0)
+            delta = tl.load(deltas + rows + offs_m, mask=inside, other=0.0)
+            qk = tl.dot(k, tl.trans(q), input_precision="ieee")
+            # Rows past S need no mask: their do and delta are 0.
+            p = tl.exp2(qk * (scale * LOG2_E) - lse[None, :]) * z
+            if HAS_BOUNDS or start_m < diagonal:
+                seen = offs_n[:, None] <= offs_m[None, :]
                 if HAS_BOUNDS:
-                    seen = seen & (row[None, :] <= last_query[:, None])
-                weights = tl.where(seen, weights, 0.0)
+                    seen = seen & (offs_m[None, :] <= last_m[:, None])
+                p = tl.where(seen, p, 0.0)
             if OF_VALUES:
-                rounded = weights.to(gradients.dtype)
-                d_values = tl.dot(rounded, gradients, d_values, input_precision="ieee")
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             if OF_KEYS:
-                d_weights = tl.dot(values, tl.trans(gradients), input_precision="ieee")
-                d_scores = weights * (d_weights - along[None, :])
-                d_keys = tl.dot(d_scores.to(queries.dtype), queries, d_keys, input_precision="ieee")
-    return d_keys, d_values
+                dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
 
 
 @triton.jit
 def backward_key_kernel(
-    gradient: tl.tensor,
+    d_output: tl.tensor,
     query: tl.tensor,
     key: tl.tensor,
     value: tl.tensor,
     head_mask: tl.tensor,
     last: tl.tensor,
     logsumexp: tl.tensor,
-    delta: tl.tensor,
+    deltas: tl.tensor,
     d_key: tl.tensor,
     d_value: tl.tensor,
-    length: tl.int32,
-    key_heads: tl.int32,
-    query_batch_stride: tl.int64,
-    query_stride: tl.int32,
-    query_head_stride: tl.int64,
-    key_batch_stride: tl.int64,
-    key_stride: tl.int32,
-    key_head_stride: tl.int64,
-    value_batch_stride: tl.int64,
-    value_stride: tl.int32,
-    value_head_stride: tl.int64,
+    S: tl.int32,
+    KV_H: tl.int32,
+    stride_qb: tl.int64,
+    stride_qs: tl.int32,
+    stride_qh: tl.int64,
+    stride_kb: tl.int64,
+    stride_ks: tl.int32,
+    stride_kh: tl.int64,
+    stride_vb: tl.int64,
+    stride_vs: tl.int32,
+    stride_vh: tl.int64,
     scale: tl.float32,
     HAS_MASK: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     TOGETHER: tl.constexpr,
 ) -> None:
-    """Gradients of COLUMNS keys and values of one key head, over the GROUP heads that read it."""
-    block, batch, key_head = position(length, key_heads, COLUMNS)
-    start = block * COLUMNS
-    sequence = batch.to(tl.int64) * length
-    stride = key_heads * HEAD_DIM
-    key += batch * key_batch_stride + key_head * key_head_stride
-    value += batch * value_batch_stride + key_head * value_head_stride
-    keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-    values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-    column = start + tl.arange(0, COLUMNS)
-    last += sequence
-    tile = (keys, values, column, _last_seen(last, column, length, HAS_BOUNDS))
-    limits = _query_limits(last, start, length, HAS_BOUNDS, ROWS, COLUMNS)
-    gradient += sequence * stride * GROUP
-    query += batch * query_batch_stride
-    rows = (gradient, query, stride * GROUP, query_stride, query_head_stride)
-    sources = (rows, (logsumexp, delta, head_mask), (key_head * GROUP, batch * key_heads * GROUP))
-    d_keys, d_values = _key_gradients(
-        tile, sources, limits, scale, HAS_MASK, HAS_BOUNDS, GROUP, ROWS, HEAD_DIM, True, TOGETHER
+    """Gradients of BLOCK_N keys and values of one key head, over the GROUP heads that read it."""
+    block, off_b, off_h = position(S, KV_H, BLOCK_N)
+    start_n = block * BLOCK_N
+    off_bs = off_b.to(tl.int64) * S
+    # Of contiguous [B, S, KV_H, D]; the GROUP-fold for query heads.
+    stride_s = KV_H * HEAD_DIM
+    key += off_b * stride_kb + off_h * stride_kh
+    value += off_b * stride_vb + off_h * stride_vh
+    k = load_rows(key, start_n, stride_ks, S, BLOCK_N, HEAD_DIM, BLOCK_D)
+    v = load_rows(value, start_n, stride_vs, S, BLOCK_N, HEAD_DIM, BLOCK_D)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    last += off_bs
+    tile = (k, v, offs_n, _last_seen(last, offs_n, S, HAS_BOUNDS))
+    limits = _query_limits(last, start_n, S, HAS_BOUNDS, BLOCK_M, BLOCK_N)
+    d_output += off_bs * stride_s * GROUP
+    query += off_b * stride_qb
+    rows = (d_output, query, stride_s * GROUP, stride_qs, stride_qh)
+    src = (rows, (logsumexp, deltas, head_mask), (off_h * GROUP, off_b * KV_H * GROUP))
+    dk, dv = _key_gradients(
+        tile, src, limits, scale, HAS_MASK, HAS_BOUNDS, GROUP, BLOCK_M, HEAD_DIM, True, TOGETHER
     )
-    place = sequence * stride + key_head * HEAD_DIM
-    store_rows(d_key + place, d_keys * scale, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
+    offs = off_bs * stride_s + off_h * HEAD_DIM
+    store_rows(d_key + offs, dk * scale, start_n, stride_s, S, BLOCK_N, HEAD_DIM, BLOCK_D)
     if not TOGETHER:
-        _, d_values = _key_gradients(
-            tile, sources, limits, scale, HAS_MASK, HAS_BOUNDS, GROUP, ROWS, HEAD_DIM, False, True
+        _, dv = _key_gradients(
+            tile, src, limits, scale, HAS_MASK, HAS_BOUNDS, GROUP, BLOCK_M, HEAD_DIM, False, True
         )
-    store_rows(d_value + place, d_values, start, stride, length, COLUMNS, HEAD_DIM, WIDTH)
+    store_rows(d_value + offs, dv, start_n, stride_s, S, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
 def backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_mask: Tensor | None,
-    documents: Tensor | None,
-    output: Tensor,
-    logsumexp: Tensor,
-    window: int | None,
-    scale: float,
+    gradient: Tensor, output: Tensor, logsumexp: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and the mask (empty [0] without one)."""
+    inputs = Inputs(*arguments)
+    query, key, value, head_mask, documents, window, scale = inputs
     batch, length, heads, _ = query.shape
     key_heads = key.shape[2]
     first = first_keys(query, documents, window)
     mask = query if head_mask is None else head_mask.contiguous()
     strides = [n for x in (query, key, value) for n in x.stride()[:3]]
-    inputs = (gradient.contiguous(), query, key, value, mask)
+    pointers = (gradient.contiguous(), query, key, value, mask)
     d_query, d_key, d_value = (x.new_empty(x.shape) for x in (query, key, value))
     output, logsumexp = output.contiguous(), logsumexp.contiguous()
-    delta = torch.empty_like(logsumexp)
-    tile = choose(_QUERY_TILES, query)
-    options = constants(tile, query, key, head_mask, first is not None)
-    blocks = triton.cdiv(length, options["ROWS"])
-    partial = delta.new_empty((0 if head_mask is None else batch * blocks, heads))
+    deltas = torch.empty_like(logsumexp)
+    options = constants(choose(_QUERY_TILES, query), inputs, first is not None)
+    blocks = triton.cdiv(length, options["BLOCK_M"])
+    partial = deltas.new_empty((0 if head_mask is None else batch * blocks, heads))
     with torch.cuda.device_of(query):
         backward_query_kernel[(blocks * batch * heads,)](
-            *inputs,
+            *pointers,
             query if first is None else first,
             output,
             logsumexp,
             d_query,
-            delta,
-            delta if head_mask is None else partial,
+            deltas,
+            deltas if head_mask is None else partial,
             length,
             heads,
             *strides,
-            scale,
+            score_scale(query, scale),
             **options,
-            **tile.options(),
         )
         tile = choose(_KEY_TILES, query)
-        options = constants(tile, query, key, head_mask, first is not None)
-        options["TOGETHER"] = tile.together
-        backward_key_kernel[(triton.cdiv(length, options["COLUMNS"]) * batch * key_heads,)](
-            *inputs,
+        options = constants(tile, inputs, first is not None)
+        backward_key_kernel[(triton.cdiv(length, options["BLOCK_N"]) * batch * key_heads,)](
+            *pointers,
             query if first is None else _last_queries(first),
             logsumexp,
-            delta,
+            deltas,
             d_key,
             d_value,
             length,
             key_heads,
             *strides,
-            scale,
+            score_scale(query, scale),
             **options,
-            **tile.options(),
+            TOGETHER=tile.together,
         )
     return d_query, d_key, d_value, partial.sum(0)[: 0 if head_mask is None else heads]
 
@@ -358,71 +354,3 @@ def _last_queries(first: Tensor) -> Tensor:
     position = torch.arange(first.shape[1], dtype=torch.int32, device=first.device)
     keys = position.expand_as(first).contiguous()
     return torch.searchsorted(first, keys, right=True, out_int32=True) - 1
-
-
-_INPUTS = ("query", "key", "value")
-_INTEGERS = ("length", *(f"{name}_stride" for name in _INPUTS))
-_WIDE_INTEGERS = tuple(f"{name}_{kind}_stride" for name in _INPUTS for kind in ("batch", "head"))
-_SIGNATURE = {
-    **dict.fromkeys(("gradient", *_INPUTS), "*bf16"),
-    **dict.fromkeys(("head_mask", "logsumexp", "delta"), "*fp32"),
-    **dict.fromkeys(_INTEGERS, "i32"),
-    **dict.fromkeys(_WIDE_INTEGERS, "i64"),
-    "scale": "fp32",
-}
-_QUERY_BYTES = 6 * ROWS_BYTES + 2 * STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
-_KEY_BYTES = 2 * ROWS_BYTES + 2 * STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
-# Key heads: those of LLaMA 2 7B, and of Llama 3 8B (arXiv 2407.21783, table 3).
-_KEY_HEADS = {"attention": HEADS, "grouped_attention": 8}
-
-COMPILATIONS = (
-    *(
-        Compilation(
-            name="attention.backward_query",
-            module=__name__,
-            function="backward_query_kernel",
-            signature={
-                **_SIGNATURE,
-                **dict.fromkeys(("output", "d_query"), "*bf16"),
-                "partial": "*fp32",
-                "first": "*i32",
-                "heads": "i32",
-            },
-            aligned=(*_INTEGERS, *_WIDE_INTEGERS, "heads"),
-            constants=compiled_constants(tile),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            architectures=(number,),
-            bytes_moved=_QUERY_BYTES + 2 * MASK_BYTES * (TOKENS // tile.rows),
-            minimum_bytes=_QUERY_BYTES + MASK_BYTES,
-            flops=3 * DOT_FLOPS,
-            shape="gradient, query, key and value [2, 4096, 32, 128] bf16, mask fp32",
-        )
-        for number, tile in compiled_tiles(_QUERY_TILES).items()
-    ),
-    *(
-        Compilation(
-            name=f"{operator}.backward_key",
-            module=__name__,
-            function="backward_key_kernel",
-            signature={
-                **_SIGNATURE,
-                **dict.fromkeys(("d_key", "d_value"), "*bf16"),
-                "last": "*i32",
-                "key_heads": "i32",
-            },
-            aligned=(*_INTEGERS, *_WIDE_INTEGERS, *(("key_heads",) if key_heads % 16 == 0 else ())),
-            constants={**compiled_constants(tile, key_heads), "TOGETHER": tile.together},
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            architectures=(number,),
-            bytes_moved=_KEY_BYTES + 4 * ROWS_BYTES * key_heads // HEADS,
-            minimum_bytes=_KEY_BYTES + 4 * ROWS_BYTES * key_heads // HEADS,
-            flops=4 * DOT_FLOPS,
-            shape="gradient and query [2, 4096, 32, 128] bf16, key and value "
-            f"[2, 4096, {key_heads}, 128], mask fp32",
-        )
-        for operator, key_heads in _KEY_HEADS.items()
-        for number, tile in compiled_tiles(_KEY_TILES).items()
-    ),
-)

@@ -1,7 +1,8 @@
 """FlashAttention, whichever version is installed, behind the arguments of our attention.
 
-arXiv 2205.14135, 2307.08691 and 2407.08608. None of them has a mask per head or takes documents
-without reading their number back from the GPU; neither has a place here.
+arXiv 2205.14135, 2307.08691 and 2407.08608. None of them has a mask per head, and none takes
+documents without reading their number back from the GPU: `attention` applies the mask afterwards,
+and leaves documents to other implementations.
 """
 
 import functools
@@ -15,16 +16,17 @@ from torch import Tensor
 
 
 class Library(NamedTuple):
-    """One version: its module, what it computes forward and backward, its word for no window."""
+    """One version, and what it computes forward and backward."""
 
     module: str
     largest: tuple[tuple[int, int], ...]
     """Major compute capability of a GPU and the largest head width there."""
     unlimited: int | None
+    """The window size that means no window."""
 
 
 LIBRARIES = (
-    # Its deterministic backward pass ends there.
+    # Its deterministic backward pass takes heads of at most 192 channels.
     Library("flash_attn_interface", ((9, 192),), -1),
     Library("flash_attn.cute", ((9, 256), (10, 128)), None),
     Library("flash_attn", ((8, 256), (9, 256), (10, 256), (12, 256)), -1),

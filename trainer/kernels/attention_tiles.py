@@ -1,4 +1,4 @@
-"""What the Triton kernels of attention share: tiles, which keys are visible, sizes.
+"""What the Triton kernels of attention share: tiles, loads and stores, which keys are visible.
 
 Tiles are chosen for each architecture and width of heads so that no loop keeps in memory what
 registers cannot hold. For the same reason one loop walks the tiles on both sides of the diagonal,
@@ -13,23 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.compilation import HEAD_DIM, HEADS, TOKENS, Tile
+from trainer.kernels.attention import Inputs
+from trainer.kernels.launching import Tile
 
 FP32 = 0
 """Stands for an architecture: products in fp32 run on no tensor core, on all alike."""
-Tiles = dict[int, tuple[Tile, Tile]]
-"""By architecture, 90 for sm_90, and FP32: the tile of heads up to HEAD_DIM, and of wider ones."""
-
-BATCH = 2
+USUAL_HEAD_DIM = 128
+"""Channels up to which heads take the first of two tiles."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-ROWS_BYTES = 2 * TOKENS * HEADS * HEAD_DIM
-STATISTIC_BYTES = 4 * TOKENS * HEADS
-BOUND_BYTES = 4 * TOKENS
-MASK_BYTES = 4 * HEADS
-DOT_FLOPS = TOKENS * (TOKENS // BATCH + 1) * HEADS * HEAD_DIM
-"""At a 7B model's shapes: queries, keys or values in bf16; a number in fp32 for each row and head,
-or for each row; a mask; and one product over the pairs of a query and a key that it sees."""
+
+Tiles = dict[int, tuple[Tile, Tile]]
+"""By architecture, 90 for sm_90, and FP32: the tile of heads up to USUAL_HEAD_DIM, and of wider
+ones."""
 
 
 def architecture(device: torch.device) -> int:
@@ -41,125 +37,118 @@ def choose(tiles: Tiles, query: Tensor) -> Tile:
     """A kernel's tile for queries [B, S, H, D] on their device, of those it has."""
     number = FP32 if query.dtype == torch.float32 else architecture(query.device)
     usual, wide = tiles.get(number, tiles[80])
-    return usual if query.shape[3] <= HEAD_DIM else wide
+    return usual if query.shape[3] <= USUAL_HEAD_DIM else wide
 
 
-def constants(
-    tile: Tile, query: Tensor, key: Tensor, head_mask: Tensor | None, bounded: bool
-) -> dict[str, int | float | bool]:
-    """The compile-time arguments of a kernel."""
+def constants(tile: Tile, inputs: Inputs, bounded: bool) -> dict[str, int | bool]:
+    """The compile-time arguments of a kernel and its options."""
+    head_dim = inputs.query.shape[3]
     return {
-        "HAS_MASK": head_mask is not None,
+        "HAS_MASK": inputs.head_mask is not None,
         "HAS_BOUNDS": bounded,
-        "GROUP": query.shape[2] // key.shape[2],
-        "HEAD_DIM": query.shape[3],
-        "WIDTH": max(16, triton.next_power_of_2(query.shape[3])),
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
+        "GROUP": inputs.query.shape[2] // inputs.key.shape[2],
+        "HEAD_DIM": head_dim,
+        # tl.dot needs 16 channels.
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        **tile.options(),
     }
-
-
-def compiled_tiles(tiles: Tiles) -> dict[int, Tile]:
-    """By architecture, those of a 7B model's shapes."""
-    return {number: usual for number, (usual, _) in tiles.items() if number != FP32}
-
-
-def compiled_constants(tile: Tile, key_heads: int = HEADS) -> dict[str, int | float | bool]:
-    """The compile-time arguments at a 7B model's shapes, with everything optional."""
-    query = torch.empty(1, 1, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
-    return constants(tile, query, query[:, :, :key_heads], query, True)
 
 
 @triton.jit
 def load_rows(
-    source: tl.tensor,
+    base: tl.tensor,
     start: tl.int32,
     stride: tl.int32,
-    length: tl.int32,
-    ROWS: tl.constexpr,
+    S: tl.int32,
+    BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
-    """[ROWS, WIDTH] from row `start`, with zeros outside [length, HEAD_DIM]."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    inside = (start + row < length)[:, None]
-    if HEAD_DIM < WIDTH:
-        inside = inside & (column < HEAD_DIM)[None, :]
-    source += stride.to(tl.int64) * start
-    return tl.load(source + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+    """[BLOCK, BLOCK_D] from row `start` of [S, HEAD_DIM], with zeros outside."""
+    offs_s, offs_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    inside = (start + offs_s < S)[:, None]
+    if HEAD_DIM < BLOCK_D:
+        inside = inside & (offs_d < HEAD_DIM)[None, :]
+    # Where the tile starts may exceed 32 bits, what follows in it does not.
+    base += stride.to(tl.int64) * start
+    return tl.load(base + offs_s[:, None] * stride + offs_d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def store_rows(
-    target: tl.tensor,
+    base: tl.tensor,
     values: tl.tensor,
     start: tl.int32,
     stride: tl.int32,
-    length: tl.int32,
-    ROWS: tl.constexpr,
+    S: tl.int32,
+    BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ) -> None:
-    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    inside = (start + row < length)[:, None]
-    if HEAD_DIM < WIDTH:
-        inside = inside & (column < HEAD_DIM)[None, :]
-    target += stride.to(tl.int64) * start
-    places = row[:, None] * stride + column[None, :]
-    tl.store(target + places, values.to(target.dtype.element_ty), mask=inside)
+    """The reverse of `load_rows`; values are rounded to the dtype of what is stored to."""
+    offs_s, offs_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    inside = (start + offs_s < S)[:, None]
+    if HEAD_DIM < BLOCK_D:
+        inside = inside & (offs_d < HEAD_DIM)[None, :]
+    base += stride.to(tl.int64) * start
+    offs = offs_s[:, None] * stride + offs_d[None, :]
+    tl.store(base + offs, values.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def position(
-    length: tl.int32, heads: tl.int32, ROWS: tl.constexpr
+    S: tl.int32, H: tl.int32, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Block of ROWS rows, sequence and head of this program; neighbours share a head, and so find
+    """Block of BLOCK rows, sequence and head of this program; neighbours share a head, and so find
     its rows in the L2 cache."""
-    blocks = tl.cdiv(length, ROWS)
-    pair = tl.program_id(0) // blocks
-    return tl.program_id(0) % blocks, pair // heads, pair % heads
+    blocks = tl.cdiv(S, BLOCK)
+    off_bh = tl.program_id(0) // blocks
+    return tl.program_id(0) % blocks, off_bh // H, off_bh % H
 
 
 @triton.jit
-def load_mask(head_mask: tl.tensor, head: tl.int32, HAS_MASK: tl.constexpr) -> tl.tensor:
-    mask = tl.full((), 1.0, tl.float32)
+def load_mask(head_mask: tl.tensor, off_h: tl.int32, HAS_MASK: tl.constexpr) -> tl.tensor:
+    z = tl.full((), 1.0, tl.float32)
     if HAS_MASK:
-        mask = tl.load(head_mask + head)
-    return mask
+        z = tl.load(head_mask + off_h)
+    return z
 
 
 @triton.jit
 def key_limits(
     first: tl.tensor,
-    mask: tl.float32,
-    start: tl.int32,
-    length: tl.int32,
+    z: tl.float32,
+    start_m: tl.int32,
+    S: tl.int32,
     HAS_BOUNDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The rows' start; where their keys begin, where the diagonal begins, and where keys end.
 
     A head whose mask is 0 has no keys.
     """
-    low = start * 0
+    low = start_m * 0
     if HAS_BOUNDS:
-        low = tl.load(first + start)
-    high = tl.minimum(start + ROWS, length)
-    return start, tl.where(mask == 0.0, high, low), start // COLUMNS * COLUMNS, high
+        # First keys never decrease: those of the first row begin first.
+        low = tl.load(first + start_m)
+    high = tl.minimum(start_m + BLOCK_M, S)
+    return start_m, tl.where(z == 0.0, high, low), start_m // BLOCK_N * BLOCK_N, high
 
 
 @triton.jit
 def visible(
-    row: tl.tensor,
-    column: tl.tensor,
+    offs_m: tl.tensor,
+    offs_n: tl.tensor,
     first: tl.tensor,
-    length: tl.int32,
+    S: tl.int32,
     HAS_BOUNDS: tl.constexpr,
 ) -> tl.tensor:
     """[rows, columns], whether queries see keys."""
-    seen = column[None, :] <= row[:, None]
+    seen = offs_n[None, :] <= offs_m[:, None]
     if HAS_BOUNDS:
-        first_key = tl.load(first + row, mask=row < length, other=0)
-        seen = seen & (column[None, :] >= first_key[:, None])
+        first_n = tl.load(first + offs_m, mask=offs_m < S, other=0)
+        seen = seen & (offs_n[None, :] >= first_n[:, None])
     return seen

@@ -4,24 +4,19 @@ FlashAttention-2, arXiv 2307.08691, algorithm 1, with the mask in the epilogue. 
 0 walks no tiles, and neither do rows over keys of other documents or outside the window.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.attention import first_keys
+from trainer.kernels.attention import Inputs, first_keys, score_scale
 from trainer.kernels.attention_backward_triton import backward as backward
 from trainer.kernels.attention_tiles import (
-    BOUND_BYTES,
-    DOT_FLOPS,
     FP32,
     LOG2_E,
-    MASK_BYTES,
-    ROWS_BYTES,
-    STATISTIC_BYTES,
     choose,
-    compiled_constants,
-    compiled_tiles,
     constants,
     key_limits,
     load_mask,
@@ -30,7 +25,7 @@ from trainer.kernels.attention_tiles import (
     store_rows,
     visible,
 )
-from trainer.kernels.compilation import Compilation, Tile
+from trainer.kernels.launching import Tile
 
 _TILES = {
     80: (Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
@@ -44,43 +39,48 @@ _LOWEST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def _attend(
-    queries: tl.tensor,
+    q: tl.tensor,
     sources: tl.tuple,
     limits: tl.tuple,
-    length: tl.int32,
+    S: tl.int32,
     scale: tl.float32,
     HAS_BOUNDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Unmasked output and logsumexp of a tile of queries, both 0 without keys."""
-    key, value, first, key_stride, value_stride = sources
-    row_start, low, diagonal, high = limits
-    row = row_start + tl.arange(0, ROWS)
+    """Unmasked output and logsumexp (base 2) of a tile of queries, both 0 without keys."""
+    key, value, first, stride_ks, stride_vs = sources
+    start_m, low, diagonal, high = limits
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    # exp(x) = 2^(x log2 e), and a GPU computes powers of 2.
     scale = scale * LOG2_E
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
-    denominator = tl.zeros((ROWS,), tl.float32)
-    largest = tl.full((ROWS,), _LOWEST, tl.float32)
-    for start in range(low, high, COLUMNS):
-        keys = load_rows(key, start, key_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        if HAS_BOUNDS or start >= diagonal:
-            column = start + tl.arange(0, COLUMNS)
-            seen = visible(row, column, first, length, HAS_BOUNDS)
-            scores = tl.where(seen, scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - larger[:, None])
-        shrink = tl.exp2(largest - larger)
-        denominator = denominator * shrink + tl.sum(weights, 1)
-        values = load_rows(value, start, value_stride, length, COLUMNS, HEAD_DIM, WIDTH)
-        total = total * shrink[:, None]
-        total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
-        largest = larger
-    largest = tl.where(denominator == 0.0, 0.0, largest)
-    denominator = tl.where(denominator == 0.0, 1.0, denominator)
-    return total / denominator[:, None], largest / LOG2_E + tl.log(denominator)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    m_i = tl.full((BLOCK_M,), _LOWEST, tl.float32)
+    for start_n in range(low, high, BLOCK_N):
+        k = load_rows(key, start_n, stride_ks, S, BLOCK_N, HEAD_DIM, BLOCK_D)
+        # Products of fp32 stay fp32; of others this says nothing.
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if HAS_BOUNDS or start_n >= diagonal:
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            seen = visible(offs_m, offs_n, first, S, HAS_BOUNDS)
+            qk = tl.where(seen, qk, float("-inf"))
+        # m_i stays finite in rows that see nothing yet, so that their p is 0 and not NaN.
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
+        p = tl.exp2(qk * scale - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        v = load_rows(value, start_n, stride_vs, S, BLOCK_N, HEAD_DIM, BLOCK_D)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        m_i = m_new
+    # Rows without keys: of heads whose mask is 0.
+    m_i = tl.where(l_i == 0.0, 0.0, m_i)
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)
+    # Base 2, as the backward pass computes: converting twice would round large scores twice.
+    return acc / l_i[:, None], m_i + tl.log2(l_i)
 
 
 @triton.jit
@@ -92,66 +92,59 @@ def forward_kernel(
     first: tl.tensor,
     output: tl.tensor,
     logsumexp: tl.tensor,
-    length: tl.int32,
-    heads: tl.int32,
-    query_batch_stride: tl.int64,
-    query_stride: tl.int32,
-    query_head_stride: tl.int64,
-    key_batch_stride: tl.int64,
-    key_stride: tl.int32,
-    key_head_stride: tl.int64,
-    value_batch_stride: tl.int64,
-    value_stride: tl.int32,
-    value_head_stride: tl.int64,
+    S: tl.int32,
+    H: tl.int32,
+    stride_qb: tl.int64,
+    stride_qs: tl.int32,
+    stride_qh: tl.int64,
+    stride_kb: tl.int64,
+    stride_ks: tl.int32,
+    stride_kh: tl.int64,
+    stride_vb: tl.int64,
+    stride_vs: tl.int32,
+    stride_vh: tl.int64,
     scale: tl.float32,
     HAS_MASK: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:
-    """Output and logsumexp of ROWS rows of one head; blocks with the most keys come first."""
-    block, batch, head = position(length, heads, ROWS)
-    start = (tl.cdiv(length, ROWS) - 1 - block) * ROWS
-    mask = load_mask(head_mask, head, HAS_MASK)
-    query += batch * query_batch_stride + head * query_head_stride
-    key += batch * key_batch_stride + head // GROUP * key_head_stride
-    value += batch * value_batch_stride + head // GROUP * value_head_stride
-    first += batch.to(tl.int64) * length
-    queries = load_rows(query, start, query_stride, length, ROWS, HEAD_DIM, WIDTH)
-    sources = (key, value, first, key_stride, value_stride)
-    limits = key_limits(first, mask, start, length, HAS_BOUNDS, ROWS, COLUMNS)
-    total, logarithm = _attend(
-        queries, sources, limits, length, scale, HAS_BOUNDS, ROWS, COLUMNS, HEAD_DIM, WIDTH
-    )
-    row = start + tl.arange(0, ROWS)
-    logsumexp += (batch * heads + head).to(tl.int64) * length
-    tl.store(logsumexp + row, logarithm, mask=row < length)
-    output += (batch.to(tl.int64) * length * heads + head) * HEAD_DIM
-    stride = heads * HEAD_DIM
-    store_rows(output, total * mask, start, stride, length, ROWS, HEAD_DIM, WIDTH)
+    """Output and logsumexp of BLOCK_M rows of one head."""
+    block, off_b, off_h = position(S, H, BLOCK_M)
+    # The last rows have the most keys and come first.
+    start_m = (tl.cdiv(S, BLOCK_M) - 1 - block) * BLOCK_M
+    z = load_mask(head_mask, off_h, HAS_MASK)
+    query += off_b * stride_qb + off_h * stride_qh
+    key += off_b * stride_kb + off_h // GROUP * stride_kh
+    value += off_b * stride_vb + off_h // GROUP * stride_vh
+    first += off_b.to(tl.int64) * S
+    q = load_rows(query, start_m, stride_qs, S, BLOCK_M, HEAD_DIM, BLOCK_D)
+    sources = (key, value, first, stride_ks, stride_vs)
+    limits = key_limits(first, z, start_m, S, HAS_BOUNDS, BLOCK_M, BLOCK_N)
+    o, lse = _attend(q, sources, limits, S, scale, HAS_BOUNDS, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    # logsumexp is [B, H, S], output [B, S, H, D].
+    logsumexp += (off_b * H + off_h).to(tl.int64) * S
+    tl.store(logsumexp + offs_m, lse, mask=offs_m < S)
+    output += (off_b.to(tl.int64) * S * H + off_h) * HEAD_DIM
+    stride_os = H * HEAD_DIM
+    store_rows(output, o * z, start_m, stride_os, S, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_mask: Tensor | None,
-    documents: Tensor | None,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output [B, S, H, D] and logsumexp [B, H, S], 0 of heads whose mask is 0."""
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Output [B, S, H, D] and logsumexp [B, H, S] to base 2, 0 of heads whose mask is 0."""
+    inputs = Inputs(*arguments)
+    query, key, value, head_mask, documents, window, scale = inputs
     batch, length, heads, _ = query.shape
     output = query.new_empty(query.shape)
     logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)
     first = first_keys(query, documents, window)
-    tile = choose(_TILES, query)
-    options = constants(tile, query, key, head_mask, first is not None)
+    options = constants(choose(_TILES, query), inputs, first is not None)
     with torch.cuda.device_of(query):
-        forward_kernel[(triton.cdiv(length, options["ROWS"]) * batch * heads,)](
+        forward_kernel[(triton.cdiv(length, options["BLOCK_M"]) * batch * heads,)](
             query,
             key,
             value,
@@ -164,41 +157,7 @@ def forward(
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
-            scale,
+            score_scale(query, scale),
             **options,
-            **tile.options(),
         )
     return output, logsumexp
-
-
-_INTEGERS = ("length", "heads", "query_stride", "key_stride", "value_stride")
-_WIDE_INTEGERS = tuple(
-    f"{name}_{kind}_stride" for name in ("query", "key", "value") for kind in ("batch", "head")
-)
-_BYTES = 4 * ROWS_BYTES + STATISTIC_BYTES + BOUND_BYTES + MASK_BYTES
-
-COMPILATIONS = tuple(
-    Compilation(
-        name="attention.forward",
-        module=__name__,
-        function="forward_kernel",
-        signature={
-            **dict.fromkeys(("query", "key", "value", "output"), "*bf16"),
-            **dict.fromkeys(("head_mask", "logsumexp"), "*fp32"),
-            "first": "*i32",
-            **dict.fromkeys(_INTEGERS, "i32"),
-            **dict.fromkeys(_WIDE_INTEGERS, "i64"),
-            "scale": "fp32",
-        },
-        aligned=(*_INTEGERS, *_WIDE_INTEGERS),
-        constants=compiled_constants(tile),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        architectures=(number,),
-        bytes_moved=_BYTES,
-        minimum_bytes=_BYTES,
-        flops=2 * DOT_FLOPS,
-        shape="query, key and value [2, 4096, 32, 128] bf16, mask fp32",
-    )
-    for number, tile in compiled_tiles(_TILES).items()
-)

@@ -8,13 +8,15 @@ from the end, so that of longer rows a part is found. Each row is one program's,
 the same bits every time.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.compilation import ENABLE_FP_FUSION, TOKENS, VOCABULARY, Compilation
-from trainer.kernels.linear_cross_entropy import default_chunk
+from trainer.kernels.cross_entropy import Inputs
+from trainer.kernels.launching import ENABLE_FP_FUSION
 
 _ROW = 32768
 _WALK = 8192
@@ -27,40 +29,42 @@ def row_kernel(
     targets: tl.tensor,
     token_weights: tl.tensor,
     losses: tl.tensor,
-    classes: tl.int32,
+    V: tl.int32,
     stride: tl.int32,
-    share: tl.float32,
-    COLUMNS: tl.constexpr,
+    alpha: tl.float32,
+    BLOCK_V: tl.constexpr,
 ) -> None:
-    """One token whose logits fit into COLUMNS."""
-    token = tl.program_id(0)
-    column = tl.arange(0, COLUMNS)
-    inside = column < classes
-    row = logits + token.to(tl.int64) * stride
-    target = tl.load(targets + token).to(tl.int32)
-    weight = tl.load(token_weights + token)
-    chosen = tl.load(row + target).to(tl.float32)
-    values = tl.load(row + column, mask=inside, other=-float("inf")).to(tl.float32)
-    top = tl.max(values, 0)
-    raised = tl.exp(values - top)
-    total = tl.sum(raised, 0)
-    loss = tl.log(total) + (top - chosen)
-    tl.store(losses + token, tl.where(weight == 0, 0.0, loss))
-    scale = weight * (1.0 - share)
-    gradient = raised * (scale / total) - tl.where(column == target, scale, 0.0)
-    tl.store(row + column, gradient.to(logits.dtype.element_ty), mask=inside)
+    """One token whose V logits fit into BLOCK_V."""
+    pid = tl.program_id(0)
+    offs_v = tl.arange(0, BLOCK_V)
+    inside = offs_v < V
+    row = logits + pid.to(tl.int64) * stride
+    target = tl.load(targets + pid).to(tl.int32)
+    weight = tl.load(token_weights + pid)
+    # Read before the gradient takes the row's place.
+    x_target = tl.load(row + target).to(tl.float32)
+    x = tl.load(row + offs_v, mask=inside, other=-float("inf")).to(tl.float32)
+    m_i = tl.max(x, 0)
+    p = tl.exp(x - m_i)
+    l_i = tl.sum(p, 0)
+    # In this order: of a target with the greatest logit, m_i - x_target is exactly 0.
+    loss = tl.log(l_i) + (m_i - x_target)
+    tl.store(losses + pid, tl.where(weight == 0, 0.0, loss))
+    scale = weight * (1.0 - alpha)
+    dx = p * (scale / l_i) - tl.where(offs_v == target, scale, 0.0)
+    tl.store(row + offs_v, dx.to(logits.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def extend(
-    total: tl.tensor, top: tl.tensor, values: tl.tensor, cooling: tl.tensor
+def online_softmax(
+    l_i: tl.tensor, m_i: tl.tensor, x: tl.tensor, inv_t: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """A sum of exponentials of cooled distances from the greatest value `top`, and that value, with
-    `values` added; these exponentials, and the factor that made the old ones smaller."""
-    higher = tl.maximum(top, tl.max(values, 0))
-    raised = tl.exp((values - higher) * cooling)
-    faded = tl.exp((top - higher) * cooling)
-    return total * faded + tl.sum(raised, 0), higher, raised, faded
+    """One step of a softmax over a row that comes in parts: sum l_i and maximum m_i with the part x
+    added, exp((x - m_i) / T) of the part, and the factor that rescales older sums to that m_i."""
+    m_new = tl.maximum(m_i, tl.max(x, 0))
+    p = tl.exp((x - m_new) * inv_t)
+    rescale = tl.exp((m_i - m_new) * inv_t)
+    return l_i * rescale + tl.sum(p, 0), m_new, p, rescale
 
 
 @triton.jit
@@ -68,85 +72,74 @@ def walk_kernel(
     logits: tl.tensor,
     targets: tl.tensor,
     token_weights: tl.tensor,
-    taught: tl.tensor,
+    teacher_logits: tl.tensor,
     losses: tl.tensor,
     divergences: tl.tensor,
-    classes: tl.int32,
+    V: tl.int32,
     stride: tl.int32,
-    taught_stride: tl.int32,
-    share: tl.float32,
+    stride_teacher: tl.int32,
+    alpha: tl.float32,
     temperature: tl.float32,
     HAS_TEACHER: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ) -> None:
-    """One token in steps of COLUMNS: sums and greatest logits first, then the gradient."""
-    token = tl.program_id(0)
-    row = logits + token.to(tl.int64) * stride
-    teacher_row = taught + token.to(tl.int64) * taught_stride
-    target = tl.load(targets + token).to(tl.int32)
-    weight = tl.load(token_weights + token)
-    chosen = tl.load(row + target).to(tl.float32)
-    cooling = 1.0 / temperature
+    """One token in steps of BLOCK_V; _s: of the student, _t: of the teacher, at temperature T."""
+    pid = tl.program_id(0)
+    row = logits + pid.to(tl.int64) * stride
+    teacher_row = teacher_logits + pid.to(tl.int64) * stride_teacher
+    target = tl.load(targets + pid).to(tl.int32)
+    weight = tl.load(token_weights + pid)
+    x_target = tl.load(row + target).to(tl.float32)
+    inv_t = 1.0 / temperature
     lowest = -float("inf")
-    top, teacher_top = lowest, lowest
-    total, cool_total, teacher_total, distance = 0.0, 0.0, 0.0, 0.0
-    for start in range(0, classes, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        inside = column < classes
-        values = tl.load(row + column, mask=inside, other=lowest).to(tl.float32)
+    m_i, m_t, l_i, l_s, l_t, dot = lowest, lowest, 0.0, 0.0, 0.0, 0.0
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        inside = offs_v < V
+        x = tl.load(row + offs_v, mask=inside, other=lowest).to(tl.float32)
         if HAS_TEACHER:
-            cool_total, _, _, _ = extend(cool_total, top, values, cooling)
-            taught_values = tl.load(teacher_row + column, mask=inside, other=lowest).to(tl.float32)
-            teacher_total, teacher_top, raised, faded = extend(
-                teacher_total, teacher_top, taught_values, cooling
-            )
-            apart = tl.where(inside, raised * (taught_values - values), 0.0)
-            distance = distance * faded + tl.sum(apart, 0)
-        total, top, _, _ = extend(total, top, values, 1.0)
-    loss = tl.log(total) + (top - chosen)
-    tl.store(losses + token, tl.where(weight == 0, 0.0, loss))
-    scale = weight * (1.0 - share)
+            # m_i is the maximum at every temperature, and is replaced last.
+            l_s, _, _, _ = online_softmax(l_s, m_i, x, inv_t)
+            x_t = tl.load(teacher_row + offs_v, mask=inside, other=lowest).to(tl.float32)
+            l_t, m_t, p_t, rescale = online_softmax(l_t, m_t, x_t, inv_t)
+            # sum(p_t * (x_t - x)), the divergence but for normalisation; inf - inf past V.
+            terms = tl.where(inside, p_t * (x_t - x), 0.0)
+            dot = dot * rescale + tl.sum(terms, 0)
+        l_i, m_i, _, _ = online_softmax(l_i, m_i, x, 1.0)
+    loss = tl.log(l_i) + (m_i - x_target)
+    tl.store(losses + pid, tl.where(weight == 0, 0.0, loss))
+    scale = weight * (1.0 - alpha)
     if HAS_TEACHER:
-        cool_factor, teacher_factor = 1.0 / cool_total, 1.0 / teacher_total
-        shift = (distance * teacher_factor + (top - teacher_top)) * cooling
-        divergence = shift + tl.log(cool_total) - tl.log(teacher_total)
-        tl.store(divergences + token, tl.where(weight == 0, 0.0, divergence))
-        teacher_scale = weight * share * temperature
-    steps = tl.cdiv(classes, COLUMNS)
+        inv_l_s, inv_l_t = 1.0 / l_s, 1.0 / l_t
+        # KL = sum(p_t * ((x_t - m_t - x + m_i) / T)) / l_t + log(l_s) - log(l_t).
+        shift = (dot * inv_l_t + (m_i - m_t)) * inv_t
+        divergence = shift + tl.log(l_s) - tl.log(l_t)
+        tl.store(divergences + pid, tl.where(weight == 0, 0.0, divergence))
+        scale_t = weight * alpha * temperature  # T^2 of the loss times 1 / T of its logits
+    steps = tl.cdiv(V, BLOCK_V)
     for step in range(steps):
-        column = (steps - 1 - step) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = column < classes
-        values = tl.load(row + column, mask=inside, other=lowest).to(tl.float32)
-        gradient = tl.exp(values - top) * (scale / total) - tl.where(column == target, scale, 0.0)
+        offs_v = (steps - 1 - step) * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = offs_v < V
+        x = tl.load(row + offs_v, mask=inside, other=lowest).to(tl.float32)
+        dx = tl.exp(x - m_i) * (scale / l_i) - tl.where(offs_v == target, scale, 0.0)
         if HAS_TEACHER:
-            taught_values = tl.load(teacher_row + column, mask=inside, other=lowest).to(tl.float32)
-            student = tl.exp((values - top) * cooling) * cool_factor
-            teacher = tl.exp((taught_values - teacher_top) * cooling) * teacher_factor
-            gradient += (student - teacher) * teacher_scale
-        tl.store(row + column, gradient.to(logits.dtype.element_ty), mask=inside)
+            x_t = tl.load(teacher_row + offs_v, mask=inside, other=lowest).to(tl.float32)
+            p_s = tl.exp((x - m_i) * inv_t) * inv_l_s
+            p_t = tl.exp((x_t - m_t) * inv_t) * inv_l_t
+            dx += (p_s - p_t) * scale_t
+        tl.store(row + offs_v, dx.to(logits.dtype.element_ty), mask=inside)
 
 
-def supports(logits: Tensor) -> bool:
-    """Whether the kernels take this tensor; the reference does the rest."""
-    return logits.dtype != torch.float64 and logits.numel() > 0
-
-
-def forward(
-    logits: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    taught: Tensor | None,
-    share: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropies [t] and divergences [t] (empty without a teacher); `logits` becomes the
-    gradient."""
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Cross-entropies [t] and divergences [t] (empty without a teacher) of `Inputs`, whose logits
+    become the gradient."""
+    logits, targets, token_weights, teacher_logits, alpha, temperature = Inputs(*arguments)
     tokens, classes = logits.shape
     targets, token_weights = targets.contiguous(), token_weights.contiguous()
     losses = torch.empty_like(token_weights)
-    divergences = token_weights.new_empty(0 if taught is None else tokens)
+    divergences = token_weights.new_empty(0 if teacher_logits is None else tokens)
     with torch.cuda.device_of(logits):
-        if taught is None and classes <= _ROW:
+        if teacher_logits is None and classes <= _ROW:
             row_kernel[(tokens,)](
                 logits,
                 targets,
@@ -154,24 +147,25 @@ def forward(
                 losses,
                 classes,
                 logits.stride(0),
-                float(share),
+                float(alpha),
                 **_row_tile(classes),
                 **_OPTIONS,
             )
         else:
+            teacher = logits if teacher_logits is None else teacher_logits
             walk_kernel[(tokens,)](
                 logits,
                 targets,
                 token_weights,
-                logits if taught is None else taught,
+                teacher,
                 losses,
-                losses if taught is None else divergences,
+                losses if teacher_logits is None else divergences,
                 classes,
                 logits.stride(0),
-                logits.stride(0) if taught is None else taught.stride(0),
-                float(share),
+                teacher.stride(0),
+                float(alpha),
                 float(temperature),
-                HAS_TEACHER=taught is not None,
+                HAS_TEACHER=teacher_logits is not None,
                 **_walk_tile(classes),
                 **_OPTIONS,
             )
@@ -180,59 +174,8 @@ def forward(
 
 def _row_tile(classes: int) -> dict[str, int]:
     columns = triton.next_power_of_2(classes)
-    return {"COLUMNS": columns, "num_warps": min(32, max(4, columns // 1024))}
+    return {"BLOCK_V": columns, "num_warps": min(32, max(4, columns // 1024))}
 
 
 def _walk_tile(classes: int) -> dict[str, int]:
-    return {"COLUMNS": min(_WALK, triton.next_power_of_2(classes)), "num_warps": 32}
-
-
-_CHUNK, _TAUGHT_CHUNK = (default_chunk(TOKENS, count * VOCABULARY, "cuda") for count in (1, 2))
-# Logits read and their gradient written, 2 bytes each, with a target, a weight and a loss.
-_BYTES = _CHUNK * (2 * 2 * VOCABULARY + 8 + 4 + 4)
-# A teacher's logits and a divergence besides.
-_TAUGHT_BYTES = _TAUGHT_CHUNK * (3 * 2 * VOCABULARY + 8 + 4 + 4 + 4)
-_SIGNATURE = {
-    "logits": "*bf16",
-    "targets": "*i64",
-    **dict.fromkeys(("token_weights", "losses"), "*fp32"),
-    **dict.fromkeys(("classes", "stride"), "i32"),
-    "share": "fp32",
-}
-
-COMPILATIONS = (
-    Compilation(
-        name="cross_entropy.forward",
-        module=__name__,
-        function="row_kernel",
-        signature=_SIGNATURE,
-        aligned=("classes", "stride"),
-        constants={"COLUMNS": _row_tile(VOCABULARY)["COLUMNS"]},
-        num_warps=_row_tile(VOCABULARY)["num_warps"],
-        num_stages=_OPTIONS["num_stages"],
-        bytes_moved=_BYTES,
-        minimum_bytes=_BYTES,
-        shape=f"logits [{_CHUNK}, {VOCABULARY}] bf16",
-    ),
-    Compilation(
-        name="distillation.forward",
-        module=__name__,
-        function="walk_kernel",
-        signature={
-            **_SIGNATURE,
-            "taught": "*bf16",
-            "divergences": "*fp32",
-            "taught_stride": "i32",
-            "temperature": "fp32",
-        },
-        aligned=("classes", "stride", "taught_stride"),
-        constants={"HAS_TEACHER": True, "COLUMNS": _walk_tile(VOCABULARY)["COLUMNS"]},
-        num_warps=_walk_tile(VOCABULARY)["num_warps"],
-        num_stages=_OPTIONS["num_stages"],
-        # The second walk, of 2/3 as much again, counts as served by the L2 cache.
-        bytes_moved=_TAUGHT_BYTES,
-        minimum_bytes=_TAUGHT_BYTES,
-        shape=f"student's and teacher's logits [{_TAUGHT_CHUNK}, {VOCABULARY}] bf16, of which the "
-        "second reading counts as the L2 cache's",
-    ),
-)
+    return {"BLOCK_V": min(_WALK, triton.next_power_of_2(classes)), "num_warps": 32}

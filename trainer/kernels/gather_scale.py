@@ -1,4 +1,4 @@
-"""Gather-scale: the live part of a weight with its masks folded in, and all gradients of it.
+"""Gather-scale: the computed part of a weight with its masks folded in, and all gradients of it.
 
 W'[i, j] = W[r_i, c_j] * z_r[r_i] * z_c[c_j]. With y = W' x the gradients of the masks are the
 weighted row and column sums of W * dW', exact also where a mask is zero, so that no activation has
@@ -11,22 +11,40 @@ pass comes here once for each weight, and for small ones their way through Pytho
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trainer.kernels import library, registry
-from trainer.kernels.arguments import FLOATING, wide_dtype
+from trainer.kernels.arguments import FLOATING, check_like, refuse, wide_dtype
 
 NAME = "gather_scale"
 
 Needs = tuple[bool, bool, bool]
-Selection = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 _COMPILED = ("c++", "cuda")
+
+
+class Selection(NamedTuple):
+    """Arguments of `gather_scale`, as its operators take them too."""
+
+    weight: Tensor
+    rows: Tensor | None = None
+    row_scale: Tensor | None = None
+    columns: Tensor | None = None
+    column_scale: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the result."""
+        n, m = self.weight.shape
+        return (
+            n if self.rows is None else self.rows.shape[0],
+            m if self.columns is None else self.columns.shape[0],
+        )
 
 
 def gather_scale(
@@ -51,9 +69,9 @@ def gather_scale(
     Raises:
         ValueError: a shape, dtype or device does not fit, or (on a CPU) an index is out of range.
     """
-    selection = (weight, rows, row_scale, columns, column_scale)
+    selection = Selection(weight, rows, row_scale, columns, column_scale)
     if registry.runs_reference(NAME, weight.device):
-        return _forward(*selection)
+        return _forward(selection)
     if torch.compiler.is_compiling():
         traced: Tensor = torch.ops.shorn.gather_scale(*selection)
         return traced
@@ -94,13 +112,14 @@ def gather_scale_backward(
 
 
 def _gradients(
-    run: Callable[..., Gradients], gradient: Tensor, selection: Selection, needs: Needs
+    run: Callable[..., Gradients], gradient: Tensor, selection: tuple[Any, ...], needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What `run` finds, without what is not needed."""
+    _, _, row_scale, _, column_scale = selection
     wanted = (
         needs[0],
-        needs[1] and selection[2] is not None,
-        needs[2] and selection[4] is not None,
+        needs[1] and row_scale is not None,
+        needs[2] and column_scale is not None,
     )
     found = run(gradient, *selection, *wanted)
     d_weight, d_row_scale, d_column_scale = (
@@ -109,15 +128,10 @@ def _gradients(
     return d_weight, d_row_scale, d_column_scale
 
 
-def _forward(
-    weight: Tensor,
-    rows: Tensor | None,
-    row_scale: Tensor | None,
-    columns: Tensor | None,
-    column_scale: Tensor | None,
-) -> Tensor:
-    _check(weight, rows, row_scale, columns, column_scale)
-    _check_indices(weight, rows, columns)
+def _forward(selection: Selection) -> Tensor:
+    """The reference."""
+    _check_all(selection)
+    weight, rows, row_scale, columns, column_scale = selection
     selected = _select(weight, rows, columns)
     if row_scale is not None:
         selected = selected * _select(row_scale, rows).unsqueeze(1)
@@ -128,21 +142,12 @@ def _forward(
     return selected.to(weight.dtype).contiguous()
 
 
-def _backward(
-    gradient: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    row_scale: Tensor | None,
-    columns: Tensor | None,
-    column_scale: Tensor | None,
-    need_weight: bool,
-    need_row_scale: bool,
-    need_column_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients that are not needed are empty tensors [0]."""
-    _check(weight, rows, row_scale, columns, column_scale)
-    _check_gradient(gradient, weight, rows, columns)
-    _check_indices(weight, rows, columns)
+def _backward(gradient: Tensor, *arguments: Any) -> Gradients:
+    """The reference. Gradients that are not needed are empty tensors [0]."""
+    need_weight, need_row_scale, need_column_scale = arguments[5:]
+    selection = Selection(*arguments[:5])
+    _check_all(selection, gradient)
+    weight, rows, row_scale, columns, column_scale = selection
     dtype = wide_dtype(weight)
     gradient = gradient.to(dtype)
     by_row = None if row_scale is None else _select(row_scale, rows)
@@ -168,55 +173,40 @@ def _backward(
     return d_weight, d_row_scale, d_column_scale
 
 
-def _run_forward(
-    weight: Tensor,
-    rows: Tensor | None,
-    row_scale: Tensor | None,
-    columns: Tensor | None,
-    column_scale: Tensor | None,
-) -> Tensor:
-    selection = (weight, rows, row_scale, columns, column_scale)
+def _run_forward(*arguments: Any) -> Tensor:
+    selection = Selection(*arguments)
+    device = selection.weight.device
     found: Tensor
-    if registry.which(NAME, weight.device) in _COMPILED:
+    if registry.which(NAME, device) in _COMPILED:
         try:
             found = torch.ops.shorn.gather_scale_compiled.default(*selection)
         except RuntimeError as error:
             _explain(error, selection)
         return found
-    module = registry.triton_module(NAME, weight.device)
+    module = registry.triton_module(NAME, device)
     if module is None:
-        return _forward(*selection)
-    _check(*selection)
-    _check_indices(weight, rows, columns)
-    found = module.forward(*selection)
+        return _forward(selection)
+    _check_all(selection)
+    found = module.forward(selection)
     return found
 
 
-def _run_backward(
-    gradient: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    row_scale: Tensor | None,
-    columns: Tensor | None,
-    column_scale: Tensor | None,
-    *needs: bool,
-) -> Gradients:
-    selection = (weight, rows, row_scale, columns, column_scale)
+def _run_backward(gradient: Tensor, *arguments: Any) -> Gradients:
+    selection, needs = Selection(*arguments[:5]), arguments[5:]
+    device = selection.weight.device
     found: Gradients
-    if registry.which(NAME, weight.device) in _COMPILED:
+    if registry.which(NAME, device) in _COMPILED:
         run = torch.ops.shorn.gather_scale_backward_compiled.default
         try:
-            found = run(gradient, *selection, *needs)
+            found = run(gradient, *arguments)
         except RuntimeError as error:
             _explain(error, selection, gradient)
         return found
-    module = registry.triton_module(NAME, weight.device)
+    module = registry.triton_module(NAME, device)
     if module is None:
-        return _backward(gradient, *selection, *needs)
-    _check(*selection)
-    _check_gradient(gradient, weight, rows, columns)
-    _check_indices(weight, rows, columns)
-    found = module.backward(gradient, *selection, *needs)
+        return _backward(gradient, *arguments)
+    _check_all(selection, gradient)
+    found = module.backward(gradient, selection, *needs)
     return found
 
 
@@ -225,10 +215,7 @@ def _explain(error: RuntimeError, selection: Selection, gradient: Tensor | None 
     message = str(error).splitlines()[0]
     if not message.startswith(f"{NAME}: "):
         raise error
-    _check(*selection)
-    if gradient is not None:
-        weight, rows, _, columns, _ = selection
-        _check_gradient(gradient, weight, rows, columns)
+    _check(selection, gradient)
     raise ValueError(message)
 
 
@@ -247,55 +234,25 @@ def _spread(values: Tensor, index: Tensor | None, size: int, dimension: int = 0)
     return values.new_zeros(shape).index_copy(dimension, index, values)
 
 
-def _check(
-    weight: Tensor,
-    rows: Tensor | None,
-    row_scale: Tensor | None,
-    columns: Tensor | None,
-    column_scale: Tensor | None,
-) -> None:
+def _check(selection: Selection, gradient: Tensor | None = None) -> None:
+    weight, rows, row_scale, columns, column_scale = selection
+    device, wide = weight.device, wide_dtype(weight)
     if weight.dim() != 2 or weight.dtype not in FLOATING:
-        raise ValueError(
-            f"gather_scale: weight must be a floating-point matrix, got {_describe(weight)}"
-        )
-    dtype = wide_dtype(weight)
+        refuse(NAME, "weight", "a floating-point matrix", weight)
     for name, index, scale, size in (
         ("row", rows, row_scale, weight.shape[0]),
         ("column", columns, column_scale, weight.shape[1]),
     ):
-        if index is not None and (index.dim() != 1 or index.dtype != torch.int64):
-            raise ValueError(f"gather_scale: {name}s must be [n] int64, got {_describe(index)}")
-        if scale is not None and (scale.shape != (size,) or scale.dtype != dtype):
-            raise ValueError(
-                f"gather_scale: {name}_scale must be [{size}] {dtype} for a weight "
-                f"{_describe(weight)}, got {_describe(scale)}"
-            )
-    for tensor in (rows, row_scale, columns, column_scale):
-        if tensor is not None and tensor.device != weight.device:
-            raise ValueError(
-                f"gather_scale: all tensors must be on the weight's device {weight.device}, "
-                f"got one on {tensor.device}"
-            )
+        count = 0 if index is None else index.numel()
+        check_like(NAME, f"{name}s", index, (count,), (torch.int64,), device)
+        check_like(NAME, f"{name}_scale", scale, (size,), (wide,), device)
+    check_like(NAME, "gradient", gradient, selection.shape, (weight.dtype, wide), device)
 
 
-def _check_gradient(
-    gradient: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None
-) -> None:
-    shape = (
-        weight.shape[0] if rows is None else rows.shape[0],
-        weight.shape[1] if columns is None else columns.shape[0],
-    )
-    fits = gradient.dtype in (weight.dtype, wide_dtype(weight))
-    if gradient.shape != shape or not fits or gradient.device != weight.device:
-        raise ValueError(
-            f"gather_scale: gradient must be {list(shape)} {weight.dtype} or "
-            f"{wide_dtype(weight)} on {weight.device}, got {_describe(gradient)} "
-            f"on {gradient.device}"
-        )
-
-
-def _check_indices(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
-    """Refuses indices out of range where they can be read, and without synchronisation."""
+def _check_all(selection: Selection, gradient: Tensor | None = None) -> None:
+    """`_check`, and that indices are in range where they can be read without waiting."""
+    _check(selection, gradient)
+    weight, rows, _, columns, _ = selection
     if weight.device.type != "cpu" or torch.compiler.is_compiling():
         return
     for name, index, size in (("row", rows, weight.shape[0]), ("column", columns, weight.shape[1])):
@@ -303,47 +260,24 @@ def _check_indices(weight: Tensor, rows: Tensor | None, columns: Tensor | None) 
             wrong = index[(index < 0) | (index >= size)]
             if wrong.numel():
                 raise ValueError(
-                    f"gather_scale: {name} index {int(wrong[0])} is out of range for {size} {name}s"
+                    f"{NAME}: {name} index {int(wrong[0])} is out of range for {size} {name}s"
                 )
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype}"
+def _fake_forward(*arguments: Any) -> Tensor:
+    selection = Selection(*arguments)
+    _check(selection)
+    return selection.weight.new_empty(selection.shape)
 
 
-def _fake_forward(
-    weight: Tensor,
-    rows: Tensor | None,
-    row_scale: Tensor | None,
-    columns: Tensor | None,
-    column_scale: Tensor | None,
-) -> Tensor:
-    _check(weight, rows, row_scale, columns, column_scale)
-    return weight.new_empty(
-        weight.shape[0] if rows is None else rows.shape[0],
-        weight.shape[1] if columns is None else columns.shape[0],
-    )
-
-
-def _fake_backward(
-    gradient: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    row_scale: Tensor | None,
-    columns: Tensor | None,
-    column_scale: Tensor | None,
-    need_weight: bool,
-    need_row_scale: bool,
-    need_column_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(weight, rows, row_scale, columns, column_scale)
-    _check_gradient(gradient, weight, rows, columns)
-    rows_out, columns_out = weight.shape
-    dtype = wide_dtype(weight)
+def _fake_backward(gradient: Tensor, *arguments: Any) -> Gradients:
+    selection, needs = Selection(*arguments[:5]), arguments[5:]
+    _check(selection, gradient)
+    shape, dtype = selection.weight.shape, wide_dtype(selection.weight)
     return (
-        weight.new_empty((rows_out, columns_out) if need_weight else (0,)),
-        weight.new_empty(rows_out if need_row_scale else 0, dtype=dtype),
-        weight.new_empty(columns_out if need_column_scale else 0, dtype=dtype),
+        gradient.new_empty(shape if needs[0] else (0,), dtype=selection.weight.dtype),
+        gradient.new_empty(shape[0] if needs[1] else 0, dtype=dtype),
+        gradient.new_empty(shape[1] if needs[2] else 0, dtype=dtype),
     )
 
 
@@ -375,28 +309,16 @@ class _GatherScale(torch.autograd.Function):
         return _backward_of(ctx, _run_backward, *gradients)
 
 
-def _register() -> torch.library.Library:
-    """Defines the operators; those of csrc/ get their implementations from the libraries."""
-    space = torch.library.Library("shorn", "FRAGMENT")
-    selection = (
-        "Tensor weight, Tensor? rows, Tensor? row_scale, Tensor? columns, Tensor? column_scale"
-    )
-    forward = f"({selection}) -> Tensor"
-    backward = (
-        f"(Tensor gradient, {selection}, bool need_weight, bool need_row_scale, "
-        "bool need_column_scale) -> (Tensor, Tensor, Tensor)"
-    )
-    registry.define(space, f"{NAME}{forward}", _run_forward, _fake_forward)
-    registry.define(space, f"{NAME}_backward{backward}", _run_backward, _fake_backward)
-    torch.library.register_autograd(
-        f"shorn::{NAME}", _differentiate, setup_context=_save, lib=space
-    )
-    registry.define(space, f"{NAME}_compiled{forward}", None, _fake_forward)
-    registry.define(space, f"{NAME}_backward_compiled{backward}", None, _fake_backward)
-    library.load()
-    triton = "trainer.kernels.gather_scale_triton"
-    registry.register(registry.Operator(NAME, _forward, triton, compiled=True))
-    return space
-
-
-_SPACE = _register()
+_SELECTION = "Tensor weight, Tensor? rows, Tensor? row_scale, Tensor? columns, Tensor? column_scale"
+_FORWARD = f"({_SELECTION}) -> Tensor"
+_BACKWARD = (
+    f"(Tensor gradient, {_SELECTION}, bool need_weight, bool need_row_scale, "
+    "bool need_column_scale) -> (Tensor, Tensor, Tensor)"
+)
+registry.define(f"{NAME}{_FORWARD}", _run_forward, _fake_forward, _save, _differentiate)
+registry.define(f"{NAME}_backward{_BACKWARD}", _run_backward, _fake_backward)
+# Those of csrc/ get their implementations from the libraries.
+registry.define(f"{NAME}_compiled{_FORWARD}", None, _fake_forward)
+registry.define(f"{NAME}_backward_compiled{_BACKWARD}", None, _fake_backward)
+library.load()
+registry.register(registry.Operator(NAME, compiled=True))

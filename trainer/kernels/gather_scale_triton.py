@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.compilation import CHANNELS, ENABLE_FP_FUSION, WIDTH, Compilation
+from trainer.kernels.gather_scale import Selection
+from trainer.kernels.launching import ENABLE_FP_FUSION
 
 _FORWARD_ROWS, _FORWARD_COLUMNS = 8, 512
 _BACKWARD_ROWS, _BACKWARD_COLUMNS = 16, 256
@@ -24,16 +25,17 @@ _OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": ENABLE_FP_FUSIO
 
 
 @triton.jit
-def _index(
-    indices: tl.tensor, place: tl.tensor, count: tl.tensor, size: tl.tensor, HAS: tl.constexpr
+def _sources(
+    index: tl.tensor, offs: tl.tensor, count: tl.tensor, size: tl.tensor, HAS_INDEX: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Which rows or columns are meant by `place`, and which of them exist."""
-    present = place < count
-    index = place.to(tl.int64)
-    if HAS:
-        index = tl.load(indices + place, mask=present, other=0)
-        present = present & (index >= 0) & (index < size)
-    return index, present
+    """Rows (or columns) of the weight that those of the result at `offs` come from, and which of
+    them exist."""
+    inside = offs < count
+    src = offs.to(tl.int64)
+    if HAS_INDEX:
+        src = tl.load(index + offs, mask=inside, other=0)
+        inside = inside & (src >= 0) & (src < size)
+    return src, inside
 
 
 @triton.jit
@@ -43,74 +45,77 @@ def forward_kernel(
     row_scale: tl.tensor,
     columns: tl.tensor,
     column_scale: tl.tensor,
-    result: tl.tensor,
-    n: tl.int32,
-    m: tl.int32,
+    out: tl.tensor,
+    M: tl.int32,
+    N: tl.int32,
     height: tl.int32,
     width: tl.int32,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
+    stride_wm: tl.tensor,
+    stride_wn: tl.tensor,
     DOUBLE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     HAS_COLUMN_SCALE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:
-    """ROWS x COLUMNS values of the result."""
+    """BLOCK_M x BLOCK_N values of the result [M, N] of a weight [height, width]."""
     nan = float("nan")
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    row, has_row = _index(rows, i, n, height, HAS_ROWS)
-    column, has_column = _index(columns, j, m, width, HAS_COLUMNS)
-    source = weight + row[:, None] * row_stride + column[None, :] * column_stride
-    values = tl.load(source, mask=has_row[:, None] & has_column[None, :], other=nan)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    src_m, has_m = _sources(rows, offs_m, M, height, HAS_ROWS)
+    src_n, has_n = _sources(columns, offs_n, N, width, HAS_COLUMNS)
+    # src is int64: these products do not overflow.
+    w = weight + src_m[:, None] * stride_wm + src_n[None, :] * stride_wn
+    values = tl.load(w, mask=has_m[:, None] & has_n[None, :], other=nan)
     values = values.to(tl.float64 if DOUBLE else tl.float32)
     if HAS_ROW_SCALE:
-        values = values * tl.load(row_scale + row, mask=has_row, other=nan)[:, None]
+        values = values * tl.load(row_scale + src_m, mask=has_m, other=nan)[:, None]
     if HAS_COLUMN_SCALE:
-        values = values * tl.load(column_scale + column, mask=has_column, other=nan)[None, :]
-    target = result + i[:, None].to(tl.int64) * m + j[None, :]
-    inside = (i < n)[:, None] & (j < m)[None, :]
-    tl.store(target, values.to(result.dtype.element_ty), mask=inside)
+        values = values * tl.load(column_scale + src_n, mask=has_n, other=nan)[None, :]
+    target = out + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    # Not has_m & has_n: what an index out of range left as NaN is stored too.
+    inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    tl.store(target, values.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _placed(
-    places: tl.tensor, index: tl.tensor, size: tl.tensor, HAS: tl.constexpr
+def _positions(
+    positions: tl.tensor, offs: tl.tensor, size: tl.tensor, HAS_INDEX: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Where in the result rows or columns are, and which of them are in it."""
-    place = index
-    present = index < size
-    if HAS:
-        place = tl.load(places + index, mask=present, other=-1)
-        present = place >= 0
-    return place, present
+    """Where in the result rows (or columns) `offs` of the weight are, and which of them are there:
+    the inverse of `_sources`."""
+    pos = offs
+    inside = offs < size
+    if HAS_INDEX:
+        pos = tl.load(positions + offs, mask=inside, other=-1)
+        inside = pos >= 0
+    return pos, inside
 
 
 @triton.jit
 def _factors(
     scale: tl.tensor,
-    index: tl.tensor,
-    present: tl.tensor,
+    offs: tl.tensor,
+    inside: tl.tensor,
     DOUBLE: tl.constexpr,
-    HAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
 ) -> tl.tensor:
     """Masks of rows or columns, ones where there are none."""
-    factors = tl.full(index.shape, 1.0, tl.float64 if DOUBLE else tl.float32)
-    if HAS:
-        factors = tl.load(scale + index, mask=present, other=0.0)
+    factors = tl.full(offs.shape, 1.0, tl.float64 if DOUBLE else tl.float32)
+    if HAS_SCALE:
+        factors = tl.load(scale + offs, mask=inside, other=0.0)
     return factors
 
 
 @triton.jit
 def backward_kernel(
-    gradient: tl.tensor,
+    d_out: tl.tensor,
     weight: tl.tensor,
-    row_places: tl.tensor,
+    row_positions: tl.tensor,
     row_scale: tl.tensor,
-    column_places: tl.tensor,
+    column_positions: tl.tensor,
     column_scale: tl.tensor,
     d_weight: tl.tensor,
     row_partial: tl.tensor,
@@ -118,10 +123,10 @@ def backward_kernel(
     height: tl.int32,
     width: tl.int32,
     steps: tl.int32,
-    gradient_row_stride: tl.tensor,
-    gradient_column_stride: tl.tensor,
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
+    stride_dm: tl.tensor,
+    stride_dn: tl.tensor,
+    stride_wm: tl.tensor,
+    stride_wn: tl.tensor,
     DOUBLE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
@@ -130,88 +135,74 @@ def backward_kernel(
     NEED_WEIGHT: tl.constexpr,
     NEED_ROW_SCALE: tl.constexpr,
     NEED_COLUMN_SCALE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:
-    """Gradients for `steps` groups of ROWS rows and COLUMNS columns of the weight: its own, parts
-    of the masks', row_partial [blocks of columns, height] and column_partial [programs, width].
-    row_places [height] and column_places [width] are places in the result, -1 if left out."""
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    j, has_column = _placed(column_places, column, width, HAS_COLUMNS)
-    by_column = _factors(column_scale, column, has_column, DOUBLE, HAS_COLUMN_SCALE)[None, :]
-    sums = tl.zeros((ROWS, COLUMNS), tl.float64 if DOUBLE else tl.float32)
+    """Gradients for `steps` blocks of BLOCK_M rows and BLOCK_N columns of the weight: its own (0
+    for what the result does not have) and parts of the masks', row_partial [blocks of columns,
+    height] and column_partial [programs, width]. Positions are `_inverse`."""
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pos_n, has_n = _positions(column_positions, offs_n, width, HAS_COLUMNS)
+    z_n = _factors(column_scale, offs_n, has_n, DOUBLE, HAS_COLUMN_SCALE)[None, :]
+    column_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if DOUBLE else tl.float32)
     for step in range(steps):
-        row = (tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)
-        i, has_row = _placed(row_places, row, height, HAS_ROWS)
-        by_row = _factors(row_scale, row, has_row, DOUBLE, HAS_ROW_SCALE)[:, None]
-        inside = has_row[:, None] & has_column[None, :]
-        start = row[:, None].to(tl.int64)
-        source = gradient + i[:, None].to(tl.int64) * gradient_row_stride
-        source += j[None, :].to(tl.int64) * gradient_column_stride
-        outer = tl.load(source, mask=inside, other=0.0).to(tl.float64 if DOUBLE else tl.float32)
+        offs_m = (tl.program_id(0) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        pos_m, has_m = _positions(row_positions, offs_m, height, HAS_ROWS)
+        z_m = _factors(row_scale, offs_m, has_m, DOUBLE, HAS_ROW_SCALE)[:, None]
+        inside = has_m[:, None] & has_n[None, :]
+        m = offs_m[:, None].to(tl.int64)
+        source = d_out + pos_m[:, None].to(tl.int64) * stride_dm
+        source += pos_n[None, :].to(tl.int64) * stride_dn
+        dy = tl.load(source, mask=inside, other=0.0).to(tl.float64 if DOUBLE else tl.float32)
         if NEED_ROW_SCALE or NEED_COLUMN_SCALE:
-            source = weight + start * row_stride + column[None, :].to(tl.int64) * column_stride
-            values = tl.load(source, mask=inside, other=0.0)
-            product = outer * values.to(tl.float64 if DOUBLE else tl.float32)
+            source = weight + m * stride_wm + offs_n[None, :].to(tl.int64) * stride_wn
+            w = tl.load(source, mask=inside, other=0.0)
+            product = dy * w.to(tl.float64 if DOUBLE else tl.float32)
             if NEED_ROW_SCALE:
-                target = row_partial + tl.program_id(1).to(tl.int64) * height + row
-                tl.store(target, tl.sum(product * by_column, 1), mask=row < height)
+                target = row_partial + tl.program_id(1).to(tl.int64) * height + offs_m
+                tl.store(target, tl.sum(product * z_n, 1), mask=offs_m < height)
             if NEED_COLUMN_SCALE:
-                sums += product * by_row
+                column_sums += product * z_m  # elementwise: they are added up after the loop
         if NEED_WEIGHT:
-            result = (outer * by_row * by_column).to(d_weight.dtype.element_ty)
-            within = (row < height)[:, None] & (column < width)[None, :]
-            tl.store(d_weight + start * width + column[None, :], result, mask=within)
+            dw = (dy * z_m * z_n).to(d_weight.dtype.element_ty)
+            within = (offs_m < height)[:, None] & (offs_n < width)[None, :]
+            tl.store(d_weight + m * width + offs_n[None, :], dw, mask=within)
     if NEED_COLUMN_SCALE:
-        target = column_partial + tl.program_id(0).to(tl.int64) * width + column
-        tl.store(target, tl.sum(sums, 0), mask=column < width)
+        target = column_partial + tl.program_id(0).to(tl.int64) * width + offs_n
+        tl.store(target, tl.sum(column_sums, 0), mask=offs_n < width)
 
 
-def forward(
-    weight: Tensor,
-    rows: Tensor | None,
-    row_scale: Tensor | None,
-    columns: Tensor | None,
-    column_scale: Tensor | None,
-) -> Tensor:
+def forward(selection: Selection) -> Tensor:
     """[n, m] in the weight's dtype, contiguous."""
-    height, width = weight.shape
-    n = height if rows is None else rows.shape[0]
-    m = width if columns is None else columns.shape[0]
-    result = weight.new_empty(n, m)
-    if not result.numel():
-        return result
-    grid = (triton.cdiv(n, _FORWARD_ROWS), triton.cdiv(m, _FORWARD_COLUMNS))
+    weight = selection.weight
+    out = weight.new_empty(selection.shape)
+    if not out.numel():
+        return out
+    grid = (triton.cdiv(out.shape[0], _FORWARD_ROWS), triton.cdiv(out.shape[1], _FORWARD_COLUMNS))
     with torch.cuda.device_of(weight):
         forward_kernel[grid](
-            weight,
-            *_selection(weight, rows, row_scale, columns, column_scale),
-            result,
-            n,
-            m,
-            height,
-            width,
+            *_pointers(selection),
+            out,
+            *out.shape,
+            *weight.shape,
             *weight.stride(),
-            **_flags(weight, rows, row_scale, columns, column_scale),
-            ROWS=_FORWARD_ROWS,
-            COLUMNS=_FORWARD_COLUMNS,
+            **_flags(selection),
+            BLOCK_M=_FORWARD_ROWS,
+            BLOCK_N=_FORWARD_COLUMNS,
             **_OPTIONS,
         )
-    return result
+    return out
 
 
 def backward(
     gradient: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    row_scale: Tensor | None,
-    columns: Tensor | None,
-    column_scale: Tensor | None,
+    selection: Selection,
     need_weight: bool,
     need_row_scale: bool,
     need_column_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight, row scale and column scale; those not needed are empty [0]."""
+    weight = selection.weight
     height, width = weight.shape
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     steps = max(1, triton.cdiv(triton.cdiv(height, _BACKWARD_ROWS), _PROGRAMS))
@@ -222,13 +213,14 @@ def backward(
     column_partial = weight.new_empty(
         (programs, width) if need_column_scale else (0, 0), dtype=dtype
     )
-    row_places, column_places = _places(rows, height), _places(columns, width)
+    inverse = selection._replace(
+        rows=_inverse(selection.rows, height), columns=_inverse(selection.columns, width)
+    )
     if height and width:
         with torch.cuda.device_of(weight):
             backward_kernel[(programs, blocks)](
                 gradient,
-                weight,
-                *_selection(weight, row_places, row_scale, column_places, column_scale),
+                *_pointers(inverse),
                 d_weight if need_weight else weight,
                 row_partial if need_row_scale else weight,
                 column_partial if need_column_scale else weight,
@@ -237,18 +229,18 @@ def backward(
                 steps,
                 *gradient.stride(),
                 *weight.stride(),
-                **_flags(weight, rows, row_scale, columns, column_scale),
+                **_flags(selection),
                 NEED_WEIGHT=need_weight,
                 NEED_ROW_SCALE=need_row_scale,
                 NEED_COLUMN_SCALE=need_column_scale,
-                ROWS=_BACKWARD_ROWS,
-                COLUMNS=_BACKWARD_COLUMNS,
+                BLOCK_M=_BACKWARD_ROWS,
+                BLOCK_N=_BACKWARD_COLUMNS,
                 **_OPTIONS,
             )
     return d_weight, row_partial.sum(0), column_partial.sum(0)
 
 
-def _places(index: Tensor | None, size: int) -> Tensor | None:
+def _inverse(index: Tensor | None, size: int) -> Tensor | None:
     """[size] int32: where in `index` each row or column is, -1 for those left out."""
     if index is None:
         return None
@@ -256,95 +248,17 @@ def _places(index: Tensor | None, size: int) -> Tensor | None:
     return order.new_full((size,), -1).index_copy(0, index, order)
 
 
-def _selection(weight: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
-    """Indices and scales; the weight stands for what is absent and is not read for it."""
-    return tuple(weight if tensor is None else tensor.contiguous() for tensor in given)
+def _pointers(selection: Selection) -> list[Tensor]:
+    """The weight, indices and scales; the weight stands for what is absent and not read for it."""
+    weight, *others = selection
+    return [weight, *(weight if tensor is None else tensor.contiguous() for tensor in others)]
 
 
-def _flags(
-    weight: Tensor,
-    rows: Tensor | None,
-    row_scale: Tensor | None,
-    columns: Tensor | None,
-    column_scale: Tensor | None,
-) -> dict[str, bool]:
+def _flags(selection: Selection) -> dict[str, bool]:
     return {
-        "DOUBLE": weight.dtype == torch.float64,
-        "HAS_ROWS": rows is not None,
-        "HAS_ROW_SCALE": row_scale is not None,
-        "HAS_COLUMNS": columns is not None,
-        "HAS_COLUMN_SCALE": column_scale is not None,
+        "DOUBLE": selection.weight.dtype == torch.float64,
+        "HAS_ROWS": selection.rows is not None,
+        "HAS_ROW_SCALE": selection.row_scale is not None,
+        "HAS_COLUMNS": selection.columns is not None,
+        "HAS_COLUMN_SCALE": selection.column_scale is not None,
     }
-
-
-_WEIGHT = 2 * WIDTH * CHANNELS
-_MASKS = 4 * (WIDTH + CHANNELS)
-_PARTIAL = 4 * (_PROGRAMS * CHANNELS + triton.cdiv(CHANNELS, _BACKWARD_COLUMNS) * WIDTH)
-_SHAPE = "weight [4096, 11008] bf16, all 4096 rows by index, both scales fp32"
-_COMMON = {
-    "weight": "*bf16",
-    "row_scale": "*fp32",
-    "column_scale": "*fp32",
-    "height": "i32",
-    "width": "i32",
-    "row_stride": "i32",
-}
-_CONSTANTS: dict[str, int | float | bool] = {
-    "DOUBLE": False,
-    "HAS_ROWS": True,
-    "HAS_ROW_SCALE": True,
-    "HAS_COLUMNS": False,
-    "HAS_COLUMN_SCALE": True,
-    "column_stride": 1,
-}
-
-COMPILATIONS = (
-    Compilation(
-        name="gather_scale.forward",
-        module=__name__,
-        function="forward_kernel",
-        signature={
-            **_COMMON,
-            "rows": "*i64",
-            "columns": "*bf16",
-            "result": "*bf16",
-            "n": "i32",
-            "m": "i32",
-        },
-        aligned=("n", "m", "height", "width", "row_stride"),
-        constants={**_CONSTANTS, "ROWS": _FORWARD_ROWS, "COLUMNS": _FORWARD_COLUMNS},
-        num_warps=_OPTIONS["num_warps"],
-        num_stages=_OPTIONS["num_stages"],
-        bytes_moved=2 * _WEIGHT + _MASKS + 8 * WIDTH,
-        minimum_bytes=2 * _WEIGHT + _MASKS + 8 * WIDTH,
-        shape=_SHAPE,
-    ),
-    Compilation(
-        name="gather_scale.backward",
-        module=__name__,
-        function="backward_kernel",
-        signature={
-            **_COMMON,
-            **dict.fromkeys(("gradient", "d_weight", "column_places"), "*bf16"),
-            "row_places": "*i32",
-            **dict.fromkeys(("row_partial", "column_partial"), "*fp32"),
-            "steps": "i32",
-            "gradient_row_stride": "i32",
-        },
-        aligned=("height", "width", "steps", "row_stride", "gradient_row_stride"),
-        constants={
-            **_CONSTANTS,
-            "gradient_column_stride": 1,
-            "NEED_WEIGHT": True,
-            "NEED_ROW_SCALE": True,
-            "NEED_COLUMN_SCALE": True,
-            "ROWS": _BACKWARD_ROWS,
-            "COLUMNS": _BACKWARD_COLUMNS,
-        },
-        num_warps=_OPTIONS["num_warps"],
-        num_stages=_OPTIONS["num_stages"],
-        bytes_moved=3 * _WEIGHT + _MASKS + 4 * WIDTH + 2 * _PARTIAL,
-        minimum_bytes=3 * _WEIGHT + 2 * _MASKS + 8 * WIDTH,
-        shape=_SHAPE,
-    ),
-)

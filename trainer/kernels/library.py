@@ -1,7 +1,6 @@
 """The compiled operators of csrc/, where they were built."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +10,6 @@ NAMES = ("gather_scale_compiled", "gather_scale_backward_compiled")
 """The operators that a library implements."""
 
 _loaded: set[str] = set()
-_reference_only = False
 
 
 def load() -> None:
@@ -34,19 +32,3 @@ def _implements(name: str, device: str) -> bool:
 def is_loaded(kind: str) -> bool:
     """Whether the library for a type of device ("cpu", "cuda") was built and could be loaded."""
     return kind in _loaded
-
-
-def reference_is_forced() -> bool:
-    """Whether this is inside `reference_only`."""
-    return _reference_only
-
-
-@contextmanager
-def reference_only() -> Iterator[None]:
-    """Within it, operators run as PyTorch operations also where they were compiled."""
-    global _reference_only
-    before, _reference_only = _reference_only, True
-    try:
-        yield
-    finally:
-        _reference_only = before

@@ -30,6 +30,23 @@ _WEIGHTS = (torch.float32, torch.float64)
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+class Inputs(NamedTuple):
+    """Arguments of the operator: a student's tokens, what a teacher says, and what is wanted."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    token_weights: Tensor
+    states: Tensor | None
+    head_weight: Tensor | None
+    alpha: float
+    temperature: float
+    top_k: int
+    chunk_tokens: int | None
+    needs_hidden: bool
+    needs_weight: bool
+
+
 def default_chunk(tokens: int, classes: int, device: str = "cpu") -> int:
     """Tokens per chunk of `tokens` for a head of `classes` rows (a teacher doubles them).
 
@@ -44,64 +61,38 @@ def default_chunk(tokens: int, classes: int, device: str = "cpu") -> int:
     return max(_FEWEST_TOKENS, chunk // 64 * 64)
 
 
-def _run(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    states: Tensor | None,
-    head_weight: Tensor | None,
-    share: float,
-    temperature: float,
-    top_k: int,
-    chunk_tokens: int | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> Results:
+def _run(*arguments: Any) -> Results:
     """The loss [], cross-entropies [T] and divergences [T] (empty [0] without a teacher), and the
     loss's gradients by hidden [T, d] and weight [V, d] (empty [0] where they are not needed)."""
-    results = _allocate(
-        hidden,
-        weight,
-        targets,
-        token_weights,
-        states,
-        head_weight,
-        share,
-        temperature,
-        top_k,
-        chunk_tokens,
-        needs_hidden,
-        needs_weight,
-    )
-    _, losses, divergences, d_hidden, d_weight = results
-    ignored = token_weights == 0
-    targets, token_weights = targets.masked_fill(ignored, 0), token_weights.to(losses.dtype)
+    inputs = Inputs(*arguments)
+    _, losses, divergences, d_hidden, d_weight = _allocate(*inputs)
+    hidden, weight, _, _, states, head_weight, *_ = inputs
+    ignored = inputs.token_weights == 0
+    targets = inputs.targets.masked_fill(ignored, 0)
+    token_weights = inputs.token_weights.to(losses.dtype)
     _check_targets(targets, len(weight))
-    if chunk_tokens is None:
-        chunk_tokens = _chunk_tokens(len(targets), weight, states)
-    shape = min(chunk_tokens, len(targets)), len(weight)
-    logits_buffer = hidden.new_empty(shape)
-    taught_buffer = None if states is None else states.new_empty(shape)
+    chunk = inputs.chunk_tokens or _chunk_tokens(len(targets), weight, states)
+    shape = min(chunk, len(targets)), len(weight)
+    buffer = hidden.new_empty(shape)
+    teacher_buffer = None if states is None else states.new_empty(shape)
     # Once without tokens too: the gradient by the weight is then zeros.
-    for start in range(0, len(targets) or 1, chunk_tokens):
-        part = slice(start, start + chunk_tokens)
+    for start in range(0, len(targets) or 1, chunk):
+        part = slice(start, start + chunk)
         count = len(targets[part])
-        logits = torch.mm(hidden[part], weight.t(), out=logits_buffer[:count])
-        taught = None
-        if states is not None and head_weight is not None and taught_buffer is not None:
-            taught = torch.mm(states[part], head_weight.t(), out=taught_buffer[:count])
-        losses[part], divergences[part] = _to_gradient(
-            logits, targets[part], token_weights[part], taught, share, temperature, top_k
-        )
-        if needs_hidden:
+        logits = torch.mm(hidden[part], weight.t(), out=buffer[:count])
+        teacher_logits = None
+        if states is not None and head_weight is not None and teacher_buffer is not None:
+            teacher_logits = torch.mm(states[part], head_weight.t(), out=teacher_buffer[:count])
+        tokens = (logits, targets[part], token_weights[part])
+        losses[part], divergences[part] = _to_gradient(*tokens, teacher_logits, inputs)
+        if inputs.needs_hidden:
             torch.mm(logits, weight, out=d_hidden[part])
-        if needs_weight:
+        if inputs.needs_weight:
             _add_product(d_weight, logits.t(), hidden[part], first=start == 0)
     divergences.masked_fill_(ignored[: len(divergences)], 0)
-    factor = share * temperature**2
-    loss = (1 - share) * torch.dot(losses, token_weights)
+    loss = (1 - inputs.alpha) * torch.dot(losses, token_weights)
     if states is not None:
+        factor = inputs.alpha * inputs.temperature**2
         loss = loss + factor * torch.dot(divergences, token_weights)
     return loss, losses, divergences, d_hidden, d_weight
 
@@ -118,18 +109,18 @@ def _to_gradient(
     logits: Tensor,
     targets: Tensor,
     token_weights: Tensor,
-    taught: Tensor | None,
-    share: float,
-    temperature: float,
-    top_k: int,
+    teacher_logits: Tensor | None,
+    inputs: Inputs,
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy_`, with the divergence over the teacher's `top_k` likeliest ids, if not 0."""
-    if taught is None or not top_k:
-        return cross_entropy_(logits, targets, token_weights, taught, share, temperature)
-    best, ids = taught.topk(top_k, dim=1, sorted=False)
+    alpha, temperature, top_k = inputs.alpha, inputs.temperature, inputs.top_k
+    tokens = (logits, targets, token_weights)
+    if teacher_logits is None or not top_k:
+        return cross_entropy_(*tokens, teacher_logits, alpha, temperature)
+    best, ids = teacher_logits.topk(top_k, dim=1, sorted=False)
     divergences, difference = divergence(logits.gather(1, ids), best, temperature)
-    losses, _ = cross_entropy_(logits, targets, token_weights, None, share, temperature)
-    difference.mul_(divergence_scale(token_weights, share, temperature))
+    losses, _ = cross_entropy_(*tokens, None, alpha, temperature)
+    difference.mul_(divergence_scale(token_weights, alpha, temperature))
     logits.scatter_add_(1, ids, difference.to(logits.dtype))
     return losses, divergences
 
@@ -173,65 +164,41 @@ def _check_targets(targets: Tensor, classes: int) -> None:
             )
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    states: Tensor | None,
-    head_weight: Tensor | None,
-) -> None:
+def _check(inputs: Inputs) -> None:
+    hidden, weight, _, _, states, head_weight, *_ = inputs
     check_rows(NAME, "hidden", hidden, 2)
     (tokens, width), dtypes, device = hidden.shape, (hidden.dtype,), hidden.device
     classes = weight.shape[0] if weight.dim() else 0
     check_like(NAME, "weight", weight, (classes, width), dtypes, device)
     check_rows(NAME, "weight", weight)
-    check_like(NAME, "targets", targets, (tokens,), (torch.int64,), device)
-    check_like(NAME, "token_weights", token_weights, (tokens,), _WEIGHTS, device)
-    if states is None or head_weight is None:
-        return
-    taught = states.shape[1] if states.dim() == 2 else 0
-    check_like(NAME, "states", states, (tokens, taught), dtypes, device)
-    check_like(NAME, "head_weight", head_weight, (classes, taught), dtypes, device)
+    check_like(NAME, "targets", inputs.targets, (tokens,), (torch.int64,), device)
+    check_like(NAME, "token_weights", inputs.token_weights, (tokens,), _WEIGHTS, device)
+    if states is not None and head_weight is not None:
+        width = states.shape[1] if states.dim() == 2 else 0
+        check_like(NAME, "states", states, (tokens, width), dtypes, device)
+        check_like(NAME, "head_weight", head_weight, (classes, width), dtypes, device)
+    if not 0 <= inputs.alpha <= 1:
+        refuse(NAME, "alpha", "in [0, 1]", inputs.alpha)
+    if not 0 < inputs.temperature < float("inf"):
+        refuse(NAME, "temperature", "above 0 and finite", inputs.temperature)
+    if not 0 <= inputs.top_k <= classes:
+        refuse(NAME, "top_k", f"in [0, {classes}]", inputs.top_k)
+    if inputs.chunk_tokens is not None and inputs.chunk_tokens < 1:
+        refuse(NAME, "chunk_tokens", "at least 1", inputs.chunk_tokens)
 
 
-def _check_numbers(
-    classes: int, share: float, temperature: float, top_k: int, chunk_tokens: int | None
-) -> None:
-    if not 0 <= share <= 1:
-        refuse(NAME, "share", "in [0, 1]", share)
-    if not 0 < temperature < float("inf"):
-        refuse(NAME, "temperature", "above 0 and finite", temperature)
-    if not 0 <= top_k <= classes:
-        refuse(NAME, "top_k", f"in [0, {classes}]", top_k)
-    if chunk_tokens is not None and chunk_tokens < 1:
-        refuse(NAME, "chunk_tokens", "at least 1", chunk_tokens)
-
-
-def _allocate(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    states: Tensor | None,
-    head_weight: Tensor | None,
-    share: float,
-    temperature: float,
-    top_k: int,
-    chunk_tokens: int | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> Results:
+def _allocate(*arguments: Any) -> Results:
     """Memory for the results of `_run`, or their shapes. Checks all arguments."""
-    _check(hidden, weight, targets, token_weights, states, head_weight)
-    _check_numbers(weight.shape[0], share, temperature, top_k, chunk_tokens)
-    tokens, dtype = targets.shape[0], wide_dtype(hidden)
+    inputs = Inputs(*arguments)
+    _check(inputs)
+    hidden, weight = inputs.hidden, inputs.weight
+    tokens, dtype = inputs.targets.shape[0], wide_dtype(hidden)
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(tokens, dtype=dtype),
-        hidden.new_empty(0 if states is None else tokens, dtype=dtype),
-        hidden.new_empty(hidden.shape if needs_hidden else 0),
-        weight.new_empty(weight.shape if needs_weight else 0, dtype=dtype),
+        hidden.new_empty(0 if inputs.states is None else tokens, dtype=dtype),
+        hidden.new_empty(hidden.shape if inputs.needs_hidden else 0),
+        weight.new_empty(weight.shape if inputs.needs_weight else 0, dtype=dtype),
     )
 
 
@@ -250,7 +217,7 @@ def _differentiate(ctx: Any, d_loss: Tensor, *_: None) -> tuple[Tensor | None, .
     return (
         _scale(d_hidden, d_loss) if needs_hidden else None,
         _scale(d_weight, d_loss).to(ctx.weight_dtype) if needs_weight else None,
-        *[None] * 10,
+        *[None] * (len(Inputs._fields) - 2),
     )
 
 
@@ -260,22 +227,16 @@ def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient.mul_(factor) if type(gradient) is Tensor else gradient * factor
 
 
-def _register() -> torch.library.Library:
-    space = torch.library.Library("shorn", "FRAGMENT")
-    schema = (
-        "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor token_weights, "
-        "Tensor? states, Tensor? head_weight, float share, float temperature, int top_k, "
-        "int? chunk_tokens, bool needs_hidden, bool needs_weight) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    )
-    registry.define(space, schema, _run, _allocate)
-    torch.library.register_autograd(
-        "shorn::linear_cross_entropy", _differentiate, setup_context=_save, lib=space
-    )
-    return space
-
-
-_SPACE = _register()
+registry.define(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor token_weights, "
+    "Tensor? states, Tensor? head_weight, float alpha, float temperature, int top_k, "
+    "int? chunk_tokens, bool needs_hidden, bool needs_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    _allocate,
+    _save,
+    _differentiate,
+)
 
 
 class TeacherOutput(NamedTuple):
@@ -285,7 +246,7 @@ class TeacherOutput(NamedTuple):
     """[..., d_t] outputs of the teacher's final norm; leading sizes as the student's tokens."""
     head_weight: Tensor
     """[V, d_t] weight of the teacher's head, same dtype."""
-    share: float
+    alpha: float
     """Weight of the divergence, 0 to 1; the cross-entropy has the rest."""
     temperature: float = 1.0
     """Divides both models' logits in the divergence."""
@@ -337,7 +298,7 @@ def linear_distillation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum over tokens of (1 - a) * cross-entropy + a * T^2 * KL(teacher || student).
 
-    a is `teacher_output.share`, T its temperature: both models' logits are divided by T before the
+    a is `teacher_output.alpha`, T its temperature: both models' logits are divided by T before the
     softmax of the divergence, and T^2 keeps its gradient's size independent of T (Hinton et al.,
     arXiv 1503.02531, section 2). With `teacher_output.top_k` = K > 0 both distributions are those
     over the teacher's K likeliest ids, renormalised: the divergence then says nothing about the
@@ -372,25 +333,12 @@ def _linear_loss(
         f"token weights came as {token_weights.dtype}: under FSDP the root module needs "
         "MixedPrecisionPolicy(cast_forward_inputs=False)"
     )
-    states = head_weight = None
-    share, temperature, top_k = 0.0, 1.0, 0
+    teacher: tuple[Any, ...] = (None, None, 0.0, 1.0, 0)
     if teacher_output is not None:
-        _, _, share, temperature, top_k = teacher_output
-        states = teacher_output.states.detach().flatten(0, -2)
-        head_weight = teacher_output.head_weight.detach()
-    differentiate = torch.is_grad_enabled()
-    loss, token_loss, token_kl, _, _ = torch.ops.shorn.linear_cross_entropy(
-        hidden,
-        weight,
-        targets,
-        token_weights,
-        states,
-        head_weight,
-        share,
-        temperature,
-        top_k,
-        chunk_tokens,
-        differentiate and hidden.requires_grad,
-        differentiate and weight.requires_grad,
+        states, head_weight, *numbers = teacher_output
+        teacher = (states.detach().flatten(0, -2), head_weight.detach(), *numbers)
+    needs = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    loss, token_loss, divergences, _, _ = torch.ops.shorn.linear_cross_entropy(
+        hidden, weight, targets, token_weights, *teacher, chunk_tokens, *needs
     )
-    return loss, token_loss, token_kl
+    return loss, token_loss, divergences

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from data.errors import InputError
 from trainer.config import Kernels
@@ -28,19 +29,19 @@ FUSED: tuple[Backend, ...] = ("flash", "sdpa")
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """One operator and where its implementations are."""
+    """One operator, and what may run it."""
 
     name: str
-    reference: Callable[..., Any]
-    """The forward pass in PyTorch operations that autograd can follow."""
-    triton: str
-    """Dotted path of the Triton module, imported when it first runs."""
+    """Its module is trainer.kernels.<name>, and <name>_triton, imported when it first runs."""
+    widest: int | None = None
+    """Size of the last dimension that its Triton kernels take at most; None: any."""
     compiled: bool = False
     """Whether csrc/ implements it, for CPUs (C++) and GPUs (CUDA)."""
     fused: Callable[[torch.device | None], Backend] | None = None
     """Which of FUSED a GPU (None: any) runs unless Triton is asked for; None: neither."""
 
 
+_SPACE = torch.library.Library("shorn", "FRAGMENT")
 _operators: dict[str, Operator] = {}
 _choice: Kernels = "auto"
 # Looked up at every call, also in traced code: hence a table and not a decision.
@@ -56,18 +57,49 @@ def register(operator: Operator) -> None:
 
 
 def define(
-    space: torch.library.Library,
     schema: str,
     run: Callable[..., Any] | None,
     fake: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    differentiate: Callable[..., Any] | None = None,
 ) -> None:
-    """Defines a PyTorch operator: its schema, what it runs on every device (None: what compiled
-    libraries register), and its shapes."""
+    """Defines a PyTorch operator.
+
+    Args:
+        schema: its name in the namespace shorn, arguments and results.
+        run: what it runs on every device; None: what compiled libraries register.
+        fake: its checks and the shapes of its results.
+        save: keeps what its backward pass needs.
+        differentiate: its backward pass; None: it has no gradients.
+    """
     name = schema.split("(")[0]
-    space.define(schema)
+    _SPACE.define(schema)
     if run is not None:
-        space.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"shorn::{name}", fake, lib=space)
+        _SPACE.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"shorn::{name}", fake, lib=_SPACE)
+    if differentiate is not None:
+        torch.library.register_autograd(
+            f"shorn::{name}", differentiate, setup_context=save, lib=_SPACE
+        )
+
+
+def kernel(name: str, function: str, check: Callable[..., None]) -> Callable[..., Any]:
+    """What runs one of an operator's passes: `check` of the arguments, then a function of its
+    Triton module. It raises ValueError where there is no kernel for the first argument: the
+    operator's public function then runs the reference instead."""
+
+    def run(*arguments: Any) -> Any:
+        check(*arguments)
+        x = arguments[0]
+        module = triton_module(name, x.device)
+        if module is None or not runs_kernels(name, x):
+            raise ValueError(
+                f"{name}: no kernel computes {list(x.shape)} {x.dtype} on {x.device}; the function "
+                f"in trainer.kernels.{name} runs PyTorch operations there"
+            )
+        return getattr(module, function)(*arguments)
+
+    return run
 
 
 def operators() -> tuple[Operator, ...]:
@@ -120,8 +152,6 @@ def chosen(choice: Kernels, device: torch.device | str) -> Iterator[dict[str, Ba
 def which(name: str, device: torch.device | str) -> Backend:
     """The implementation of one operator that runs on a device."""
     kind = device if isinstance(device, str) else device.type
-    if library.reference_is_forced():
-        return "reference"
     return _running.get((name, kind), "reference")
 
 
@@ -138,9 +168,26 @@ def has_kernels(name: str, device: torch.device) -> bool:
     return backend == "triton" or (backend in FUSED and _with_triton[device.type])
 
 
+def runs_kernels(name: str, x: Tensor) -> bool:
+    """Whether an operator on x runs its Triton kernels (`has_kernels`): they take neither fp64, nor
+    tensors without elements, nor rows that are too wide. Follows from dtype and shape alone, so
+    that torch.compile can ask too."""
+    widest = _operators[name].widest
+    return (
+        has_kernels(name, x.device)
+        and x.dtype != torch.float64
+        and x.numel() > 0
+        and (widest is None or x.dim() == 0 or x.shape[-1] <= widest)
+    )
+
+
 def triton_module(name: str, device: torch.device) -> ModuleType | None:
     """The module with an operator's Triton implementation; None without `has_kernels`."""
-    return importlib.import_module(_operators[name].triton) if has_kernels(name, device) else None
+    return (
+        importlib.import_module(f"{__package__}.{name}_triton")
+        if has_kernels(name, device)
+        else None
+    )
 
 
 def _decide(gpu: torch.device | None = None) -> None:

@@ -1,6 +1,6 @@
-"""RMSNorm with mask and residual in Triton: a row of the stream stays in registers.
+"""RMSNorm with a residual in Triton: a row of the stream stays in registers.
 
-Forward: each program normalises a few groups of rows, keeping gain and mask. Backward: each program
+Forward: each program normalises a few blocks of rows, keeping the gain. Backward: each program
 walks its share of the rows and adds up its part of the gain's gradient in registers; one reduction
 over the programs follows. There are no atomics, and the number of programs depends on the shape
 alone, so results are the same bits every time.
@@ -11,12 +11,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.compilation import ENABLE_FP_FUSION, TOKENS, WIDTH, Compilation
-from trainer.kernels.rms_norm import split_gain
+from trainer.kernels.launching import ENABLE_FP_FUSION, as_rows
 
-LARGEST_WIDTH = 65536
 _FORWARD_STEPS = 4
 _PROGRAMS = 256
+
+
+@triton.jit
+def _weights(
+    gain: tl.tensor,
+    scale: tl.tensor,
+    N: tl.tensor,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The gain in fp32, and the factor that makes a sum over N columns a (scaled) mean."""
+    offs_n = tl.arange(0, BLOCK_N)
+    w = tl.load(gain + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+    factor = 1.0 / N
+    if HAS_SCALE:
+        factor = factor * tl.load(scale)
+    return w, factor
 
 
 @triton.jit
@@ -24,278 +39,177 @@ def forward_kernel(
     x: tl.tensor,
     residual: tl.tensor,
     gain: tl.tensor,
-    mask: tl.tensor,
     scale: tl.tensor,
-    normed: tl.tensor,
+    out: tl.tensor,
     total: tl.tensor,
-    inverse: tl.tensor,
-    rows: tl.int32,
-    width: tl.int32,
-    x_stride: tl.int32,
-    residual_stride: tl.int32,
+    rstd: tl.tensor,
+    M: tl.int32,
+    N: tl.int32,
+    stride_x: tl.int32,
+    stride_residual: tl.int32,
     eps: tl.float32,
     HAS_RESIDUAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     STEPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:
-    """Norm, sum and inverse root mean square of STEPS groups of ROWS rows."""
-    column = tl.arange(0, COLUMNS)
-    in_width = column < width
-    factor = tl.load(gain + column, mask=in_width, other=0.0).to(tl.float32)
-    if HAS_MASK:
-        factor = factor * tl.load(mask + column, mask=in_width, other=0.0)
-    weight = 1.0 / width
-    if HAS_SCALE:
-        weight = weight * tl.load(scale)
+    """Norm, sum and inverse root mean square of STEPS blocks of BLOCK_M rows."""
+    offs_n = tl.arange(0, BLOCK_N)
+    w, factor = _weights(gain, scale, N, HAS_SCALE, BLOCK_N)
     for step in range(STEPS):
-        row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & in_width[None, :]
-        start = row[:, None].to(tl.int64)
-        values = tl.load(x + start * x_stride + column[None, :], mask=inside, other=0.0)
-        values = values.to(tl.float32)
-        here = start * width + column[None, :]
+        offs_m = (tl.program_id(0) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        # Rows times a stride may exceed 32 bits.
+        rows = offs_m[:, None].to(tl.int64)
+        h = tl.load(x + rows * stride_x + offs_n[None, :], mask=inside, other=0.0)
+        h = h.to(tl.float32)
+        offs = rows * N + offs_n[None, :]
         if HAS_RESIDUAL:
-            before = tl.load(
-                residual + start * residual_stride + column[None, :], mask=inside, other=0.0
-            )
-            rounded = (values + before.to(tl.float32)).to(total.dtype.element_ty)
-            tl.store(total + here, rounded, mask=inside)
-            values = rounded.to(tl.float32)
-        root = tl.rsqrt(tl.sum(values * values, 1) * weight + eps)
-        tl.store(inverse + row, root, mask=row < rows)
-        result = values * root[:, None] * factor[None, :]
-        tl.store(normed + here, result.to(normed.dtype.element_ty), mask=inside)
+            r = tl.load(residual + rows * stride_residual + offs_n[None, :], mask=inside, other=0.0)
+            # The norm is that of the rounded sum, which is what the next block reads.
+            rounded = (h + r.to(tl.float32)).to(total.dtype.element_ty)
+            tl.store(total + offs, rounded, mask=inside)
+            h = rounded.to(tl.float32)
+        # Columns past N were loaded as 0 and add nothing.
+        inverse = tl.rsqrt(tl.sum(h * h, 1) * factor + eps)
+        tl.store(rstd + offs_m, inverse, mask=offs_m < M)
+        y = h * inverse[:, None] * w[None, :]
+        tl.store(out + offs, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def backward_kernel(
-    gradient: tl.tensor,
-    total_gradient: tl.tensor,
+    d_out: tl.tensor,
+    d_direct: tl.tensor,
     total: tl.tensor,
-    inverse: tl.tensor,
+    rstd: tl.tensor,
     gain: tl.tensor,
-    mask: tl.tensor,
     scale: tl.tensor,
     d_total: tl.tensor,
     partial: tl.tensor,
-    rows: tl.int32,
-    width: tl.int32,
+    M: tl.int32,
+    N: tl.int32,
     steps: tl.int32,
-    gradient_stride: tl.int32,
-    total_gradient_stride: tl.int32,
-    total_stride: tl.int32,
-    HAS_TOTAL_GRADIENT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    stride_d_out: tl.int32,
+    stride_d_direct: tl.int32,
+    stride_total: tl.int32,
+    HAS_DIRECT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:
-    """Gradient of the sum for `steps` groups of ROWS rows, and their part of the gradient of
-    gain * mask, row `program_id` of partial [programs, width]."""
-    column = tl.arange(0, COLUMNS)
-    in_width = column < width
-    factor = tl.load(gain + column, mask=in_width, other=0.0).to(tl.float32)
-    if HAS_MASK:
-        factor = factor * tl.load(mask + column, mask=in_width, other=0.0)
-    weight = 1.0 / width
-    if HAS_SCALE:
-        weight = weight * tl.load(scale)
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    """Gradient of the sum for `steps` blocks of BLOCK_M rows, and their part of the gain's, row
+    `program_id` of partial [programs, N]. d_direct is the gradient that the sum gets besides."""
+    offs_n = tl.arange(0, BLOCK_N)
+    w, factor = _weights(gain, scale, N, HAS_SCALE, BLOCK_N)
+    dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(steps):
-        row = (tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & in_width[None, :]
-        start = row[:, None].to(tl.int64)
-        root = tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
-        values = tl.load(total + start * total_stride + column[None, :], mask=inside, other=0.0)
-        outer = tl.load(
-            gradient + start * gradient_stride + column[None, :], mask=inside, other=0.0
-        )
-        normalised = values.to(tl.float32) * root
-        outer = outer.to(tl.float32)
-        sums += outer * normalised
-        inner = outer * factor[None, :]
-        along = tl.sum(inner * normalised, 1)[:, None] * weight
-        result = (inner - normalised * along) * root
-        if HAS_TOTAL_GRADIENT:
+        offs_m = (tl.program_id(0) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        rows = offs_m[:, None].to(tl.int64)
+        inverse = tl.load(rstd + offs_m, mask=offs_m < M, other=0.0)[:, None]
+        h = tl.load(total + rows * stride_total + offs_n[None, :], mask=inside, other=0.0)
+        dy = tl.load(d_out + rows * stride_d_out + offs_n[None, :], mask=inside, other=0.0)
+        xhat = h.to(tl.float32) * inverse
+        dy = dy.to(tl.float32)
+        # Elementwise: the reduction over BLOCK_M rows waits until after the loop.
+        dw += dy * xhat
+        wdy = dy * w[None, :]
+        # d rstd / d h takes out of wdy what points along h.
+        c1 = tl.sum(wdy * xhat, 1)[:, None] * factor
+        dh = (wdy - xhat * c1) * inverse
+        if HAS_DIRECT:
             direct = tl.load(
-                total_gradient + start * total_gradient_stride + column[None, :],
-                mask=inside,
-                other=0.0,
+                d_direct + rows * stride_d_direct + offs_n[None, :], mask=inside, other=0.0
             )
-            result += direct.to(tl.float32)
-        here = start * width + column[None, :]
-        tl.store(d_total + here, result.to(d_total.dtype.element_ty), mask=inside)
-    place = tl.program_id(0).to(tl.int64) * width + column
-    tl.store(partial + place, tl.sum(sums, 0), mask=in_width)
-
-
-def supports(x: Tensor) -> bool:
-    """Whether the kernels take this tensor; the reference does the rest."""
-    return x.dtype != torch.float64 and x.numel() > 0 and x.shape[-1] <= LARGEST_WIDTH
+            dh += direct.to(tl.float32)
+        offs = rows * N + offs_n[None, :]
+        tl.store(d_total + offs, dh.to(d_total.dtype.element_ty), mask=inside)
+    offs = tl.program_id(0).to(tl.int64) * N + offs_n
+    tl.store(partial + offs, tl.sum(dw, 0), mask=offs_n < N)
 
 
 def forward(
-    x: Tensor,
-    gain: Tensor,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
+    x: Tensor, gain: Tensor, residual: Tensor | None, scale: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, sum (empty without a residual) and inverse root mean square of x [..., d]."""
-    flat = _flatten(x)
-    before = flat if residual is None else _flatten(residual)
-    rows, width = flat.shape
-    normed = x.new_empty(x.shape)
+    rows = as_rows(x)
+    before = rows if residual is None else as_rows(residual)
+    m, n = rows.shape
+    out = x.new_empty(x.shape)
     total = x.new_empty(0 if residual is None else x.shape)
-    inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    tile = _tile(width)
-    grid = (triton.cdiv(rows, _FORWARD_STEPS * tile["ROWS"]),)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    options = _options(n)
     with torch.cuda.device_of(x):
-        forward_kernel[grid](
-            flat,
+        forward_kernel[(triton.cdiv(m, _FORWARD_STEPS * options["BLOCK_M"]),)](
+            rows,
             before,
             gain.contiguous(),
-            gain if mask is None else mask.contiguous(),
             gain if scale is None else scale,
-            normed,
+            out,
             total,
-            inverse,
-            rows,
-            width,
-            flat.stride(0),
+            rstd,
+            m,
+            n,
+            rows.stride(0),
             before.stride(0),
             eps,
             HAS_RESIDUAL=residual is not None,
-            HAS_MASK=mask is not None,
             HAS_SCALE=scale is not None,
             STEPS=_FORWARD_STEPS,
-            **tile,
-            **_options(width),
+            **options,
         )
-    return normed, total, inverse
+    return out, total, rstd
 
 
 def backward(
     gradient: Tensor,
     total_gradient: Tensor | None,
     total: Tensor,
-    inverse: Tensor,
+    rstd: Tensor,
     gain: Tensor,
-    mask: Tensor | None,
     scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum [..., d], gain [d] and mask [d] (empty without one)."""
-    outer, values = _flatten(gradient), _flatten(total)
-    direct = outer if total_gradient is None else _flatten(total_gradient)
-    rows, width = values.shape
-    tile = _tile(width)
-    steps = triton.cdiv(triton.cdiv(rows, tile["ROWS"]), _PROGRAMS)
-    programs = triton.cdiv(rows, tile["ROWS"] * steps)
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum [..., d] and of the gain [d]."""
+    d_out, rows = as_rows(gradient), as_rows(total)
+    d_direct = d_out if total_gradient is None else as_rows(total_gradient)
+    m, n = rows.shape
+    options = _options(n)
+    steps = triton.cdiv(triton.cdiv(m, options["BLOCK_M"]), _PROGRAMS)
+    programs = triton.cdiv(m, options["BLOCK_M"] * steps)
     d_total = total.new_empty(total.shape)
-    partial = total.new_empty(programs, width, dtype=torch.float32)
+    partial = total.new_empty(programs, n, dtype=torch.float32)
     with torch.cuda.device_of(total):
         backward_kernel[(programs,)](
-            outer,
-            direct,
-            values,
-            inverse,
+            d_out,
+            d_direct,
+            rows,
+            rstd,
             gain.contiguous(),
-            gain if mask is None else mask.contiguous(),
             gain if scale is None else scale,
             d_total,
             partial,
-            rows,
-            width,
+            m,
+            n,
             steps,
-            outer.stride(0),
-            direct.stride(0),
-            values.stride(0),
-            HAS_TOTAL_GRADIENT=total_gradient is not None,
-            HAS_MASK=mask is not None,
+            d_out.stride(0),
+            d_direct.stride(0),
+            rows.stride(0),
+            HAS_DIRECT=total_gradient is not None,
             HAS_SCALE=scale is not None,
-            **tile,
-            **_options(width),
+            **options,
         )
-    return d_total, *split_gain(partial.sum(0), gain, mask)
+    return d_total, partial.sum(0).to(gain.dtype)
 
 
-def _flatten(x: Tensor) -> Tensor:
-    """[rows, d] with contiguous rows; a copy only where the strides leave no other way."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
-def _tile(width: int) -> dict[str, int]:
+def _options(width: int) -> dict[str, int]:
+    """Tiles of whole rows, about 4096 values or one row, and 512 values a warp up to 32 warps."""
     columns = triton.next_power_of_2(width)
-    return {"ROWS": max(1, 4096 // columns), "COLUMNS": columns}
-
-
-def _options(width: int) -> dict[str, int | bool]:
-    warps = min(32, max(8, triton.next_power_of_2(width) // 512))
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": ENABLE_FP_FUSION}
-
-
-_PASS = 2 * TOKENS * WIDTH
-_PER_ROW = 4 * TOKENS
-_PER_COLUMN = (2 + 4) * WIDTH
-_STREAM = "[8192, 4096] bf16 with gain bf16, mask fp32"
-_ROWS = dict.fromkeys(("x", "residual", "gain", "normed", "total"), "*bf16")
-_GRADIENTS = dict.fromkeys(("gradient", "total_gradient", "total", "gain", "d_total"), "*bf16")
-
-COMPILATIONS = (
-    Compilation(
-        name="rms_norm.forward",
-        module=__name__,
-        function="forward_kernel",
-        signature={
-            **_ROWS,
-            **dict.fromkeys(("mask", "scale", "inverse"), "*fp32"),
-            **dict.fromkeys(("rows", "width", "x_stride", "residual_stride"), "i32"),
-            "eps": "fp32",
-        },
-        aligned=("rows", "width", "x_stride", "residual_stride"),
-        constants={
-            "HAS_RESIDUAL": True,
-            "HAS_MASK": True,
-            "HAS_SCALE": True,
-            "STEPS": _FORWARD_STEPS,
-            **_tile(WIDTH),
-        },
-        num_warps=int(_options(WIDTH)["num_warps"]),
-        num_stages=1,
-        bytes_moved=4 * _PASS + _PER_ROW + _PER_COLUMN,
-        minimum_bytes=4 * _PASS + _PER_ROW + _PER_COLUMN,
-        shape=f"x and residual {_STREAM}",
-    ),
-    Compilation(
-        name="rms_norm.backward",
-        module=__name__,
-        function="backward_kernel",
-        signature={
-            **_GRADIENTS,
-            **dict.fromkeys(("mask", "scale", "inverse", "partial"), "*fp32"),
-            **dict.fromkeys(("rows", "width", "steps"), "i32"),
-            **dict.fromkeys(("gradient_stride", "total_gradient_stride"), "i32"),
-            "total_stride": "i32",
-        },
-        aligned=(
-            *("rows", "width", "steps", "gradient_stride", "total_gradient_stride"),
-            "total_stride",
-        ),
-        constants={
-            "HAS_TOTAL_GRADIENT": True,
-            "HAS_MASK": True,
-            "HAS_SCALE": True,
-            **_tile(WIDTH),
-        },
-        num_warps=int(_options(WIDTH)["num_warps"]),
-        num_stages=1,
-        bytes_moved=4 * _PASS + _PER_ROW + _PER_COLUMN + 2 * 4 * _PROGRAMS * WIDTH,
-        minimum_bytes=4 * _PASS + _PER_ROW + 2 * _PER_COLUMN,
-        shape=f"gradients of norm and sum {_STREAM}",
-    ),
-)
+    return {
+        "BLOCK_M": max(1, 4096 // columns),
+        "BLOCK_N": columns,
+        "num_warps": min(32, max(8, columns // 512)),
+        "num_stages": 1,
+        "enable_fp_fusion": ENABLE_FP_FUSION,
+    }

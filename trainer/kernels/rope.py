@@ -2,7 +2,8 @@
 
 RoFormer, arXiv 2104.09864, equation 34, in Hugging Face's layout: channels i and i + r / 2 of the
 first r = rotary_dim channels pair up, the rest stays. The gradient is the inverse rotation.
-`shorn::rope` is a PyTorch operator; what it runs on a device is the registry's choice.
+`shorn::rope` and `shorn::rope_` are PyTorch operators that run a Triton kernel; `rope` calls them
+where the registry chose kernels.
 """
 
 from typing import Any
@@ -37,7 +38,7 @@ def rope(
     Raises:
         ValueError: a shape, dtype, stride or device does not fit.
     """
-    if registry.runs_reference(NAME, query.device):
+    if not registry.runs_kernels(NAME, query):
         return reference(query, key, cos, sin)
     recorded = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     if in_place and not recorded and query.is_contiguous() and key.is_contiguous():
@@ -47,51 +48,21 @@ def rope(
     return rotated
 
 
-def reference(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`rope` in PyTorch operations; `inverse` turns the other way."""
+def reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rope` in PyTorch operations."""
     _check(query, key, cos, sin)
     cos, sin = cos.detach().unsqueeze(1), sin.detach().unsqueeze(1)
-    sin = -sin if inverse else sin
     return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = (first * cos - second * sin, second * cos + first * sin, rest)
-    return torch.cat([part.to(x.dtype) for part in turned], dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin, rest)
+    return torch.cat([part.to(x.dtype) for part in rotated], dim=-1)
 
 
-def _forward(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    _check(query, key, cos, sin)
-    module = registry.triton_module(NAME, query.device)
-    if module is not None and module.supports(query):
-        results = query.new_empty(query.shape), key.new_empty(key.shape)
-        module.rotate(query, key, cos, sin, inverse, results)
-        return results
-    dtype = wide_dtype(query)
-    rotated = reference(query, key, cos.to(dtype), sin.to(dtype), inverse)
-    return rotated[0].contiguous(), rotated[1].contiguous()
-
-
-def _forward_in_place(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-    _check(query, key, cos, sin)
-    for name, tensor in (("query", query), ("key", key)):
-        if not tensor.is_contiguous():
-            refuse(NAME, name, "contiguous to be overwritten", f"strides {tensor.stride()}")
-    module = registry.triton_module(NAME, query.device)
-    if module is not None and module.supports(query):
-        module.rotate(query, key, cos, sin, False, (query, key))
-        return
-    for tensor, rotated in zip((query, key), _forward(query, key, cos, sin, False), strict=True):
-        tensor.copy_(rotated)
-
-
-def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
     check_rows(NAME, "query", query, 4)
     batch, length, _, head_dim = query.shape
     heads = key.shape[2] if key.dim() == 4 else 0
@@ -106,6 +77,13 @@ def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         check_last_stride(NAME, name, table)
     if sin.dtype != cos.dtype:
         refuse(NAME, "sin", f"{cos.dtype} as cos", sin)
+
+
+def _check_in_place(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+    _check(query, key, cos, sin)
+    for name, tensor in (("query", query), ("key", key)):
+        if not tensor.is_contiguous():
+            refuse(NAME, name, "contiguous to be overwritten", f"strides {tensor.stride()}")
 
 
 def _fake(
@@ -125,17 +103,16 @@ def _differentiate(ctx: Any, query: Tensor, key: Tensor) -> tuple[Tensor | None,
     return *torch.ops.shorn.rope(query, key, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-def _register() -> torch.library.Library:
-    space = torch.library.Library("shorn", "FRAGMENT")
-    schema = (
-        "rope(Tensor query, Tensor key, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)"
-    )
-    registry.define(space, schema, _forward, _fake)
-    in_place = "rope_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin) -> ()"
-    registry.define(space, in_place, _forward_in_place, _check)
-    torch.library.register_autograd("shorn::rope", _differentiate, setup_context=_save, lib=space)
-    registry.register(registry.Operator(NAME, reference, "trainer.kernels.rope_triton"))
-    return space
-
-
-_SPACE = _register()
+registry.define(
+    "rope(Tensor query, Tensor key, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
+    registry.kernel(NAME, "forward", _check),
+    _fake,
+    _save,
+    _differentiate,
+)
+registry.define(
+    "rope_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin) -> ()",
+    registry.kernel(NAME, "forward_", _check_in_place),
+    _check,
+)
+registry.register(registry.Operator(NAME))

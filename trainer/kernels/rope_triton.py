@@ -1,7 +1,7 @@
 """Rotary positions in Triton: queries and keys in one launch, each value read and written once.
 
-A program turns all pairs of a few positions and heads, of the queries or of the keys; it reads the
-angles of its positions once for all its heads.
+A program rotates all pairs of channels of a few positions and heads, of the queries or of the keys;
+it reads the angles of its positions once for all its heads.
 """
 
 import torch
@@ -9,128 +9,141 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.compilation import ENABLE_FP_FUSION, HEAD_DIM, HEADS, TOKENS, Compilation
+from trainer.kernels.launching import ENABLE_FP_FUSION
 
 _TILE = 2048
+"""Pairs of a program."""
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": ENABLE_FP_FUSION}
 
 
 @triton.jit
-def _turn(
-    source: tl.tensor,
-    target: tl.tensor,
+def _rotate(
+    x: tl.tensor,
+    out: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
-    block: tl.tensor,
-    length: tl.tensor,
-    heads: tl.tensor,
-    head_dim: tl.tensor,
+    pid_h: tl.tensor,
+    S: tl.tensor,
+    H: tl.tensor,
+    D: tl.tensor,
     half: tl.tensor,
-    position_stride: tl.tensor,
-    head_stride: tl.tensor,
-    cos_stride: tl.tensor,
-    sin_stride: tl.tensor,
+    stride_s: tl.tensor,
+    stride_h: tl.tensor,
+    stride_cos: tl.tensor,
+    stride_sin: tl.tensor,
     INVERSE: tl.constexpr,
     REST: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ) -> None:
-    """One tile [POSITIONS, BLOCK_HEADS, BLOCK_HALF] of pairs, and the channels that stay."""
-    position = (tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS))[:, None, None]
-    channel = tl.arange(0, BLOCK_HALF)[None, None, :]
-    inside = (position < length) & (channel < half)
-    place = position.to(tl.int64)
-    cosine = tl.load(cos + place * cos_stride + channel, mask=inside, other=0.0).to(tl.float32)
-    sine = tl.load(sin + place * sin_stride + channel, mask=inside, other=0.0).to(tl.float32)
+    """One tile [BLOCK_S, BLOCK_H, BLOCK_D] of pairs, and the channels that stay."""
+    offs_s = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S))[:, None, None]
+    offs_d = tl.arange(0, BLOCK_D)[None, None, :]
+    inside = (offs_s < S) & (offs_d < half)
+    # Positions times a stride may exceed 32 bits.
+    rows = offs_s.to(tl.int64)
+    c = tl.load(cos + rows * stride_cos + offs_d, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + rows * stride_sin + offs_d, mask=inside, other=0.0).to(tl.float32)
     if INVERSE:
-        sine = -sine
-    head = (block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[None, :, None]
-    present = (position < length) & (head < heads)
-    source += place * position_stride + head.to(tl.int64) * head_stride
-    target += ((tl.program_id(2).to(tl.int64) * length + place) * heads + head) * head_dim
-    inside = present & (channel < half)
-    first = tl.load(source + channel, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + half + channel, mask=inside, other=0.0).to(tl.float32)
-    turned = first * cosine - second * sine
-    tl.store(target + channel, turned.to(target.dtype.element_ty), mask=inside)
-    turned = second * cosine + first * sine
-    tl.store(target + half + channel, turned.to(target.dtype.element_ty), mask=inside)
+        s = -s
+    offs_h = (pid_h * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
+    present = (offs_s < S) & (offs_h < H)
+    x += rows * stride_s + offs_h.to(tl.int64) * stride_h
+    # Results are contiguous [B, S, H, D].
+    out += ((tl.program_id(2).to(tl.int64) * S + rows) * H + offs_h) * D
+    inside = present & (offs_d < half)
+    # Both halves are read before either is written: out may be x itself.
+    x1 = tl.load(x + offs_d, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(x + half + offs_d, mask=inside, other=0.0).to(tl.float32)
+    y = x1 * c - x2 * s
+    tl.store(out + offs_d, y.to(out.dtype.element_ty), mask=inside)
+    y = x2 * c + x1 * s
+    tl.store(out + half + offs_d, y.to(out.dtype.element_ty), mask=inside)
     if REST > 0:
-        kept = 2 * half + tl.arange(0, REST)[None, None, :]
-        inside = present & (kept < head_dim)
-        tl.store(target + kept, tl.load(source + kept, mask=inside, other=0.0), mask=inside)
+        offs_rest = 2 * half + tl.arange(0, REST)[None, None, :]
+        inside = present & (offs_rest < D)
+        tl.store(out + offs_rest, tl.load(x + offs_rest, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
 def rotate_kernel(
-    query: tl.tensor,
-    key: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
-    query_result: tl.tensor,
-    key_result: tl.tensor,
-    length: tl.int32,
-    heads: tl.int32,
-    key_heads: tl.int32,
-    head_dim: tl.int32,
+    q_out: tl.tensor,
+    k_out: tl.tensor,
+    S: tl.int32,
+    H: tl.int32,
+    KV_H: tl.int32,
+    D: tl.int32,
     half: tl.int32,
-    query_batch_stride: tl.int64,
-    query_position_stride: tl.int32,
-    query_head_stride: tl.int32,
-    key_batch_stride: tl.int64,
-    key_position_stride: tl.int32,
-    key_head_stride: tl.int32,
-    cos_stride: tl.int32,
-    sin_stride: tl.int32,
+    stride_qb: tl.int64,
+    stride_qs: tl.int32,
+    stride_qh: tl.int32,
+    stride_kb: tl.int64,
+    stride_ks: tl.int32,
+    stride_kh: tl.int32,
+    stride_cos: tl.int32,
+    stride_sin: tl.int32,
     INVERSE: tl.constexpr,
     REST: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ) -> None:
-    """POSITIONS positions and BLOCK_HEADS heads; blocks of keys follow the blocks of queries."""
-    block = tl.program_id(1)
-    query_blocks = tl.cdiv(heads, BLOCK_HEADS)
-    source = query + tl.program_id(2) * query_batch_stride
-    target = query_result
-    position_stride = query_position_stride
-    head_stride = query_head_stride
-    if block >= query_blocks:
-        block -= query_blocks
-        source = key + tl.program_id(2) * key_batch_stride
-        target = key_result
-        position_stride = key_position_stride
-        head_stride = key_head_stride
-        heads = key_heads
-    _turn(
-        source,
-        target,
+    """BLOCK_S positions and BLOCK_H heads; blocks of keys follow the blocks of queries."""
+    pid_h = tl.program_id(1)
+    q_blocks = tl.cdiv(H, BLOCK_H)
+    x = q + tl.program_id(2) * stride_qb
+    out = q_out
+    stride_s = stride_qs
+    stride_h = stride_qh
+    if pid_h >= q_blocks:
+        pid_h -= q_blocks
+        x = k + tl.program_id(2) * stride_kb
+        out = k_out
+        stride_s = stride_ks
+        stride_h = stride_kh
+        H = KV_H
+    _rotate(
+        x,
+        out,
         cos,
         sin,
-        block,
-        length,
-        heads,
-        head_dim,
+        pid_h,
+        S,
+        H,
+        D,
         half,
-        position_stride,
-        head_stride,
-        cos_stride,
-        sin_stride,
+        stride_s,
+        stride_h,
+        stride_cos,
+        stride_sin,
         INVERSE,
         REST,
-        POSITIONS,
-        BLOCK_HEADS,
-        BLOCK_HALF,
+        BLOCK_S,
+        BLOCK_H,
+        BLOCK_D,
     )
 
 
-def supports(query: Tensor) -> bool:
-    """Whether the kernel takes these tensors; the reference does the rest."""
-    return query.dtype != torch.float64 and query.numel() > 0
+def forward(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Both rotated, contiguous."""
+    results = query.new_empty(query.shape), key.new_empty(key.shape)
+    _launch(query, key, cos, sin, inverse, results)
+    return results
 
 
-def rotate(
+def forward_(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotates both, which are contiguous, in place."""
+    _launch(query, key, cos, sin, False, (query, key))
+
+
+def _launch(
     query: Tensor,
     key: Tensor,
     cos: Tensor,
@@ -138,14 +151,12 @@ def rotate(
     inverse: bool,
     results: tuple[Tensor, Tensor],
 ) -> None:
-    """Writes both rotated to `results` [B, S, heads, head_dim], contiguous; they may be query and
-    key themselves."""
     batch, length, heads, head_dim = query.shape
     key_heads, half = key.shape[2], cos.shape[1]
     tile = _tile(heads, head_dim, half)
-    blocks = triton.cdiv(heads, tile["BLOCK_HEADS"]) + triton.cdiv(key_heads, tile["BLOCK_HEADS"])
+    blocks = triton.cdiv(heads, tile["BLOCK_H"]) + triton.cdiv(key_heads, tile["BLOCK_H"])
     with torch.cuda.device_of(query):
-        rotate_kernel[(triton.cdiv(length, tile["POSITIONS"]), blocks, batch)](
+        rotate_kernel[(triton.cdiv(length, tile["BLOCK_S"]), blocks, batch)](
             query,
             key,
             cos,
@@ -167,43 +178,13 @@ def rotate(
 
 
 def _tile(heads: int, head_dim: int, half: int) -> dict[str, int]:
-    block_half = triton.next_power_of_2(half)
+    """All pairs of a head, then as many heads as fit, then positions."""
+    pairs = triton.next_power_of_2(half)
     rest = head_dim - 2 * half
-    block_heads = min(triton.next_power_of_2(heads), max(1, _TILE // block_half))
+    block_heads = min(triton.next_power_of_2(heads), max(1, _TILE // pairs))
     return {
         "REST": triton.next_power_of_2(rest) if rest else 0,
-        "POSITIONS": max(1, _TILE // (block_heads * block_half)),
-        "BLOCK_HEADS": block_heads,
-        "BLOCK_HALF": block_half,
+        "BLOCK_S": max(1, _TILE // (block_heads * pairs)),
+        "BLOCK_H": block_heads,
+        "BLOCK_D": pairs,
     }
-
-
-_PASS = 2 * TOKENS * HEADS * HEAD_DIM
-_TABLES = 2 * 2 * TOKENS // 2 * HEAD_DIM // 2
-_INTEGERS = (
-    *("length", "heads", "key_heads", "head_dim", "half", "query_position_stride"),
-    *("query_head_stride", "key_position_stride", "key_head_stride", "cos_stride", "sin_stride"),
-)
-_WIDE_INTEGERS = ("query_batch_stride", "key_batch_stride")
-
-COMPILATIONS = tuple(
-    Compilation(
-        name=f"rope.{name}",
-        module=__name__,
-        function="rotate_kernel",
-        signature={
-            **dict.fromkeys(("query", "key", "cos", "sin"), "*bf16"),
-            **dict.fromkeys(("query_result", "key_result"), "*bf16"),
-            **dict.fromkeys(_INTEGERS, "i32"),
-            **dict.fromkeys(_WIDE_INTEGERS, "i64"),
-        },
-        aligned=(*_INTEGERS, *_WIDE_INTEGERS),
-        constants={"INVERSE": inverse, **_tile(HEADS, HEAD_DIM, HEAD_DIM // 2)},
-        num_warps=_OPTIONS["num_warps"],
-        num_stages=_OPTIONS["num_stages"],
-        bytes_moved=4 * _PASS + _TABLES,
-        minimum_bytes=4 * _PASS + _TABLES,
-        shape="query and key [2, 4096, 32, 128] bf16, cos and sin [4096, 64] bf16",
-    )
-    for name, inverse in (("forward", False), ("backward", True))
-)

@@ -112,37 +112,36 @@ def _moved(unit: Callable[[Model], int], forward: int, backward: int) -> Callabl
 
 
 def _rms_norm_inputs(model: Model, device: torch.device) -> Tensors:
-    """x, residual, gain, mask."""
+    """x, residual, gain."""
     rows = (model.tokens, model.width)
-    streams = _normal(device, *rows), _normal(device, *rows)
-    return *streams, _normal(device, model.width), _ones(device, model.width)
+    return _normal(device, *rows), _normal(device, *rows), _normal(device, model.width)
 
 
-def _rms_norm(x: Tensor, residual: Tensor, gain: Tensor, mask: Tensor) -> Tensors:
-    return rms_norm(x, gain, EPS, mask=mask, residual=residual)
+def _rms_norm(x: Tensor, residual: Tensor, gain: Tensor) -> Tensors:
+    return rms_norm(x, gain, EPS, residual=residual)
 
 
-def _liger_rms_norm(x: Tensor, residual: Tensor, gain: Tensor, mask: Tensor) -> Any:
-    """Without a mask. Not in place: gradients are used again by the next call."""
+def _liger_rms_norm(x: Tensor, residual: Tensor, gain: Tensor) -> Any:
+    """Not in place: gradients are used again by the next call."""
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
     return LigerFusedAddRMSNormFunction.apply(x, residual, gain, EPS, 0.0, "llama", False)
 
 
-def _pytorch_rms_norm(x: Tensor, residual: Tensor, gain: Tensor, mask: Tensor) -> Tensors:
-    """Without a mask: PyTorch's own kernel behind an addition."""
+def _pytorch_rms_norm(x: Tensor, residual: Tensor, gain: Tensor) -> Tensors:
+    """PyTorch's own kernel behind an addition."""
     total = x + residual
     return functional.rms_norm(total, gain.shape, gain, EPS), total
 
 
 def _swiglu_inputs(model: Model, device: torch.device) -> Tensors:
-    """gate, up, mask."""
+    """gate, up."""
     rows = (model.tokens, model.channels)
-    return _normal(device, *rows), _normal(device, *rows), _ones(device, model.channels)
+    return _normal(device, *rows), _normal(device, *rows)
 
 
-def _liger_swiglu(gate: Tensor, up: Tensor, mask: Tensor) -> Any:
-    """Without a mask. Leaves the gradients in place of its arguments, which the next call takes."""
+def _liger_swiglu(gate: Tensor, up: Tensor) -> Any:
+    """Leaves the gradients in place of its arguments, which the next call takes."""
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     return LigerSiLUMulFunction.apply(gate, up)

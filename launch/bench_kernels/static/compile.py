@@ -20,10 +20,9 @@ from data.errors import InputError
 from launch.bench_kernels.static.sass import LOADS, STORES, Kernel, read_cubin
 
 ROOT = Path(__file__).resolve().parents[3]
-COMPILATIONS = "trainer.kernels.compilation"
-"""Module whose compilations() lists every Triton kernel as it is launched."""
+KERNELS = "launch.bench_kernels.static.kernels"
+"""Module whose launches() are those of every Triton kernel."""
 ARCHS = (80, 90, 100)
-_FIELDS = ("shape", "bytes_moved", "minimum_bytes", "flops")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ class Record:
     """What keeps occupancy down: registers, shared memory, threads or blocks."""
     instructions: int
     load_bits: int | None
-    """Width that carries most bytes of its global loads (static_sass.Kernel.main_width).
+    """Width that carries most bytes of its global loads (static.sass.Kernel.main_width).
     Tiles by the tensor memory accelerator count as 128: they move in units of 16 bytes."""
     store_bits: int | None
     load_widths: dict[int, int]
@@ -99,12 +98,12 @@ class Record:
     """HMMA, HGMMA or UTCMMA; None: no matrix instruction."""
     loops: list[Loop]
     bytes_moved: int | None
-    """Device memory traffic of a launch of `shape`, as declared beside the kernel."""
+    """Device memory traffic of a launch of `shape`."""
     minimum_bytes: int | None
     """Inputs read once and outputs written once."""
     bytes_over_minimum: float | None
     predicted_us: float | None
-    """At GPUS' ceilings; None where bytes, or a matrix kernel's operations, are not declared."""
+    """At GPUS' ceilings; None where bytes, or a matrix kernel's operations, are not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +137,14 @@ def versions() -> dict[str, str]:
 
 def compile_triton(
     archs: Sequence[int] = ARCHS,
-    module: str = COMPILATIONS,
+    module: str = KERNELS,
     on_kernel: Callable[[], None] = lambda: None,
 ) -> tuple[list[Record], list[Failure]]:
-    """Compiles every kernel that `module.compilations()` returns for every architecture.
+    """Compiles every kernel that `module.launches()` launches for every architecture.
 
     Args:
         archs: of GPUS.
-        module: name of a module with compilations().
+        module: name of a module with launches().
         on_kernel: called after each kernel and architecture.
 
     Raises:
@@ -179,7 +178,7 @@ def make_record(
     flops: int | None = None,
     **_: Any,
 ) -> Record:
-    """Puts together what the cubin tells and what stands beside the kernel.
+    """Puts together what the cubin tells and what the launch does.
 
     Args:
         shared_bytes: per block, what a launch adds included.
@@ -251,7 +250,7 @@ def _run_worker(
     archs: Iterable[int], module: str, folder: Path, on_kernel: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """What the worker says about each kernel; started again where the compiler takes it down."""
-    request = {"module": module, "archs": list(archs), "folder": str(folder), "fields": _FIELDS}
+    request = {"module": module, "archs": list(archs), "folder": str(folder)}
     found: list[dict[str, Any]] = []
     while True:
         done = [(facts["kernel"], facts["arch"]) for facts in found]
@@ -274,7 +273,7 @@ def _run_worker(
 
 
 class _Worker:
-    """One run of static_worker: iterating yields what it says, then tells how it ended."""
+    """One run of static/worker.py: iterating yields what it says, then tells how it ended."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.request = request

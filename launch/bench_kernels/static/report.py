@@ -22,11 +22,10 @@ NOTES = """\
 load, store: bits per access of a thread that carry most of a kernel's bytes, inside its loops if \
 it has any there.
 mma/tma: matrix instructions and UTMALDG of one warp in each loop that has any, innermost first.
-moved/min: device memory traffic of the launch over inputs and outputs once each, both as declared \
-beside the kernel; partial sums are in it, what other programs read again (masks, gains, indices, \
-the keys of attention) counts once. CUDA kernels with 1 element a thread instead of 8 serve shapes \
-that forbid 16-byte accesses.
-predicted: that traffic, and matrix operations where they are declared, at the ceilings above. A \
+moved/min: device memory traffic of the launch over inputs and outputs once each; partial sums are \
+in it, what other programs read again (masks, gains, indices, the keys of attention) counts once. \
+CUDA kernels with 1 element a thread instead of 8 serve shapes that forbid 16-byte accesses.
+predicted: that traffic, and matrix operations where there are any, at the ceilings above. A \
 prediction, not a measurement: no kernel ran. Short kernels take longer than this.
 """
 TRAFFIC_NOTES = """\
@@ -34,7 +33,7 @@ eager: of each aten kernel its distinct inputs and its outputs, on fake tensors,
 torch.compile: Inductor's own count over the kernels that its CPU scheduler fuses. A lower bound \
 for a GPU, where sums over rows and sums over columns do not fuse; but what is accessed by index \
 counts whole, however little of it is.
-ours: what the Triton kernels of the pass move, as declared; reductions of partial sums are in it. \
+ours: what the Triton kernels of the pass move; reductions of partial sums are in it. \
 cross_entropy and distillation leave the gradient in their forward pass and have no other.
 """
 
@@ -49,7 +48,7 @@ def run(config: BenchConfig) -> None:
         sys.exit(1)
 
 
-def measure(archs: Sequence[int] = ARCHS, module: str = static.COMPILATIONS) -> dict[str, Any]:
+def measure(archs: Sequence[int] = ARCHS, module: str = static.KERNELS) -> dict[str, Any]:
     """The report, with dataclasses still in it.
 
     Raises:

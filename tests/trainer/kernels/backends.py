@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels import library, registry
-from trainer.kernels.compilation import Tile
+from trainer.kernels.launching import Tile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu"
@@ -39,12 +39,7 @@ TILES: dict[str, dict[str, object]] = {
     },
     "rms_norm": {"_FORWARD_STEPS": 2, "_PROGRAMS": 3},
     "rope": {"_TILE": 256},
-    "swiglu": {
-        "_FORWARD_TILE": 2048,
-        "_FORWARD_COLUMNS": 128,
-        "_BACKWARD_TILE": 512,
-        "_PROGRAMS": 3,
-    },
+    "swiglu": {"_FORWARD_TILE": 2048, "_BACKWARD_TILE": 512, "_COLUMNS": 128},
 }
 
 

@@ -1,18 +1,19 @@
-"""A driver that looks at Triton's launches instead of making them, as on a GPU of sm_90.
+"""A driver that looks at Triton's launches instead of making them, as on a GPU.
 
 Triton itself compares shared memory with what the driver says there is.
 """
 
 from collections import Counter
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
-ARCHITECTURE = 90
-SHARED_BYTES = 227 << 10
+from launch.bench_kernels.static.compile import GPUS
+from launch.bench_kernels.static.record import Driver
+
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 TYPES = {
     "*bf16": torch.bfloat16,
@@ -51,22 +52,19 @@ class Launcher:
         LAUNCHES[self.name] += 1
 
 
-class Driver:
-    """What Triton asks a GPU's driver."""
+@dataclass(frozen=True)
+class CheckingDriver(Driver):
+    """What Triton asks of a GPU's driver when it launches a kernel."""
 
     launcher_cls = Launcher
-    utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": SHARED_BYTES},
-        # Module, function, registers, spills, threads of a block.
-        load_binary=lambda *_: (1, 1, 32, 0, 1024),
-        unload_module=lambda module: None,
-    )
 
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", ARCHITECTURE, 32)
+    @property
+    def utils(self) -> SimpleNamespace:
+        # A block may have 1 KiB less than a multiprocessor.
+        shared = GPUS[self.arch].shared_bytes - 1024
+        return SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": shared},
+            # Module, function, registers, spills, threads of a block.
+            load_binary=lambda *_: (1, 1, 32, 0, 1024),
+            unload_module=lambda module: None,
+        )

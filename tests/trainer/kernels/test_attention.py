@@ -16,6 +16,7 @@ from tests.trainer.kernels.comparison import (
     draw_mask,
     draw_rows,
 )
+from trainer.kernels import registry
 from trainer.kernels.attention import attention
 
 # Batch, positions, heads, key heads, width of a head.
@@ -155,10 +156,15 @@ def test_heads_with_mask_zero_have_no_part(backend: str) -> None:
 
 
 def test_large_scores_do_not_overflow(backend: str) -> None:
+    """Scores that differ by thousands, of integers: their sums are exact in any order. The backward
+    pass finds exponents of base 2 again, up to 2^16 and rounded to 2^-9 in both passes, so that
+    weights may be off by ln(2) * 2 * 2^-9 = 2.7e-3."""
     torch.manual_seed(5)
-    query, key, value = (torch.randn(1, 40, 1, 16) for _ in range(3))
-    # Products of these differ by thousands.
-    compare(run, formula, (100 * query, 100 * key, value), tolerance=1e-3)
+    query, key = (torch.randn(1, 40, 1, 16).mul(100).round() for _ in range(2))
+    # Two keys that differ where queries are 0 share what weight they get: no gradient vanishes.
+    query[..., 0] = 0
+    key[:, 1, :, 1:] = key[:, 0, :, 1:]
+    compare(run, formula, (query, key, torch.randn(1, 40, 1, 16)), tolerance=2.7e-3)
 
 
 @pytest.mark.parametrize("mask", [(-0.7, 2.5), (0.0, 0.0), (1.0, 1.0)], ids=str)
@@ -196,6 +202,8 @@ def test_same_bits_every_time(backend: str) -> None:
 def test_operator_is_registered_correctly(backend: str, complete: bool) -> None:
     query = torch.randn(2, 6, 4, 8, requires_grad=True)
     key, value = (torch.randn(2, 6, 2, 8, requires_grad=True) for _ in range(2))
+    if not registry.runs_kernels("attention", query):
+        pytest.skip("the operator runs kernels only")
     mask = torch.rand(4, requires_grad=True) if complete else None
     documents = torch.tensor([[0, 0, 1, 1, 1, 2]]).expand(2, 6) if complete else None
     rest = (4, 0.3) if complete else (None, None)
@@ -203,7 +211,7 @@ def test_operator_is_registered_correctly(backend: str, complete: bool) -> None:
     torch.library.opcheck(torch.ops.shorn.attention.default, arguments)
     tensors = [None if t is None else t.detach() for t in arguments[:5]]
     saved = torch.ops.shorn.attention(*tensors, *rest)
-    backward = (torch.randn(2, 6, 4, 8), *tensors, *saved, *rest)
+    backward = (torch.randn(2, 6, 4, 8), *saved, *tensors, *rest)
     torch.library.opcheck(torch.ops.shorn.attention_backward.default, backward)
 
 
@@ -287,5 +295,5 @@ def test_wrong_gradient_is_refused(backend: str) -> None:
     for gradient in (torch.zeros(1, 4, 8, 2), torch.zeros(1, 4, 8, 2).mT):
         with pytest.raises(ValueError, match="attention: gradient must be "):
             torch.ops.shorn.attention_backward(
-                gradient, x, x, x, None, None, x, statistic, None, None
+                gradient, x, statistic, x, x, x, None, None, None, None
             )

@@ -69,6 +69,8 @@ def forget() -> Iterator[None]:
 
 
 def use(version: Installed, monkeypatch: pytest.MonkeyPatch, capability: int = 9) -> None:
+    # Operators look for packages when they are first imported.
+    registry.operators()
     for name in UNLIMITED:
         monkeypatch.setitem(sys.modules, name, version if name == version.module else None)
     if "." in version.module:

@@ -45,7 +45,7 @@ def draw(
     states, head = torch.randn(tokens, 6).to(dtype), torch.randn(classes, 6).to(dtype)
     token_weights = torch.rand(tokens) * (torch.arange(tokens) % 3 > 0)
     targets = torch.randint(classes, (tokens,)).masked_fill(token_weights == 0, -100)
-    teacher_output = TeacherOutput(states, head, share=0.4, temperature=1.5)
+    teacher_output = TeacherOutput(states, head, alpha=0.4, temperature=1.5)
     return hidden.to(dtype), weight.to(dtype), targets, token_weights, teacher_output
 
 
@@ -306,7 +306,7 @@ WRONG = [
     ({"token_weights": torch.ones(3)}, "token_weights must be [11] torch.float32 or torch.float64"),
     ({"states": torch.zeros(10, 6)}, "states must be [11, 6] torch.float32 on cpu, got [10, 6]"),
     ({"head_weight": torch.zeros(9, 6)}, "head_weight must be [70, 6] torch.float32 on cpu, got"),
-    ({"share": 1.5}, "share must be in [0, 1], got 1.5"),
+    ({"alpha": 1.5}, "alpha must be in [0, 1], got 1.5"),
     ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
     ({"top_k": 71}, "top_k must be in [0, 70], got 71"),
     ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),
@@ -323,7 +323,7 @@ def test_bad_input_is_refused(changed: dict[str, Any], message: str) -> None:
         "token_weights": token_weights,
         "states": teacher_output.states,
         "head_weight": teacher_output.head_weight,
-        "share": 0.4,
+        "alpha": 0.4,
         "temperature": 1.5,
         "top_k": 0,
         "chunk_tokens": 4,

@@ -163,7 +163,7 @@ def _teacher_output(tokens: int, classes: int, dtype: torch.dtype, **options: An
     torch.manual_seed(1)
     states = torch.randn(tokens, 16, dtype=torch.float64).to(dtype)
     head = torch.randn(classes, 16, dtype=torch.float64).to(dtype)
-    return TeacherOutput(states, head, **({"share": 0.5} | options))
+    return TeacherOutput(states, head, **({"alpha": 0.5} | options))
 
 
 def _distillation_reference(
@@ -182,8 +182,8 @@ def _distillation_reference(
     student = (logits / teacher_output.temperature).log_softmax(1)
     teacher = (taught / teacher_output.temperature).softmax(1)
     divergences = F.kl_div(student, teacher, reduction="none").sum(1) * (weights != 0)
-    factor = teacher_output.share * teacher_output.temperature**2
-    loss = (((1 - teacher_output.share) * losses + factor * divergences) * weights.double()).sum()
+    factor = teacher_output.alpha * teacher_output.temperature**2
+    loss = (((1 - teacher_output.alpha) * losses + factor * divergences) * weights.double()).sum()
     loss.backward()
     assert h.grad is not None and w.grad is not None
     return loss.detach(), losses.detach(), divergences.detach(), h.grad, w.grad
@@ -212,11 +212,11 @@ def _compare_distillation(
 @pytest.mark.parametrize("chunk", [1, 7, 37, None])
 @pytest.mark.parametrize("top_k", [0, 2, 9, 101])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_distillation_equals_full_logits(
-    share: float, temperature: float, top_k: int, chunk: int | None
+    alpha: float, temperature: float, top_k: int, chunk: int | None
 ) -> None:
-    options = {"share": share, "temperature": temperature, "top_k": top_k}
+    options = {"alpha": alpha, "temperature": temperature, "top_k": top_k}
     _compare_distillation(torch.float64, 1e-13, chunk, **options)
 
 
@@ -239,13 +239,13 @@ def test_top_k_in_bf16_takes_the_teachers_own_order() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_teacher_of_share_zero_changes_nothing(dtype: torch.dtype) -> None:
+def test_a_teacher_of_alpha_zero_changes_nothing(dtype: torch.dtype) -> None:
     results = []
     for distil in (False, True):
         hidden, weight, targets, weights = _inputs(37, 24, 101, dtype)
         arguments = (hidden, weight, targets, weights)
         if distil:
-            teacher_output = _teacher_output(37, 101, dtype, share=0.0, temperature=2.0)
+            teacher_output = _teacher_output(37, 101, dtype, alpha=0.0, temperature=2.0)
             loss, losses, divergences = linear_distillation(*arguments, teacher_output, 8)
             assert divergences.sum() > 0
         else:

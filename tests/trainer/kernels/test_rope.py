@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.trainer.kernels.backends import large
 from tests.trainer.kernels.comparison import DTYPES, compare, compiles, draw_rows
+from trainer.kernels import registry
 from trainer.kernels.rope import rope
 
 # Batch, length, heads, key heads, head dim, rotary dim.
@@ -54,7 +55,7 @@ def test_equals_complex_rotation(backend: str, shape: tuple[int, ...], dtype: to
         lambda query, key: rope(query, key, cos, sin),
         lambda query, key: (turned(query, *angles), turned(key, *angles)),
         (query, key),
-        roundings=3 if backend == "reference" else 1,
+        roundings=1 if registry.runs_kernels("rope", query) else 3,
     )
 
 
@@ -65,7 +66,7 @@ def test_overwrites_what_is_not_needed_any_more(backend: str, dtype: torch.dtype
     expected = rope(query, key, cos, sin)
     found = rope(query, key, cos, sin, in_place=True)
     for given, result, wanted in zip((query, key), found, expected, strict=True):
-        assert (result is given) == (backend != "reference")
+        assert (result is given) == registry.runs_kernels("rope", query)
         assert torch.equal(result, wanted)
 
 
@@ -112,6 +113,8 @@ def test_without_positions(backend: str) -> None:
 def test_operator_is_registered_correctly(backend: str) -> None:
     query, key, cos, sin = draw((2, 5, 3, 1, 16, 8), torch.float32)
     query, key = (x.detach().contiguous().requires_grad_() for x in (query, key))
+    if not registry.runs_kernels("rope", query):
+        pytest.skip("the operator runs kernels only")
     for inverse in (False, True):
         torch.library.opcheck(torch.ops.shorn.rope.default, (query, key, cos, sin, inverse))
     detached = (query.detach(), key.detach(), cos, sin)

@@ -1,12 +1,15 @@
 """torch.compile traces a whole model, with masks and without, as one graph."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer.kernels.backends import INTERPRETED
 from tests.trainer.models.cases import CASES, random_masks
 from trainer.kernels import registry
 from trainer.models.config import ModelConfig
@@ -23,15 +26,19 @@ def nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("reference", [True, False], ids=["reference", "operators"])
+# Kernels run in Triton's interpreter, for which the last test runs this file again.
+CHOICES: list[registry.Kernels] = ["triton"] if INTERPRETED else ["reference", "auto"]
+
+
+@pytest.mark.parametrize("kernels", CHOICES)
 @pytest.mark.parametrize(
     "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "masked"]
 )
 @pytest.mark.parametrize("name", ["mistral-window", "gpt_neox"])
 def test_one_graph_with_the_same_loss_and_gradients(
-    name: str, masked: bool, reference: bool
+    name: str, masked: bool, kernels: registry.Kernels
 ) -> None:
-    """`reference`: what computes the operators is traced too; otherwise each is one node."""
+    """The reference is traced too; otherwise each operator that has a kernel is one node."""
     config = ModelConfig.from_hf(CASES[name])
     model = CausalLM(config)
     init_weights(model, seed=0)
@@ -41,10 +48,20 @@ def test_one_graph_with_the_same_loss_and_gradients(
     for call in (model, compiled):
         masks = random_masks(1) if masked else Masks()
         run = masks.compact(config, multiple=4) if masked else None
-        with patch.object(registry, "runs_reference", lambda *_: reference):
+        with registry.chosen(kernels, "cpu"):
             loss = call(ids, run, ids.roll(-1, 1)).loss
-        inputs: dict[str, Tensor] = dict(model.named_parameters()) | masks.tensors()
-        gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+            inputs: dict[str, Tensor] = dict(model.named_parameters()) | masks.tensors()
+            gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
         found.append({"loss": loss, **dict(zip(inputs, gradients, strict=True))})
     assert sum(value is not None for value in found[0].values()) > 10
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_kernels_are_nodes_of_one_graph() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert "2 passed" in result.stdout

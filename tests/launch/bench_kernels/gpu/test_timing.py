@@ -90,12 +90,13 @@ def test_a_side_that_computes_something_else_is_not_timed(
         measure(unit("planted", "operator"), CPU)
 
 
-def test_work_is_what_the_kernels_declare() -> None:
+def test_work_is_what_the_kernels_move() -> None:
     """At a 7B model's shapes; vectors and tables hardly count."""
     pytest.importorskip("triton")
-    from trainer.kernels.compilation import compilations
+    from launch.bench_kernels.static.kernels import launches
+    from launch.bench_kernels.static.record import record, traffic
 
-    least = {entry.name: entry.minimum_bytes for entry in compilations()}
+    least = {entry.name: traffic(record(entry, 90)[1])["minimum_bytes"] for entry in launches()}
     for operator in registry.operators():
         row = BENCHMARKS[operator.name]
         if row.unit == "bytes":

@@ -1,9 +1,13 @@
 """Triton kernels with known properties, for tests of the static report."""
 
+from functools import partial
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
-from trainer.kernels.compilation import Compilation
+from launch.bench_kernels.static.kernels import Launch, Launches, empty
 
 ROWS, COLUMNS = 64, 1024
 
@@ -53,38 +57,20 @@ def wrong_kernel(x: tl.tensor, y: tl.tensor, BLOCK: tl.constexpr) -> None:
     tl.store(y + lanes, total)
 
 
-def compilation(
-    name: str,
-    function: str,
-    signature: dict[str, str],
-    block: int,
-    aligned: tuple[str, ...] = (),
-    num_warps: int = 4,
-) -> Compilation:
-    return Compilation(
-        name=name,
-        module=__name__,
-        function=function,
-        signature=signature,
-        aligned=aligned,
-        constants={"BLOCK": block},
-        num_warps=num_warps,
-        num_stages=3,
-        bytes_moved=8 * ROWS * COLUMNS,
-        minimum_bytes=8 * ROWS * COLUMNS,
-        shape=f"[{ROWS}, {COLUMNS}]",
-    )
+def launch(name: str, kernel: Any, *arguments: Any, block: int, num_warps: int = 4) -> Launch:
+    call = partial(kernel[(1,)], *arguments, BLOCK=block, num_warps=num_warps, num_stages=3)
+    return Launch(name, kernel.__name__, call, f"[{ROWS}, {COLUMNS}]")
 
 
-def compilations() -> tuple[Compilation, ...]:
-    scale = {"x": "*bf16", "z": "*fp32", "y": "*bf16", "count": "i32"}
-    spilling = {"x": "*fp32", "y": "*fp32", "count": "i32"}
-    product = {"x": "*bf16", "w": "*bf16", "y": "*bf16", "depth": "i32"}
+def launches() -> Launches:
+    x, y = (empty(ROWS, COLUMNS, dtype="bf16") for _ in range(2))
+    wide, other = empty(ROWS, COLUMNS), empty(ROWS, COLUMNS)
+    limit = torch.empty(1, dtype=torch.int32, device="meta")
     return (
-        compilation("scale", "scale_kernel", scale, 1024, ("count",)),
-        compilation("product", "product_kernel", product, 64, ("depth",)),
-        compilation("narrow", "scale_kernel", scale, 128),
+        launch("scale", scale_kernel, x, wide, y, 1024, block=1024),
+        launch("product", product_kernel, x, x, y, 1024, block=64),
+        launch("narrow", scale_kernel, x, wide, y, 1023, block=128),
         # 1,024 threads leave 64 registers to each, and 128 values of the sum.
-        compilation("spilling", "spilling_kernel", spilling, 131072, num_warps=32),
-        compilation("wrong", "wrong_kernel", {"x": "*i32", "y": "*fp32"}, 128),
+        launch("spilling", spilling_kernel, wide, other, 1023, block=131072, num_warps=32),
+        launch("wrong", wrong_kernel, limit, wide, block=128),
     )

@@ -5,13 +5,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from data.errors import InputError
 from launch.bench_kernels.static import compile as static
 from launch.bench_kernels.static import cuda as static_cuda
 from launch.bench_kernels.static.compile import Failure, Record, compile_triton, occupancy_of
 from launch.bench_kernels.static.sass import LOADS, Kernel, find_loops, parse
-from trainer.kernels.compilation import compilations
+from trainer.kernels import registry
 
 KNOWN = "tests.launch.bench_kernels.static.static_kernels"
 
@@ -111,6 +112,21 @@ def test_without_triton_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         static.require_triton()
 
 
+def test_traffic_is_that_of_the_tensors() -> None:
+    """Each once; partial sums both ways, of which an operator needs what they add up to."""
+    pytest.importorskip("triton")
+    from launch.bench_kernels.static.record import traffic
+
+    x, scale = torch.empty(8, 4, device="meta"), torch.empty((), device="meta")
+    partial, logits = (torch.empty(2, 16, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    assert traffic({"x": x, "absent": x, "scale": scale, "M": 8}) == {
+        "bytes_moved": 128,
+        "minimum_bytes": 128,
+    }
+    assert traffic({"x": x, "row_partial": partial}) == {"bytes_moved": 256, "minimum_bytes": 160}
+    assert traffic({"logits": logits}) == {"bytes_moved": 128, "minimum_bytes": 128}
+
+
 SASS = """
 .L_x_9:
         /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;
@@ -187,9 +203,10 @@ def test_every_cuda_operator_is_reported() -> None:
 
 @needs_triton
 def test_kernels_have_names_of_their_own() -> None:
-    """On each architecture, and all of them are on every one."""
-    expected = {compilation.name for compilation in compilations()}
-    assert expected
-    for arch in static.GPUS:
-        names = [record.name for record in compilations() if record.runs_on(arch)]
-        assert len(names) == len(expected) and set(names) == expected
+    """Of every operator."""
+    from launch.bench_kernels.static.kernels import launches
+
+    names = [launch.name for launch in launches()]
+    assert len(set(names)) == len(names)
+    operators = {operator.name for operator in registry.operators()}
+    assert operators <= {name.split(".")[0] for name in names}
