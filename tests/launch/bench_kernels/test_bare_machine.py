@@ -51,7 +51,7 @@ def test_operators_are_tested(python: list[str]) -> None:
     command = (*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-p", stand_in)
     told = run(*command, "-k", "reference and (rope or model)", "tests/trainer/kernels")
     found = re.search(r"^(\d+) passed, (?:\d+ skipped, )?(\d+) deselected", told, re.MULTILINE)
-    assert found is not None and int(found[1]) > 40 and int(found[2]) > 800, told[-300:]
+    assert found is not None and int(found[1]) >= 40 and int(found[2]) > 800, told[-300:]
 
 
 def test_operators_are_timed(python: list[str], tmp_path: Path) -> None:

@@ -67,9 +67,9 @@ def is_missing(operator: str, backend: str) -> bool:
 
 @contextmanager
 def running(backend: str) -> Iterator[None]:
-    """Operators run as "reference" (PyTorch operations), "operator" (one opaque operator),
-    "triton", or "compiled" and "cuda" (what a run takes by itself, on a CPU and on a GPU); memory
-    that PyTorch hands out is filled with NaN."""
+    """Operators run as "reference" (PyTorch operations), "operator" (an opaque operator, also where
+    it would not pay), "triton", or "compiled" and "cuda" (what a run takes by itself, on a CPU and
+    on a GPU); memory that PyTorch hands out is filled with NaN."""
     choices: dict[str, registry.Kernels] = {"reference": "reference", "triton": "triton"}
     reference = backend == "reference"
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     the CPU."""
     if "backend" not in metafunc.fixturenames:
         return
-    names = getattr(metafunc.module, "BACKENDS", ("reference", "operator"))
+    names = getattr(metafunc.module, "BACKENDS", ("reference",))
     marks: list[pytest.MarkDecorator] = []
     if asks_for_gpu(metafunc.config) and not metafunc.definition.get_closest_marker("cpu"):
         names, marks = backends.on_gpu(operator_of(metafunc.module.__name__)), [pytest.mark.gpu]

@@ -25,6 +25,7 @@ from trainer.kernels.linear_cross_entropy import (
     linear_distillation,
 )
 
+BACKENDS = ("reference", "operator")
 SIZES = TOKENS, WIDTH, CLASSES = 11, 8, 70
 CHUNK = 4
 # More tokens than the device takes at a time.

@@ -16,7 +16,7 @@ from trainer.models.hf import init_weights
 
 FAMILIES = ("llama-mha", "mistral-window", "qwen3", "gpt_neox")
 TOLERANCE = 1e-5 if DEVICE == "cpu" else 1e-4
-BACKENDS = ("operator",)
+BACKENDS = ("compiled",)
 
 
 @pytest.fixture(autouse=True)
