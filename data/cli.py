@@ -38,7 +38,7 @@ LOG_LEVEL = Option(
     "log_level",
     Literal[LEVELS],
     "info",
-    "Least important messages to show; debug: of all ranks; warning, error: without progress.",
+    "How much is shown. debug: messages of all ranks too; warning, error: no progress.",
 )
 
 
@@ -108,8 +108,10 @@ def essential_names(config: type, options: Sequence[Option]) -> list[str]:
 def program_name() -> str:
     """How this command was started, as `--help` shows it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None or sys.argv[0].startswith("shorn "):
+    if sys.argv[0].startswith("shorn "):
         return sys.argv[0]
+    if spec is None:
+        return f"python {sys.argv[0]}"
     return f"python -m {spec.name.removesuffix('.__main__')}"
 
 

@@ -96,7 +96,7 @@ def _default(option: Option) -> str:
     value = option.default
     if value is MISSING:
         return "(required)"
-    if value is None and "None" not in option.text:
+    if value is None:
         return ""
     if isinstance(value, bool):
         return f"(default: {'on' if value else 'off'})"

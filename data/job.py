@@ -75,7 +75,7 @@ class TokenizeConfig:
     output: Path = Path("runs/tokens")
     """Folder for the shards and manifest.json."""
     seq_len: int = 4096
-    """Tokens per sample that the closing report counts with. The shards fit any length."""
+    """Sample length for the counts in the closing report; the shards fit any length."""
     workers: int | None = None
     """Worker processes; default one per core."""
     domain_field: str = AUTO
@@ -88,7 +88,7 @@ class TokenizeConfig:
     held_out: float = 0.01
     """Fraction of documents set apart for evaluation, chosen by a hash of the text."""
     max_bytes_per_domain: int | None = None
-    """Stop a domain after the document with which its text reaches this many bytes. Uses one
+    """Stop each domain at the first document that brings it to this many bytes. Uses one
     process."""
     task_mib: int = 512
     """Input, in MiB, behind one shard per domain: the unit of work that a worker takes."""

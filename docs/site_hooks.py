@@ -1,7 +1,7 @@
 """What mkdocs calls while it builds the site: pages that are made from the code and from README.
 
 Each command gets a page with all its options, read from its config; README, CONTRIBUTING, CHANGELOG
-and csrc/README become pages too, their links turned to where their targets are in the site.
+and csrc/README become pages too, their links changed to where their targets are in the site.
 """
 
 import importlib

@@ -53,19 +53,19 @@ class MaskConfig:
 
     rule: Literal["projection", "sheared-llama", "paper"] = "projection"
     """projection meets the target count at every step; sheared-llama is the published penalty,
-    which need not polarise (paper: its former name)."""
+    whose masks may end between 0 and 1 (paper: its former name)."""
     init: Literal["importance", "taylor", "magnitude", "flat"] | None = None
     """Initial scores: by the strength of activations (importance) or by gradients of the loss
     (taylor) in one calibration pass, by the norm of the weights (magnitude), or flat. Default:
     importance for projection, flat (as published) for sheared-llama."""
     basis: Literal["principal", "source"] | None = None
-    """Basis in which residual dimensions are pruned. principal: the principal components of what
-    the norms read, to which the source is rotated first without changing its function; source: its
-    own dimensions. Default: principal for projection where the family allows it, source (as
+    """Which hidden dimensions are pruned. principal: the principal components of what the norms
+    read, to which the source is rotated first, exactly where embedding and head are not tied;
+    source: its own. Default: principal for projection where the family allows it, source (as
     published) for sheared-llama."""
     norm_scale: Literal["held", "live"] | None = None
-    """What the norms' outputs do while residual dimensions leave. held: those that stay keep their
-    scale; live: they are normed to that of a full stream, as in a smaller model with the same
+    """How norms scale their output while hidden dimensions are pruned. held: those that remain keep
+    their scale; live: they are normed over the remaining ones, as in a smaller model with the same
     gains. Default: held for projection, live (as published) for sheared-llama."""
     calibration_sequences: int = 32
     """Training sequences of the calibration pass."""
@@ -86,8 +86,8 @@ class MaskConfig:
     mask_noise: float = 0.5
     """Initial scale of the logistic noise; it falls to 0 with the temperature (projection)."""
     compact: bool = True
-    """Run each pass on the units whose mask is not zero. The result is that of the dense masked
-    model; off, every pass computes the whole source."""
+    """Compute only the units whose mask is not zero. The result is the same; --no-compact computes
+    the whole source in every pass."""
     mask_draws: Literal["step", "rank", "micro-batch"] | None = None
     """Which passes share a draw of the masks: all of a step, all of a rank in a step, or none.
     Default: step for projection, micro-batch (as published) for sheared-llama."""
@@ -145,13 +145,13 @@ class ShearConfig:
     parameters), params-non-embedding=46m, or speedup=2 (decoding at batch 1, measured on this
     device); sizes beside a budget are kept: params=70m,layers=24."""
     data: str = "runs/tokens"
-    """Folder made by data.tokenize."""
+    """Folder made by `shorn tokenize`."""
     output: str = "runs/shear"
     """Folder of this run: model/, masks.safetensors, shear.json, metrics.jsonl, checkpoints/."""
     domain_weights: str | None = None
-    """Initial weights, "c4=0.6,github=0.4". None: proportional to tokens."""
+    """Initial weights, "c4=0.6,github=0.4". Default: proportional to tokens."""
     reference_losses: str | None = None
-    """Losses to steer towards, "c4=2.1,github=0.9". None: the source's on training text."""
+    """Losses to steer towards, "c4=2.1,github=0.9". Default: the source's on training text."""
     reference_fit: str | None = None
     """JSON file {"sizes": {"6738415616": {"c4": 1.92, ...}, ...}} of held-out losses by number of
     parameters, from which the losses to steer towards are fitted at the target's number."""

@@ -24,7 +24,7 @@ python -m pruner.shear --target speedup=2 --output runs/fast
     a shape that decodes twice as fast as the source on this device
 python -m pruner.shear --target params=1.3b --output runs/budget
     a shape of at most 1.3 billion parameters
-python -m pruner.shear --target 1.3b --rule sheared-llama --output runs/published
+python -m pruner.shear --target 1.3b --rule sheared-llama --output runs/rule
 python -m pruner.shear --target layers=24 --steps 0 --output runs/blocks
     whole blocks are removed at once, by one calibration pass
 """

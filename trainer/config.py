@@ -22,8 +22,8 @@ class TrainConfig:
     """Options shared by every command that trains."""
 
     steps: int = 24000
-    """Optimizer steps of the whole run; the learning-rate schedule spans exactly these. 0 (shear
-    only) prunes at once, by the initial scores of the masks."""
+    """Optimizer steps of the whole run; the learning-rate schedule spans exactly these. In
+    shearing, 0 prunes at once, by the initial scores."""
 
     seq_len: int = 4096
     """Tokens per sequence."""
@@ -38,7 +38,7 @@ class TrainConfig:
     """Peak learning rate."""
 
     min_lr_ratio: float | None = MIN_LR_RATIO
-    """Learning rate at the last step, as a fraction of the peak. None: 0.1; in shearing by the
+    """Learning rate at the last step, as a fraction of the peak. Default: 0.1; in shearing by the
     projection rule 1, because training goes on after it."""
 
     warmup_ratio: float = 0.03
@@ -98,7 +98,7 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl."""
 
     threads: int | None = None
-    """CPU threads per rank. None: cores of the machine divided by its ranks."""
+    """CPU threads per rank. Default: cores of the machine divided by its ranks."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -125,9 +125,9 @@ class DistillationConfig:
     """
 
     weight: Annotated[float | None, Name("distill-weight")] = None
-    """Weight a of the divergence, 0 to 1. 0 turns distillation off; 1 learns from the teacher
-    alone. None: 0.9 where there is a teacher (in shearing by the projection rule, the source); in
-    training that goes on after shearing, shearing's; else 0."""
+    """Weight of the teacher in the loss, 0 (off) to 1 (the teacher alone). Default: 0.9 with a
+    teacher, which shearing by projection has in its source; after shearing, what shearing used;
+    else 0."""
 
     kind: Annotated[Literal["forward-kl"], Name("distill-kind")] = "forward-kl"
     """forward-kl: the divergence of the student's distribution from the teacher's, weighted by the
@@ -160,7 +160,10 @@ class DistillationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CptConfig:
-    """Train a sheared (or any Llama-family) model further; running it again resumes --output."""
+    """Continue the pre-training of a sheared model, or of any supported one.
+
+    Running it again resumes --output.
+    """
 
     ESSENTIAL: ClassVar = (
         "model data output init steps seq-len global-batch micro-batch lr mixture seed json"
@@ -169,22 +172,22 @@ class CptConfig:
     model: str = "runs/shear"
     """Folder of a shearing run, a Hugging Face folder, a .gguf file or a hub id."""
     data: str = "runs/tokens"
-    """Folder made by data.tokenize."""
+    """Folder made by `shorn tokenize`."""
     output: str = "runs/cpt"
     """Folder of this run: model/, cpt.json, metrics.jsonl, checkpoints/."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: fresh weights of the same shape, as a baseline."""
     domain_weights: str | None = None
-    """Initial weights, "c4=0.6,github=0.4". None: the shearing run's last ones, else proportional
+    """Initial weights, "c4=0.6,github=0.4". Default: the shearing run's last, else proportional
     to tokens."""
     reference_losses: str | None = None
-    """Losses to steer towards, "c4=2.1,github=0.9". None: the shearing run's reference, else the
+    """Losses to steer towards, "c4=2.1,github=0.9". Default: the shearing run's reference, else the
     model's own at the start."""
     reference_fit: str | None = None
     """JSON file {"sizes": {"6738415616": {"c4": 1.92, ...}, ...}} of held-out losses by number of
     parameters, from which the losses to steer towards are fitted at the model's number."""
     teacher: str | None = None
-    """Model to learn from besides the text, named like --model; same vocabulary. None: for a
+    """Model to learn from besides the text, named like --model; same vocabulary. Default: for a
     sheared model the source, at shearing's --distill-weight; else none."""
     json: str | None = None
     """Copy the final report to this file."""

@@ -30,13 +30,13 @@ class BenchConfig:
     batch: int = 4
     """Sequences per step."""
     micro_batch: int | None = None
-    """Sequences per pass; None: all."""
+    """Sequences per pass. Default: all."""
     seq_len: int = 512
     """Tokens per sequence."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision."""
     threads: int | None = None
-    """CPU threads; None: all cores."""
+    """CPU threads. Default: all cores."""
     repeats: int = 9
     """Steps of each kind, after one that is not counted."""
     json: str | None = None

@@ -37,7 +37,7 @@ class CompareConfig:
     source: str
     """Model to prune: a Hugging Face folder or hub id."""
     input: tuple[str, ...]
-    """Documents with domains, as for data.tokenize."""
+    """Documents with domains, as for `shorn tokenize`."""
     output: str = "runs/compare"
     """Folder of everything this makes."""
     json: str | None = None
@@ -57,7 +57,7 @@ class CompareConfig:
     jobs: int = 1
     """Stages run at once."""
     threads: int | None = None
-    """CPU threads of a stage. None: one where several run at once, else all cores."""
+    """CPU threads of a stage. Default: one where several run at once, else all cores."""
     dead_units: bool = False
     """Instead of comparing losses, shear under both rules and count kept units that are not on."""
     sparsities: tuple[float, ...] = (0.5, 0.75, 0.95)
@@ -81,7 +81,7 @@ class CompareConfig:
     ours_lr: float = 8e-4
     """Learning rate of ours, held from shearing on into training, where it falls."""
     shear_lr: float = 3e-4
-    """Peak learning rate while shearing by the paper's rule."""
+    """Peak learning rate while shearing by Sheared LLaMA's rule."""
     cpt_lr: float = 6e-4
     """Peak learning rate of continued pre-training after other methods."""
     random_lr: float = 1e-3

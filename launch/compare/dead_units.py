@@ -1,4 +1,4 @@
-"""Nonzero units that are not on after shearing under both rules, at several sparsities."""
+"""Kept units that are not on after shearing under both rules, at several sparsities."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from pruner.shapes import Shape, config_of, shape_of, validate
 from trainer.models.config import ModelConfig
 
 RULES = ("projection", "paper")
+"""Their names are part of the identities of finished stages, as `--rule paper` is."""
 
 
 def sparse_shape(model: ModelConfig, sparsity: float) -> Shape:
@@ -70,7 +71,7 @@ def dead_units_plan(maker: StageMaker, source: ModelConfig) -> Plan:
     tasks = {task.name: task for task in maker.inputs()}
     runs = []
     announce(
-        f"{config.source}: nonzero and on units after {config.shear_steps} steps under both rules"
+        f"{config.source}: kept and on units after {config.shear_steps} steps under both rules"
     )
     for sparsity in config.sparsities:
         shape = sparse_shape(source, sparsity)
@@ -102,15 +103,15 @@ def results_of(
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Nonzero units of every kind, those of them that are on, and the rest, over all rows."""
-    table = Table(title="units over all rows: nonzero, of them on (z ≥ 0.99), and the rest")
-    for heading in ("sparsity", "rule", "seed", "kind", "target", "nonzero", "on", "not on"):
+    """Kept units of every kind, those of them that are on, and the rest, over all rows."""
+    table = Table(title="units over all rows: kept, of them on (z ≥ 0.99), and the rest")
+    for heading in ("sparsity", "rule", "seed", "kind", "target", "kept", "on", "not on"):
         left = heading in ("rule", "kind")
         table.add_column(heading, justify="left" if left else "right", no_wrap=left)
     for row in results["rows"]:
         for name, sizes in row["families"].items():
-            nonzero, on = sum(row["kept"][name]), sum(row["alive"][name])
-            units = (sizes["target"] * sizes["rows"], nonzero, on, nonzero - on)
+            kept, on = sum(row["kept"][name]), sum(row["alive"][name])
+            units = (sizes["target"] * sizes["rows"], kept, on, kept - on)
             label = (f"{100 * row['sparsity']:g}%", row["rule"], str(row["seed"]), name)
             table.add_row(*label, *(f"{value:,}" for value in units))
         table.add_section()

