@@ -225,13 +225,13 @@ def _environment_overrides(options: Sequence[Option]) -> dict[str, _Override]:
 def _convert(override: _Override, kind: Any) -> Any:
     """Converts a TOML or environment value just as the same text on the command line would be."""
     value = override.value
-    if isinstance(value, str):
-        words = shlex.split(value) if typing.get_origin(kind) is tuple else [value]
-    elif isinstance(value, list):
-        words = [str(entry) for entry in value]
-    else:
-        words = [str(value)]
     try:
+        if isinstance(value, list):
+            words = [str(entry) for entry in value]
+        elif isinstance(value, str) and typing.get_origin(kind) is tuple:
+            words = shlex.split(value)
+        else:
+            words = [str(value)]
         return convert(words, kind)
     except ValueError:
         raise InputError(

@@ -15,10 +15,15 @@ from data.errors import InputError
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file, and its folder where that is missing. Raises OSError when that fails."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         replace_file(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -30,9 +35,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_copy(path: str | None, content: dict[str, Any]) -> None:
-    """Writes what a command measured to the file that --json names, if it names one."""
-    if path is not None:
+    """Writes what a command measured to the file that --json names, if it names one.
+
+    Raises InputError when that fails, as on a full disk.
+    """
+    if path is None:
+        return
+    try:
         write_json(Path(path), content)
+    except OSError as error:
+        raise InputError(
+            f"--json {path}: cannot be written: {error.strerror}; free space or name another file"
+        ) from None
 
 
 def partial_path(path: Path) -> Path:
@@ -49,9 +63,7 @@ def replace_file(partial: Path, path: Path) -> None:
 
 def replace_folder(new: Path, path: Path) -> None:
     """Moves the folder `new` to `path`, in place of what is there, once its files are on disk."""
-    for file in new.iterdir():
-        sync_file(file)
-    sync_folder(new)
+    sync_files(new)
     old = path.with_name(f".{path.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
@@ -65,6 +77,13 @@ def sync_file(path: Path) -> None:
     """Waits until the content of a file is on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def sync_files(folder: Path) -> None:
+    """Waits until all files of a folder are on disk, content and names."""
+    for file in folder.iterdir():
+        sync_file(file)
+    sync_folder(folder)
 
 
 def sync_folder(path: Path) -> None:

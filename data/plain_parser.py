@@ -14,7 +14,7 @@ class Parser(argparse.ArgumentParser):
     """One that raises InputError instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+        raise InputError(f"{message}; --help-all tells what each option takes")
 
 
 def refuse_unknown(words: list[str], flags: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import InputError
+from data.log import LEVEL_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,6 +21,12 @@ class CommandError(InputError):
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, in which Python finds our packages from any folder."""
+    search = (str(ROOT), os.environ.get("PYTHONPATH"))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search))}
 
 
 def typed(path: Path) -> str:
@@ -54,7 +61,7 @@ def command(
         words: program and arguments.
         makes: file the command has made when it is finished.
         settings_file: a shorn.toml to use instead of the user's own; SHORN_* variables are dropped
-            with it, so that the command does exactly what it prints.
+            with it, so that the command does exactly what it prints, but for SHORN_LOG_LEVEL.
         log: file to which command and output are appended instead.
         running: holds the process while it runs, for whoever wants to stop it.
 
@@ -68,14 +75,14 @@ def command(
             print(f"$ {shlex.join(line)}", file=file)
     else:
         print(f"$ {shlex.join(line)}", flush=True)
-    environment = dict(os.environ)
+    environment = child_environment()
     if settings_file is not None:
-        environment = {k: v for k, v in environment.items() if not k.startswith("SHORN_")}
+        for name in environment.keys() - {LEVEL_VARIABLE}:
+            if name.startswith("SHORN_"):
+                del environment[name]
         settings_file.parent.mkdir(parents=True, exist_ok=True)
         settings_file.touch()
         environment["SHORN_CONFIG"] = str(settings_file)
-    search = [str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)]
-    environment["PYTHONPATH"] = os.pathsep.join(part for part in search if part)
     if "--nproc_per_node" in line:
         # torchrun's default, set here so that it does not warn; the ranks set their threads.
         environment.setdefault("OMP_NUM_THREADS", "1")

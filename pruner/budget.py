@@ -288,7 +288,7 @@ def _multiples(step: int, size: int) -> list[int]:
 
 
 def refuse_budget(option: str, sizes: str) -> None:
-    """Raises InputError where `sizes` leave a shape open, which only pruner.shear settles."""
+    """Raises InputError where `sizes` leave a shape open, which only pruner.shear resolves."""
     if parse_budget(sizes) is not None:
         raise budget_error(option, sizes)
 

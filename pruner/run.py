@@ -46,7 +46,7 @@ from trainer.models.hf import check_weights, load_config
 from trainer.models.sources import is_hub_id, local_folder, resolve_model, weights_fingerprint
 from trainer.parallel import DistributedContext
 from trainer.run import build_model, build_trainer, choose_kernels, pretrained
-from trainer.saving import publish, require_copy, say_finished
+from trainer.saving import log_finished, publish, require_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def shear(config: ShearConfig) -> Trainer | None:
         resolve=resolve_identity,
     )
     if finished:
-        say_finished(context, output / "shear.json", config.json)
+        log_finished(context, output / "shear.json", config.json)
         return None
     if proposal is not None:
         publish(context, proposal, output / TARGET_FILE)
@@ -239,8 +239,8 @@ def _assemble(
     kinds = unit_kinds(inputs.target, inputs.source)
     scores = initial_scores(kinds, config.masks, measured.importance, seed, context.device)
     rule = make_rule(kinds, scores, config.masks, train.steps, seed)
-    taught_by = None if teacher is None else inputs.model
-    headroom = headroom_bytes(inputs.model, train, context, taught_by)
+    teacher_config = None if teacher is None else inputs.model
+    headroom = headroom_bytes(inputs.model, train, context, teacher_config)
     shear_callback = ShearCallback(rule, inputs.source, headroom)
     trainer = build_trainer(
         model,

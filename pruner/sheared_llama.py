@@ -21,7 +21,7 @@ class Lagrangian(Rule):
 
     Constants are those of the published code (beta 2/3, log-alpha within ln 0.01 .. ln 100, one
     pair of multipliers per kind of units, mean over rows); its weight decay of 0 is the run's to
-    set. At the end the top-k soft values of each row are kept, whatever they are.
+    set. At the end the top-k values between 0 and 1 of each row are kept, whatever they are.
     """
 
     BETA = 2 / 3
@@ -66,7 +66,7 @@ class Lagrangian(Rule):
         return self.kept({name: kind.target for name, kind in self.kinds.items()})
 
     def kept(self, targets: Mapping[str, float]) -> dict[str, Tensor]:
-        """The published masks of evaluation: soft values of each row's top scores, else 0."""
+        """The published masks of evaluation: between 0 and 1 for each row's top scores, else 0."""
         return {
             name: torch.sigmoid(self.EVAL_SHARPNESS / self.BETA * scores.detach())
             * indicator(scores.detach(), round(targets[name]))

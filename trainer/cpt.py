@@ -54,7 +54,7 @@ from trainer.run import (
     random_init,
     training_report,
 )
-from trainer.saving import publish, require_copy, save_pretrained, say_finished
+from trainer.saving import log_finished, publish, require_copy, save_pretrained
 
 SOURCE = "meta-llama/Llama-2-7b-hf"
 """The model that messages propose to shear."""
@@ -101,7 +101,7 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     resuming = Checkpointer(output / "checkpoints", context).latest() is not None
     verify_run(output, _identity(config, inputs, context), context, started=finished or resuming)
     if finished:
-        say_finished(context, output / "cpt.json", config.json)
+        log_finished(context, output / "cpt.json", config.json)
         return None
     _log_notes(inputs, config)
     teacher = load_teacher(inputs.teacher, inputs.distillation, train, inputs.shape, context)

@@ -34,7 +34,6 @@ class DistributedContext:
 
     rank: int
     world: int
-    local_rank: int
     device: torch.device
     mesh: DeviceMesh
     """("shard",), or ("replicate", "shard") when the sharded model is replicated (HSDP)."""
@@ -142,7 +141,7 @@ def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext
         dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) if on_cuda else dist.group.WORLD
     )
     assert cpu_group is not None
-    return DistributedContext(dist.get_rank(), world, local_rank, device, mesh, cpu_group)
+    return DistributedContext(dist.get_rank(), world, device, mesh, cpu_group)
 
 
 def _require_gpus(local_rank: int) -> None:

@@ -80,7 +80,7 @@ def require_copy(context: DistributedContext, path: Path | str | None) -> None:
         )
 
 
-def say_finished(context: DistributedContext, report: Path, copy: str | None) -> None:
+def log_finished(context: DistributedContext, report: Path, copy: str | None) -> None:
     """Says that the run of `report` is finished, and copies the report to `copy` (--json)."""
     logger.info(f"{report.parent}: this run is finished; its report is {report}")
     publish(context, json.loads(report.read_text(encoding="utf-8")), copy)

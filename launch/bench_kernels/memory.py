@@ -7,7 +7,6 @@ measurement could be used again without raising it. Hence one process for each m
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+from launch.commands import child_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import json, sys
 from launch.bench_kernels.memory import measure
@@ -40,9 +39,7 @@ def peak_bytes(kind: str, **sizes: int) -> int:
     if not RESET.exists():
         raise InputError("--cpu measures memory by /proc/self/clear_refs, which needs Linux")
     command = [sys.executable, "-c", CHILD, json.dumps(sizes | {"kind": kind})]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": path}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=child_environment())
     if result.returncode:
         raise InputError(
             f"measuring the {kind} loss of {sizes} ended with status {result.returncode}: "

@@ -70,7 +70,7 @@ class Clock(Callback):
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def on_step_start(self, t: Trainer) -> None:
+    def on_step_start(self, trainer: Trainer) -> None:
         self.start = self.now()
 
 
@@ -82,10 +82,10 @@ class Stopwatch(Callback):
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
-    def after_backward(self, t: Trainer) -> None:
+    def after_backward(self, trainer: Trainer) -> None:
         self.clock.backward = self.clock.now()
 
-    def after_optimizer_step(self, t: Trainer) -> None:
+    def after_optimizer_step(self, trainer: Trainer) -> None:
         self.clock.end = self.clock.now()
 
 

@@ -157,16 +157,16 @@ def methods_of(config: CompareConfig) -> list[Method]:
 
 def _peers(config: CompareConfig) -> list[Method]:
     """The other methods, as they were published, and two of them distilled."""
-    taught = ("--teacher", config.source)
+    distilled = ("--teacher", config.source)
     blocks = Method("blocks", 0, seeded=False, whole_blocks=True)
     published = ("--basis", "source", "--norm-scale", "live")
     activation = Method("activation", 0, ("--init", "importance", *published), seeded=False)
     return [
         Method("paper", config.shear_steps, ("--rule", "paper")),
         blocks,
-        replace(blocks, name="blocks+kl", cpt_flags=taught, prunes_as="blocks"),
+        replace(blocks, name="blocks+kl", cpt_flags=distilled, prunes_as="blocks"),
         activation,
-        replace(activation, name="activation+kl", cpt_flags=taught, prunes_as="activation"),
+        replace(activation, name="activation+kl", cpt_flags=distilled, prunes_as="activation"),
         Method("magnitude", 0, ("--init", "magnitude", *published), seeded=False),
         replace(activation, name="random", random=True, prunes_as="activation"),
     ]

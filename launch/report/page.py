@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 
 from data.errors import InputError
-from data.files import require_writable, write_json, write_text
+from data.files import require_writable, write_bytes, write_copy, write_text
 from data.log import logger
 from launch.report.config import ReportConfig
 from launch.report.curves import training_groups
@@ -50,8 +50,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
         raise InputError("the page's pictures need matplotlib: pip install -e '.[demo]'")
     path = Path(config.output) if config.output else runs[0].folder / "report.html"
     require_writable(path, "--output")
-    if config.json is not None:
-        require_writable(Path(config.json), "--json")
+    require_writable(config.json, "--json")
     if config.figures is not None:
         require_writable(Path(config.figures) / "loss.png", "--figures")
     masks = [group for one in runs if one.command == "shear" for group in mask_groups(one)]
@@ -60,8 +59,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
     write_text(path, text)
     numbers: dict[str, Any] = {"page": str(path), "bytes": len(text.encode())}
     numbers["runs"] = [facts(one) for one in runs]
-    if config.json is not None:
-        write_json(Path(config.json), numbers)
+    write_copy(config.json, numbers)
     if config.figures is not None:
         write_figures(Path(config.figures), groups)
     logger.info(f"{path} ({numbers['bytes'] / 1e6:.1f} MB)")
@@ -70,10 +68,9 @@ def run(config: ReportConfig) -> dict[str, Any]:
 
 def write_figures(folder: Path, groups: Sequence[Group]) -> None:
     """Writes FOLDER/<title>.png for every group, such as units-that-are-on.png and loss.png."""
-    folder.mkdir(parents=True, exist_ok=True)
     for group in groups:
         name = group.title.lower().replace(" ", "-")
-        (folder / f"{name}.png").write_bytes(group.png())
+        write_bytes(folder / f"{name}.png", group.png())
 
 
 def page(runs: Sequence[Run], groups: Sequence[Group]) -> str:

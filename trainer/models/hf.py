@@ -359,6 +359,9 @@ def save_tensors(
     """Writes a safetensors file. Raises OSError or SafetensorError when that fails."""
     partial = partial_path(path)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, partial, metadata=metadata)
-    follow_umask(partial)
-    replace_file(partial, path)
+    try:
+        save_file(contiguous, partial, metadata=metadata)
+        follow_umask(partial)
+        replace_file(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

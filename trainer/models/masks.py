@@ -83,7 +83,7 @@ class Masks:
     """Masks of a whole model, in fp32; None means all ones.
 
     They stay fp32 under bf16 because FSDP is told not to cast inputs (`cast_forward_inputs=False`
-    in trainer/parallel.py). Rounded to bf16 they would lose the resolution the constraint needs.
+    in trainer/parallel.py). Rounded to bf16 they would be too coarse for the threshold.
     """
 
     hidden: Tensor | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data.errors import InputError
-from data.files import follow_umask
+from data.files import follow_umask, sync_files
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 INDEX_FILE = "model.safetensors.index.json"
@@ -122,6 +122,7 @@ def convert_gguf(path: Path, output: Path) -> Path:
 
 
 def _publish(temporary: Path, output: Path) -> None:
+    sync_files(temporary)
     try:
         temporary.rename(output)
     except OSError:

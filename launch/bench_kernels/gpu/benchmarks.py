@@ -169,7 +169,7 @@ def _rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Tensors:
 
 
 def _liger_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    """Rotates its arguments in place, so that each call turns them further."""
+    """Rotates its arguments in place, so that each call rotates them further."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
     heads_first = query.transpose(1, 2), key.transpose(1, 2)

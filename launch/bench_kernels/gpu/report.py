@@ -1,6 +1,7 @@
 """Table and CSV of what was timed on a GPU."""
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.files import write_text
 from launch.bench_kernels.static.compile import GPUS, Gpu
 
 NOTES = """\
@@ -88,12 +90,12 @@ def _key(line: Line) -> tuple[str, str, str]:
 
 def write_csv(path: Path, facts: dict[str, str], timings: Sequence[Line]) -> None:
     """One row for each line; what it was measured on stands in every row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [line | facts for line in timings]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else list(facts))
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]) if rows else list(facts))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
 
 
 def print_report(

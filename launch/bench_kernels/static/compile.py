@@ -7,7 +7,6 @@ measurements.
 import importlib.metadata
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,11 +17,11 @@ from typing import Any, Literal
 
 from data.errors import InputError
 from launch.bench_kernels.static.sass import LOADS, STORES, Kernel, read_cubin
+from launch.commands import child_environment
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = "launch.bench_kernels.static.kernels"
 """Module whose launches() are those of every Triton kernel."""
-ARCHS = (80, 90, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +135,7 @@ def versions() -> dict[str, str]:
 
 
 def compile_triton(
-    archs: Sequence[int] = ARCHS,
+    archs: Sequence[int],
     module: str = KERNELS,
     on_kernel: Callable[[], None] = lambda: None,
 ) -> tuple[list[Record], list[Failure]]:
@@ -302,8 +301,7 @@ class _Worker:
 
 def _environment() -> dict[str, str]:
     """This process's, without the interpreter of kernels, and with our packages to import."""
-    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
-    paths = (str(ROOT), environment.get("PYTHONPATH"))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment = child_environment()
+    environment.pop("TRITON_INTERPRET", None)
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     return environment

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from data.errors import InputError
 from launch.bench_kernels.static.compile import (
-    ARCHS,
     ROOT,
     Failure,
     Record,
@@ -62,7 +61,7 @@ def traffic() -> dict[str, Traffic]:
 
 
 def compile_cuda(
-    archs: Sequence[int] = ARCHS, on_source: Callable[[], None] = lambda: None
+    archs: Sequence[int], on_source: Callable[[], None] = lambda: None
 ) -> tuple[list[Record], list[Failure]]:
     """Compiles every kernel of csrc/ for every architecture; nothing where there is no nvcc.
 

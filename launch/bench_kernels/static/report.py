@@ -15,7 +15,7 @@ from launch.bench_kernels import traffic as kernel_traffic
 from launch.bench_kernels.config import BenchConfig
 from launch.bench_kernels.static import compile as static
 from launch.bench_kernels.static import cuda as static_cuda
-from launch.bench_kernels.static.compile import ARCHS, GPUS, Failure, Loop, Record
+from launch.bench_kernels.static.compile import GPUS, Failure, Loop, Record
 from launch.bench_kernels.traffic import Traffic
 
 NOTES = """\
@@ -48,7 +48,7 @@ def run(config: BenchConfig) -> None:
         sys.exit(1)
 
 
-def measure(archs: Sequence[int] = ARCHS, module: str = static.KERNELS) -> dict[str, Any]:
+def measure(archs: Sequence[int], module: str = static.KERNELS) -> dict[str, Any]:
     """The report, with dataclasses still in it.
 
     Raises:
