@@ -115,6 +115,15 @@ def program_name() -> str:
     return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
+def show(text: str) -> None:
+    """Prints help to whoever reads it, be it `head`, which may have seen enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main: Callable[[], None]) -> None:
     """Calls `main`, turning user errors into one message and an exit status.
 
@@ -279,8 +288,8 @@ def _print_help(
         description=config.__doc__ or "",
         examples=examples,
     )
-    print(page)
     if overrides:
-        print("\ndefaults taken from:")
+        page += "\n\ndefaults taken from:"
         for name, override in overrides.items():
-            print(f"  --{name.replace('_', '-')} = {override.value}   ({override.origin})")
+            page += f"\n  --{name.replace('_', '-')} = {override.value}   ({override.origin})"
+    show(page)

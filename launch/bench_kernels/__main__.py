@@ -1,7 +1,7 @@
 """Kernels on a GPU: timed; without one: compiled and read, or timed on the CPU."""
 
 from data import cli
-from launch.bench_kernels.config import BenchConfig
+from launch.bench_kernels.config import BenchKernelsConfig
 
 EXAMPLES = """
 python -m launch.bench_kernels --json gpu.json --csv gpu.csv
@@ -12,7 +12,7 @@ python -m launch.bench_kernels --cpu --json kernels-cpu.json
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = cli.parse(BenchConfig, section="bench_kernels", argv=argv, examples=EXAMPLES)
+    config = cli.parse(BenchKernelsConfig, section="bench_kernels", argv=argv, examples=EXAMPLES)
     if config.static:
         from launch.bench_kernels.static.report import run
     elif config.cpu:

@@ -9,7 +9,7 @@ KNOWN_ARCHS = (80, 90, 100)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
+class BenchKernelsConfig:
     """Time every operator on a GPU; or report on kernels without one."""
 
     ESSENTIAL: ClassVar = "static cpu archs csv json"

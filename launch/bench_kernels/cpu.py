@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.files import require_writable, write_copy
 from data.progress import Progress
-from launch.bench_kernels.config import BenchConfig
+from launch.bench_kernels.config import BenchKernelsConfig
 from launch.bench_kernels.losses import LOSSES, Loss, loss_inputs
 from launch.bench_kernels.memory import peak_bytes, require_memory
 from trainer.kernels import registry
@@ -65,7 +65,7 @@ SMALL = "SmolLM2 135M"
 """Its weights take about a millisecond or less: what is measured there decides about no goal."""
 
 
-def run(config: BenchConfig) -> None:
+def run(config: BenchKernelsConfig) -> None:
     """Measures, prints the result and writes it to --json."""
     require_writable(config.json, "--json")
     result = measure(config)
@@ -73,7 +73,7 @@ def run(config: BenchConfig) -> None:
     write_copy(config.json, result)
 
 
-def measure(config: BenchConfig) -> dict[str, Any]:
+def measure(config: BenchKernelsConfig) -> dict[str, Any]:
     """All ratios, what they follow from and what they were measured on.
 
     `linear_ce_memory_ratio` and `linear_ce_time_ratio` are the largest over the vocabularies,
@@ -107,7 +107,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     }
 
 
-def measure_loss(config: BenchConfig, vocabulary: int) -> dict[str, Any]:
+def measure_loss(config: BenchKernelsConfig, vocabulary: int) -> dict[str, Any]:
     """Peak memory and time of both losses at one vocabulary, fp32."""
     sizes = {
         "vocabulary": vocabulary,
@@ -138,7 +138,7 @@ def measure_loss(config: BenchConfig, vocabulary: int) -> dict[str, Any]:
     }
 
 
-def measure_layer(config: BenchConfig, layer: str) -> dict[str, Any]:
+def measure_layer(config: BenchKernelsConfig, layer: str) -> dict[str, Any]:
     """Gather-scale of a layer's weights, forward and backward, gradients of masks included; fp32.
 
     The layer's speedup is that of its weights together.
@@ -197,7 +197,7 @@ def _gather_scale_call(weight: Weight, function: Callable[..., Tensor]) -> Calla
 
 
 def _alternate(
-    name: str, calls: dict[str, Callable[[], float]], config: BenchConfig
+    name: str, calls: dict[str, Callable[[], float]], config: BenchKernelsConfig
 ) -> dict[str, list[float]]:
     """Seconds of each call, one of each in turn; the first round is not counted."""
     seconds: dict[str, list[float]] = {kind: [] for kind in calls}

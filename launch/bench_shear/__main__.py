@@ -5,7 +5,7 @@ are medians over neighbouring pairs.
 """
 
 from data import cli
-from launch.bench_shear.config import BenchConfig
+from launch.bench_shear.config import BenchShearConfig
 
 EXAMPLES = """
 python -m launch.bench_shear --json shear-timing.json
@@ -17,7 +17,7 @@ python -m launch.bench_shear --hidden 2048 --layers 24 --heads 16 --ffn 5504 \\
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = cli.parse(BenchConfig, section="bench_shear", argv=argv, examples=EXAMPLES)
+    config = cli.parse(BenchShearConfig, section="bench_shear", argv=argv, examples=EXAMPLES)
     from launch.bench_shear.timing import run
 
     run(config)

@@ -7,7 +7,7 @@ from data.errors import InputError, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
+class BenchShearConfig:
     """Time a shearing step at several sparsities against the source's and the target's own step.
 
     "compact, 50% of the way": on as many units as lie halfway from the source's to the target's.

@@ -18,7 +18,7 @@ from data.batches import Batch
 from data.errors import InputError
 from data.files import require_writable, write_copy
 from data.progress import Progress
-from launch.bench_shear.config import BenchConfig
+from launch.bench_shear.config import BenchShearConfig
 from pruner.budget import refuse_budget
 from pruner.callback import ShearCallback
 from pruner.config import DEFAULTS, MaskConfig, resolve_masks
@@ -106,7 +106,7 @@ class Variant:
         return clock.backward - clock.start, clock.end - clock.start
 
 
-def run(config: BenchConfig) -> None:
+def run(config: BenchShearConfig) -> None:
     """Measures, prints the result and writes it to --json."""
     require_writable(config.json, "--json")
     result = measure(config)
@@ -114,7 +114,7 @@ def run(config: BenchConfig) -> None:
     write_copy(config.json, result)
 
 
-def measure(config: BenchConfig) -> dict[str, Any]:
+def measure(config: BenchShearConfig) -> dict[str, Any]:
     """Times all variants in turns and returns medians, ratios and what they were measured on."""
     source = model_config(config)
     refuse_budget("--target", config.target)
@@ -154,7 +154,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     return _result(config, source, pruned, seconds, share, context)
 
 
-def model_config(config: BenchConfig) -> ModelConfig:
+def model_config(config: BenchShearConfig) -> ModelConfig:
     """The source's architecture."""
     return ModelConfig(
         family="llama",
@@ -186,7 +186,7 @@ def _trainer(model: ModelConfig, train: TrainConfig, context: DistributedContext
 
 def _shear(
     source: ModelConfig,
-    config: BenchConfig,
+    config: BenchShearConfig,
     context: DistributedContext,
     *,
     polarised: bool,
@@ -257,7 +257,7 @@ def _timed_operator(clock: Clock, spent: list[float]) -> Iterator[None]:
 
 
 def _result(
-    config: BenchConfig,
+    config: BenchShearConfig,
     source: ModelConfig,
     pruned: ModelConfig,
     seconds: dict[str, list[tuple[float, float]]],

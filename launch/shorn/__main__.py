@@ -31,11 +31,11 @@ def start(words: list[str]) -> None:
     given, unknown = parser.parse_known_args(words)
     refuse_unknown(unknown, OWN_FLAGS)
     if given.version:
-        print(f"shorn {version()}")
+        cli.show(f"shorn {version()}")
     elif given.completion:
-        print(completion(given.completion))
+        cli.show(completion(given.completion))
     elif given.help or given.command is None:
-        print(overview())
+        cli.show(overview())
     else:
         run_command(given.command, given.rest, given.ranks)
 

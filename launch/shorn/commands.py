@@ -56,12 +56,12 @@ COMMANDS = {
     ),
     "bench-kernels": Command(
         "launch.bench_kernels.__main__",
-        "launch.bench_kernels.config:BenchConfig",
+        "launch.bench_kernels.config:BenchKernelsConfig",
         "time the kernels",
     ),
     "bench-shear": Command(
         "launch.bench_shear.__main__",
-        "launch.bench_shear.config:BenchConfig",
+        "launch.bench_shear.config:BenchShearConfig",
         "time shearing steps against plain training",
     ),
 }

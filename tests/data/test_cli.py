@@ -301,3 +301,19 @@ def test_available_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     assert machine.available_cores() == 7
+
+
+def test_help_into_a_pipe_that_closes() -> None:
+    """As in `--help-all | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [sys.executable, "-m", "pruner.shear", "--help-all"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, "")

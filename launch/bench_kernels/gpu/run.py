@@ -13,7 +13,7 @@ import torch
 from data.errors import InputError
 from data.files import require_writable, write_copy
 from data.progress import Progress
-from launch.bench_kernels.config import BenchConfig
+from launch.bench_kernels.config import BenchKernelsConfig
 from launch.bench_kernels.gpu import report as gpu_report
 from launch.bench_kernels.gpu import timing
 from launch.bench_kernels.gpu.benchmarks import BENCHMARKS, COMPILE, MODELS, Model
@@ -29,7 +29,7 @@ Side = dict[str, Any]
 """Plain values that name one timing; "comparison": the code is that of others and may fail."""
 
 
-def run(config: BenchConfig) -> None:
+def run(config: BenchKernelsConfig) -> None:
     """Measures, writes the report to --json and --csv and prints it.
 
     Raises:

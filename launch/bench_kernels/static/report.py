@@ -12,7 +12,7 @@ from rich.table import Table
 from data.files import require_writable, write_copy
 from data.progress import Progress
 from launch.bench_kernels import traffic as kernel_traffic
-from launch.bench_kernels.config import BenchConfig
+from launch.bench_kernels.config import BenchKernelsConfig
 from launch.bench_kernels.static import compile as static
 from launch.bench_kernels.static import cuda as static_cuda
 from launch.bench_kernels.static.compile import GPUS, Failure, Loop, Record
@@ -38,7 +38,7 @@ cross_entropy and distillation leave the gradient in their forward pass and have
 """
 
 
-def run(config: BenchConfig) -> None:
+def run(config: BenchKernelsConfig) -> None:
     """Compiles, prints the report and writes it to --json; status 1 if a kernel did not compile."""
     require_writable(config.json, "--json")
     report = measure(config.archs)

@@ -11,7 +11,7 @@ from launch.bench_kernels import __main__ as bench_kernels
 from launch.bench_kernels import cpu as kernel_cpu
 from launch.bench_kernels import memory as kernel_memory
 from launch.bench_kernels import traffic as kernel_traffic
-from launch.bench_kernels.config import BenchConfig
+from launch.bench_kernels.config import BenchKernelsConfig
 from launch.bench_kernels.cpu import Weight, index_and_multiply
 from launch.bench_kernels.losses import LOSSES, loss_inputs
 from launch.bench_kernels.static import compile as static
@@ -108,7 +108,7 @@ def test_static_report_prints_and_writes_every_kernel(
     monkeypatch.setattr(kernel_traffic, "OPERATORS", (operator("swiglu"),))
     path = tmp_path / "kernels.json"
     with pytest.raises(SystemExit) as exit_request:
-        kernel_static.run(BenchConfig(static=True, archs=(90,), json=str(path)))
+        kernel_static.run(BenchKernelsConfig(static=True, archs=(90,), json=str(path)))
     assert exit_request.value.code == 1
     printed = capsys.readouterr().out
     for text in ("HGMMA 16/4", "75% registers", "179.5", "3.02 TB/s", "A prediction, not a"):
@@ -152,7 +152,7 @@ def test_ratios_are_the_worst_of_what_was_measured(
     layers[kernel_cpu.SMALL] = (Weight("a", 4, 4),)
     monkeypatch.setattr(kernel_cpu, "peak_bytes", peak)
     monkeypatch.setattr(kernel_cpu, "LAYERS", layers)
-    result = kernel_cpu.measure(BenchConfig(**TINY))
+    result = kernel_cpu.measure(BenchKernelsConfig(**TINY))
     assert result["linear_ce_memory_ratio"] == 0.07
     assert [loss["vocabulary"] for loss in result["linear_ce"]] == [50, 70]
     ratios = [loss["time_ratio"] for loss in result["linear_ce"]]
@@ -202,7 +202,7 @@ def test_a_measurement_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 )
 def test_bad_options_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
-        BenchConfig(**options)
+        BenchKernelsConfig(**options)
 
 
 def test_the_command_refuses_before_it_works(

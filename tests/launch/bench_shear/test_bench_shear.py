@@ -7,7 +7,7 @@ import pytest
 from data.errors import InputError
 from launch.bench_shear import __main__ as bench_shear
 from launch.bench_shear import timing as shear_timing
-from launch.bench_shear.config import BenchConfig
+from launch.bench_shear.config import BenchShearConfig
 
 TINY: dict[str, Any] = {
     "hidden": 64,
@@ -32,7 +32,7 @@ RATIOS = (
 
 
 def test_ratios_follow_from_the_measured_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    result = shear_timing.measure(BenchConfig(**TINY))
+    result = shear_timing.measure(BenchShearConfig(**TINY))
     assert set(result["seconds"]) == {
         *("dense source", "target", "dense masked"),
         *(f"compact, {percent}% of the way" for percent in (0, 25, 50, 75)),
@@ -68,7 +68,7 @@ def test_ratios_are_medians_over_neighbouring_pairs(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(shear_timing, "_alternate", remember)
     monkeypatch.setattr(shear_timing.Variant, "run", run)
-    result = shear_timing.measure(BenchConfig(**TINY | {"repeats": 3}))
+    result = shear_timing.measure(BenchShearConfig(**TINY | {"repeats": 3}))
     assert result["compact_target_over_target_cpt"] == pytest.approx(1.5)
     assert result["dense_masked_over_dense"] == pytest.approx(2.0)
 
@@ -86,7 +86,7 @@ def test_the_timed_steps_run_at_the_sparsity_they_name(monkeypatch: pytest.Monke
         return taken
 
     monkeypatch.setattr(shear_timing.Variant, "run", watch)
-    shear_timing.measure(BenchConfig(**TINY))
+    shear_timing.measure(BenchShearConfig(**TINY))
     # 499 and later steps of 1,000 are held at the target; 0% is the first.
     assert min(seen[0]) > 80
     assert seen[748] == {48} and seen[998] == {48}
@@ -122,4 +122,4 @@ def test_the_command_writes_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_bad_sizes_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
-        shear_timing.measure(BenchConfig(**TINY | changes))
+        shear_timing.measure(BenchShearConfig(**TINY | changes))

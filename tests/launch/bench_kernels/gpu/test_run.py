@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.errors import InputError
-from launch.bench_kernels.config import BenchConfig
+from launch.bench_kernels.config import BenchKernelsConfig
 from launch.bench_kernels.gpu import report as gpu_report
 from launch.bench_kernels.gpu import run as gpu_run
 from launch.bench_kernels.gpu.benchmarks import MODELS
@@ -135,7 +135,7 @@ def test_the_command_writes_and_ends_with_its_status(
     monkeypatch.setattr(gpu_run, "is_usable", lambda device: True)
     monkeypatch.setattr(gpu_run, "measure", found)
     paths = {name: str(tmp_path / f"gpu.{name}") for name in ("json", "csv")}
-    config = BenchConfig(budget_seconds=12.0, **paths)  # type: ignore[arg-type]
+    config = BenchKernelsConfig(budget_seconds=12.0, **paths)  # type: ignore[arg-type]
     if passed:
         gpu_run.run(config)
     else:
@@ -152,12 +152,12 @@ def test_without_a_gpu_the_error_says_what_runs_without_one(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"no GPU.*--static.*--cpu"):
-        gpu_run.run(BenchConfig())
+        gpu_run.run(BenchKernelsConfig())
 
 
 def test_files_that_cannot_be_written_are_refused_first(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--csv .* is a folder"):
-        gpu_run.run(BenchConfig(csv=str(tmp_path)))
+        gpu_run.run(BenchKernelsConfig(csv=str(tmp_path)))
 
 
 def test_on_a_gpu_every_implementation_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
