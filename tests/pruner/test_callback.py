@@ -210,7 +210,7 @@ def test_scores_stay_when_the_gradient_is_not_finite() -> None:
     def refuse(trainer: Trainer) -> None:
         raise Stop
 
-    trainer.callbacks.append(type("Guard", (), {"__getattr__": lambda *_: lambda t: None})())
+    trainer.callbacks.append(type("Guard", (), {"__getattr__": lambda *_: lambda _: None})())
     trainer.callbacks[-1].before_optimizer_step = refuse  # type: ignore[method-assign]
     with pytest.raises(Stop):
         trainer.train_step()

@@ -226,9 +226,9 @@ def test_a_stopped_run_resumes_without_measuring_again(
     shear(configure(inputs, tmp_path / "straight", distillation=distillation))
     original = ShearCallback.on_step_end
 
-    def stop_after_four(self: ShearCallback, t: Trainer) -> None:
-        original(self, t)
-        if t.step == 4:
+    def stop_after_four(self: ShearCallback, trainer: Trainer) -> None:
+        original(self, trainer)
+        if trainer.step == 4:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     with monkeypatch.context() as patch:

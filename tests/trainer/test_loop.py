@@ -55,15 +55,15 @@ class Capture(Callback):
     def __init__(self) -> None:
         self.gradients: Gradients = {}
 
-    def on_step_start(self, t: Trainer) -> None:
-        t.masks = make_masks()
+    def on_step_start(self, trainer: Trainer) -> None:
+        trainer.masks = make_masks()
 
-    def after_backward(self, t: Trainer) -> None:
-        assert t.masks is not None
-        for name, z in t.masks.tensors().items():
+    def after_backward(self, trainer: Trainer) -> None:
+        assert trainer.masks is not None
+        for name, z in trainer.masks.tensors().items():
             assert z.grad is not None
-            self.gradients[f"mask.{name}"] = t.context.all_reduce_sum(z.grad).numpy()
-        for name, parameter in t.model.named_parameters():
+            self.gradients[f"mask.{name}"] = trainer.context.all_reduce_sum(z.grad).numpy()
+        for name, parameter in trainer.model.named_parameters():
             gradient: Any = parameter.grad
             self.gradients[name] = parallel.full_tensor(gradient).numpy()
 
@@ -216,11 +216,11 @@ class Clock(Callback):
     def __init__(self) -> None:
         self.now = 100.0
 
-    def after_optimizer_step(self, t: Trainer) -> None:
-        assert t.step == 0
+    def after_optimizer_step(self, trainer: Trainer) -> None:
+        assert trainer.step == 0
         self.now += 2.0
 
-    def on_step_end(self, t: Trainer) -> None:
+    def on_step_end(self, trainer: Trainer) -> None:
         self.now += 6.0
 
 
