@@ -63,13 +63,13 @@ def single_process_step(folder: Path, config: DistillationConfig) -> tuple[Gradi
     targets, valid = next_token_targets(ids, batch.valid)
     logits = model(ids, masks=masks)[valid]
     with torch.no_grad():
-        taught = load_model(folder)(ids)[valid]
+        teacher_logits = load_model(folder)(ids)[valid]
     cross_entropy = F.cross_entropy(logits, targets[valid])
     if config.top_k:
-        taught, kept = taught.topk(config.top_k, dim=1)
-        logits = logits.gather(1, kept)
+        teacher_logits, top_ids = teacher_logits.topk(config.top_k, dim=1)
+        logits = logits.gather(1, top_ids)
     student = (logits / config.temperature).log_softmax(1)
-    teacher = (taught / config.temperature).softmax(1)
+    teacher = (teacher_logits / config.temperature).softmax(1)
     divergence = F.kl_div(student, teacher, reduction="batchmean")
     assert config.weight is not None
     factor = config.weight * config.temperature**2
