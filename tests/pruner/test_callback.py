@@ -224,8 +224,8 @@ def test_a_row_whose_gradient_is_not_finite_is_named(monkeypatch: pytest.MonkeyP
     backward = callback.rule.backward
 
     def poisoned(outputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        soft = torch.nonzero((outputs[0] > 0.1) & (outputs[0] < 0.9)).flatten()
-        gradients[0][soft[0]] = float("nan")
+        between = torch.nonzero((outputs[0] > 0.1) & (outputs[0] < 0.9)).flatten()
+        gradients[0][between[0]] = float("nan")
         return backward(outputs, gradients)
 
     monkeypatch.setattr(callback.rule, "backward", poisoned)

@@ -89,7 +89,7 @@ def stored_name(name: str, config: ModelConfig) -> str:
 
 
 def random_masks(seed: int, dtype: torch.dtype = torch.float32) -> Masks:
-    """Leaf masks for CASES' shape, mid-range values with zeros in every family."""
+    """Leaf masks for CASES' shape, mid-range values with zeros of every kind."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
