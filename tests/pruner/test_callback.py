@@ -16,11 +16,11 @@ from pruner.scores import initial_scores, make_rule
 from pruner.shapes import Shape, shape_of
 from pruner.units import indicator, polarised, to_masks, unit_kinds
 from tests.distributed import run_ranks
+from tests.trainer.tiny import SHAPE
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
 from trainer.loop import Trainer
-from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import init_weights
 from trainer.optimizer import build_optimizer
@@ -28,17 +28,7 @@ from trainer.run import build_model
 from trainer.saving import full_tensors
 from trainer.throughput import Throughput
 
-MODEL = ModelConfig(
-    family="llama",
-    vocab_size=61,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    tie_embeddings=True,
-)
+MODEL = dataclasses.replace(SHAPE, vocab_size=61, num_layers=3)
 MASK_OPTIONS = {field.name for field in dataclasses.fields(MaskConfig)}
 TARGET = Shape(layers=2, hidden=10, heads=2, kv_heads=2, head_dim=4, ffn=9)
 

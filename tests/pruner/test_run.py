@@ -19,7 +19,6 @@ from pruner.report import require_same_constants
 from pruner.run import shear
 from pruner.shapes import config_of
 from tests.distributed import run_ranks
-from tests.factories import write_model, write_tokens
 from tests.trainer.tiny import pretrain
 from trainer.config import DistillationConfig, TrainConfig
 from trainer.loop import Trainer
@@ -27,15 +26,6 @@ from trainer.models.hf import load_config, load_model
 
 PUBLISHED = ("model/model.safetensors", "masks.safetensors", "source.safetensors")
 TARGET = "layers=2,hidden=24,heads=2,kv-heads=1,ffn=20"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a three-block model and a token folder of two domains."""
-    root = tmp_path_factory.mktemp("inputs")
-    model = write_model(root / "model", num_hidden_layers=3)
-    write_tokens(root / "tokens", model, number=40)
-    return root
 
 
 def configure(inputs: Path, output: Path, **options: Any) -> ShearConfig:

@@ -16,7 +16,15 @@ from data.reader import TokenReader
 from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokenizer
 from tests.trainer.test_cpt import stop_during
-from tests.trainer.test_loop import LENGTH, ROWS, SEED, Capture, Gradients, RaggedStream, make_masks
+from tests.trainer.test_loop import (
+    LENGTH,
+    ROWS,
+    SEED,
+    Gradients,
+    RaggedStream,
+    make_masks,
+    ragged_trainer,
+)
 from tests.trainer.tiny import SHAPE, losses, options, pretrain
 from trainer import memory, parallel
 from trainer.config import DISTILL_WEIGHT, DistillationConfig
@@ -31,9 +39,6 @@ from trainer.loop import Trainer
 from trainer.memory import teacher_bytes
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.hf import init_weights, load_config, load_model
-from trainer.optimizer import build_optimizer
-from trainer.run import build_model, random_init
-from trainer.throughput import Throughput
 
 HALF = DistillationConfig(weight=0.5, temperature=2.0)
 
@@ -90,20 +95,8 @@ def step_on_ranks(
     for accumulation in accumulations:
         micro = ROWS // context.world // accumulation
         train = options(global_batch=ROWS, micro_batch=micro, seq_len=LENGTH, **changes)
-        teacher = load_teacher(source_of(folder), config, train, SHAPE, context)
-        model = build_model(SHAPE, train, context, load=random_init(SEED))
-        capture = Capture()
-        stream: Any = RaggedStream(context.rank, context.world)
-        trainer = Trainer(
-            model=model,
-            optimizer=build_optimizer(model, train),
-            stream=stream,
-            config=train,
-            context=context,
-            throughput=Throughput(SHAPE, seq_len=LENGTH, device=context.device, world=1),
-            callbacks=[capture],
-        )
-        trainer.teacher = teacher
+        trainer, capture = ragged_trainer(train, context)
+        trainer.teacher = load_teacher(source_of(folder), config, train, SHAPE, context)
         trainer.train_step()
         assert trainer.bar_fields["kl"] == f"{trainer.record['distill_kl']:.3f}"
         results.append((capture.gradients, trainer.record["loss"], trainer.record["distill_kl"]))
