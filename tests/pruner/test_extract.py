@@ -184,7 +184,7 @@ def test_gpt_neox_width_and_heads_alone_work_but_have_no_folder(
     ids=["query-head", "kv-group", "ffn", "layer", "hidden", "one-of-each"],
 )
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2"])
-def test_single_families_and_single_units(name: str, target: Shape, tmp_path: Path) -> None:
+def test_single_kinds_and_single_units(name: str, target: Shape, tmp_path: Path) -> None:
     model = random_model(**MODELS[name])
     source = shape_of(model.config)
     config = check_all_agree(model, random_masks(target, source, seed=3), tmp_path / "model")
