@@ -1,3 +1,5 @@
+"""Masks in training: they meet the target, on any number of ranks and over a resume."""
+
 import copy
 import dataclasses
 from pathlib import Path

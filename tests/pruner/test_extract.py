@@ -1,3 +1,5 @@
+"""The extracted model computes what the masked one does, in transformers too."""
+
 from pathlib import Path
 from typing import Any
 

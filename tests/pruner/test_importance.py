@@ -1,3 +1,5 @@
+"""Measured importance against transformers and finite differences, on any number of ranks."""
+
 from pathlib import Path
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""Both rules: threshold and gradient of the projection, multipliers of the Lagrangian."""
+
 import itertools
 from typing import Any
 

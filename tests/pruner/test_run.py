@@ -1,3 +1,5 @@
+"""Whole shearing runs: what they write, how they resume and what they refuse."""
+
 import json
 import os
 import signal

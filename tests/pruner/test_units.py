@@ -1,3 +1,5 @@
+"""Kinds of units, their rows, and which units are on."""
+
 import torch
 
 from pruner.shapes import Shape

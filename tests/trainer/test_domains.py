@@ -1,3 +1,5 @@
+"""Where domain weights and reference losses come from, and which source comes first."""
+
 import json
 import shutil
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Fits of loss over model size: exact on known curves, refused on data that has none."""
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,3 +1,5 @@
+"""The learning rate over the steps of a run."""
+
 from itertools import pairwise
 
 import pytest

@@ -1,3 +1,5 @@
+"""Logits, loss and gradients against transformers, with masks against masked activations."""
+
 from pathlib import Path
 
 import pytest

@@ -1,3 +1,5 @@
+"""Masks of GPT-NeoX against the same masks multiplied into activations."""
+
 import pytest
 import torch
 import torch.nn.functional as F
