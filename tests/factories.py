@@ -30,49 +30,39 @@ def write_tokenizer(path: Path) -> Path:
     return path
 
 
-def documents(domain: str, number: int, seed: int = 0, words: int = 60) -> list[dict[str, Any]]:
+def documents(domain: str, number: int, seed: int) -> list[dict[str, Any]]:
     """SlimPajama-style records of one domain: {"text", "meta": {"redpajama_set_name"}}."""
     generator = random.Random(f"{domain}-{seed}")
     return [
         {
-            "text": f"{domain} {index} " + " ".join(generator.choices(WORDS, k=words)),
+            "text": f"{domain} {index} " + " ".join(generator.choices(WORDS, k=60)),
             "meta": {"redpajama_set_name": domain},
         }
         for index in range(number)
     ]
 
 
-def write_documents(
-    path: Path, domains: tuple[str, ...] = ("alpha", "beta"), number: int = 60, seed: int = 0
-) -> Path:
-    """One .jsonl file with the documents of all domains interleaved."""
-    records = [documents(domain, number, seed) for domain in domains]
+def write_documents(path: Path, number: int = 60, seed: int = 0) -> Path:
+    """One .jsonl file with the documents of the domains alpha and beta interleaved."""
+    records = [documents(domain, number, seed) for domain in ("alpha", "beta")]
     lines = [json.dumps(record) for group in zip(*records, strict=True) for record in group]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
-def write_tokens(
-    path: Path,
-    tokenizer: Path,
-    *,
-    domains: tuple[str, ...] = ("alpha", "beta"),
-    number: int = 60,
-    seq_len: int = 64,
-    held_out: float = 0.1,
-) -> Path:
+def write_tokens(path: Path, tokenizer: Path, *, number: int = 60) -> Path:
     """Token folder made by the real `data.tokenize` command from `write_documents`."""
     from data.tokenize import main
 
-    source = write_documents(path.parent / f"{path.name}-text" / "documents.jsonl", domains, number)
+    source = write_documents(path.parent / f"{path.name}-text" / "documents.jsonl", number)
     main(
         [
             *("--input", str(source)),
             *("--tokenizer", str(tokenizer)),
             *("--output", str(path)),
-            *("--seq-len", str(seq_len)),
-            *("--held-out", str(held_out)),
+            *("--seq-len", "64"),
+            *("--held-out", "0.1"),
             *("--workers", "1"),
         ]
     )

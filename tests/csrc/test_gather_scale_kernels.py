@@ -128,7 +128,7 @@ def test_backward_equals_indexing(driver: ctypes.CDLL, dtype: torch.dtype) -> No
         ("values[0], 2);", "values[0], 4);"),
         ("if (kIndexed && place[v] < 0) continue;", ""),
     ],
-    ids=["no barrier", "divergent barrier", "wrong lane", "dead columns"],
+    ids=["no barrier", "divergent barrier", "wrong lane", "columns left out"],
 )
 def test_planted_errors_are_noticed(tmp_path: Path, original: str, planted: str) -> None:
     source = (CSRC / "gather_scale_kernels.cuh").read_text("utf-8")

@@ -8,18 +8,6 @@ from data.manifest import HELD_OUT, TRAIN, Manifest, ShardRecord, TokenizerRecor
 from data.shards import ShardWriter
 
 
-def tokenizer_record(vocab_size: int = 1000) -> TokenizerRecord:
-    return TokenizerRecord(
-        kind="sentencepiece",
-        fingerprint="0" * 64,
-        vocab_size=vocab_size,
-        bos_id=1,
-        eos_id=2,
-        adds_bos=True,
-        probe=[5, 6, 7],
-    )
-
-
 def write_shard(root: Path, path: str, documents: list[np.ndarray], dtype: str) -> ShardRecord:
     writer = ShardWriter(root, path, dtype)
     for document in documents:
@@ -27,11 +15,18 @@ def write_shard(root: Path, path: str, documents: list[np.ndarray], dtype: str) 
     return writer.commit()
 
 
-def write_folder(
-    root: Path, domains: dict[str, list[list[np.ndarray]]], vocab_size: int = 1000
-) -> Manifest:
+def write_folder(root: Path, domains: dict[str, list[list[np.ndarray]]]) -> Manifest:
     """`domains[name][shard]` is the list of documents of one training shard."""
-    dtype = dtype_for(vocab_size)
+    tokenizer = TokenizerRecord(
+        kind="sentencepiece",
+        fingerprint="0" * 64,
+        vocab_size=1000,
+        bos_id=1,
+        eos_id=2,
+        adds_bos=True,
+        probe=[5, 6, 7],
+    )
+    dtype = dtype_for(tokenizer.vocab_size)
     shards = {
         domain: [
             write_shard(root, f"{TRAIN}/{domain}/{index:05d}", documents, dtype)
@@ -41,7 +36,7 @@ def write_folder(
     }
     manifest = Manifest(
         dtype=dtype,
-        tokenizer=tokenizer_record(vocab_size),
+        tokenizer=tokenizer,
         splits={TRAIN: shards, HELD_OUT: {}},
         sources=[],
         arguments={},

@@ -1,3 +1,5 @@
+"""The order of batches does not depend on the number of ranks or on a resume."""
+
 import json
 from pathlib import Path
 

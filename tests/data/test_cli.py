@@ -1,3 +1,5 @@
+"""Command lines: the order of sources, help, refusals and exit statuses, on several ranks too."""
+
 import os
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Files and folders are replaced whole or not at all, with usual permissions."""
+
 import os
 import stat
 from pathlib import Path

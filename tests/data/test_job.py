@@ -1,3 +1,5 @@
+"""A tokenization job ends with the same output for any number of workers and interruptions."""
+
 import errno
 import fcntl
 import signal

@@ -1,3 +1,5 @@
+"""The manifest of a token folder is read as written, or refused."""
+
 import json
 from dataclasses import replace
 from pathlib import Path

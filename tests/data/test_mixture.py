@@ -1,3 +1,5 @@
+"""Dynamic domain weights follow the stated formula within their bounds."""
+
 import json
 from math import exp, isclose, log
 

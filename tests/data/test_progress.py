@@ -1,3 +1,5 @@
+"""What progress prints in a terminal, elsewhere, and on other ranks."""
+
 import io
 
 import pytest

@@ -1,3 +1,5 @@
+"""Samples are the token stream cut at the sequence length; damaged shards are refused."""
+
 import json
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Samples are drawn once per epoch, at the mixture's weights, and resume anywhere."""
+
 import json
 from collections.abc import Iterable
 

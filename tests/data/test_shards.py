@@ -1,3 +1,5 @@
+"""Shards return what was written; damage is found."""
+
 import struct
 from pathlib import Path
 

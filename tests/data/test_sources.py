@@ -1,3 +1,5 @@
+"""Documents of every input format, and errors that name file and line."""
+
 import gzip
 import json
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""Tokens of one input task, split by domain, for any size of a batch."""
+
 import itertools
 import json
 from pathlib import Path

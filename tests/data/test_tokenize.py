@@ -1,3 +1,5 @@
+"""`data.tokenize` as a command: ids, report, help and refusals."""
+
 import subprocess
 import sys
 from pathlib import Path

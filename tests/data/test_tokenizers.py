@@ -1,3 +1,5 @@
+"""Tokenizers give the ids of the libraries they wrap."""
+
 import json
 import pickle
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""Shapes proposed for a budget are valid, use it and keep proportions."""
+
 import math
 from dataclasses import replace
 from itertools import pairwise

@@ -1,3 +1,5 @@
+"""Masks in training: they meet the target, on any number of ranks and over a resume."""
+
 import copy
 import dataclasses
 from pathlib import Path
@@ -16,11 +18,11 @@ from pruner.scores import initial_scores, make_rule
 from pruner.shapes import Shape, shape_of
 from pruner.units import indicator, polarised, to_masks, unit_kinds
 from tests.distributed import run_ranks
+from tests.trainer.tiny import SHAPE
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
 from trainer.loop import Trainer
-from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import init_weights
 from trainer.optimizer import build_optimizer
@@ -28,17 +30,7 @@ from trainer.run import build_model
 from trainer.saving import full_tensors
 from trainer.throughput import Throughput
 
-MODEL = ModelConfig(
-    family="llama",
-    vocab_size=61,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    tie_embeddings=True,
-)
+MODEL = dataclasses.replace(SHAPE, vocab_size=61, num_layers=3)
 MASK_OPTIONS = {field.name for field in dataclasses.fields(MaskConfig)}
 TARGET = Shape(layers=2, hidden=10, heads=2, kv_heads=2, head_dim=4, ffn=9)
 
@@ -210,7 +202,7 @@ def test_scores_stay_when_the_gradient_is_not_finite() -> None:
     def refuse(trainer: Trainer) -> None:
         raise Stop
 
-    trainer.callbacks.append(type("Guard", (), {"__getattr__": lambda *_: lambda t: None})())
+    trainer.callbacks.append(type("Guard", (), {"__getattr__": lambda *_: lambda _: None})())
     trainer.callbacks[-1].before_optimizer_step = refuse  # type: ignore[method-assign]
     with pytest.raises(Stop):
         trainer.train_step()
@@ -224,8 +216,8 @@ def test_a_row_whose_gradient_is_not_finite_is_named(monkeypatch: pytest.MonkeyP
     backward = callback.rule.backward
 
     def poisoned(outputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        soft = torch.nonzero((outputs[0] > 0.1) & (outputs[0] < 0.9)).flatten()
-        gradients[0][soft[0]] = float("nan")
+        between = torch.nonzero((outputs[0] > 0.1) & (outputs[0] < 0.9)).flatten()
+        gradients[0][between[0]] = float("nan")
         return backward(outputs, gradients)
 
     monkeypatch.setattr(callback.rule, "backward", poisoned)

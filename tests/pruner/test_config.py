@@ -1,3 +1,5 @@
+"""Options of shearing: refusals, and defaults that saved runs agree with."""
+
 import json
 import math
 from dataclasses import asdict, replace

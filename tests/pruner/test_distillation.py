@@ -11,21 +11,12 @@ import pytest
 from data.errors import InputError
 from pruner.run import open_inputs, shear
 from tests.distributed import run_ranks
-from tests.factories import write_model, write_tokens
+from tests.factories import write_model
 from tests.pruner.test_run import configure
 from tests.trainer.tiny import pretrain
 from trainer import distillation
 from trainer.config import DISTILL_WEIGHT, DistillationConfig
 from trainer.models.sources import weights_fingerprint
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a three-block model and a token folder of two domains."""
-    root = tmp_path_factory.mktemp("inputs")
-    model = write_model(root / "model", num_hidden_layers=3)
-    write_tokens(root / "tokens", model, number=40)
-    return root
 
 
 def divergences(output: Path) -> list[float]:

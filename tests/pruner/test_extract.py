@@ -1,3 +1,5 @@
+"""The extracted model computes what the masked one does, in transformers too."""
+
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +75,15 @@ def random_model(**options: Any) -> CausalLM:
 
 
 def random_masks(
-    target: Shape, source: Shape, *, soft: bool = True, seed: int = 0, hold_scale: bool = False
+    target: Shape, source: Shape, *, mid_range: bool = True, seed: int = 0, hold_scale: bool = False
 ) -> Masks:
-    """Random units of each row kept, with mid-range values when `soft`."""
+    """Random units of each row kept, with mid-range values when `mid_range`."""
     generator = torch.Generator().manual_seed(seed)
     z: dict[str, Tensor] = {}
     for name, kind in unit_kinds(target, source).items():
         order = torch.rand(kind.rows, kind.units, generator=generator).argsort(-1)
         values = 0.2 + 0.75 * torch.rand(kind.rows, kind.units, generator=generator)
-        z[name] = torch.where(order < kind.target, values if soft else 1.0, 0.0)
+        z[name] = torch.where(order < kind.target, values if mid_range else 1.0, 0.0)
     return to_masks(z, source, hold_scale=hold_scale)
 
 
@@ -110,10 +112,10 @@ def check_all_agree(model: CausalLM, masks: Masks, path: Path) -> ModelConfig:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("mid_range", [True, False])
 @pytest.mark.parametrize("hold_scale", [True, False])
 def test_masked_extracted_and_reloaded_models_agree(
-    name: str, soft: bool, hold_scale: bool, tmp_path: Path
+    name: str, mid_range: bool, hold_scale: bool, tmp_path: Path
 ) -> None:
     model = random_model(**MODELS[name])
     source = shape_of(model.config)
@@ -121,13 +123,13 @@ def test_masked_extracted_and_reloaded_models_agree(
     group = max(1, source.group - 1)
     target = Shape(2, 20, kv_heads * group, kv_heads, 8, 11)
     validate(target, source)
-    masks = random_masks(target, source, soft=soft, hold_scale=hold_scale)
+    masks = random_masks(target, source, mid_range=mid_range, hold_scale=hold_scale)
     config = check_all_agree(model, masks, tmp_path / "model")
     assert shape_of(config) == target
 
 
 @pytest.mark.parametrize("name", NEOX_MODELS)
-@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("mid_range", [True, False])
 @pytest.mark.parametrize("hold_scale", [True, False])
 @pytest.mark.parametrize(
     "target",
@@ -141,12 +143,12 @@ def test_masked_extracted_and_reloaded_models_agree(
     ids=["all", "width", "layer", "ffn", "one-of-each"],
 )
 def test_gpt_neox_agrees(
-    name: str, soft: bool, hold_scale: bool, target: Shape, tmp_path: Path
+    name: str, mid_range: bool, hold_scale: bool, target: Shape, tmp_path: Path
 ) -> None:
     model = random_model(**NEOX_MODELS[name])
     source = shape_of(model.config)
     validate(target, source)
-    masks = random_masks(target, source, soft=soft, hold_scale=hold_scale)
+    masks = random_masks(target, source, mid_range=mid_range, hold_scale=hold_scale)
     config = check_all_agree(model, masks, tmp_path / "model")
     assert shape_of(config) == target
 
@@ -184,7 +186,7 @@ def test_gpt_neox_width_and_heads_alone_work_but_have_no_folder(
     ids=["query-head", "kv-group", "ffn", "layer", "hidden", "one-of-each"],
 )
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2"])
-def test_single_families_and_single_units(name: str, target: Shape, tmp_path: Path) -> None:
+def test_single_kinds_and_single_units(name: str, target: Shape, tmp_path: Path) -> None:
     model = random_model(**MODELS[name])
     source = shape_of(model.config)
     config = check_all_agree(model, random_masks(target, source, seed=3), tmp_path / "model")
@@ -192,7 +194,7 @@ def test_single_families_and_single_units(name: str, target: Shape, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "pythia", "sequential-tied"])
-def test_all_units_kept_with_soft_masks(name: str, tmp_path: Path) -> None:
+def test_all_units_kept_with_mid_range_masks(name: str, tmp_path: Path) -> None:
     model = random_model(**(MODELS | NEOX_MODELS)[name])
     generator = torch.Generator().manual_seed(5)
     masks = Masks(

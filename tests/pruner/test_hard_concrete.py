@@ -1,3 +1,5 @@
+"""The hard concrete gate: slope, noise and probabilities against samples and published values."""
+
 import torch
 
 from pruner.hard_concrete import gate, gate_slope, logistic_noise, probability_nonzero

@@ -41,10 +41,10 @@ class Watch(Callback):
         self.shear = shear
         self.seen: dict[int, tuple[dict[str, Tensor], dict[str, list[float]]]] = {}
 
-    def on_step_end(self, t: Trainer) -> None:
+    def on_step_end(self, trainer: Trainer) -> None:
         z = {name: values.clone() for name, values in self.shear.z.items()}
         multipliers = self.shear.rule.count_multipliers.items()
-        self.seen[t.step] = (z, {name: v.flatten().tolist() for name, v in multipliers})
+        self.seen[trainer.step] = (z, {name: v.flatten().tolist() for name, v in multipliers})
 
 
 def recorded(output: Path, **options: Any) -> tuple[Trainer, Watch]:
@@ -121,7 +121,7 @@ def test_one_of_several_ranks_writes(tmp_path: Path) -> None:
     def train(output: Path) -> bool:
         trainer, watch = recorded(output)
         wrote = []
-        watch.on_step_end = lambda t: wrote.append(trainer.callbacks[1]._file is not None)  # type: ignore[attr-defined, method-assign]
+        watch.on_step_end = lambda trainer: wrote.append(trainer.callbacks[1]._file is not None)  # type: ignore[attr-defined, method-assign]
         trainer.fit()
         return any(wrote)
 

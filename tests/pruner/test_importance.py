@@ -1,3 +1,5 @@
+"""Measured importance against transformers and finite differences, on any number of ranks."""
+
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,8 @@ def test_importance_matches_activations_of_transformers(folder: Path) -> None:
     # The last hidden state that transformers returns is behind the final norm.
     for layer in range(2):
         cosine = F.cosine_similarity(hidden_states[layer], hidden_states[layer + 1], dim=-1)
-        turned = (1 - cosine).mean(-1).sum()
-        assert found["layer"][0, layer].item() == pytest.approx(turned.item(), rel=1e-4)
+        change = (1 - cosine).mean(-1).sum()
+        assert found["layer"][0, layer].item() == pytest.approx(change.item(), rel=1e-4)
 
 
 def mean_loss(model: CausalLM, ids: Tensor, masks: Masks) -> float:

@@ -1,3 +1,5 @@
+"""The latency model recovers known coefficients and predicts speedups."""
+
 import time
 from collections.abc import Sequence
 from dataclasses import replace

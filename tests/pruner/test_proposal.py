@@ -1,3 +1,5 @@
+"""A budget is resolved once, by prediction and measurement, for all ranks."""
+
 import json
 from collections.abc import Sequence
 from pathlib import Path

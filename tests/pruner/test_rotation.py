@@ -1,3 +1,5 @@
+"""A rotated model is the same function, ordered by principal components."""
+
 from pathlib import Path
 
 import pytest

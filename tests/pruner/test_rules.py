@@ -1,3 +1,5 @@
+"""Both rules: threshold and gradient of the projection, multipliers of the Lagrangian."""
+
 import itertools
 from typing import Any
 
@@ -94,14 +96,14 @@ def test_projection_polarises_exactly_and_keeps_its_masks() -> None:
     rule = make(20)
     assert isinstance(rule, Projection)
     used = train(rule, 0, 20)
-    soft, hard = used[13], used[14:]
-    assert any(((z > 0) & (z < 1)).any() for z in soft.values())
-    for masks in hard:
+    before, after = used[13], used[14:]
+    assert any(((z > 0) & (z < 1)).any() for z in before.values())
+    for masks in after:
         assert polarised(masks, KINDS)
         assert set(masks["intermediate"].unique().tolist()) == {0.0, 1.0}
-        assert all(torch.equal(masks[name], hard[0][name]) for name in masks)
+        assert all(torch.equal(masks[name], after[0][name]) for name in masks)
     final = rule.final()
-    assert all(torch.equal(final[name], hard[0][name]) for name in final)
+    assert all(torch.equal(final[name], after[0][name]) for name in final)
     assert rule.noise_scale(15) == 0.0
     assert rule.temperature(15) == pytest.approx(0.02)
 

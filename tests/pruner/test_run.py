@@ -1,3 +1,5 @@
+"""Whole shearing runs: what they write, how they resume and what they refuse."""
+
 import json
 import os
 import signal
@@ -19,7 +21,6 @@ from pruner.report import require_same_constants
 from pruner.run import shear
 from pruner.shapes import config_of
 from tests.distributed import run_ranks
-from tests.factories import write_model, write_tokens
 from tests.trainer.tiny import pretrain
 from trainer.config import DistillationConfig, TrainConfig
 from trainer.loop import Trainer
@@ -27,15 +28,6 @@ from trainer.models.hf import load_config, load_model
 
 PUBLISHED = ("model/model.safetensors", "masks.safetensors", "source.safetensors")
 TARGET = "layers=2,hidden=24,heads=2,kv-heads=1,ffn=20"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a three-block model and a token folder of two domains."""
-    root = tmp_path_factory.mktemp("inputs")
-    model = write_model(root / "model", num_hidden_layers=3)
-    write_tokens(root / "tokens", model, number=40)
-    return root
 
 
 def configure(inputs: Path, output: Path, **options: Any) -> ShearConfig:
@@ -226,9 +218,9 @@ def test_a_stopped_run_resumes_without_measuring_again(
     shear(configure(inputs, tmp_path / "straight", distillation=distillation))
     original = ShearCallback.on_step_end
 
-    def stop_after_four(self: ShearCallback, t: Trainer) -> None:
-        original(self, t)
-        if t.step == 4:
+    def stop_after_four(self: ShearCallback, trainer: Trainer) -> None:
+        original(self, trainer)
+        if trainer.step == 4:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     with monkeypatch.context() as patch:

@@ -1,3 +1,5 @@
+"""The scores that training starts from."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""Target shapes: presets, sizes by name, and refusals that propose a valid value."""
+
 import re
 from dataclasses import replace
 

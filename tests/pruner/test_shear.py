@@ -1,3 +1,5 @@
+"""The command `pruner.shear`: help, defaults and its errors."""
+
 import os
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Kinds of units, their rows, and which units are on."""
+
 import torch
 
 from pruner.shapes import Shape
@@ -59,9 +61,9 @@ def test_counts_indices_and_polarisation() -> None:
     assert polarised({"intermediate": z}, kinds)
     assert kept_indices(z).tolist() == [[1, 7]] * 3
     for value, index in ((0.98, 1), (0.02, 0), (1.0, 0)):
-        soft = z.clone()
-        soft[2, index] = value
-        assert not polarised({"intermediate": soft}, kinds)
-    soft = z.clone()
-    soft[0, 1] = 0.5
-    assert on_counts(soft).tolist() == [1, 2, 2]
+        changed = z.clone()
+        changed[2, index] = value
+        assert not polarised({"intermediate": changed}, kinds)
+    changed = z.clone()
+    changed[0, 1] = 0.5
+    assert on_counts(changed).tolist() == [1, 2, 2]

@@ -35,8 +35,8 @@ class Wanderer(Callback):
             "moment": [torch.ones(2, dtype=torch.float64)],
         }
 
-    def on_step_end(self, t: Trainer) -> None:
-        self.scores += torch.rand(5) * t.loss
+    def on_step_end(self, trainer: Trainer) -> None:
+        self.scores += torch.rand(5) * trainer.loss
         self.optimizer_state["steps"] += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,8 +54,8 @@ class SignalAt(Callback):
     def __init__(self, step: int, number: int, rank: int) -> None:
         self.step, self.number, self.rank = step, number, rank
 
-    def on_step_end(self, t: Trainer) -> None:
-        if t.step == self.step and t.context.rank == self.rank:
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.step == self.step and trainer.context.rank == self.rank:
             # torchrun repeats what a terminal's Ctrl-C already sent to every process.
             signal.raise_signal(self.number)
             signal.raise_signal(self.number)

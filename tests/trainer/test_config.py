@@ -1,3 +1,5 @@
+"""Options of a training run: their defaults, and refusals that name the flag."""
+
 import pytest
 
 from data.cli import parse

@@ -16,7 +16,15 @@ from data.reader import TokenReader
 from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokenizer
 from tests.trainer.test_cpt import stop_during
-from tests.trainer.test_loop import LENGTH, ROWS, SEED, Capture, Gradients, RaggedStream, make_masks
+from tests.trainer.test_loop import (
+    LENGTH,
+    ROWS,
+    SEED,
+    Gradients,
+    RaggedStream,
+    make_masks,
+    ragged_trainer,
+)
 from tests.trainer.tiny import SHAPE, losses, options, pretrain
 from trainer import memory, parallel
 from trainer.config import DISTILL_WEIGHT, DistillationConfig
@@ -31,9 +39,6 @@ from trainer.loop import Trainer
 from trainer.memory import teacher_bytes
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.hf import init_weights, load_config, load_model
-from trainer.optimizer import build_optimizer
-from trainer.run import build_model, random_init
-from trainer.throughput import Throughput
 
 HALF = DistillationConfig(weight=0.5, temperature=2.0)
 
@@ -63,13 +68,13 @@ def single_process_step(folder: Path, config: DistillationConfig) -> tuple[Gradi
     targets, valid = next_token_targets(ids, batch.valid)
     logits = model(ids, masks=masks)[valid]
     with torch.no_grad():
-        taught = load_model(folder)(ids)[valid]
+        teacher_logits = load_model(folder)(ids)[valid]
     cross_entropy = F.cross_entropy(logits, targets[valid])
     if config.top_k:
-        taught, kept = taught.topk(config.top_k, dim=1)
-        logits = logits.gather(1, kept)
+        teacher_logits, top_ids = teacher_logits.topk(config.top_k, dim=1)
+        logits = logits.gather(1, top_ids)
     student = (logits / config.temperature).log_softmax(1)
-    teacher = (taught / config.temperature).softmax(1)
+    teacher = (teacher_logits / config.temperature).softmax(1)
     divergence = F.kl_div(student, teacher, reduction="batchmean")
     assert config.weight is not None
     factor = config.weight * config.temperature**2
@@ -90,20 +95,8 @@ def step_on_ranks(
     for accumulation in accumulations:
         micro = ROWS // context.world // accumulation
         train = options(global_batch=ROWS, micro_batch=micro, seq_len=LENGTH, **changes)
-        teacher = load_teacher(source_of(folder), config, train, SHAPE, context)
-        model = build_model(SHAPE, train, context, load=random_init(SEED))
-        capture = Capture()
-        stream: Any = RaggedStream(context.rank, context.world)
-        trainer = Trainer(
-            model=model,
-            optimizer=build_optimizer(model, train),
-            stream=stream,
-            config=train,
-            context=context,
-            throughput=Throughput(SHAPE, seq_len=LENGTH, device=context.device, world=1),
-            callbacks=[capture],
-        )
-        trainer.teacher = teacher
+        trainer, capture = ragged_trainer(train, context)
+        trainer.teacher = load_teacher(source_of(folder), config, train, SHAPE, context)
         trainer.train_step()
         assert trainer.bar_fields["kl"] == f"{trainer.record['distill_kl']:.3f}"
         results.append((capture.gradients, trainer.record["loss"], trainer.record["distill_kl"]))

@@ -1,3 +1,5 @@
+"""Where domain weights and reference losses come from, and which source comes first."""
+
 import json
 import shutil
 from pathlib import Path
@@ -95,8 +97,8 @@ def test_a_fit_excludes_given_losses() -> None:
 
 def test_warnings_are_told_from_notes(capsys: pytest.CaptureFixture[str]) -> None:
     Domains({}, {}, ["a"], ["b"]).log()
-    said = capsys.readouterr()
-    assert (said.out, said.err) == ("note: a\n", "warning: b\n")
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("note: a\n", "warning: b\n")
 
 
 @pytest.mark.parametrize("text", ["c4", "c4=x", "=1", "c4=-1", "c4=nan", "c4=1,c4=2", ""])
@@ -224,9 +226,9 @@ def test_a_fit_steers_continued_pre_training(
     loss = round(50 * parameters**-0.2 + 1, 4)
     assert steering(trainer)[1] == pytest.approx({"alpha": loss, "beta": loss}, abs=1e-3)
     assert not (tmp_path / "out" / "reference.json").exists()
-    said = capsys.readouterr()
-    assert f"alpha fitted at {parameters:,} parameters: {loss:.4f}" in said.out
-    assert f"warning: {parameters:,} parameters lie" in said.err
+    printed = capsys.readouterr()
+    assert f"alpha fitted at {parameters:,} parameters: {loss:.4f}" in printed.out
+    assert f"warning: {parameters:,} parameters lie" in printed.err
 
 
 def test_fits_are_checked_before_weights_load(

@@ -1,3 +1,5 @@
+"""What makes a run the same one, and which options may differ on a resume."""
+
 from dataclasses import replace
 from pathlib import Path
 

@@ -15,6 +15,7 @@ from data.errors import InputError
 from tests.distributed import run_ranks
 from tests.trainer.tiny import SHAPE, losses, make_trainer, options
 from trainer import parallel
+from trainer.config import TrainConfig
 from trainer.loop import Callback, Trainer
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.hf import init_weights
@@ -55,15 +56,15 @@ class Capture(Callback):
     def __init__(self) -> None:
         self.gradients: Gradients = {}
 
-    def on_step_start(self, t: Trainer) -> None:
-        t.masks = make_masks()
+    def on_step_start(self, trainer: Trainer) -> None:
+        trainer.masks = make_masks()
 
-    def after_backward(self, t: Trainer) -> None:
-        assert t.masks is not None
-        for name, z in t.masks.tensors().items():
+    def after_backward(self, trainer: Trainer) -> None:
+        assert trainer.masks is not None
+        for name, z in trainer.masks.tensors().items():
             assert z.grad is not None
-            self.gradients[f"mask.{name}"] = t.context.all_reduce_sum(z.grad).numpy()
-        for name, parameter in t.model.named_parameters():
+            self.gradients[f"mask.{name}"] = trainer.context.all_reduce_sum(z.grad).numpy()
+        for name, parameter in trainer.model.named_parameters():
             gradient: Any = parameter.grad
             self.gradients[name] = parallel.full_tensor(gradient).numpy()
 
@@ -101,6 +102,25 @@ def single_process_gradients() -> tuple[Gradients, float]:
     return gradients, loss.item()
 
 
+def ragged_trainer(
+    config: TrainConfig, context: parallel.DistributedContext
+) -> tuple[Trainer, Capture]:
+    """A trainer of random weights on the ragged stream, and what it captures."""
+    model = build_model(SHAPE, config, context, load=random_init(SEED))
+    capture = Capture()
+    stream: Any = RaggedStream(context.rank, context.world)
+    trainer = Trainer(
+        model=model,
+        optimizer=build_optimizer(model, config),
+        stream=stream,
+        config=config,
+        context=context,
+        throughput=Throughput(SHAPE, seq_len=LENGTH, device=context.device, world=1),
+        callbacks=[capture],
+    )
+    return trainer, capture
+
+
 def loop_gradients(
     replicas: int, accumulations: tuple[int, ...], **changes: Any
 ) -> list[tuple[Gradients, float, float]]:
@@ -112,18 +132,7 @@ def loop_gradients(
         config = options(
             global_batch=ROWS, micro_batch=micro, seq_len=LENGTH, replicas=replicas, **changes
         )
-        model = build_model(SHAPE, config, context, load=random_init(SEED))
-        capture = Capture()
-        stream: Any = RaggedStream(context.rank, context.world)
-        trainer = Trainer(
-            model=model,
-            optimizer=build_optimizer(model, config),
-            stream=stream,
-            config=config,
-            context=context,
-            throughput=Throughput(SHAPE, seq_len=LENGTH, device=context.device, world=1),
-            callbacks=[capture],
-        )
+        trainer, capture = ragged_trainer(config, context)
         trainer.train_step()
         results.append((capture.gradients, trainer.loss, trainer.record["grad_norm"]))
     return results
@@ -216,11 +225,11 @@ class Clock(Callback):
     def __init__(self) -> None:
         self.now = 100.0
 
-    def after_optimizer_step(self, t: Trainer) -> None:
-        assert t.step == 0
+    def after_optimizer_step(self, trainer: Trainer) -> None:
+        assert trainer.step == 0
         self.now += 2.0
 
-    def on_step_end(self, t: Trainer) -> None:
+    def on_step_end(self, trainer: Trainer) -> None:
         self.now += 6.0
 
 

@@ -1,3 +1,5 @@
+"""What a run needs is compared with the machine before anything is allocated."""
+
 from dataclasses import replace
 
 import pytest

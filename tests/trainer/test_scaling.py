@@ -1,3 +1,5 @@
+"""Fits of loss over model size: exact on known curves, refused on data that has none."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -107,7 +109,7 @@ def test_sizes_that_no_curve_passes_near(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parameters", "far"), [(10**8, False), (99 * 10**6, True), (10**11, False), (10**12, True)]
 )
-def test_far_extrapolation_is_said(tmp_path: Path, parameters: int, far: bool) -> None:
+def test_far_extrapolation_is_logged(tmp_path: Path, parameters: int, far: bool) -> None:
     losses = curve((10**9, 3 * 10**9, 10**10), 60.0, 0.2, 1.0)
     fitted = fitted_reference(write(tmp_path / "fit.json", {"c4": losses}), {"c4"}, parameters)
     assert [("outside the measured sizes" in text) for text in fitted.warnings] == [True] * far

@@ -1,3 +1,5 @@
+"""The learning rate over the steps of a run."""
+
 from itertools import pairwise
 
 import pytest
@@ -5,9 +7,9 @@ import pytest
 from trainer.schedule import learning_rate
 
 
-def rates(steps: int, warmup: float = 0.1, minimum: float = 0.1) -> list[float]:
+def rates(steps: int, warmup: float = 0.1) -> list[float]:
     return [
-        learning_rate(i, steps=steps, peak=2.0, warmup_ratio=warmup, min_ratio=minimum)
+        learning_rate(i, steps=steps, peak=2.0, warmup_ratio=warmup, min_ratio=0.1)
         for i in range(steps)
     ]
 

@@ -1,3 +1,5 @@
+"""Rates from real time, also over a resume, and both conventions of model FLOPs."""
+
 import time
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""The benchmark's byte counts, ratios and refusals, on a CPU."""
+
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The shearing benchmark times what it names and reports its ratios."""
+
 import json
 from pathlib import Path
 from typing import Any

@@ -32,8 +32,8 @@ def test_every_method_trains_for_the_same_number_of_steps() -> None:
         assert methods[name].prunes_as == start
         assert methods[name].shear_flags == methods[start].shear_flags
         assert methods[name].shear_flags == ("--init", "importance", *published)
-    taught = {name for name, method in methods.items() if "--teacher" in method.cpt_flags}
-    assert taught == {"blocks+kl", "activation+kl"}
+    with_teacher = {name for name, method in methods.items() if "--teacher" in method.cpt_flags}
+    assert with_teacher == {"blocks+kl", "activation+kl"}
     assert methods["ours"].shear_flags == ("--lr", "0.0008")
     assert methods["ours"].cpt_flags == ("--lr", "0.0008", "--warmup-ratio", "0.03")
 

@@ -118,8 +118,8 @@ def write_stages(plan_tasks: list[Any], losses: dict[str, tuple[float, float]]) 
         }
         (task.folder / "shear.json").write_text(json.dumps(report))
         (task.folder / "cpt.json").write_text(json.dumps(spent(task)))
-        taught = {"distill.weight": 0.9} if "/ours/" in task.name else {}
-        (task.folder / "run.json").write_text(json.dumps(taught))
+        identity = {"distill.weight": 0.9} if "/ours/" in task.name else {}
+        (task.folder / "run.json").write_text(json.dumps(identity))
 
 
 def spent(task: Task) -> dict[str, int]:

@@ -62,9 +62,9 @@ def write_run(path: Path, shear: bool) -> None:
         if step % 3 == 0:
             record["held_out"] = {"docs": {"loss": 4.0, "tokens": 10}}
         if shear:
-            for family in ("hidden", "intermediate"):
-                record |= {f"alive_{family}{end}": 30 - step for end in ("", "_min", "_max")}
-                record[f"target_{family}"] = 24
+            for kind in ("hidden", "intermediate"):
+                record |= {f"alive_{kind}{end}": 30 - step for end in ("", "_min", "_max")}
+                record[f"target_{kind}"] = 24
         lines.append(json.dumps(record))
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2}

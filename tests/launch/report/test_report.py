@@ -247,8 +247,8 @@ def test_a_run_that_is_going_on(runs: Path, tmp_path: Path) -> None:
     (found,) = numbers["runs"]
     last = json.loads((folder / "history.jsonl").read_text().splitlines()[4])
     assert (found["finished"], found["step"], found["polarised"]) == (False, 5, False)
-    soft = {n: sum(f["nonzero"]) - sum(f["alive"]) for n, f in last["families"].items()}
-    assert found["kept_not_alive"] == soft and sum(soft.values()) > 0
+    between = {n: sum(f["nonzero"]) - sum(f["alive"]) for n, f in last["families"].items()}
+    assert found["kept_not_alive"] == between and sum(between.values()) > 0
     assert set(SHOWN) < set(page.headings)
     (folder / "history.jsonl").write_text((folder / "history.jsonl").read_text() + '{"st')
     (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text() + "\n{")
@@ -390,9 +390,10 @@ def test_held_out_mean_is_token_weighted() -> None:
     assert mean_loss(rows) == pytest.approx(1.5)
 
 
-def write_large_run(folder: Path, layers: int = 32, steps: int = 3200) -> None:
+def write_large_run(folder: Path) -> None:
     """A run in progress on a model of LLaMA-2-7B's shape, with random masks."""
-    families = {
+    layers, steps = 32, 3200
+    kinds = {
         "hidden": (1, 4096, 2048),
         "layer": (1, layers, 24),
         "kv_group": (layers, 32, 16),
@@ -418,7 +419,7 @@ def write_large_run(folder: Path, layers: int = 32, steps: int = 3200) -> None:
     with (folder / "history.jsonl").open("w") as file:
         for step in range(16, steps + 1, 16):
             record = {"step": step, "temperature": 0.1, "families": {}}
-            for name, (rows, units, target) in families.items():
+            for name, (rows, units, target) in kinds.items():
                 record["families"][name] = {
                     "rows": rows,
                     "units": units,

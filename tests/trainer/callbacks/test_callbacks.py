@@ -28,11 +28,11 @@ class Breaker(Callback):
         self.step = step
         self.before: dict[str, torch.Tensor] = {}
 
-    def on_step_start(self, t: Trainer) -> None:
-        if t.step == self.step:
+    def on_step_start(self, trainer: Trainer) -> None:
+        if trainer.step == self.step:
             with torch.no_grad():
-                next(iter(t.model.parameters())).fill_(math.nan)
-            self.before = weights(t)
+                next(iter(trainer.model.parameters())).fill_(math.nan)
+            self.before = weights(trainer)
 
 
 def test_guard_stops_before_the_optimizer(workspace: Path, tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_mixture_sees_the_losses_of_the_interval(workspace: Path, tmp_path: Path
     class Spy(Callback):
         name: ClassVar[str] = "spy"
 
-        def on_step_end(self, t: Trainer) -> None:
-            seen.append((t.domain_loss_sum, t.domain_tokens))
+        def on_step_end(self, trainer: Trainer) -> None:
+            seen.append((trainer.domain_loss_sum, trainer.domain_tokens))
 
     trainer = make_trainer(workspace, tmp_path, options(steps=3), callbacks=[Spy()])
     trainer.fit()

@@ -83,7 +83,7 @@ def test_mask_gradients_are_exact_where_the_mask_is_zero(backend: str) -> None:
 
 @pytest.mark.parametrize("kept", [torch.tensor([0, 2]), torch.tensor([2, 0]), torch.arange(16, 48)])
 def test_what_is_left_out_is_never_read(backend: str, kept: Tensor) -> None:
-    """A NaN in a dead unit does not reach the others."""
+    """A NaN in a unit that is not computed does not reach the others."""
     kept = kept.to(DEVICE)
     weight, scale = torch.full((48, 48), torch.nan), torch.full((48,), torch.nan)
     weight[kept.unsqueeze(1), kept] = 1.0

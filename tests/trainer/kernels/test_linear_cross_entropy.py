@@ -1,6 +1,6 @@
 """The loss of a linear head as one operator, whatever computes what is between its products.
 
-Its values in every dtype and chunk are the subject of tests/trainer/test_loss.py.
+Its values in every dtype and chunk are the subject of tests/trainer/kernels/test_linear_loss.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,8 +28,8 @@ from trainer.kernels.linear_cross_entropy import (
 BACKENDS = ("reference", "operator")
 SIZES = TOKENS, WIDTH, CLASSES = 11, 8, 70
 CHUNK = 4
-# More tokens than the device takes at a time.
 FP32_TOLERANCE = 5e-5 if DEVICE == "cuda" else 1e-5
+# More tokens than the device takes at a time.
 SEVERAL_CHUNKS = (2500, 64, 1003) if DEVICE == "cuda" else (300, WIDTH, CLASSES)
 
 
@@ -59,14 +59,14 @@ def losses_of(
     few = teacher_output._replace(top_k=5)
     return {
         "plain": lambda hidden, weight: linear_cross_entropy(hidden, weight, *rest, chunk)[0],
-        "taught": lambda hidden, weight: linear_distillation(
+        "teacher": lambda hidden, weight: linear_distillation(
             hidden, weight, *rest, teacher_output, chunk
         )[0],
         "top-k": lambda hidden, weight: linear_distillation(hidden, weight, *rest, few, chunk)[0],
     }
 
 
-KINDS = ("plain", "taught", "top-k")
+KINDS = ("plain", "teacher", "top-k")
 
 
 def gradients(loss: Callable[[Tensor, Tensor], Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -86,7 +86,7 @@ def test_equals_fp64(backend: str, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "sizes", [SEVERAL_CHUNKS, *large((1024, 512, 32000), (130, 256, 49152))], ids=str
 )
-@pytest.mark.parametrize("kind", ["plain", "taught"])
+@pytest.mark.parametrize("kind", ["plain", "teacher"])
 def test_the_devices_own_chunks_equal_fp64(
     backend: str, kind: str, sizes: Sizes, dtype: torch.dtype
 ) -> None:
@@ -117,10 +117,10 @@ def test_operator_is_registered_correctly(
     backend: str, needs: tuple[bool, bool], teacher: bool
 ) -> None:
     hidden, weight, targets, token_weights, teacher_output = draw()
-    taught = tuple(teacher_output) if teacher else (None, None, 0.0, 1.0, 0)
+    rest = tuple(teacher_output) if teacher else (None, None, 0.0, 1.0, 0)
     hidden.requires_grad_(needs[0])
     weight.requires_grad_(needs[1])
-    arguments = (hidden, weight, targets, token_weights, *taught, 4, *needs)
+    arguments = (hidden, weight, targets, token_weights, *rest, 4, *needs)
     torch.library.opcheck(torch.ops.shorn.linear_cross_entropy.default, arguments)
 
 

@@ -1,3 +1,5 @@
+"""The head's loss, plain and with a teacher, equals that of full logits and never holds them."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -171,16 +173,14 @@ def _distillation_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, token losses, divergences and gradients from the whole logits in fp64."""
     h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    logits, taught = (
-        h @ w.t(),
-        teacher_output.states.double() @ teacher_output.head_weight.double().t(),
-    )
+    logits = h @ w.t()
+    teacher_logits = teacher_output.states.double() @ teacher_output.head_weight.double().t()
     losses = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
     if teacher_output.top_k:
-        taught, ids = taught.topk(teacher_output.top_k, dim=1)
+        teacher_logits, ids = teacher_logits.topk(teacher_output.top_k, dim=1)
         logits = logits.gather(1, ids)
     student = (logits / teacher_output.temperature).log_softmax(1)
-    teacher = (taught / teacher_output.temperature).softmax(1)
+    teacher = (teacher_logits / teacher_output.temperature).softmax(1)
     divergences = F.kl_div(student, teacher, reduction="none").sum(1) * (weights != 0)
     factor = teacher_output.alpha * teacher_output.temperature**2
     loss = (((1 - teacher_output.alpha) * losses + factor * divergences) * weights.double()).sum()

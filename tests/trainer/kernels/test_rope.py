@@ -24,15 +24,15 @@ SHAPES = (
 )
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[1]
     pairs = torch.complex(x[..., :half], x[..., half : 2 * half])
     pairs = pairs * torch.complex(cos, sin).unsqueeze(1)
     return torch.cat((pairs.real, pairs.imag, x[..., 2 * half :]), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return turned(x.double(), cos.double(), sin.double()).to(x.dtype)
+def rounded_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotate(x.double(), cos.double(), sin.double()).to(x.dtype)
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,7 +53,7 @@ def test_equals_complex_rotation(backend: str, shape: tuple[int, ...], dtype: to
     angles = (cos.double(), sin.double())
     compare(
         lambda query, key: rope(query, key, cos, sin),
-        lambda query, key: (turned(query, *angles), turned(key, *angles)),
+        lambda query, key: (rotate(query, *angles), rotate(key, *angles)),
         (query, key),
         roundings=1 if registry.runs_kernels("rope", query) else 3,
     )
@@ -93,15 +93,15 @@ def test_heads_before_positions(backend: str) -> None:
     assert gradients[0].stride() == query.stride()
     received = torch.autograd.grad(found, leaves, gradients)
     for x, result, gradient, back in zip((query, key), found, gradients, received, strict=True):
-        torch.testing.assert_close(result, rotate(x, angles.cos(), angles.sin()))
-        torch.testing.assert_close(back, rotate(gradient, angles.cos(), -angles.sin()))
+        torch.testing.assert_close(result, rounded_rotation(x, angles.cos(), angles.sin()))
+        torch.testing.assert_close(back, rounded_rotation(gradient, angles.cos(), -angles.sin()))
 
 
 def test_only_one_of_both_results_is_used(backend: str) -> None:
     query, key, cos, sin = draw((1, 5, 2, 2, 8, 8), torch.float32)
     key.requires_grad_()
     (found,) = torch.autograd.grad(rope(query, key, cos, sin)[1].sum(), key)
-    torch.testing.assert_close(found, rotate(torch.ones_like(key), cos, -sin))
+    torch.testing.assert_close(found, rounded_rotation(torch.ones_like(key), cos, -sin))
 
 
 def test_without_positions(backend: str) -> None:

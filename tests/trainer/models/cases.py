@@ -1,5 +1,6 @@
 """Tiny Hugging Face configs that together use every feature of the supported families."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer.models.config import ModelConfig
-from trainer.models.decoder import CausalLM
+from trainer.models.decoder import CausalLM, LossOutput
 from trainer.models.masks import Masks
 
 _SIZES: dict[str, Any] = {
@@ -89,7 +90,7 @@ def stored_name(name: str, config: ModelConfig) -> str:
 
 
 def random_masks(seed: int, dtype: torch.dtype = torch.float32) -> Masks:
-    """Leaf masks for CASES' shape, mid-range values with zeros in every family."""
+    """Leaf masks for CASES' shape, mid-range values with zeros of every kind."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -101,3 +102,27 @@ def random_masks(seed: int, dtype: torch.dtype = torch.float32) -> Masks:
     masks = Masks(hidden=draw(48), layer=draw(3), head=draw(3, 6), intermediate=draw(3, 80))
     assert masks.layer is not None and masks.layer[1:].max() > 0
     return masks
+
+
+def check_masked_loss(
+    name: str, activation_masked_loss: Callable[[CausalLM, Masks, Tensor, Tensor, Tensor], Tensor]
+) -> None:
+    """The model's loss and gradients in fp64 equal those of `activation_masked_loss`."""
+    model, _ = pair(name, torch.float64)
+    masks = random_masks(1, torch.float64)
+    leaves = [*model.parameters(), *masks.tensors().values()]
+    ids, targets = torch.randint(0, 61, (2, 2, 20))
+    # fp64 rotary tables would differ from the model's fp32 ones.
+    model.frequencies = model.frequencies.double()
+    weights = torch.rand(2, 20, dtype=torch.float64)
+    expected = activation_masked_loss(model, masks, ids, targets, weights)
+    expected_gradients = torch.autograd.grad(expected, leaves)
+    output = model(ids, masks, targets, weights)
+    assert isinstance(output, LossOutput)
+    gradients = torch.autograd.grad(output.loss, leaves)
+    torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert masks.layer is not None
+    closed = masks.layer == 0
+    assert gradients[-3][closed].abs().min() > 0, "a closed block must still get a gradient"

@@ -1,3 +1,5 @@
+"""Model configs survive transformers' form, and what it cannot express is refused."""
+
 from typing import Any
 
 import pytest

@@ -1,3 +1,5 @@
+"""Logits, loss and gradients against transformers, with masks against masked activations."""
+
 from pathlib import Path
 
 import pytest
@@ -6,8 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.trainer.models.cases import CASES, LLAMA_CASES, pair, random_masks, stored_name
-from trainer.models.decoder import CausalLM, LossOutput
+from tests.trainer.models.cases import (
+    CASES,
+    LLAMA_CASES,
+    check_masked_loss,
+    pair,
+    random_masks,
+    stored_name,
+)
+from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_model
 from trainer.models.masks import Masks
 
@@ -102,24 +111,7 @@ def _activation_masked_loss(
 
 @pytest.mark.parametrize("name", sorted(set(LLAMA_CASES) - {"mistral-window"}))
 def test_masked_loss_and_all_gradients_equal_activation_masking(name: str) -> None:
-    model, _ = pair(name, torch.float64)
-    masks = random_masks(1, torch.float64)
-    leaves = [*model.parameters(), *masks.tensors().values()]
-    ids, targets = torch.randint(0, 61, (2, 2, 20))
-    # fp64 rotary tables would differ from the model's fp32 ones.
-    model.frequencies = model.frequencies.double()
-    weights = torch.rand(2, 20, dtype=torch.float64)
-    expected = _activation_masked_loss(model, masks, ids, targets, weights)
-    expected_gradients = torch.autograd.grad(expected, leaves)
-    output = model(ids, masks, targets, weights)
-    assert isinstance(output, LossOutput)
-    gradients = torch.autograd.grad(output.loss, leaves)
-    torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=1e-6)
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert masks.layer is not None
-    closed = masks.layer == 0
-    assert gradients[-3][closed].abs().min() > 0, "a closed block must still get a gradient"
+    check_masked_loss(name, _activation_masked_loss)
 
 
 def test_masks_of_ones_change_nothing() -> None:

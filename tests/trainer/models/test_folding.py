@@ -1,3 +1,5 @@
+"""Folded weights and their gradients against autograd of the formula."""
+
 import pytest
 import torch
 from torch import Tensor

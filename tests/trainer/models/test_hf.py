@@ -1,3 +1,5 @@
+"""Model folders: read from transformers and written for it, whole or not at all."""
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,3 +1,5 @@
+"""Masked linear layers and norms against those of the smaller model."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""Masks: what a block reads of them, and compact passes against dense ones."""
+
 import pytest
 import torch
 from torch import Tensor

@@ -1,3 +1,5 @@
+"""How the name of a model becomes a folder, and remedies where it does not."""
+
 import json
 from pathlib import Path
 
