@@ -102,7 +102,7 @@ class Masks:
     """Multiplies the gains of all norms by sqrt(d / n), for n nonzero of d dimensions. These then
     keep the scale that a norm over all d gives them; otherwise they shrink as others leave."""
 
-    def compact(self, config: ModelConfig, *, multiple: int, passes: int = 1) -> "Masks":
+    def compact(self, config: ModelConfig, *, multiple: int) -> "Masks":
         """The same masks, with the forward pass restricted to the units that are not zero.
 
         Loss and gradients stay those of the dense masked model: a unit whose mask is exactly 0 adds
@@ -113,11 +113,9 @@ class Masks:
             config: the model's architecture.
             multiple: dimensions and channels are padded to multiples of this number, with units
                 whose mask is 0.
-            passes: forward and backward passes this draw is made for. Each weight is then folded
-                once, and receives its gradient in the last of them.
         """
         computed = find_computed_units(self.tensors(), config, multiple)
-        return replace(self, computed=computed, cache=WeightCache(passes) if passes > 1 else None)
+        return replace(self, computed=computed, cache=None)
 
     def stream(self) -> StreamMasks:
         """The masks of the residual stream. The number of nonzero dimensions stays a tensor, so

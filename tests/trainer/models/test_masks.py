@@ -1,11 +1,14 @@
 """Masks: what a block reads of them, and compact passes against dense ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.trainer.models.cases import CASES, pair, random_masks
 from trainer.models.decoder import CausalLM
+from trainer.models.folding import WeightCache
 from trainer.models.masks import Masks
 
 FULL = {"hidden": (48,), "layer": (3,), "head": (3, 6), "intermediate": (3, 80)}
@@ -51,7 +54,7 @@ def test_absent_masks_stay_absent() -> None:
 
 def test_moving_makes_masks_dense_again() -> None:
     config = pair("llama")[0].config
-    masks = random_masks(0).compact(config, multiple=4, passes=2).to("cpu")
+    masks = replace(random_masks(0).compact(config, multiple=4), cache=WeightCache(2)).to("cpu")
     assert masks.computed is None and masks.cache is None
     assert masks.tensors().keys() == FULL.keys()
 
@@ -184,7 +187,7 @@ def test_a_cache_over_three_passes_gives_the_sum_of_three(
         model.checkpoint_activations = False
         dense = _run(model, masks, batches)
         model.checkpoint_activations = checkpointed
-        cached = masks.compact(model.config, multiple=4, passes=3)
+        cached = replace(masks.compact(model.config, multiple=4), cache=WeightCache(3))
         _require_equal(_run(model, cached, batches), dense, masks, 1e-12)
 
 
