@@ -106,4 +106,7 @@ def _term(option: Option) -> str:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"([\\*_<>\[\]`])", r"\\\1", text)
+    """Help as Markdown: what is between backquotes stays code, the rest shows as it is written."""
+    parts = text.split("`")
+    plain = [re.sub(r"([\\*_<>\[\]])", r"\\\1", part) for part in parts]
+    return "`".join(part if index % 2 else plain[index] for index, part in enumerate(parts))

@@ -164,7 +164,7 @@ def _mask_figures(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{counts['target_non_embedding']:,} ({left:.0%})",
         ),
         (
-            "masks polarised",
+            "all masks 0 or 1",
             polarised,
             f"every row on its target since step {since:,}" if since is not None else "",
         ),

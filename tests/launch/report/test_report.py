@@ -159,7 +159,7 @@ def test_the_page_of_shearing_and_what_followed(runs: Path, tmp_path: Path) -> N
     sizes = report["parameters"]
     for words in (
         f"{sizes['source']:,} → {sizes['target']:,}",
-        "masks polarised yes",
+        "all masks 0 or 1 yes",
         "8 of 8",
         "nonzero, but not on 0 units",
         "FFN channels per layer 3 48 20 20 20 0",
