@@ -3,12 +3,6 @@
 Runs alone or under torchrun (`torchrun --nproc_per_node 8 -m pruner.shear ...`).
 """
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from data.cli import parse, run
 from pruner.config import ShearConfig
 
