@@ -42,7 +42,7 @@ def help_page(
         lines += [*_wrap(" ".join(paragraph.split()), width), ""]
     lines += _section("options", first, width)
     if examples:
-        lines += ["examples:", *(f"  {line}" for line in _commands(examples, program)), ""]
+        lines += ["examples:", *(f"  {line}" for line in command_lines(examples, program)), ""]
     if everything:
         for section in dict.fromkeys(option.section for option in others):
             chosen = [option for option in others if option.section == section]
@@ -52,7 +52,7 @@ def help_page(
     return "\n".join(lines).rstrip()
 
 
-def _commands(examples: str, program: str) -> list[str]:
+def command_lines(examples: str, program: str) -> list[str]:
     """The lines of `examples`; under the command `shorn` they begin as it does."""
     lines = examples.strip("\n").splitlines()
     if not program.startswith("shorn "):
@@ -69,8 +69,8 @@ def _commands(examples: str, program: str) -> list[str]:
 def _section(title: str, options: Sequence[Option], width: int) -> list[str]:
     lines = [f"{title}:"]
     for option in options:
-        left = f"  {_left(option)}"
-        text = _wrap(f"{option.text} {_default(option)}".strip(), width - COLUMN) or [""]
+        left = f"  {usage_of(option)}"
+        text = _wrap(f"{option.text} {default_of(option)}".strip(), width - COLUMN) or [""]
         if len(left) > COLUMN - 2:
             lines.append(left)
             left = ""
@@ -84,7 +84,8 @@ def _wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
-def _left(option: Option) -> str:
+def usage_of(option: Option) -> str:
+    """An option as a command line has it, such as `--steps INT`."""
     if option.metavar:
         return option.metavar
     if option.type is bool:
@@ -92,7 +93,8 @@ def _left(option: Option) -> str:
     return f"{option.flag} {describe(option.type)}"
 
 
-def _default(option: Option) -> str:
+def default_of(option: Option) -> str:
+    """What is said of an option's default; "" where its text says it."""
     value = option.default
     if value is MISSING:
         return "(required)"

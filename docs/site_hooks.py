@@ -7,14 +7,14 @@ and csrc/README become pages too, their links changed to where their targets are
 import importlib
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 from data.cli import all_options, essential_names
-from data.options import Option, describe
+from data.help_page import command_lines, default_of, usage_of
+from data.options import Option
 from launch.shorn.commands import COMMANDS, Command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +80,8 @@ def command_page(name: str, command: Command) -> str:
     parts = [f"# shorn {name}", described, f"```\nshorn {name} {ranks}{words}[options]\n```"]
     parts += [f"Long form: `python -m {long_form}`.", "## Options to know"]
     parts += entries(essential)
-    parts += ["## Examples", f"```bash\n{module.EXAMPLES.strip()}\n```"]
+    lines = command_lines(module.EXAMPLES, f"shorn {name}")
+    parts += ["## Examples", "```text\n" + "\n".join(lines) + "\n```"]
     others = [option for option in options if option not in essential]
     for section in dict.fromkeys(option.section for option in others):
         parts.append(f"## {section or 'More options'}")
@@ -90,19 +91,10 @@ def command_page(name: str, command: Command) -> str:
 
 def entries(options: Sequence[Option]) -> list[str]:
     """One entry of a definition list per option."""
-    return [f"{_term(option)}\n:   {_escape(option.text)}" for option in options]
-
-
-def _term(option: Option) -> str:
-    name = option.metavar or option.flag
-    kind = "" if option.metavar or option.type is bool else f" {describe(option.type)}"
-    if option.type is bool:
-        name += f", --no-{option.flag[2:]}"
-    if option.default is MISSING:
-        return f"`{name}{kind}` (required)"
-    default = option.default
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    return f"`{name}{kind}`" + (f" (default: `{shown}`)" if shown not in ("", "None") else "")
+    return [
+        f"{f'`{usage_of(option)}` {default_of(option)}'.rstrip()}\n:   {_escape(option.text)}"
+        for option in options
+    ]
 
 
 def _escape(text: str) -> str:

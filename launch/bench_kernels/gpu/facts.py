@@ -4,14 +4,13 @@ import importlib.metadata
 import platform
 import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from launch.commands import ROOT
 from trainer.kernels import library, linear_cross_entropy, registry
 
-ROOT = Path(__file__).resolve().parents[3]
 UNKNOWN = "unknown"
 PACKAGES = ("torch", "triton", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4")
 
