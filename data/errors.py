@@ -1,6 +1,7 @@
-"""The one exception type for mistakes a user can fix, and the checks of options that raise it."""
+"""The exception for mistakes a user can fix, the checks that raise it, failures in words."""
 
 import dataclasses
+import errno
 from math import isfinite
 from typing import Any
 
@@ -36,3 +37,49 @@ def require_finite(config: Any) -> None:
         value = getattr(config, field.name)
         if isinstance(value, float):
             require(isfinite(value), field.name, value, "a finite number")
+
+
+_STORAGE = ("the storage failed", "check the disk or the network mount, then run the command again")
+_FULL = ("no space left on the disk, or its quota is used up", "free some space")
+_DENIED = ("permission denied", "change its permissions or name another place")
+_CAUSES = {
+    errno.ENOENT: ("no such file or folder", "correct the path"),
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.EROFS: ("read-only file system", "name a place that can be written"),
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: ("the file is larger than this file system or `ulimit -f` allows", "raise it"),
+    errno.ENOTDIR: ("part of the path is a file, not a folder", "correct the path"),
+    errno.EISDIR: ("is a folder, not a file", "name a file"),
+    errno.EEXIST: ("exists already, perhaps as a link that leads nowhere", "name another place"),
+    errno.ELOOP: ("its symbolic links lead round in a circle", "mend the links"),
+    errno.ENAMETOOLONG: ("the name is too long for this file system", "shorten it"),
+    errno.EMFILE: ("too many open files", "raise the limit: ulimit -n 65536"),
+    errno.ENFILE: ("too many open files on this machine", "close some, or raise fs.file-max"),
+    errno.ENOMEM: ("out of memory", "free some memory"),
+    errno.EIO: _STORAGE,
+    errno.ESTALE: _STORAGE,
+    errno.EREMOTEIO: _STORAGE,
+    errno.ETIMEDOUT: _STORAGE,
+    errno.ENOTCONN: _STORAGE,
+}
+
+
+def failure(error: OSError, fix: str | None = None) -> str:
+    """The cause of a failed read or write in words, and what helps: "read-only file system; ...".
+
+    Args:
+        error: what the system said. Without an errno, its own text stands for the cause.
+        fix: what helps here, in place of the usual remedy for this cause.
+    """
+    number = error.errno
+    cause, usual = _CAUSES.get(number, ("", "")) if number is not None else ("", "")
+    cause = cause or error.strerror or str(error) or type(error).__name__
+    fix = fix or usual
+    return f"{cause}; {fix}" if fix else cause
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there was no room on the disk for what was written."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,0 +1,70 @@
+"""One writer for each output folder."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.errors import InputError, failure
+from data.log import logger
+from data.machine import rank
+
+FILE_NAME = ".lock"
+_CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, doing: str, option: str = "--output") -> Iterator[None]:
+    """Holds FOLDER/.lock while the block runs; makes the folder where it is missing.
+
+    The system frees the lock when the process ends, however it ends. It holds between the machines
+    that share the folder where their file system supports flock; where it does not, a warning says
+    so and the block runs.
+
+    Args:
+        folder: what the block writes into.
+        doing: what the owner does there, for the message to others: "training".
+        option: the flag that names the folder.
+
+    Raises InputError when another process holds it, naming that process, or when the folder cannot
+    be written.
+    """
+    path = folder / FILE_NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Read before it is written: the content is the owner's until the lock is ours.
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        fix = "name another folder" if error.errno in (errno.EEXIST, errno.ENOTDIR) else None
+        raise InputError(f"{option} {folder}: {failure(error, fix)}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{option} {folder}: another process is {doing} there{_owner(path)}; wait for it "
+                f"to end, or name another {option}"
+            ) from None
+        except OSError as error:
+            if error.errno not in _CANNOT_LOCK:
+                raise InputError(f"{path}: {failure(error)}") from None
+            logger.warning(f"{folder}: this file system has no locks; start no second run there")
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+            owner = {"host": socket.gethostname(), "process": os.getpid(), "command": sys.argv[0]}
+            file.write(json.dumps(owner | {"rank": rank()}) + "\n")
+            file.flush()
+        yield
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return f" (process {owner['process']} on {owner['host']})"
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""

@@ -1,0 +1,46 @@
+"""An output folder has one writer at a time, and the next one learns who that is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.errors import InputError
+from data.locks import folder_lock
+
+HOLD = """
+import sys
+from pathlib import Path
+from data.locks import folder_lock
+with folder_lock(Path(sys.argv[1]), "training"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_second_is_refused_and_a_killed_owner_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == "held\n"
+        pattern = f"another process is training there \\(process {owner.pid} on "
+        with pytest.raises(InputError, match=pattern), folder_lock(folder, "training"):
+            pass
+        owner.kill()
+    with folder_lock(folder, "training"):
+        pass
+    with folder_lock(folder, "training"):
+        pass
+
+
+def test_a_place_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--output .*file"), folder_lock(tmp_path / "file", "x"):
+        pass
+    with pytest.raises(InputError, match="is a file"), folder_lock(tmp_path / "file" / "a", "x"):
+        pass
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone" / "far")
+    with pytest.raises(InputError, match="dangling"), folder_lock(tmp_path / "dangling", "x"):
+        pass
