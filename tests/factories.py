@@ -51,7 +51,7 @@ def write_documents(path: Path, number: int = 60, seed: int = 0) -> Path:
     return path
 
 
-def write_tokens(path: Path, tokenizer: Path, *, number: int = 60) -> Path:
+def write_tokens(path: Path, tokenizer: Path, *, number: int = 60, seq_len: int = 64) -> Path:
     """Token folder made by the real `data.tokenize` command from `write_documents`."""
     from data.tokenize import main
 
@@ -61,7 +61,7 @@ def write_tokens(path: Path, tokenizer: Path, *, number: int = 60) -> Path:
             *("--input", str(source)),
             *("--tokenizer", str(tokenizer)),
             *("--output", str(path)),
-            *("--seq-len", "64"),
+            *("--seq-len", str(seq_len)),
             *("--held-out", "0.1"),
             *("--workers", "1"),
         ]
