@@ -226,6 +226,8 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
         old, new = saved.get(name), wanted.get(name)
         part, _, field = name.partition(".")
         values = f"was {_short(old)}, now {_short(new)}"
+        if name == "initial_weights" and None in (old, new):
+            continue  # --init says it
         if name in ("source", "initial_weights"):
             told.setdefault(model, f"{model} is another model")
         elif part == "model":
