@@ -144,7 +144,10 @@ def _read(path: Path, key: str | None) -> Measurements | None:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
-    held_out, reference, importance = (json.loads(metadata[key]) for key in _KEYS)
+    try:
+        held_out, reference, importance = (json.loads(metadata[key]) for key in _KEYS)
+    except (KeyError, ValueError):
+        return None
     rotation = tensors.pop(ROTATION, None)
     return Measurements(held_out, reference, tensors if importance else None, rotation)
 

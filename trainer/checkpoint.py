@@ -39,6 +39,7 @@ from trainer.checkpoint_files import (
     read_state,
     step_of,
     tensor_problem,
+    unreadable,
     way_around,
 )
 from trainer.disk import CHECKPOINT_BYTES, free_bytes, is_out_of_space, size_text
@@ -232,8 +233,7 @@ class Checkpointer:
                 process_group=self.context.cpu_group,
             )
         except CheckpointException as error:
-            reason = _innermost(error)
-            problem = f"{path}: cannot be loaded ({reason}); {way_around(path)}"
+            problem = f"{path}: {unreadable(_innermost(error))}; {way_around(path)}"
         self.context.raise_first(problem)
         set_state_dict(
             trainer.model,

@@ -125,7 +125,7 @@ def read_state(path: Path, step: int) -> dict[str, Any]:
         raise InputError(f"{file}: {failure(error, way_around(path))}") from None
     # PyTorch raises what its zip reader, its unpickler or a damaged record happen to raise.
     except Exception as error:
-        raise InputError(f"{file}: {_unreadable(error)}; {way_around(path)}") from None
+        raise InputError(f"{file}: {unreadable(error)}; {way_around(path)}") from None
     wrong = [
         name
         for name, kind in _STATE_KEYS.items()
@@ -141,8 +141,11 @@ def read_state(path: Path, step: int) -> dict[str, Any]:
     return found
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes nothing but what describes tensors."""
+class _Unpickler(pickle._Unpickler):
+    """Makes nothing but what describes tensors.
+
+    The one written in Python: in the other a few damaged bytes allocate gigabytes.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         known = (module, name) in _TYPES
@@ -167,7 +170,7 @@ def read_metadata(path: Path, files: Iterable[str]) -> Metadata:
         raise InputError(f"{file}: {failure(error, way_around(path))}") from None
     # A damaged pickle can raise anything.
     except Exception as error:
-        raise InputError(f"{file}: {_unreadable(error)}; {way_around(path)}") from None
+        raise InputError(f"{file}: {unreadable(error)}; {way_around(path)}") from None
     return metadata
 
 
@@ -219,6 +222,10 @@ def tensor_problem(expected: Mapping[str, torch.Tensor], metadata: Metadata) -> 
     return None
 
 
-def _unreadable(error: BaseException) -> str:
+def unreadable(error: BaseException) -> str:
+    """The cause in one line, of what a library raised about a checkpoint's content."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if text.startswith("Weights only load failed"):
+        # PyTorch goes on to say how to execute it.
+        text = "it holds more than numbers, names and tensors"
     return f"not the content of a checkpoint ({text[:200]})"

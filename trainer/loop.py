@@ -138,6 +138,8 @@ class Trainer:
         """Set (on every rank) by a callback to leave the loop after the current step."""
         self._changing = False
         """Whether a step is under way whose gradients or updates are not complete."""
+        self._calling: Callback | None = None
+        """The callback that was called last."""
 
     @property
     def micro_batches(self) -> int:
@@ -165,11 +167,17 @@ class Trainer:
             # InputErrors are raised on all ranks together. Of others the peers may know nothing,
             # and saving takes all of them.
             together = isinstance(error, InputError) or self.context.world == 1
-            if together and not self._changing:
+            if together and not self._changing and (self.step == step or self._is_whole()):
                 if self.step == step:
                     self.stream.load_state_dict(order)
                 self._call("on_error")
             raise
+
+    def _is_whole(self) -> bool:
+        """Whether no callback's state misses a step at whose end one of them failed."""
+        assert self._calling is not None
+        rest = self.callbacks[self.callbacks.index(self._calling) :]
+        return all(callback.optional_state or not callback.state_dict() for callback in rest)
 
     def train_step(self) -> None:
         """One optimizer step on one global batch."""
@@ -261,4 +269,5 @@ class Trainer:
 
     def _call(self, hook: str) -> None:
         for callback in self.callbacks:
+            self._calling = callback
             getattr(callback, hook)(self)

@@ -14,6 +14,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import RECORD, committed, step_of
 from trainer.config import TrainConfig
 from trainer.disk import CHECKPOINT_BYTES, room_problem
+from trainer.identity import FILE
 from trainer.parallel import DistributedContext
 
 REPORTS = ("shear.json", "cpt.json")
@@ -43,7 +44,7 @@ class State:
     resuming: bool
     """Whether there is a checkpoint to go on from."""
     written: bool
-    """Whether there is a model."""
+    """Whether there is a model of a run."""
 
     @property
     def started(self) -> bool:
@@ -63,7 +64,7 @@ def state_of(output: Path, report: str, context: DistributedContext) -> State:
         finished = _finished(output / report, newest is not None)
         if newest is None and not finished:
             _require_no_loss(output, report)
-        written = (output / "model").exists()
+        written = (output / "model").exists() and (output / FILE).exists()
         return State(output / report if finished else None, newest is not None, written)
 
     found = context.raise_on_any_rank(look if context.is_main else lambda: None)

@@ -30,7 +30,7 @@ class StepLog:
         what is there under another name. Raises InputError when that fails."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if step == 0 and self.path.exists() and self.path.stat().st_size:
+            if step == 0 and self.path.is_file() and self.path.stat().st_size:
                 old = self.path.replace(self.path.with_name(f"{self.path.name}.old"))
                 logger.info(f"note: the run begins; {self.path.name} is kept as {old.name}")
             truncate_after(self.path, step)
@@ -107,6 +107,11 @@ class MetricsCallback(Callback):
             self.log.write(trainer.record | trainer.throughput.mfu())
             self._last = trainer.step
             self._draw(trainer)
+
+    def on_error(self, trainer: Trainer) -> None:
+        # The step is done and will be saved, though this callback's turn did not come.
+        if self._last < trainer.step == trainer.record.get("step"):
+            self.on_step_end(trainer)
 
     def on_exit(self, trainer: Trainer) -> None:
         self.log.close()
