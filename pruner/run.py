@@ -4,8 +4,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.log import logger
 from data.reader import TokenReader
 from pruner.budget import parse_budget
@@ -18,6 +16,7 @@ from pruner.measurements import (
     load_kept,
     measure_source,
     measurements_key,
+    note_kept_options,
 )
 from pruner.proposal import TARGET_FILE, resolve_together
 from pruner.report import finish
@@ -96,14 +95,8 @@ def _prune(
         log_finished(context, state.report, config.json)
         return None
     resuming = state.resuming
-    parameters = config_of(inputs.target, inputs.model).num_parameters()
-    require_room(
-        output,
-        inputs.model.num_parameters(),
-        config.train,
-        context,
-        model_bytes=parameters * getattr(torch, config.save_dtype).itemsize,
-    )
+    pruned = config_of(inputs.target, inputs.model).num_parameters()
+    require_room(output, inputs.model.num_parameters(), config.train, context, saved=pruned)
     if proposal is not None:
         publish(context, proposal, output / TARGET_FILE)
     inputs.domains.log()
@@ -221,12 +214,14 @@ def _measurements(
     config, output = inputs.config, Path(inputs.config.output)
     key = measurements_key(config, fingerprint, inputs.reader.fingerprint)
     measured = load_kept(output, None if model is None else key, context)
+    if model is None and context.is_main:
+        note_kept_options(output, config)
     if measured is None:
         assert model is not None
         logger.info("measuring the source: held-out loss and importance of its units")
         data = (inputs.reader, inputs.held_out, inputs.domains.weights)
         measured = measure_source(model, config, context, *data)
-        keep(measured, output, key, context)
+        keep(measured, output, key, context, config)
     elif model is not None and measured.rotation is not None:
         rotate(model, measured.rotation)
     if measured.rotation is not None:

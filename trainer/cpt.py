@@ -66,8 +66,6 @@ from trainer.saving import log_finished, publish, require_copy, save_pretrained
 
 SOURCE = "meta-llama/Llama-2-7b-hf"
 """The model that messages propose to shear."""
-MODEL_BYTES = 2
-"""Per parameter of the final model, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +121,7 @@ def _train(
         log_finished(context, state.report, config.json)
         return None
     parameters, resuming = inputs.shape.num_parameters(), state.resuming
-    require_room(output, parameters, train, context, model_bytes=MODEL_BYTES * parameters)
+    require_room(output, parameters, train, context, saved=parameters)
     _log_notes(inputs, config)
     teacher = load_teacher(inputs.teacher, inputs.distillation, train, inputs.shape, context)
     fresh = config.init == "random"

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def room_problem(
 
 def free_bytes(folder: Path) -> int:
     """Bytes that can be written where `folder` is, or will be."""
-    return shutil.disk_usage(_nearest(folder)).free
+    usage = shutil.disk_usage(_nearest(folder))
+    # Some network file systems do not tell: then nothing is refused.
+    return usage.free if usage.total else sys.maxsize
 
 
 def is_out_of_space(error: BaseException, folder: Path) -> bool:

@@ -19,6 +19,8 @@ from trainer.parallel import DistributedContext
 
 REPORTS = ("shear.json", "cpt.json")
 """Reports of finished runs."""
+MODEL_BYTES = 2
+"""Per parameter of the final model, at least."""
 REPLACED = ("model", "model.unchecked", "checkpoints")
 """Folders that a run replaces, or writes and removes, in its output folder."""
 
@@ -124,7 +126,7 @@ def require_room(
     train: TrainConfig,
     context: DistributedContext,
     *,
-    model_bytes: int,
+    saved: int,
 ) -> None:
     """Raises InputError on every rank when the checkpoints to come and the final model do not fit.
 
@@ -133,14 +135,14 @@ def require_room(
         parameters: of the model that is trained.
         train: steps, intervals and number of checkpoints.
         context: the ranks.
-        model_bytes: what the final model takes.
+        saved: parameters of the final model.
     """
     context.raise_on_any_rank(
-        lambda: _check_room(output, parameters, train, model_bytes) if context.is_main else None
+        lambda: _check_room(output, parameters, train, saved) if context.is_main else None
     )
 
 
-def _check_room(output: Path, parameters: int, train: TrainConfig, model_bytes: int) -> None:
+def _check_room(output: Path, parameters: int, train: TrainConfig, saved: int) -> None:
     found = committed(output / "checkpoints")
     done = step_of(found[-1]) if found else 0
     every = train.save_interval or max(1, train.steps)
@@ -151,7 +153,7 @@ def _check_room(output: Path, parameters: int, train: TrainConfig, model_bytes: 
         saves=saves,
         existing=len(found),
         keep=train.keep_checkpoints,
-        model=model_bytes,
+        model=MODEL_BYTES * saved,
     )
     if problem:
         raise InputError(problem)

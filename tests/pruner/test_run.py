@@ -262,13 +262,18 @@ def test_a_run_cut_off_before_its_report_only_finishes(inputs: Path, tmp_path: P
     assert len(losses(output)) == 8
 
 
-def test_options_that_may_change_keep_the_first_measurements(inputs: Path, tmp_path: Path) -> None:
+def test_options_that_may_change_keep_the_first_measurements(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
     shear(configure(inputs, output, keep_last_checkpoint=True))
     before = json.loads((output / "shear.json").read_text())
     (output / "shear.json").unlink()
     changes = {"eval_sequences": 3, "reference_sequences": 5, "precision": "auto"}
     shear(configure(inputs, output, **changes))
+    printed = capsys.readouterr().out
+    assert "note: --reference-sequences 5: the source was measured with 32 when" in printed
+    assert "note: --eval-sequences 3: the source was measured with 2 when" in printed
     after = json.loads((output / "shear.json").read_text())
     for name in ("reference", "source_held_out"):
         assert after[name] == before[name], name

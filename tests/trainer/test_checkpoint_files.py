@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from trainer.checkpoint_files import (
     read_marker,
     read_metadata,
 )
-from trainer.models.decoder import CausalLM
+from trainer.optimizer import build_optimizer
 from trainer.run import build_model, random_init
 
 
@@ -252,16 +253,11 @@ def test_tensors_too_many_too_few_or_of_other_sizes(workspace: Path, place: Path
     context = parallel.init(threads=1)
 
     def restore(**changes: Any) -> None:
-        from dataclasses import replace
-
         trainer = make_trainer(workspace, place.parent / "empty", options(steps=4))
         trainer.model = build_model(
             replace(SHAPE, **changes), options(), context, load=random_init(0)
         )
-        trainer.optimizer = torch.optim.AdamW(
-            [{"params": list(trainer.model.parameters())}, {"params": []}]
-        )
-        assert isinstance(trainer.model, CausalLM)
+        trainer.optimizer = build_optimizer(trainer.model, options())
         Checkpointer(place / "checkpoints", context).restore(trainer, folder(place))
 
     with pytest.raises(InputError, match=r"step-00000004: also holds .*layers\.1\..* and \d+ more"):

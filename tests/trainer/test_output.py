@@ -228,7 +228,8 @@ def test_a_link_to_a_model_leads_to_its_run(tmp_path: Path) -> None:
     assert run_of(tmp_path / "folder" / "model") == tmp_path / "folder"
     # The weights lie on another disk: the written place is the run's.
     far = tmp_path / "disk" / "shear-model"
-    (run_folder / "model").rename(far) if far.parent.mkdir() is None else None
+    far.parent.mkdir()
+    (run_folder / "model").rename(far)
     (run_folder / "model").symlink_to(far)
     assert run_of(run_folder / "model") == run_folder
     assert cpt.find_model(str(tmp_path / "LINK")) == tmp_path / "LINK"
