@@ -136,12 +136,17 @@ def build_trainer(
         callbacks=listed,
         teacher=teacher,
     )
+    _restore_newest(trainer, checkpointer)
+    return trainer
+
+
+def _restore_newest(trainer: Trainer, checkpointer: Checkpointer) -> None:
     checkpointer.clean()
     latest = checkpointer.latest()
     if latest is not None:
         checkpointer.restore(trainer, latest)
-        logger.info(f"resuming from {latest}: {trainer.step} of {config.steps} steps are done")
-    return trainer
+        done = f"{trainer.step} of {trainer.config.steps} steps are done"
+        logger.info(f"resuming from {latest}: {done}")
 
 
 def training_report(trainer: Trainer) -> dict[str, Any]:
