@@ -75,6 +75,8 @@ class Checkpointer:
         self.identity = None if identity is None else json.loads(json.dumps(identity))
         self._unproven: int | None = None
         """Step of the checkpoint saved last, until the step after it was finite."""
+        self._at: int | None = None
+        """Step of the checkpoint saved or restored last."""
 
     def latest(self) -> Path | None:
         """The newest committed checkpoint, the same on every rank.
@@ -100,7 +102,8 @@ class Checkpointer:
         """
         final = self.directory / folder_name(trainer.step)
         partial = self.directory / f".{final.name}.partial"
-        if self.context.broadcast((final / MARKER).exists()):
+        known = self._at == trainer.step and (final / MARKER).exists()
+        if self.context.broadcast(known):
             return final
         if self.context.any(not _is_finite(trainer)):
             raise InputError(
@@ -119,7 +122,7 @@ class Checkpointer:
         if self.context.is_main:
             problem = _attempt(lambda: self._commit(trainer, partial, final, hashes), partial)
         self.context.raise_first(problem)
-        self._unproven = trainer.step
+        self._unproven = self._at = trainer.step
         return final
 
     def restore(self, trainer: Trainer, path: Path) -> None:
@@ -140,7 +143,7 @@ class Checkpointer:
             group["weight_decay"] = decay
         trainer.step, trainer.tokens = state["step"], state["tokens"]
         trainer.loss = state["loss"]
-        self._unproven = trainer.step
+        self._unproven = self._at = trainer.step
         self.context.raise_on_any_rank(lambda: _load_small_states(trainer, state, path))
         if self.context.rank < len(state["rng"]):
             _set_rng_state(state["rng"][self.context.rank])
@@ -187,20 +190,27 @@ class Checkpointer:
             f"another --output and {lower}, or with --precision fp32"
         )
 
-    def remove_all(self, keep: int = 0) -> None:
-        """Removes this run's checkpoints but the `keep` newest, once its model is in place."""
-        if self.context.is_main:
-            latest = max((step_of(path) for path in self._own()), default=0)
-            self._remove_old(latest + 1, keep)
+    def remove_all(self, keep: int = 0) -> bool:
+        """Removes this run's checkpoints but the `keep` newest, once its model is in place. Returns
+        whether rank 0 found any."""
+        own = self._own() if self.context.is_main else []
+        if own:
+            self._remove_old(step_of(own[-1]) + 1, keep)
             # A link to another disk is the user's.
             if self.directory.is_dir() and not self.directory.is_symlink():
                 with contextlib.suppress(OSError):
                     self.directory.rmdir()
         self.context.barrier()
+        return bool(own)
 
     def _own(self) -> list[Path]:
-        """This run's checkpoints, oldest first."""
-        return [path for path in committed(self.directory) if _is_ours(path, self.identity)]
+        """This run's checkpoints, oldest first; none where they cannot be read, which costs no
+        run that only wants to remove some."""
+        try:
+            return [path for path in committed(self.directory) if _is_ours(path, self.identity)]
+        except InputError as error:
+            logger.warning(f"old checkpoints stay: {error}")
+            return []
 
     def _remove_old(self, before: int, keep: int) -> None:
         """Removes this run's checkpoints of steps before `before`, but the `keep` newest."""
@@ -279,10 +289,10 @@ class Checkpointer:
             marker["run"] = self.identity
         write_json(partial / MARKER, marker)
         if os.path.lexists(final):
-            # Without a marker it is none of ours.
+            # No checkpoint, or not what this run came from.
             aside = final.with_name(f"{final.name}.other-{time.time_ns()}")
             final.rename(aside)
-            logger.warning(f"{final} was no checkpoint: it is called {aside.name} now")
+            logger.warning(f"{final} was there before this step: it is called {aside.name} now")
         partial.rename(final)
         sync_folder(self.directory)
         record = self.directory.parent / RECORD

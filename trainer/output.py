@@ -175,8 +175,5 @@ def remove_checkpoints(
     """Removes the checkpoints of a run whose model and report are written, or all but the last
     (--keep-last-checkpoint)."""
     checkpointer = Checkpointer(output / "checkpoints", context, identity=identity)
-    if checkpointer.latest() is None:
-        return
-    checkpointer.remove_all(int(train.keep_last_checkpoint))
-    if not train.keep_last_checkpoint:
+    if checkpointer.remove_all(int(train.keep_last_checkpoint)) and not train.keep_last_checkpoint:
         logger.info("its checkpoints are removed (--keep-last-checkpoint keeps the last one)")

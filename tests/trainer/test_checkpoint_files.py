@@ -249,6 +249,19 @@ def test_what_is_not_ours_is_never_removed(workspace: Path, place: Path) -> None
     assert read_marker(folder(place, 5))["run"] == {"seed": 0}
 
 
+def test_a_checkpoint_put_where_the_run_arrives_is_not_taken_for_its_own(
+    workspace: Path, place: Path
+) -> None:
+    trainer = make_trainer(workspace, place, options(steps=4))
+    checkpointer = Checkpointer(place / "checkpoints", trainer.context)
+    shutil.copytree(folder(place), folder(place, 5))
+    commit(folder(place, 5), step=5, run={"seed": 5})
+    trainer.step = 5
+    assert "run" not in read_marker(checkpointer.save(trainer))
+    (aside,) = (place / "checkpoints").glob("*.other-*")
+    assert json.loads((aside / MARKER).read_text())["run"] == {"seed": 5}
+
+
 def test_tensors_too_many_too_few_or_of_other_sizes(workspace: Path, place: Path) -> None:
     context = parallel.init(threads=1)
 

@@ -29,9 +29,10 @@ class GuardCallback(Callback):
 
     def _remedy(self, trainer: Trainer) -> str:
         if trainer.step == 0:
+            models = "weights" if trainer.teacher is None else "or the teacher's weights"
             return (
                 "No step was made before it, so the learning rate has no part in it: the start "
-                "model's weights are damaged, or --precision does not suit them (--precision fp32 "
-                "is the safe one)"
+                f"model's {models} are damaged, or --precision does not suit them (--precision "
+                "fp32 is the safe one)"
             )
         return self.checkpointer.way_back(trainer)
