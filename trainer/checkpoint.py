@@ -168,9 +168,11 @@ class Checkpointer:
         """How to go on after losses, gradients or weights that are not finite; collective."""
         found = self.context.raise_on_any_rank(lambda: committed(self.directory)[-2:])
         found, config = self.context.broadcast(found), trainer.config
+        rate = f"--lr {config.lr / 2:g}"
         lower = (
-            f"a lower --lr or --clip (now {config.lr:g} and {config.clip:g}), such as "
-            f"--lr {config.lr / 2:g}"
+            f"a lower --lr or --clip (now {config.lr:g} and {config.clip:g}), such as {rate}"
+            if config.clip
+            else f"a lower --lr (now {config.lr:g}) and with clipping, such as {rate} --clip 1"
         )
         if not found:
             return f"Run the same command with {lower}: it starts again, no checkpoint exists yet"

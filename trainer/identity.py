@@ -161,7 +161,8 @@ def _written(output: Path, own: dict[str, Any] | None) -> dict[str, Any] | None:
     except InputError as error:
         if own is None:
             raise
-        logger.warning(f"{error}. It is written again from the newest checkpoint")
+        cause = str(error).partition(";")[0]
+        logger.warning(f"{cause}: it is written again from the newest checkpoint")
         return None
     if written is None and own is not None:
         logger.warning(
