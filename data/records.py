@@ -1,6 +1,7 @@
 """One reader for every JSON file and JSON line: what cannot be used is named with its place."""
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ def read_text(path: Path, fix: str | None = None) -> str:
     Raises InputError naming the path, the cause and `fix` when it cannot be read.
     """
     try:
+        mode = path.stat().st_mode
+        # A pipe that nobody writes to would be waited for without end.
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{path}: not a regular file; {fix or 'give one'}")
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {failure(error, fix)}") from None

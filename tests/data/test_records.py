@@ -74,6 +74,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_text(tmp_path / "none", "make it")
     with pytest.raises(InputError, match="is a folder, not a file"):
         read_text(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_text(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(InputError, match="round in a circle"):
         read_text(tmp_path / "loop")
