@@ -29,9 +29,12 @@ LIBRARIES = (
     # Its deterministic backward pass takes heads of at most 192 channels.
     Library("flash_attn_interface", ((9, 192),), -1),
     Library("flash_attn.cute", ((9, 256), (10, 128)), None),
-    Library("flash_attn", ((8, 256), (9, 256), (10, 256), (12, 256)), -1),
+    # On 9 and 10 PyTorch's own attention is at least this one (docs/decisions/0011).
+    Library("flash_attn", ((8, 256), (12, 256)), -1),
 )
 """FlashAttention-3, 4 and 2, in the order in which they are taken."""
+
+_problems: dict[str, str] = {}
 
 
 def backend(device: torch.device | None = None) -> Literal["flash", "sdpa"]:
@@ -73,10 +76,22 @@ def _function(library: Library) -> Callable[..., Any] | None:
     try:
         module = importlib.import_module(library.module)
     # Packages for other hardware or versions fail at import in many ways.
-    except Exception:
+    except Exception as error:
+        if not isinstance(error, ModuleNotFoundError) or not _is_part(error.name, library.module):
+            _problems[library.module] = f"{type(error).__name__}: {error}"
         return None
     function: Callable[..., Any] | None = getattr(module, "flash_attn_func", None)
     return function
+
+
+def _is_part(name: str | None, module: str) -> bool:
+    """Whether a module that was not found is the package asked for, and not one that it needs."""
+    return name is not None and f"{module}.".startswith(f"{name}.")
+
+
+def problems() -> dict[str, str]:
+    """Packages that are installed and could not be imported when they were asked for, and why."""
+    return dict(_problems)
 
 
 def attend(
