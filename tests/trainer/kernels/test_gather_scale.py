@@ -68,6 +68,24 @@ def test_backward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
             assert bool((found[0][outside] == 0).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_summed_in_fp32_are_not_rounded_first(backend: str, dtype: torch.dtype) -> None:
+    """Passes that share a weight hand over the fp32 sum of their gradients."""
+    for seed in range(6):
+        case = draw_case(seed, dtype)
+        gradient = torch.randn(case.n, case.m)
+        poison()
+        found = gather_scale_backward(gradient, *case, (True, True, True))
+        sizes = expected_backward(
+            Case(*(x.abs() if x is not None and x.is_floating_point() else x for x in case)),
+            gradient.abs(),
+        )
+        expected = expected_backward(case, gradient)
+        for result, wanted, size in zip(found, expected, sizes, strict=True):
+            if result is not None:
+                assert_close(result, wanted, size)
+
+
 def test_mask_gradients_are_exact_where_the_mask_is_zero(backend: str) -> None:
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     row_scale, column_scale = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.0])
@@ -151,9 +169,10 @@ def test_operator_is_registered_correctly(arguments: tuple[Tensor | None, ...]) 
             needs[1] and detached[2] is not None,
             needs[2] and detached[4] is not None,
         )
-        torch.library.opcheck(
-            torch.ops.shorn.gather_scale_backward.default, (gradient, *detached, *wanted)
-        )
+        for summed in (gradient, gradient.float()):
+            torch.library.opcheck(
+                torch.ops.shorn.gather_scale_backward.default, (summed, *detached, *wanted)
+            )
 
 
 def test_compiles_without_graph_break(backend: str) -> None:
