@@ -27,6 +27,8 @@ ROWS, WIDTH = 16, 64
 LARGEST_DIFFERENCE = 0.05
 """From the reference, over its largest value: bf16 rounds at different places."""
 MESSAGE_CHARACTERS = 300
+CUDNN = 91501
+"""The first version of cuDNN whose attention PyTorch prefers (docs/decisions/0011)."""
 
 NAMES: dict[Backend, str] = {
     "c++": "the compiled C++ code",
@@ -98,8 +100,17 @@ def describe(running: dict[str, Backend], device: torch.device) -> str:
     """What runs, by operator, and which of PyTorch's own attentions where a GPU has several."""
     words = {name: str(backend) for name, backend in running.items()}
     if device.type == "cuda" and running["attention"] in ("sdpa", "reference"):
-        words["attention"] += f" ({sdpa_backend(device)})"
+        words["attention"] += f" ({_own_attention(device)})"
     return ", ".join(f"{name} {by}" for name, by in words.items())
+
+
+def _own_attention(device: torch.device) -> str:
+    """What PyTorch takes, and on GPUs where it prefers cuDNN's why it takes another."""
+    found, version = sdpa_backend(device), torch.backends.cudnn.version() or 0
+    prefers = torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+    if prefers and found != "cudnn" and version < CUDNN:
+        return f"{found}; cuDNN's is preferred from cuDNN 9.15.1 on, as PyTorch for CUDA 13 has it"
+    return found
 
 
 def _outcome(choice: Kernels, device: torch.device, without: set[Backend]) -> Outcome:

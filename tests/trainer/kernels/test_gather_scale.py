@@ -23,6 +23,15 @@ from trainer.kernels.gather_scale import gather_scale, gather_scale_backward
 BACKENDS = ("reference", "compiled")
 
 
+def absolute(case: Case) -> Case:
+    """Its backward pass adds up the magnitudes of what that of `case` adds up."""
+    return case._replace(
+        weight=case.weight.abs(),
+        row_scale=None if case.row_scale is None else case.row_scale.abs(),
+        column_scale=None if case.column_scale is None else case.column_scale.abs(),
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
     for case, _ in draw_cases(dtype):
@@ -47,12 +56,7 @@ def test_backward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
         poison()
         found = gather_scale_backward(gradient, *case, needs)
         expected = expected_backward(case, gradient)
-        absolute = case._replace(
-            weight=case.weight.abs(),
-            row_scale=None if case.row_scale is None else case.row_scale.abs(),
-            column_scale=None if case.column_scale is None else case.column_scale.abs(),
-        )
-        sizes = expected_backward(absolute, gradient.abs())
+        sizes = expected_backward(absolute(case), gradient.abs())
         present = (True, case.row_scale is not None, case.column_scale is not None)
         for index, tensor in enumerate(found):
             assert (tensor is not None) == (needs[index] and present[index])
@@ -76,10 +80,7 @@ def test_gradients_summed_in_fp32_are_not_rounded_first(backend: str, dtype: tor
         gradient = torch.randn(case.n, case.m)
         poison()
         found = gather_scale_backward(gradient, *case, (True, True, True))
-        sizes = expected_backward(
-            Case(*(x.abs() if x is not None and x.is_floating_point() else x for x in case)),
-            gradient.abs(),
-        )
+        sizes = expected_backward(absolute(case), gradient.abs())
         expected = expected_backward(case, gradient)
         for result, wanted, size in zip(found, expected, sizes, strict=True):
             if result is not None:

@@ -175,11 +175,30 @@ def test_pytorchs_own_attention_is_named(
 ) -> None:
     """Where a GPU has several."""
     monkeypatch.setattr(trial, "sdpa_backend", lambda device: "cudnn")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     running: dict[str, Backend] = {"attention": attention, "rope": "triton"}
     told = trial.describe(running, torch.device("cuda"))
     assert told == f"attention {words}, rope triton"
     assert trial.describe(running, CPU) == f"attention {attention}, rope triton"
     assert trial.describe({"attention": "flash"}, torch.device("cuda")) == "attention flash"
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "hint"),
+    [((9, 0), 91002, True), ((9, 0), 91501, False), ((8, 0), 91002, False), ((9, 0), None, True)],
+)
+def test_a_cudnn_that_pytorch_does_not_prefer_is_said(
+    capability: tuple[int, int],
+    version: int | None,
+    hint: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trial, "sdpa_backend", lambda device: "flash")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    told = trial.describe({"attention": "sdpa"}, torch.device("cuda"))
+    assert told.startswith("attention sdpa (flash")
+    assert ("from cuDNN 9.15.1 on" in told) == hint
 
 
 def test_random_numbers_of_a_run_are_left_alone() -> None:
