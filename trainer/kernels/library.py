@@ -1,6 +1,7 @@
 """The compiled operators of csrc/, where they were built."""
 
 import re
+import struct
 from pathlib import Path
 
 import torch
@@ -24,10 +25,15 @@ def load() -> None:
         if not path.exists() or (device == "cuda" and torch.version.cuda is None):
             continue
         # One built for another machine or PyTorch, or from older sources, is as good as none.
+        if _is_cut_short(path):
+            _problems[device] = "is cut short"
+            continue
         try:
             torch.ops.load_library(path)
         except (OSError, RuntimeError) as error:
-            _problems[device] = f"does not load ({str(error).splitlines()[0]})"
+            # PyTorch's own words leave out why.
+            reason = str(error.__cause__ or error).splitlines()
+            _problems[device] = f"does not load ({reason[0] if reason else type(error).__name__})"
             continue
         if all(_implements(name, device) for name in NAMES):
             _loaded.add(device)
@@ -37,6 +43,19 @@ def load() -> None:
 
 def _path(device: str) -> Path:
     return FOLDER / f"_shorn_{device}.so"
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether an ELF file ends before its table of sections does. Loading it would end the process:
+    its missing pages are mapped, and reading one is a bus error."""
+    data = path.read_bytes()
+    if not data.startswith(b"\x7fELF\x02\x01"):
+        return False
+    if len(data) < 64:
+        return True
+    (start,) = struct.unpack_from("<Q", data, 0x28)
+    size, count = struct.unpack_from("<HH", data, 0x3A)
+    return bool(len(data) < start + size * count)
 
 
 def _implements(name: str, device: str) -> bool:

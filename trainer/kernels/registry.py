@@ -244,12 +244,8 @@ def _check(choice: str, kind: str) -> None:
             f"--kernels triton needs a GPU, and this run is on {kind}: use --kernels auto"
         )
     if choice == "cuda" and not (kind == "cuda" and library.is_loaded(kind)):
+        problem = library.problem(kind) if kind == "cuda" else None
         raise InputError(
             f"--kernels cuda needs a GPU and the compiled operators, and this run is on {kind}"
-            f"{_why_not_compiled(kind)}: {library.BUILD}, or use --kernels auto"
+            f"{'' if problem is None else f'. {problem}'}: {library.BUILD}, or use --kernels auto"
         )
-
-
-def _why_not_compiled(kind: str) -> str:
-    problem = library.problem(kind)
-    return "" if problem is None else f". {problem}"

@@ -55,8 +55,27 @@ def test_runs_without_a_usable_library(tmp_path: Path) -> None:
     *lines, problems = result.stdout.splitlines()
     assert lines == ["reference", "gather_scale: row index 4 is out of range for 4 rows"]
     assert problems.startswith(f"{tmp_path / '_shorn_cpu.so'} does not load (")
+    assert "Could not load" not in problems
     assert "; it was built with torch 2.10.0+cu126, CUDA 12.6, and this is torch " in problems
     assert problems.endswith(" None")
+
+
+@pytest.mark.parametrize("size", [5, 40, 4096, -1])
+def test_a_library_that_is_cut_short_is_not_loaded(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end the process."""
+    whole = library._path("cpu")
+    if not library.is_loaded("cpu"):
+        pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
+    assert not library._is_cut_short(whole)
+    (tmp_path / whole.name).write_bytes(whole.read_bytes()[:size])
+    for name, value in (("FOLDER", tmp_path), ("_loaded", set()), ("_problems", {})):
+        monkeypatch.setattr(library, name, value)
+    library.load()
+    problem = library.problem("cpu")
+    assert not library.is_loaded("cpu") and problem is not None
+    assert ("is cut short" in problem) == (size != 5)
 
 
 def test_a_library_of_other_operators_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
