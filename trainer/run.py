@@ -21,7 +21,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
 from trainer.distillation import Teacher
 from trainer.evaluate import report as held_out_report
-from trainer.kernels import registry
+from trainer.kernels import registry, trial
 from trainer.loop import Callback, Trainer
 from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
@@ -33,10 +33,10 @@ from trainer.throughput import Throughput
 
 
 def choose_kernels(choice: registry.Kernels, context: DistributedContext) -> None:
-    """Chooses what computes the operators from now on, and says it. Raises InputError where that
-    cannot run on the ranks' devices."""
-    running = registry.choose(choice, context.device)
-    logger.info("kernels: " + ", ".join(f"{name} {by}" for name, by in running.items()))
+    """Chooses what computes the operators from now on, the same on every rank, tries it and says
+    it. Raises InputError where that cannot run on the ranks' devices."""
+    running = trial.settle(choice, context.device, context.gather)
+    logger.info(f"kernels: {trial.describe(running, context.device)}")
 
 
 def build_model(
