@@ -98,7 +98,8 @@ def measure_source(
     losses = {}
     if held_out is not None:
         count = config.train.eval_sequences
-        losses = report(evaluate(model, held_out, held_out.domains, count, batch, context))
+        data = (held_out, held_out.domains, count, batch, context)
+        losses = report(evaluate(model, *data, description="measure on held-out text"))
     reference = measured_reference(model, reader, config.reference_sequences, batch, context)
     masks = config.masks
     sequences = calibration_set(reader, weights, masks.calibration_sequences)
