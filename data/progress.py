@@ -99,9 +99,8 @@ class Progress(AbstractContextManager["Progress"]):
             _shown.remove(self)
             if _shown:
                 _shown[-1]._show()
-        elif self.enabled and self._printed != self.completed:
-            if self._printed is not None or not self.transient:
-                self._print_line()
+        elif self.enabled and self._printed != self.completed and self._worth_a_line():
+            self._print_line()
         self.enabled = False
 
     def __exit__(self, *_: object) -> None:
@@ -161,6 +160,9 @@ class Progress(AbstractContextManager["Progress"]):
         self._live.transient = self.transient or not last
         self._live.stop()
         self._live = None
+
+    def _worth_a_line(self) -> bool:
+        return not self.transient or self._printed is not None
 
     def _amount(self) -> str:
         done = _format_amount(self.completed, self.unit)
