@@ -156,8 +156,7 @@ def calibration_batches(
     with Progress(description, total=len(sequences), unit="sequence", transient=True) as bar:
         for start in range(0, len(sequences), micro_batch * context.world):
             passed = sequences[start : start + micro_batch * context.world]
-            share = -(-len(passed) // context.world)
-            mine = passed[context.rank * share :][:share]
+            mine = passed[context.rank * micro_batch :][:micro_batch]
             # Ranks without work left run a sequence that does not count: gathers are collective.
             ids = mine if len(mine) else passed[:1]
             weights = torch.full((len(ids),), float(len(mine) > 0), dtype=torch.float64)

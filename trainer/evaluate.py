@@ -62,8 +62,7 @@ def evaluate(
     with Progress(description, total=len(rows), unit="sequence", transient=True) as bar:
         for start in range(0, len(rows), context.world * batch):
             passed = rows[start : start + context.world * batch]
-            share = -(-len(passed) // context.world)
-            mine = passed[context.rank * share :][:share]
+            mine = passed[context.rank * batch :][:batch]
             # Every rank makes the same number of passes, because gathering weights is collective:
             # one without work left runs a sequence that does not count.
             ids, owners = context.raise_on_any_rank(

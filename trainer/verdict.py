@@ -226,7 +226,7 @@ def conclude(stages: Sequence[Stage], weights: Mapping[str, float]) -> Verdict:
         means = [replace(stage, losses={"mean": overall(stage.losses)}) for stage in shown]
         rows.append(_row(means, "mean", closed is not None))
         rows[-1] += [f"{sum(weights.values()):.3f}"] if weights else []
-        lines += _summary(shown, closed)
+        lines.append(_summary(shown, header[1 : len(shown) + 1], closed))
     lines += [*_gaps(stages, shown, weights), *_sizes(stages)]
     return Verdict(header, rows, lines)
 
@@ -250,16 +250,16 @@ def _share_of_gap(stages: Sequence[Stage]) -> float | None:
     return (mean[SHEARED] - mean[TRAINED]) / gap if gap >= LEAST_GAP else None
 
 
-def _summary(shown: Sequence[Stage], closed: float | None) -> list[str]:
+def _summary(shown: Sequence[Stage], names: Sequence[str], closed: float | None) -> str:
     means = [overall(stage.losses).loss for stage in shown]
     text = f"held-out loss {' → '.join(f'{mean:.3f}' for mean in means)} nats per token"
     if len(shown) > 1:
-        text += f" ({' → '.join(stage.name for stage in shown[:-1])} → now)"
+        text += f" ({' → '.join(names)})"
     if closed is not None and closed >= 0:
         text += f": training took back {closed:.0%} of what shearing lost"
     elif closed is not None:
         text += ": training made it worse"
-    return [text]
+    return text
 
 
 def _gaps(
@@ -316,7 +316,8 @@ def show(verdict: Verdict, commands: Sequence[str] = ()) -> None:
         return
     console = Console(highlight=False, markup=False)
     if verdict.rows:
-        table = Table(title="held-out loss (nats per token)")
+        console.print("held-out loss (nats per token):")
+        table = Table()
         for index, heading in enumerate(verdict.header):
             table.add_column(heading, justify="right" if index else "left", overflow="fold")
         for row in verdict.rows:
