@@ -197,7 +197,7 @@ def taylor(model: CausalLM, sequences: Tensor, context: DistributedContext) -> d
 def magnitudes(model: CausalLM) -> dict[str, Tensor]:
     """Euclidean norm of the weights in matrices that a unit's removal would remove; see `measure`.
 
-    A query head's are its rows of q_proj and columns of o_proj; a KV group's those of all its query
+    A query head's are its rows of q_proj and columns of o_proj; a KV head's those of all its query
     heads and its rows of k_proj and v_proj. Every rank gathers the matrices one at a time.
     """
     shape = shape_of(model.config)

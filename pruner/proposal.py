@@ -197,7 +197,7 @@ def _explain(record: dict[str, Any], budget: Budget, source: Shape, target: Shap
         "hidden": (source.hidden, target.hidden),
         "heads": (source.heads, target.heads),
         "KV heads": (source.kv_heads, target.kv_heads),
-        "feed-forward channels": (source.ffn, target.ffn),
+        "FFN channels": (source.ffn, target.ffn),
         "parameters": tuple(record["parameters"].values()),
         "  without embeddings": tuple(record["non_embedding_parameters"].values()),
     }

@@ -20,7 +20,7 @@ from pruner.measurements import Measurements
 from pruner.proposal import measured_seconds
 from pruner.rules import Rule
 from pruner.shapes import Shape, shape_of
-from pruner.units import kept_indices, on_counts, polarised, span, to_masks
+from pruner.units import kept_indices, label, on_counts, polarised, span, to_masks
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
@@ -202,7 +202,7 @@ def _put_in_place(z: dict[str, Tensor], rotation: Tensor | None, output: Path) -
 
 
 def _warn_unpolarised(report: dict[str, Any]) -> None:
-    units = ", ".join(f"{name} {count}" for name, count in report["kept_not_alive"].items())
+    units = ", ".join(f"{label(name)} {count}" for name, count in report["kept_not_alive"].items())
     logger.warning(
         f"the masks did not polarise. Kept units that are not on (z < 0.99): {units}; their values "
         "are folded into the weights. More steps help, and --rule projection always polarises"
@@ -239,7 +239,7 @@ def print_units(report: dict[str, Any]) -> None:
         shapes.add_column(heading, justify="left" if heading == "units" else "right")
     for name, kind in report["families"].items():
         shapes.add_row(
-            name,
+            label(name),
             str(kind["rows"]),
             str(kind["units"]),
             str(kind["target"]),

@@ -14,6 +14,7 @@ from launch.compare.config import CompareConfig, Method
 from launch.compare.stages import StageMaker
 from launch.stages import Plan, Task, announce
 from pruner.shapes import Shape, config_of, shape_of, validate
+from pruner.units import label
 from trainer.models.config import ModelConfig
 
 RULES = ("projection", "paper")
@@ -112,7 +113,7 @@ def print_results(results: dict[str, Any]) -> None:
         for name, sizes in row["families"].items():
             kept, on = sum(row["kept"][name]), sum(row["alive"][name])
             units = (sizes["target"] * sizes["rows"], kept, on, kept - on)
-            label = (f"{100 * row['sparsity']:g}%", row["rule"], str(row["seed"]), name)
-            table.add_row(*label, *(f"{value:,}" for value in units))
+            words = (f"{100 * row['sparsity']:g}%", row["rule"], str(row["seed"]), label(name))
+            table.add_row(*words, *(f"{value:,}" for value in units))
         table.add_section()
     Console().print(table)

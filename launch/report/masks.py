@@ -18,25 +18,14 @@ from launch.report.figures import (
 )
 from launch.report.run_folder import Run, removed_layers, unit_counts
 from pruner.history import BINS, COLUMNS, decode_mask, group_means
+from pruner.units import LABELS, label
 
-LABELS = {
-    "hidden": "hidden dimensions",
-    "layer": "layers",
-    "kv_group": "KV groups per layer",
-    "query_head": "query heads per group",
-    "intermediate": "FFN channels per layer",
-}
 INDEX = "index in the source model"
 COMPONENT = "principal component of the source's residual stream"
 LINED_COLUMNS = 64
 """Most columns of a heat map with lines between its cells."""
 SETTLE_ROWS = 240
 """Most rows of a picture with one row per unit; more units are averaged."""
-
-
-def label(kind: str) -> str:
-    """A unit kind in words."""
-    return LABELS.get(kind, kind.replace("_", " "))
 
 
 def mask_groups(run: Run) -> list[Group]:
@@ -150,7 +139,7 @@ def on_over_time(run: Run) -> Group:
         pictures.append(Picture(label(kind), alt, partial(_paint_counts, series=series)))
     caption = (
         "Units whose mask is at least 0.99. The band spans all rows of a kind (layers, or KV "
-        "groups), so it should close on the target: units below it are still between 0 and 1."
+        "heads), so it should close on the target: units below it are still between 0 and 1."
     )
     legend = [("c0", "on, mean over rows"), ("band", "smallest to largest row")]
     return Group("Units that are on", caption, pictures, [*legend, ("target", "target")])

@@ -22,7 +22,7 @@ from launch.report.config import ReportConfig
 from launch.report.curves import training_groups
 from launch.report.figures import COLOURS, ORANGE, RAMP, Group, Picture
 from launch.report.markup import Html, element, table
-from launch.report.masks import label, mask_groups
+from launch.report.masks import mask_groups
 from launch.report.run_folder import (
     Run,
     UnitCounts,
@@ -31,6 +31,7 @@ from launch.report.run_folder import (
     removed_layers,
     unit_counts,
 )
+from pruner.units import label
 
 HERE = Path(__file__).parent
 UNKNOWN = "not known yet"
