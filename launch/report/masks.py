@@ -129,7 +129,8 @@ def on_over_time(run: Run) -> Group:
     pictures = []
     for kind in (name for name in LABELS if run.metrics and f"alive_{name}_min" in run.metrics[-1]):
         keys = ("step", f"alive_{kind}_min", f"alive_{kind}", f"alive_{kind}_max", f"target_{kind}")
-        series = np.array([[record[key] for key in keys] for record in run.metrics], float).T
+        rows = [[record.get(key, np.nan) for key in keys] for record in run.metrics]
+        series = np.array(rows, float).T
         steps, low, _, high, target = series
         alt = (
             f"{label(kind)} that are on, over steps: {low[0]:g} to {high[0]:g} at step "
@@ -149,7 +150,7 @@ def _paint_counts(axis: Any, series: np.ndarray) -> None:
     steps, low, mean, high, target = series
     band(axis, steps, low, mean, high)
     line(axis, steps, target, color=ORANGE, linestyle="--")
-    label_axes(axis, "step", "units per row", ylim=(0, 1.05 * series[1:].max()))
+    label_axes(axis, "step", "units per row", ylim=(0, 1.05 * np.nanmax(series[1:])))
 
 
 def histograms(run: Run) -> Group:

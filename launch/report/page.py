@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -21,6 +22,7 @@ from data.log import logger
 from launch.report.config import ReportConfig
 from launch.report.curves import training_groups
 from launch.report.figures import COLOURS, ORANGE, RAMP, Group, Picture
+from launch.report.lineage import Line, lines_of, run_names
 from launch.report.markup import Html, element, table
 from launch.report.masks import mask_groups
 from launch.report.run_folder import (
@@ -31,6 +33,7 @@ from launch.report.run_folder import (
     removed_layers,
     unit_counts,
 )
+from launch.report.verdicts import verdict_sections
 from pruner.units import label
 
 HERE = Path(__file__).parent
@@ -43,10 +46,10 @@ def run(config: ReportConfig) -> dict[str, Any]:
     Raises InputError for folders that hold no run, without matplotlib, and for a file that cannot
     be written.
     """
+    _refuse_repeated(config.runs)
     runs = [read_run(Path(folder)) for folder in config.runs]
-    if sum(one.command == "shear" for one in runs) > 1:
-        raise InputError("more than one run of pruner.shear is named; write one page for each")
     runs.sort(key=lambda one: one.command != "shear")
+    lines = lines_of(runs)
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the page's pictures need matplotlib: pip install -e '.[demo]'")
     path = Path(config.output) if config.output else runs[0].folder / "report.html"
@@ -54,9 +57,8 @@ def run(config: ReportConfig) -> dict[str, Any]:
     require_writable(config.json, "--json")
     if config.figures is not None:
         require_writable(Path(config.figures) / "loss.png", "--figures")
-    masks = [group for one in runs if one.command == "shear" for group in mask_groups(one)]
-    groups = [*masks, *training_groups(runs)]
-    text = page(runs, groups)
+    groups = [*_mask_groups(runs), *training_groups(lines)]
+    text = page(runs, lines, groups)
     write_text(path, text)
     numbers: dict[str, Any] = {"page": str(path), "bytes": len(text.encode())}
     numbers["runs"] = [facts(one) for one in runs]
@@ -67,18 +69,38 @@ def run(config: ReportConfig) -> dict[str, Any]:
     return numbers
 
 
+def _refuse_repeated(folders: Sequence[str]) -> None:
+    known: dict[Path, str] = {}
+    for folder in folders:
+        path = Path(folder).resolve()
+        if path in known:
+            raise InputError(f"{folder} is named twice: name each run once")
+        known[path] = folder
+
+
+def _mask_groups(runs: Sequence[Run]) -> list[Group]:
+    """Those of every shearing run; their titles name it where there are several."""
+    shears = [one for one in runs if one.command == "shear"]
+    names = run_names(shears)
+    groups = []
+    for one, name in zip(shears, names, strict=True):
+        suffix = f": {name}" if len(shears) > 1 else ""
+        groups += [replace(group, title=group.title + suffix) for group in mask_groups(one)]
+    return groups
+
+
 def write_figures(folder: Path, groups: Sequence[Group]) -> None:
     """Writes FOLDER/<title>.png for every group, such as units-that-are-on.png and loss.png."""
     for group in groups:
-        name = group.title.lower().replace(" ", "-")
+        name = group.title.lower().replace(" ", "-").replace("/", "-")
         write_bytes(folder / f"{name}.png", group.png())
 
 
-def page(runs: Sequence[Run], groups: Sequence[Group]) -> str:
-    """The whole page about runs that followed each other."""
+def page(runs: Sequence[Run], lines: Sequence[Line], groups: Sequence[Group]) -> str:
+    """The whole page about runs, which stand in `lines`."""
     style = (HERE / "style.css").read_text("utf-8") + _colours()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
-    body = [_head(one) for one in runs]
+    body = [*verdict_sections(lines), *(_head(one) for one in runs)]
     body += [_units(one) for one in runs if one.command == "shear"]
     body += [_group(group) for group in groups]
     body += [_configuration(one) for one in runs]
