@@ -160,7 +160,8 @@ def losses(lines: Sequence[Line], curves: Sequence[Curve]) -> Group:
     legend = [("c0", "training text" + (", smoothed" if long else ""))]
     if several:
         legend = [("c0", f"{lines[0].name}: training text" + (", smoothed" if long else ""))]
-    legend += [("held", "held-out text")] if text is not None else []
+    held = f"{lines[0].name}: held-out text" if several else "held-out text"
+    legend += [("held", held)] if text is not None else []
     legend += [
         (
             f"c{COLOURS.index(line_colour(index))}",

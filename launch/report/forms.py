@@ -59,16 +59,28 @@ def read_history(path: Path, model: ModelConfig) -> list[dict[str, Any]]:
     return read_records(path, lambda record: _is_history(record, sizes))
 
 
-def read_report(path: Path, command: str) -> dict[str, Any]:
-    """The report of a finished run of `command`. Raises InputError when it is not of that form."""
+def read_report(path: Path, command: str, model: ModelConfig) -> dict[str, Any]:
+    """The report of a finished run of `command` that started from `model`. Raises InputError when
+    it is not of that form."""
     report: dict[str, Any] = read_json(path, FIX)
-    form = _SHEAR_REPORT if command == "shear" else _REPORT
-    names = set(report.get("families", ()))
-    known = all(fits(report.get(key, {}), dict.fromkeys(names, list)) for key in ("alive", "kept"))
     losses = (report.get("held_out") or {}, report.get("source_held_out") or {})
-    if not fits(report, form) or not known or not all(map(_counted, losses)):
+    usable = fits(report, _SHEAR_REPORT if command == "shear" else _REPORT)
+    usable = usable and all(map(_counted, losses))
+    if not usable or (command == "shear" and not _has_units(report, model)):
         raise InputError(f"{path}: not a report of {command} as this version reads it; {FIX}")
     return report
+
+
+def _has_units(report: dict[str, Any], model: ModelConfig) -> bool:
+    """Whether the counts of units are those of `model`."""
+    sizes = unit_sizes(shape_of(model))
+    for name, kind in report.get("families", {}).items():
+        if sizes.get(name) != (kind["rows"], kind["units"]):
+            return False
+        counts = [report.get(key, {}).get(name, ()) for key in ("alive", "kept")]
+        if any(len(rows) != kind["rows"] for rows in counts):
+            return False
+    return True
 
 
 def require_masks(masks: dict[str, np.ndarray], model: ModelConfig, path: Path) -> None:

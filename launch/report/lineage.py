@@ -33,14 +33,21 @@ def is_random(run: Run) -> bool:
 def lines_of(runs: Sequence[Run]) -> list[Line]:
     """`runs` in lines: the first run named that started from a run's model goes on in its line, the
     others begin lines of their own."""
-    parents = [_parent(runs, index) for index in range(len(runs))]
+    parents: list[int | None] = []
+    for index in range(len(runs)):
+        parent = _parent(runs, index)
+        # A copied folder can seem to have made what it started from.
+        round_again = parent is not None and index in (parent, *_ancestors(parents, parent))
+        parents.append(None if round_again else parent)
     children: dict[int, list[int]] = {}
     for index, parent in enumerate(parents):
         if parent is not None:
             children.setdefault(parent, []).append(index)
     names = run_names(runs)
     lines = []
-    for index, parent in enumerate(parents):
+    order = sorted(range(len(runs)), key=lambda index: len(_ancestors(parents, index)))
+    for index in order:
+        parent = parents[index]
         if parent is not None and children[parent][0] == index:
             continue
         chain = [index]
@@ -49,8 +56,16 @@ def lines_of(runs: Sequence[Run]) -> list[Line]:
         after = None if parent is None else runs[parent]
         name, own = names[chain[-1]], [runs[one] for one in chain]
         lines.append(Line(name, own, after, is_random(own[0])))
-    # What started from a model of ours comes before the baselines from random weights.
+    # Lines come after those that they go on from, and baselines from random weights last.
     return sorted(lines, key=lambda line: line.random)
+
+
+def _ancestors(parents: Sequence[int | None], index: int) -> list[int]:
+    found: list[int] = []
+    while index < len(parents) and (parent := parents[index]) is not None:
+        found.append(parent)
+        index = parent
+    return found
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

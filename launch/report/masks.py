@@ -16,9 +16,10 @@ from launch.report.figures import (
     label_axes,
     line,
 )
-from launch.report.run_folder import Run, removed_layers, unit_counts
+from launch.report.run_folder import Run, removed_layers
 from pruner.history import BINS, COLUMNS, decode_mask, group_means
-from pruner.units import LABELS, label
+from pruner.shapes import shape_of
+from pruner.units import LABELS, label, unit_sizes
 
 INDEX = "index in the source model"
 COMPONENT = "principal component of the source's residual stream"
@@ -77,8 +78,8 @@ def _layered(run: Run) -> dict[str, tuple[np.ndarray, int]]:
     if "query_head" in shown:
         own = shown.pop("query_head").reshape(run.model.num_layers, -1)
         heads = own if heads is None else heads * own
-    counts = unit_counts(run)
-    layered = {label(name): (values, counts[name].units) for name, values in shown.items()}
+    sizes = unit_sizes(shape_of(run.model))
+    layered = {label(name): (values, sizes[name][1]) for name, values in shown.items()}
     if heads is not None:
         layered["query heads per layer"] = (heads, heads.shape[1])
     return layered

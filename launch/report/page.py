@@ -92,7 +92,7 @@ def _mask_groups(runs: Sequence[Run]) -> list[Group]:
 def write_figures(folder: Path, groups: Sequence[Group]) -> None:
     """Writes FOLDER/<title>.png for every group, such as units-that-are-on.png and loss.png."""
     for group in groups:
-        name = group.title.lower().replace(" ", "-").replace("/", "-")
+        name = group.title.lower().replace(": ", "-").replace(" ", "-").replace("/", "-")
         write_bytes(folder / f"{name}.png", group.png())
 
 
@@ -101,7 +101,9 @@ def page(runs: Sequence[Run], lines: Sequence[Line], groups: Sequence[Group]) ->
     style = (HERE / "style.css").read_text("utf-8") + _colours()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
     body = [*verdict_sections(lines), *(_head(one) for one in runs)]
-    body += [_units(one) for one in runs if one.command == "shear"]
+    shears = [one for one in runs if one.command == "shear"]
+    names = [f": {name}" if len(shears) > 1 else "" for name in run_names(shears)]
+    body += [_units(one, name) for one, name in zip(shears, names, strict=True)]
     body += [_group(group) for group in groups]
     body += [_configuration(one) for one in runs]
     return Template((HERE / "page.html").read_text("utf-8")).substitute(
@@ -201,7 +203,7 @@ def _mask_figures(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _shapes(numbers: dict[str, Any]) -> Html:
     """The table of source and target sizes."""
-    names = [name.replace("_", " ") for name in numbers["source"]]
+    names = [name.replace("_", " ").replace("kv", "KV") for name in numbers["source"]]
     rows = [
         (which, *(f"{value:,}" for value in numbers[which].values()))
         for which in ("source", "target")
@@ -209,8 +211,8 @@ def _shapes(numbers: dict[str, Any]) -> Html:
     return table(("", *names), rows)
 
 
-def _units(run: Run) -> Html:
-    """The tables of unit counts: by kind, and by layer to fold out."""
+def _units(run: Run, suffix: str) -> Html:
+    """The tables of unit counts: by kind, and by layer to fold out; `suffix` ends the heading."""
     counts = unit_counts(run)
     parts: list[Html] = []
     if counts:
@@ -232,7 +234,7 @@ def _units(run: Run) -> Html:
         parts += [element("p", explanation), table(header, rows)]
     if not run.history:
         parts.append(_no_history(run))
-    return element("section", element("h2", "Units"), *parts, *_by_layer(run, counts))
+    return element("section", element("h2", "Units" + suffix), *parts, *_by_layer(run, counts))
 
 
 def _no_history(run: Run) -> Html:

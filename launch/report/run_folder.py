@@ -102,21 +102,29 @@ def read_run(folder: Path) -> Run:
     history: list[dict[str, Any]] = []
     masks: dict[str, np.ndarray] = {}
     step = target = None
+    finished = folder / COMMANDS[command]
     try:
         model = _model(identity)
-        finished = folder / COMMANDS[command]
-        report = read_report(finished, command) if finished.exists() else None
         if command == "shear":
-            history = read_history(folder / HISTORY, model)
-            masks, step = _newest_masks(folder, model, report, history)
             target = parse_target(identity["target"], shape_of(model))
-    except (KeyError, TypeError, ValueError, ArithmeticError, OSError, SafetensorError) as error:
-        raise InputError(
-            f"{folder} cannot be read ({type(error).__name__}: {error}); it was written by another "
-            "version or is damaged: resume the run, or name another folder"
-        ) from error
+    except (InputError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise _unreadable(folder, error) from error
+    report = read_report(finished, command, model) if finished.exists() else None
+    if command == "shear":
+        history = read_history(folder / HISTORY, model)
+        try:
+            masks, step = _newest_masks(folder, model, report, history)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise _unreadable(folder, error) from error
     metrics = read_metrics(folder / "metrics.jsonl")
     return Run(folder, command, identity, metrics, history, report, model, target, masks, step)
+
+
+def _unreadable(folder: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{folder} cannot be read ({type(error).__name__}: {error}); it was written by another "
+        "version or is damaged: resume the run, or name another folder"
+    )
 
 
 def _model(identity: dict[str, Any]) -> ModelConfig:

@@ -47,7 +47,8 @@ def _going_on(line: Line) -> list[Stage]:
     last = line.runs[-1]
     parent = line.runs[-2] if len(line.runs) > 1 else line.after
     before = stages_of(parent.folder) if parent is not None else []
-    on = {key: last.identity[key] for key in ("data", "seq_len") if key in last.identity}
+    keys = ("data", "seq_len")
+    on: dict[str, Any] = {key: last.identity[key] for key in keys if key in last.identity}
     called = SHEARED if last.command == "shear" else TRAINED
     losses = losses_of(newest(last, "held_out"))
     now = Stage(

@@ -187,7 +187,10 @@ def test_pictures_as_files_and_a_baseline_beside_its_run(runs: Path, tmp_path: P
     identity = json.loads((baseline / "run.json").read_text())
     (baseline / "run.json").write_text(json.dumps(identity | {"init": "random"}))
     folders = [runs / "shear", runs / "cpt", baseline]
-    tokens = [[point.tokens for point in c.points] for c in joined(lines_of([read_run(f) for f in folders]))]
+    tokens = [
+        [point.tokens for point in c.points]
+        for c in joined(lines_of([read_run(f) for f in folders]))
+    ]
     assert tokens[0][-1] < tokens[1][0] and tokens[1] == tokens[2]
     page, _ = make(tmp_path, *folders, figures=tmp_path / "pictures")
     assert "scratch_$\\frac{: from random weights" in page.text
