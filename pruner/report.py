@@ -228,8 +228,9 @@ def _show_verdict(report: dict[str, Any], config: ShearConfig) -> None:
     words = ["--model", config.output, "--data", config.data]
     words += ["--output", str(output.with_name(output.name + "-cpt"))]
     words += ["--seq-len", str(config.train.seq_len)]
-    verdict = conclude(stages_of(output), report["weights"])
-    show(verdict, [shlex.join(["shorn", "cpt", *words])])
+    stages = stages_of(output)
+    if stages:
+        show(conclude(stages, report["weights"]), [shlex.join(["shorn", "cpt", *words])])
 
 
 def print_units(report: dict[str, Any]) -> None:
