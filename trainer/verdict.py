@@ -168,7 +168,10 @@ def carry(trainer: Trainer, start: Path | None) -> dict[str, Any]:
 
     `start` is the folder of the model that training started from; None for random weights.
     """
-    before = [] if start is None else stages_of(start.parent)
+    before: list[Stage] = []
+    if start is not None:
+        # A link to a run's model leads to its run.
+        before = stages_of(start.parent) or stages_of(start.resolve().parent)
     target, blocks = sizes_of(trainer.model.config)
     return {
         "before": [stage.to_json() for stage in before],

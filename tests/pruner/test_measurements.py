@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from data.errors import InputError
-from pruner.measurements import FILE, Measurements, keep, load_kept
+from pruner.measurements import FILE, ROTATION, load_kept
 from trainer import parallel
 
 HELD_OUT = {"a": {"loss": 1.5, "perplexity": 4.5, "tokens": 31}}
@@ -22,8 +22,8 @@ METADATA = {
 
 def test_what_was_kept_comes_back(tmp_path: Path) -> None:
     context = parallel.init(threads=1)
-    measured = Measurements(HELD_OUT, {"a": 2.0}, {"layer": torch.ones(1, 2)}, torch.eye(2))
-    keep(measured, tmp_path, "k", context)
+    tensors = {"layer": torch.ones(1, 2), ROTATION: torch.eye(2)}
+    save_file(tensors, tmp_path / FILE, METADATA | {"importance": "true"})
     found = load_kept(tmp_path, "k", context)
     assert found is not None and found.rotation is not None and found.importance is not None
     assert (found.held_out, found.reference) == (HELD_OUT, {"a": 2.0})

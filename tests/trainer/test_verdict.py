@@ -124,6 +124,10 @@ def test_training_carries_what_came_before(
     shown = capsys.readouterr().out
     assert "gap closed" in shown and "source → sheared → now" in shown
     assert f"next: shorn evaluate --model base {run}/model {tmp_path}/second/model" in shown
+    (tmp_path / "link").symlink_to(run / "model")
+    linked = tmp_path / "linked"
+    pretrain(train, model=tmp_path / "link", data=workspace / "tokens", output=linked)
+    assert "source → sheared → now" in capsys.readouterr().out
     second = json.loads((tmp_path / "second" / "cpt.json").read_text())
     assert [entry["name"] for entry in second["before"]] == ["source", "sheared"]
     third = tmp_path / "third"
