@@ -105,13 +105,13 @@ def joined(lines: Sequence[Line]) -> list[Curve]:
 
 
 def newest_text(curves: Sequence[Curve]) -> Text | None:
-    """What the newest held-out losses of the first line were measured on."""
-    found = None
+    """What the newest held-out losses of the first line that has any were measured on."""
+    newest: dict[int, Text] = {}
     for curve in curves:
         _, rows = curve.held_out()
-        if rows and (found is None or curve.line == 0):
-            found = text_of(curve.run, rows[-1])
-    return found
+        if rows:
+            newest[curve.line] = text_of(curve.run, rows[-1])
+    return newest[min(newest)] if newest else None
 
 
 def _caption(curves: Sequence[Curve], shearing: str, training: str) -> str:
@@ -248,10 +248,10 @@ def domains(lines: Sequence[Line], curves: Sequence[Curve]) -> Group:
     records = [point.record for curve in curves for point in curve.points]
     keys = ("domain_weights", "domain_loss", "held_out")
     names = sorted({name for record in records for key in keys for name in record.get(key) or {}})
-    text = newest_text(curves)
     pictures, dotted = [], False
     for index in sorted({curve.line for curve in curves}):
         own = [curve for curve in curves if curve.line == index]
+        text = newest_text(own)
         suffix = f": {lines[index].name}" if len({curve.line for curve in curves}) > 1 else ""
         before = next((held for c in own if (held := source_held_out(c.run))), {})
         if not any(text_of(c.run, before) == text for c in own):

@@ -73,6 +73,7 @@ def newest(run: Run, key: str) -> dict[str, Any]:
 def _beside(lines: Sequence[Line]) -> Html | None:
     """Every run's newest held-out losses, of those measured on the text of the first."""
     runs = [run for line in lines for run in line.runs]
+    starts = [run for line in lines for run in (line.after, *line.runs[:-1])]
     found = [newest(run, "held_out") for run in runs]
     measured = [index for index, losses in enumerate(found) if losses]
     if not measured:
@@ -81,8 +82,12 @@ def _beside(lines: Sequence[Line]) -> Html | None:
     text = text_of(runs[first], found[first])
     domains = sorted(found[first])
     rows = []
-    for run, name, losses in zip(runs, run_names(runs), found, strict=True):
+    names = run_names(runs)
+    called = {run.folder: name for run, name in zip(runs, names, strict=True)}
+    for run, name, parent, losses in zip(runs, names, starts, found, strict=True):
         start = "random weights" if is_random(run) else str(run.identity.get("target", ""))
+        if run.command == "cpt" and parent is not None:
+            start = f"model of {called[parent.folder]}"
         cells = ["not measured"] * (len(domains) + 1)
         if losses:
             cells = ["other text"] * (len(domains) + 1)

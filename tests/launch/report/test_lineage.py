@@ -124,6 +124,9 @@ def test_points_of_other_sequences_are_not_joined(tmp_path: Path) -> None:
         *("all domains", "divergence from the teacher")
     ]
     assert "0.100 first, 0.600 last" in group.pictures[1].alt
+    write(tmp_path, "random", init="random", tokens=124)
+    several = lines_of(named(tmp_path, "shear", "cpt", "random"))
+    assert "model of shear" in "".join(verdict_sections(several))
     (domains,) = (group for group in training_groups(lines) if group.title == "Domains")
     assert "Without held-out text: b." in domains.caption
 
