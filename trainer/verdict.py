@@ -108,8 +108,12 @@ def stages_of(run: Path) -> list[Stage]:
         if not (run / name).is_file():
             continue
         try:
-            content = read_json(run / name, "run the command of that folder again")
-            identity = read_json(run / "run.json", "") if (run / "run.json").is_file() else {}
+            content = read_json(run / name, "restore the file")
+            identity = (
+                read_json(run / "run.json", "restore the file")
+                if (run / "run.json").is_file()
+                else {}
+            )
         except InputError as error:
             logger.warning(f"what led to {run} is not known: {error}")
             return []

@@ -10,7 +10,7 @@ EXAMPLES = """
 python -m launch.evaluate --model runs/cpt --data runs/tokens
 python -m launch.evaluate --model runs/cpt --data runs/tokens --sequences 16
 python -m launch.evaluate --model runs/cpt --text wiki.txt --json ppl.json
-python -m launch.evaluate --model models/llama runs/shear runs/cpt --data runs/tokens --speed
+python -m launch.evaluate --model llama runs/shear runs/cpt --data runs/tokens --speed
 """
 
 

@@ -44,7 +44,7 @@ _SHEAR_REPORT = _REPORT | {
     "alive?": {"*": [int]},
     "kept?": {"*": [int]},
 }
-FIX = "run its command again to have it written anew, or name another folder"
+FIX = "restore the file, or move it away to show the run without it"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

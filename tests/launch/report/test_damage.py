@@ -147,7 +147,7 @@ def test_lines_that_are_no_records_are_counted(
 def test_a_damaged_report_is_named(tmp_path: Path, content: bytes) -> None:
     folder = finished(tmp_path)
     (folder / "shear.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"shear\.json: .*run its command again"):
+    with pytest.raises(InputError, match=r"shear\.json: .*move it away"):
         read_run(folder)
 
 
