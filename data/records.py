@@ -101,3 +101,29 @@ def words_for(kind: Kind) -> str:
     return " or ".join(
         _WORDS.get(one, one.__name__) for one in (kind if isinstance(kind, tuple) else (kind,))
     )
+
+
+def fits(value: object, form: Any) -> bool:
+    """Whether a JSON value has a form.
+
+    Args:
+        value: the value.
+        form: a kind as for `is_kind`; [form], a list of such; {name: form, ...}, an object with at
+            least these, of which a name that ends in "?" may be missing; {"*": form}, an object
+            whose values all have the form.
+    """
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(entry, form[0]) for entry in value)
+    if not isinstance(form, dict):
+        return is_kind(value, form)
+    if not isinstance(value, dict):
+        return False
+    if "*" in form:
+        return all(fits(entry, form["*"]) for entry in value.values())
+    for name, wanted in form.items():
+        key = name.removesuffix("?")
+        if key in value and not fits(value[key], wanted):
+            return False
+        if key not in value and key == name:
+            return False
+    return True

@@ -55,6 +55,7 @@ from trainer.run import (
     training_report,
 )
 from trainer.saving import log_finished, publish, require_copy, save_pretrained
+from trainer.verdict import carry, show_trained
 
 SOURCE = "meta-llama/Llama-2-7b-hf"
 """The model that messages propose to shear."""
@@ -249,7 +250,8 @@ def finish(trainer: Trainer, source: Path, config: CptConfig) -> None:
     """Writes the model folder and then the report, whose presence marks the run as finished."""
     output = Path(config.output)
     save_pretrained(trainer.model, trainer.context, output / "model", tokenizer_from=source)
-    report = training_report(trainer)
+    start = None if config.init == "random" else source
+    report = training_report(trainer) | carry(trainer, start)
     publish(trainer.context, report, config.json, output / "cpt.json")
     logger.info(
         f"final loss {trainer.loss:.4f} after {trainer.tokens:,} tokens "
@@ -257,3 +259,5 @@ def finish(trainer: Trainer, source: Path, config: CptConfig) -> None:
         f"{report['wall_tokens_per_second']:,.0f} with evaluation and checkpoints): "
         f"{output / 'model'}",
     )
+    if trainer.context.is_main:
+        show_trained(report, output, start, config.data)

@@ -75,6 +75,11 @@ def resolve_teacher(
         default = asdict(DistillationConfig())
         options = asdict(config).items()
         config = replace(config, **{key: known[key] for key, v in options if v == default[key]})
+    if config.weight is None and name is None and sheared and not known.get("weight"):
+        note = "note: shearing had no teacher, so training has none either"
+        if sheared.get("source"):
+            note += f"; to learn from the source: --teacher {sheared['source']}"
+        return None, replace(config, weight=0.0), note
     if config.weight is None:
         config = replace(config, weight=0.0 if name is None else DISTILL_WEIGHT)
     if name is not None or not config.weight or not sheared:

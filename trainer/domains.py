@@ -170,7 +170,8 @@ def measured_reference(
 ) -> dict[str, float]:
     """Loss per domain (nats per token) of `model` on `sequences` training sequences of each, spread
     evenly; collective. Raises InputError when one is not finite."""
-    measured = evaluate(model, reader, reader.domains, sequences, batch, context, spread=True)
+    data = (reader, reader.domains, sequences, batch, context)
+    measured = evaluate(model, *data, spread=True, description="measure on training text")
     losses = {domain: result.loss for domain, result in measured.items()}
     bad = [domain for domain, loss in losses.items() if not isfinite(loss)]
     if bad:

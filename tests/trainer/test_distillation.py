@@ -301,3 +301,13 @@ def test_an_unnamed_weight_depends_on_the_teacher() -> None:
         assert resolve_teacher(name, unnamed, None) == (name, replace(unnamed, weight=weight), None)
     off = DistillationConfig(weight=0.0)
     assert resolve_teacher("some/model", off, None) == ("some/model", off, None)
+
+
+@pytest.mark.parametrize("known", [None, {}, {"weight": 0.0}])
+def test_training_after_shearing_without_a_teacher_says_that_it_has_none(known: Any) -> None:
+    sheared = {"source": "models/base", "distillation": known}
+    name, config, note = resolve_teacher(None, DistillationConfig(), sheared)
+    assert (name, config.weight) == (None, 0.0)
+    assert note is not None and note.endswith("to learn from the source: --teacher models/base")
+    off = DistillationConfig(weight=0.0)
+    assert resolve_teacher(None, off, sheared) == (None, off, None)
