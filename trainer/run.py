@@ -11,6 +11,7 @@ from data.log import logger
 from data.mixture import Mixture, MixtureConfig
 from data.reader import TokenReader
 from data.sampler import DomainSampler
+from data.weight_history import WeightHistory
 from trainer.callbacks.checkpoint import CheckpointCallback
 from trainer.callbacks.evaluate import EvaluateCallback
 from trainer.callbacks.guard import GuardCallback
@@ -89,6 +90,7 @@ def build_trainer(
     weights: dict[str, float],
     reference: dict[str, float],
     mixture: MixtureConfig,
+    history: WeightHistory | None = None,
     used: Mapping[str, int] | None = None,
     teacher: Teacher | None = None,
     callbacks: Sequence[Callback] = (),
@@ -98,7 +100,8 @@ def build_trainer(
     """Puts model, optimizer, data and callbacks together; restores the newest checkpoint, if any.
 
     `callbacks` run before the standard ones. `weights` are the initial domain weights; `reference`
-    the losses a dynamic mixture steers towards; `used` samples of each domain are passed over.
+    the losses a dynamic mixture steers towards; `history` the weights that a replayed one repeats;
+    `used` samples of each domain are passed over.
     """
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
     sampler.start_after(used or {})
@@ -108,7 +111,9 @@ def build_trainer(
     # The order counts. First what the caller adds: it may set the masks that evaluation uses.
     listed: list[Callback] = [
         *callbacks,
-        MixtureCallback(Mixture(mixture, weights, reference, horizon), mixture.interval),
+        MixtureCallback(
+            Mixture(mixture, weights, reference, horizon), config.steps, output, history
+        ),
     ]
     if held_out is not None:
         interval, sequences = config.eval_interval, config.eval_sequences
