@@ -14,7 +14,9 @@ from trainer.callbacks.metrics import truncate_after
 from trainer.loop import Callback, Trainer
 
 NOTABLE = 1.05
-"""Factor by which a weight must have changed since it was last shown to be shown again."""
+"""Factor by which a weight must have changed since weights were last shown for another message."""
+VISIBLE = 1.005
+"""The same for a weight that the message names."""
 SHOWN = 8
 """Domains in a message."""
 
@@ -122,12 +124,12 @@ class MixtureCallback(Callback):
             for domain, weight in weights.items()
             if weight > 0 and (before := self._shown[domain]) > 0
         }
-        notable = sorted((d for d in change if change[d] > NOTABLE), key=lambda d: -change[d])
-        if not notable:
+        if max(change.values(), default=1.0) < NOTABLE:
             return
-        texts = [f"{d} {self._shown[d]:.3g} -> {weights[d]:.3g}" for d in notable[:SHOWN]]
-        if len(notable) > SHOWN:
-            texts.append(f"and {len(notable) - SHOWN} more")
+        changed = sorted((d for d in change if change[d] > VISIBLE), key=lambda d: -change[d])
+        texts = [f"{d} {self._shown[d]:.3g} -> {weights[d]:.3g}" for d in changed[:SHOWN]]
+        if len(changed) > SHOWN:
+            texts.append(f"and {len(changed) - SHOWN} more")
         logger.info(f"step {step}: domain weights  {', '.join(texts)}")
         self._shown = weights
 
