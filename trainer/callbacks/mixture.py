@@ -141,7 +141,7 @@ class MixtureCallback(Callback):
             missing = set(range(0, step + 1, self.interval)) - known.weights.keys()
             problem = f"it lacks step {min(missing)}" if missing else None
         except InputError as error:
-            known, problem = None, str(error)
+            known, problem = None, str(error) if self.path.exists() else "it is missing"
         if problem:
             logger.warning(
                 f"{self.path} does not hold all domain weights of this run so far ({problem}); "
