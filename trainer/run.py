@@ -106,15 +106,10 @@ def build_trainer(
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
     sampler.start_after(used or {})
     stream = BatchStream(reader, sampler, config.global_batch, context.rank, context.world)
-    horizon = max(1, config.steps) * config.global_batch * config.seq_len
+    steering = _steering(mixture, weights, reference, config, output, history)
     checkpointer = Checkpointer(output / "checkpoints", context, keep=config.keep_checkpoints)
     # The order counts. First what the caller adds: it may set the masks that evaluation uses.
-    listed: list[Callback] = [
-        *callbacks,
-        MixtureCallback(
-            Mixture(mixture, weights, reference, horizon), config.steps, output, history
-        ),
-    ]
+    listed: list[Callback] = [*callbacks, steering]
     if held_out is not None:
         interval, sequences = config.eval_interval, config.eval_sequences
         listed.append(EvaluateCallback(held_out, interval=interval, sequences=sequences))
@@ -143,6 +138,19 @@ def build_trainer(
         checkpointer.restore(trainer, latest)
         logger.info(f"resuming from {latest}: {trainer.step} of {config.steps} steps are done")
     return trainer
+
+
+def _steering(
+    mixture: MixtureConfig,
+    weights: dict[str, float],
+    reference: dict[str, float],
+    config: TrainConfig,
+    output: Path,
+    history: WeightHistory | None,
+) -> MixtureCallback:
+    horizon = max(1, config.steps) * config.global_batch * config.seq_len
+    steered = Mixture(mixture, weights, reference, horizon)
+    return MixtureCallback(steered, config.steps, output, history)
 
 
 def training_report(trainer: Trainer) -> dict[str, Any]:
