@@ -11,7 +11,7 @@ from data.errors import InputError
 from data.log import logger
 from data.mixture import FORMER_INTERVAL, MixtureConfig, parse_values
 from data.reader import TokenReader
-from data.records import is_finite, read_json
+from data.records import is_finite, is_kind, read_json
 from data.weight_history import WeightHistory, read_history
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate
@@ -195,8 +195,8 @@ def samples_used(sheared: dict[str, Any] | None, reader: TokenReader, seed: int)
     known = (drawn.get("data"), drawn.get("sizes"), drawn.get("seed"))
     if known != (reader.fingerprint, reader.sizes, seed):
         return {}
-    used: dict[str, int] = drawn["used"]
-    return used
+    used: dict[str, int] = drawn.get("used") or {}
+    return {domain: count for domain, count in used.items() if domain in reader.sizes}
 
 
 def sheared_report(model: Path) -> dict[str, Any] | None:
@@ -213,6 +213,10 @@ def sheared_report(model: Path) -> dict[str, Any] | None:
         values = report.get(name) or {}
         if not isinstance(values, dict) or not all(is_finite(_loss(v)) for v in values.values()):
             raise InputError(f"{path}: `{name}` must hold a finite number per domain; {fix}")
+    samples = report.get("samples") or {}
+    used = samples.get("used") or {} if isinstance(samples, dict) else None
+    if not isinstance(used, dict) or not all(is_kind(n, int) and n >= 0 for n in used.values()):
+        raise InputError(f"{path}: `samples` must hold the samples used per domain; {fix}")
     return report
 
 

@@ -49,7 +49,13 @@ class MixtureCallback(Callback):
 
     def on_train_start(self, trainer: Trainer) -> None:
         self._shown = self.mixture.weights
-        if self.mixture.config.kind == "fixed" or not trainer.context.is_main:
+        config, steps = self.mixture.config, trainer.config.steps
+        if config.kind == "dynamic" and config.interval is not None and config.interval >= steps:
+            logger.info(
+                f"note: --mixture-interval {config.interval} is not below --steps {steps}, so the "
+                "domain weights stay as they begin"
+            )
+        if config.kind == "fixed" or not trainer.context.is_main:
             return
         try:
             if trainer.step == 0:

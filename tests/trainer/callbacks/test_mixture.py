@@ -193,6 +193,9 @@ def test_changes_of_weights_are_shown(
     assert len(shown) <= 4
     run(workspace, tmp_path / "still", reference_losses="alpha=9,beta=9")
     assert "domain weights  " not in capsys.readouterr().out
+    run(workspace, tmp_path / "never", mixture={"interval": 12})
+    printed = capsys.readouterr().out
+    assert "note: --mixture-interval 12 is not below --steps 12" in printed
 
 
 def test_a_short_run_is_not_swallowed(workspace: Path, tmp_path: Path) -> None:
