@@ -149,8 +149,9 @@ def test_infinite_values_are_refused_before_weights_load(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
     monkeypatch.delattr(cpt, "build_model")
+    options: dict[str, Any] = {flag: "alpha=inf,beta=1"}
     with pytest.raises(InputError, match=r"'alpha=inf' is not <domain>=<finite number"):
-        train_on(workspace, tmp_path / "out", **{flag: "alpha=inf,beta=1"})
+        train_on(workspace, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
