@@ -3,6 +3,7 @@
 import json
 import stat
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,12 @@ def parse_json(
     *,
     kind: Kind = dict,
     keys: Mapping[str, Kind] | None = None,
+    unique: bool = False,
 ) -> Any:
-    """As `read_json`, of a text that came from `place`."""
+    """As `read_json`, of a text that came from `place`; `unique` refuses a name given twice, of
+    which JSON keeps the last."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
     # Deeply nested brackets end in RecursionError, a number of 5,000 digits in ValueError.
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid JSON ({error}); {fix}") from None
@@ -81,6 +84,23 @@ def parse_json(
                 f"{place}: `{name}` is {word_for(value[name])}, not {words_for(wanted)}; {fix}"
             )
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is given twice")
+    return values
+
+
+def is_finite(value: object) -> bool:
+    """Whether a JSON value is a number, and one that a float can hold: not NaN, not infinite."""
+    try:
+        return is_kind(value, float) and isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # a whole number of 400 digits
+        return False
 
 
 def is_kind(value: object, kind: Kind) -> bool:

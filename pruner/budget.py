@@ -109,7 +109,8 @@ def _key(pair: str) -> str:
 
 def _parameters(kind: str, value: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", value.lower().replace("_", ""))
-    amount = round(float(match[1]) * _SUFFIXES[match[2]]) if match else 0
+    number = float(match[1]) * _SUFFIXES[match[2]] if match else 0.0
+    amount = round(number) if math.isfinite(number) else 0
     if amount < 1:
         raise InputError(
             f"target {kind}={value!r} is not a number of parameters: write for example "

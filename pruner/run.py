@@ -35,7 +35,14 @@ from trainer.distillation import (
     load_teacher,
     teacher_identity,
 )
-from trainer.domains import DomainOptions, Domains, starting_domains
+from trainer.domains import (
+    DomainOptions,
+    Domains,
+    mixture_identity,
+    replayed,
+    resolve_mixture,
+    starting_domains,
+)
 from trainer.identity import run_identity, verify_run
 from trainer.inputs import find_model_with_data, open_data
 from trainer.loop import Trainer
@@ -87,7 +94,7 @@ def shear(config: ShearConfig) -> Trainer | None:
         _identity(inputs, fingerprint, context),
         context,
         started=finished or resuming,
-        resolve=resolve_identity,
+        resolve=lambda saved: resolve_mixture(resolve_identity(saved), config.mixture),
     )
     if finished:
         log_finished(context, output / "shear.json", config.json)
@@ -157,6 +164,7 @@ def open_inputs(config: ShearConfig) -> Inputs:
         sheared=None,
         needs_reference=False,
     )
+    domains = replayed(domains, config.mixture, options, reader, config.train, {})
     folder = resolve_model(config.source, option="--source")
     check_weights(folder, model)
     return Inputs(config, folder, model, source, target, reader, held_out, domains)
@@ -185,7 +193,7 @@ def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> 
         command="shear",
         source=fingerprint,
         target=inputs.target.describe(),
-        mixture=asdict(config.mixture),
+        mixture=mixture_identity(config.mixture, inputs.domains, config.train.steps),
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference,
         **{f"masks.{name}": value for name, value in asdict(config.masks).items()},
@@ -252,6 +260,7 @@ def _assemble(
         weights=inputs.domains.weights,
         reference=reference,
         mixture=config.mixture,
+        history=inputs.domains.history,
         teacher=teacher,
         callbacks=[shear_callback, HistoryCallback(shear_callback, output)],
         description="shear",

@@ -1,6 +1,6 @@
 """Continued pre-training, from validated options to a Hugging Face folder and a report."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from trainer.distillation import (
 from trainer.domains import (
     DomainOptions,
     Domains,
+    mixture_identity,
+    replayed,
+    resolve_mixture,
     samples_used,
     sheared_report,
     start_reference,
@@ -100,7 +103,13 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     _require_one_teacher(inputs, context)
     finished = context.broadcast((output / "cpt.json").exists())
     resuming = Checkpointer(output / "checkpoints", context).latest() is not None
-    verify_run(output, _identity(config, inputs, context), context, started=finished or resuming)
+    verify_run(
+        output,
+        _identity(config, inputs, context),
+        context,
+        started=finished or resuming,
+        resolve=lambda saved: resolve_mixture(saved, config.mixture),
+    )
     if finished:
         log_finished(context, output / "cpt.json", config.json)
         return None
@@ -119,6 +128,7 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
         weights=inputs.domains.weights,
         reference=_reference(inputs, config, None if resuming else model, context),
         mixture=inputs.mixture,
+        history=inputs.domains.history,
         used=inputs.used,
         teacher=teacher,
         description="cpt",
@@ -155,8 +165,10 @@ def open_inputs(config: CptConfig) -> Inputs:
         sheared=sheared,
         needs_reference=mixture.kind == "dynamic" and not measurable,
     )
-    if not domains.reference and not measurable:
+    if mixture.kind == "dynamic" and not domains.reference and not measurable:
         mixture = replace(mixture, kind="fixed")
+    used = samples_used(sheared, reader, train.seed) if weights else {}
+    domains = replayed(domains, mixture, options, reader, train, used)
     name, distillation, note = resolve_teacher(
         config.teacher, config.distillation, sheared if weights else None
     )
@@ -164,7 +176,6 @@ def open_inputs(config: CptConfig) -> Inputs:
     if weights:
         source = find_model(config.model)
         check_weights(source, shape)
-    used = samples_used(sheared, reader, train.seed) if weights else {}
     return Inputs(
         source, shape, reader, held_out, domains, used, mixture, distillation, teacher, note
     )
@@ -203,7 +214,7 @@ def _reference(
 ) -> dict[str, float]:
     """Known reference losses, or for a dynamic mixture those of the start model (`model`; None once
     training has begun)."""
-    if inputs.domains.reference or inputs.mixture.kind == "fixed":
+    if inputs.domains.reference or inputs.mixture.kind != "dynamic":
         return inputs.domains.reference
     batch = config.train.micro_batch
     return start_reference(Path(config.output), model, inputs.reader, batch, context)
@@ -220,7 +231,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
         command="cpt",
         init=config.init,
         initial_weights=None if fresh else weights_fingerprint(inputs.source),
-        mixture=asdict(inputs.mixture),
+        mixture=mixture_identity(inputs.mixture, inputs.domains, config.train.steps),
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference if dynamic else None,
         **teacher_identity(inputs.distillation, inputs.teacher),

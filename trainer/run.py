@@ -11,6 +11,7 @@ from data.log import logger
 from data.mixture import Mixture, MixtureConfig
 from data.reader import TokenReader
 from data.sampler import DomainSampler
+from data.weight_history import WeightHistory
 from trainer.callbacks.checkpoint import CheckpointCallback
 from trainer.callbacks.evaluate import EvaluateCallback
 from trainer.callbacks.guard import GuardCallback
@@ -89,6 +90,7 @@ def build_trainer(
     weights: dict[str, float],
     reference: dict[str, float],
     mixture: MixtureConfig,
+    history: WeightHistory | None = None,
     used: Mapping[str, int] | None = None,
     teacher: Teacher | None = None,
     callbacks: Sequence[Callback] = (),
@@ -98,18 +100,16 @@ def build_trainer(
     """Puts model, optimizer, data and callbacks together; restores the newest checkpoint, if any.
 
     `callbacks` run before the standard ones. `weights` are the initial domain weights; `reference`
-    the losses a dynamic mixture steers towards; `used` samples of each domain are passed over.
+    the losses a dynamic mixture steers towards; `history` the weights that a replayed one repeats;
+    `used` samples of each domain are passed over.
     """
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
     sampler.start_after(used or {})
     stream = BatchStream(reader, sampler, config.global_batch, context.rank, context.world)
-    horizon = max(1, config.steps) * config.global_batch * config.seq_len
+    steering = _steering(mixture, weights, reference, config, output, history)
     checkpointer = Checkpointer(output / "checkpoints", context, keep=config.keep_checkpoints)
     # The order counts. First what the caller adds: it may set the masks that evaluation uses.
-    listed: list[Callback] = [
-        *callbacks,
-        MixtureCallback(Mixture(mixture, weights, reference, horizon), mixture.interval),
-    ]
+    listed: list[Callback] = [*callbacks, steering]
     if held_out is not None:
         interval, sequences = config.eval_interval, config.eval_sequences
         listed.append(EvaluateCallback(held_out, interval=interval, sequences=sequences))
@@ -138,6 +138,19 @@ def build_trainer(
         checkpointer.restore(trainer, latest)
         logger.info(f"resuming from {latest}: {trainer.step} of {config.steps} steps are done")
     return trainer
+
+
+def _steering(
+    mixture: MixtureConfig,
+    weights: dict[str, float],
+    reference: dict[str, float],
+    config: TrainConfig,
+    output: Path,
+    history: WeightHistory | None,
+) -> MixtureCallback:
+    horizon = max(1, config.steps) * config.global_batch * config.seq_len
+    steered = Mixture(mixture, weights, reference, horizon)
+    return MixtureCallback(steered, config.steps, output, history)
 
 
 def training_report(trainer: Trainer) -> dict[str, Any]:

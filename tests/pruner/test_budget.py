@@ -100,6 +100,7 @@ def test_a_named_shape_is_no_budget(text: str) -> None:
         ("params=abc", r"params='abc' is not a number of parameters: write.*params=70m"),
         ("params", r"params='' is not a number"),
         ("params=0", r"params='0' is not a number"),
+        (f"params={'9' * 400}b", r"9b' is not a number of parameters"),
         ("params=-5m", r"params='-5m' is not a number"),
         ("params-non-embedding=7x", r"params-non-embedding=70000000"),
         ("speedup=fast", r"speedup='fast' is not a number: write for example speedup=2"),
