@@ -7,9 +7,11 @@ operators run as PyTorch operations.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,12 +50,57 @@ def wants_cuda() -> bool:
     return torch.version.cuda is not None
 
 
+def nvcc_version() -> str:
+    """The CUDA version of nvcc, "unknown" where it does not tell."""
+    try:
+        told = subprocess.run([str(find_nvcc()), "--version"], capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    found = re.search(r"release (\d+\.\d+)", told.stdout)
+    return found[1] if found else "unknown"
+
+
+def torch_version() -> str:
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def built_with(cuda: str) -> list[str]:
+    """What a library tells of its origin; csrc/gather_scale_torch.h makes texts of these."""
+    return [f"-DSHORN_TORCH={torch_version()}", f"-DSHORN_TOOLKIT={cuda}"]
+
+
+def compare_cuda() -> None:
+    """Says where nvcc's CUDA is none that PyTorch's is sure to run beside. The library brings
+    nvcc's runtime, which a driver may be too old for that is new enough for PyTorch."""
+    import torch
+
+    ours, theirs = nvcc_version(), torch.version.cuda
+    if theirs is None:
+        problem = (
+            f"this PyTorch ({torch.__version__}) has no CUDA: the CUDA operator is compiled, but "
+            "not linked to one that has. To be used, it must be built with the one that uses it"
+        )
+    elif "unknown" not in ours and int(ours.split(".")[0]) > int(theirs.split(".")[0]):
+        problem = (
+            f"nvcc is of CUDA {ours}, and this PyTorch is made for CUDA {theirs}: a driver that is "
+            "new enough for that may be too old for the CUDA operator, which runs then pass over. "
+            f"Set CUDA_HOME to a toolkit of CUDA {theirs} or older"
+        )
+    else:
+        return
+    print(f"warning: {problem}", file=sys.stderr)
+
+
 def extensions() -> list[Extension]:
     if torch_folder() is None:
         return []
     names = {"cpu": "csrc/gather_scale.cpp"}
     if wants_cuda():
         names["cuda"] = "csrc/gather_scale.cu"
+        compare_cuda()
     return [
         Extension(f"trainer.kernels._shorn_{device}", [source], depends=HEADERS, optional=True)
         for device, source in names.items()
@@ -84,14 +131,16 @@ class BuildOperators(build_ext):
         output = ["-shared", "-o", str(target), source, f"-L{libraries}", "-ltorch_cpu"]
         if not source.endswith(".cu"):
             compiler = os.environ.get("CXX", "c++")
-            return [compiler, *FLAGS, "-fPIC", "-fopenmp-simd", f"-I{include}", *output]
+            built = built_with("none")
+            return [compiler, *FLAGS, *built, "-fPIC", "-fopenmp-simd", f"-I{include}", *output]
         host = ["-Xcompiler", "-fPIC", "-DUSE_CUDA", f"-I{include}"]
         # Python loads PyTorch's libraries out of sight of others: what is used must be linked. A
         # PyTorch without CUDA has no such library, and compiles ours all the same.
         cuda = ["-ltorch_cuda"] if (libraries / "libtorch_cuda.so").exists() else []
         nvcc = find_nvcc()
         assert nvcc is not None
-        return [nvcc, *FLAGS, *ARCHITECTURES, *host, *output, *cuda]
+        built = built_with(nvcc_version())
+        return [nvcc, *FLAGS, *built, *ARCHITECTURES, *host, *output, *cuda]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildOperators})

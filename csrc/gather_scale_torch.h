@@ -18,6 +18,15 @@
 
 #include "gather_scale.h"
 
+// What the library was built with (setup.py), which trainer/kernels/library.py reads in the file,
+// also where it does not load.
+#ifdef SHORN_TORCH
+#define SHORN_TEXT_OF(x) #x
+#define SHORN_TEXT(x) SHORN_TEXT_OF(x)
+[[gnu::used]] static const char shorn_built_with[] =
+    "shorn built with torch " SHORN_TEXT(SHORN_TORCH) ", CUDA " SHORN_TEXT(SHORN_TOOLKIT);
+#endif
+
 namespace shorn {
 
 using torch::headeronly::ScalarType;

@@ -28,9 +28,9 @@ class Batch:
 class BatchStream:
     """This rank's share of an endless, resumable sequence of global batches.
 
-    Rank r of W gets rows [r*G/W, (r+1)*G/W) of each global batch of G rows; the global batches
-    themselves do not depend on W. When a domain is used up its next epoch, in a new order, starts
-    and is announced once (on rank 0).
+    Rank r of W gets rows [r*G/W, (r+1)*G/W) of each global batch of G rows; for one history of
+    domain weights the global batches themselves do not depend on W. When a domain is used up its
+    next epoch, in a new order, starts and is announced once (on rank 0).
 
     Args:
         reader: the samples; the sampler must have been built from `reader.sizes`.

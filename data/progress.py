@@ -1,37 +1,42 @@
-"""Progress with an estimate of the time left: a bar on a terminal, plain lines elsewhere."""
+"""Progress with an estimate of the time left: one line on a terminal, plain lines elsewhere."""
 
 import sys
 import time
+from collections import deque
 from contextlib import AbstractContextManager
 from logging import INFO
 from typing import IO, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
 
 from data.log import logger
 from data.machine import rank
 
 SECONDS_BETWEEN_LINES = 10.0
+SHARE_BETWEEN_LINES = 0.05
+"""Lines of a long activity come this share of its time so far apart."""
+MOST_SECONDS_BETWEEN_LINES = 1800.0
 # One unit of work may take minutes; a shorter window would leave no rate to estimate from.
 SECONDS_OF_RATE = 1800.0
+WIDEST_BAR, NARROWEST_BAR = 24, 3
+REFRESHES_PER_SECOND = 4
 
 
 class Progress(AbstractContextManager["Progress"]):
     """Progress of one activity on stderr: on rank 0 only, and not at log level warning or above.
 
+    An activity within another takes its place on the terminal until it ends.
+
     Args:
         description: what is being done, e.g. "shear".
-        total: amount of work in `unit`s; None when unknown.
+        total: amount of work in `unit`s; None when unknown. Of no work at all nothing is shown.
         unit: name of one unit; "B" is shown as bytes with binary prefixes.
         completed: units that were done before (a resumed run); they do not enter the rate.
+        transient: whether the display vanishes at the end; elsewhere than on a terminal, whether an
+            activity too short for a line of its own goes unmentioned.
         stream: default stderr.
     """
 
@@ -42,102 +47,156 @@ class Progress(AbstractContextManager["Progress"]):
         total: float | None = None,
         unit: str = "it",
         completed: float = 0,
+        transient: bool = False,
         stream: IO[str] | None = None,
     ) -> None:
         self.description = description
         self.total = total
         self.unit = unit
         self.completed = completed
-        self.enabled = rank() == 0 and logger.isEnabledFor(INFO)
+        self.transient = transient
+        self.enabled = rank() == 0 and logger.isEnabledFor(INFO) and total != 0
         self.fields: dict[str, Any] = {}
         self._stream = sys.stderr if stream is None else stream
-        self._first = completed
-        self._start = self._last_line = time.monotonic()
+        self._start = self._last_line = self._updated = time.monotonic()
+        self._samples = deque([(self._start, completed)])
         self._printed: float | None = None
-        self._bar: RichProgress | None = None
+        self._live: Live | None = None
         if self.enabled and self._stream.isatty():
-            self._bar = _make_bar(Console(file=self._stream))
-            self._task = self._bar.add_task(
-                description, total=total, completed=int(completed), amount="", fields=""
-            )
-            self._bar.start()
+            if _shown:
+                _shown[-1]._hide()
+            _shown.append(self)
+            self._show()
 
     def update(self, advance: float = 1, **fields: Any) -> None:
-        """Adds `advance` units of work and shows `fields` beside the bar."""
+        """Adds `advance` units of work and shows `fields` behind the rest, as far as they fit."""
         self.completed += advance
         self.fields.update(fields)
         if not self.enabled:
             return
-        if self._bar is not None:
-            self._bar.update(
-                self._task,
-                completed=self.completed,
-                amount=self._amount(),
-                fields=_format_fields(self.fields),
-            )
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        self._updated = now = time.monotonic()
+        if now - self._samples[-1][0] >= 1:
+            self._samples.append((now, self.completed))
+        while len(self._samples) > 1 and now - self._samples[1][0] >= SECONDS_OF_RATE:
+            self._samples.popleft()
+        between = min(MOST_SECONDS_BETWEEN_LINES, SHARE_BETWEEN_LINES * (now - self._start))
+        if self not in _shown and now - self._last_line >= max(SECONDS_BETWEEN_LINES, between):
             self._print_line()
 
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
         if not self.enabled:
             return
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the display; further calls do nothing."""
-        if self.enabled and self._bar is not None:
-            self._bar.stop()
-        elif self.enabled and self._printed != self.completed:
+        if self.enabled and self in _shown:
+            self._hide(last=True)
+            _shown.remove(self)
+            if _shown:
+                _shown[-1]._show()
+        elif self.enabled and self._printed != self.completed and self._worth_a_line():
             self._print_line()
         self.enabled = False
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        heavy, light = ("=", "-") if options.ascii_only else ("━", "─")
+        yield self.line(options.max_width, heavy, light)
+
+    def line(self, width: int, heavy: str = "━", light: str = "─") -> Text:
+        """The display in at most `width` columns.
+
+        What stands further back gives way first: the fields from the right, then the bar, the time
+        so far, the description. Amount and time left stay.
+        """
+        now = time.monotonic()
+        left = self._seconds_left(now)
+        name, amount = self.description, self._amount()
+        elapsed = _format_seconds(now - self._start)
+        eta = [] if self.total is None else ["ETA " + _format_seconds(left)]
+        fixed = [name, amount, elapsed, *eta]
+        room = width - cell_len(" ".join(fixed)) - 1
+        bar = min(WIDEST_BAR, width // 8, room) if self.total else 0
+        if bar < NARROWEST_BAR:
+            bar = 0
+        if cell_len(" ".join(fixed)) > width:
+            fixed.remove(elapsed)
+        shorter = width - cell_len(" ".join(fixed[1:])) - 1
+        if shorter < cell_len(name):
+            fixed[:1] = [set_cell_size(name, shorter)] if shorter > 0 else []
+        words = Text(" ".join(fixed), no_wrap=True, overflow="crop", end="")
+        if bar and self.total:
+            done = round(bar * min(1.0, self.completed / self.total))
+            drawn = Text(heavy * done, "bar.complete") + Text(light * (bar - done), "bar.back")
+            drawn.no_wrap, drawn.end = True, ""
+            words = Text.assemble(f"{name} ", drawn, " ", " ".join(fixed[1:]), end="")
+            words.no_wrap, words.overflow = True, "crop"
+        for field in _format_fields(self.fields):
+            if words.cell_len + 2 + cell_len(field) > width:
+                break
+            words.append("  " + field)
+        words.truncate(width)
+        return words
+
+    def _show(self) -> None:
+        self._live = Live(
+            self,
+            console=Console(file=self._stream),
+            refresh_per_second=REFRESHES_PER_SECOND,
+            # Output that the user pipes elsewhere must not be drawn on the terminal instead.
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        self._live.start()
+
+    def _hide(self, *, last: bool = False) -> None:
+        assert self._live is not None
+        self._live.transient = self.transient or not last
+        self._live.stop()
+        self._live = None
+
+    def _worth_a_line(self) -> bool:
+        return not self.transient or self._printed is not None
+
     def _amount(self) -> str:
         done = _format_amount(self.completed, self.unit)
         total = "" if self.total is None else "/" + _format_amount(self.total, self.unit)
         return done + total + ("" if self.unit == "B" else f" {self.unit}")
 
+    def _seconds_left(self, now: float) -> float | None:
+        """By the rate of the last half hour; None while there is none."""
+        then, before = self._samples[0]
+        done, spent = self.completed - before, self._updated - then
+        if self.total is None or done <= 0 or spent <= 0:
+            return None
+        rest = max(0.0, self.total - self.completed)
+        return max(0.0, rest * spent / done - (now - self._updated))
+
     def _print_line(self) -> None:
         self._last_line = now = time.monotonic()
         self._printed = self.completed
-        elapsed = now - self._start
-        parts = [f"{self.description}: {self._amount()}"]
+        parts = [f"{time.strftime('%H:%M:%S')}  {self.description}: {self._amount()}"]
         if self.total:
             parts.append(f"{100 * self.completed / self.total:.0f}%")
-        parts.append(f"elapsed {_format_seconds(elapsed)}")
-        done = self.completed - self._first
-        if self.total is not None and done > 0 and self.completed < self.total:
-            parts.append(f"ETA {_format_seconds(elapsed / done * (self.total - self.completed))}")
-        if self.fields:
-            parts.append(_format_fields(self.fields))
-        print("  ".join(parts), file=self._stream, flush=True)
+        parts.append(f"elapsed {_format_seconds(now - self._start)}")
+        left = self._seconds_left(now)
+        if left is not None and self.total is not None and self.completed < self.total:
+            parts.append(f"ETA {_format_seconds(left)}")
+        print("  ".join([*parts, *_format_fields(self.fields)]), file=self._stream, flush=True)
 
 
-def _make_bar(console: Console) -> RichProgress:
-    return RichProgress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[amount]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[fields]}", markup=False),
-        console=console,
-        speed_estimate_period=SECONDS_OF_RATE,
-        # Output that the user pipes elsewhere must not be drawn on the terminal instead.
-        redirect_stdout=sys.stdout.isatty(),
-    )
+_shown: list[Progress] = []
+"""The activities on the terminal, each within the one before; the last is drawn."""
 
 
-def _format_fields(fields: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {_format_value(value)}" for name, value in fields.items())
+def _format_fields(fields: dict[str, Any]) -> list[str]:
+    return [f"{name} {_format_value(value)}" for name, value in fields.items()]
 
 
 def _format_value(value: Any) -> str:
@@ -154,7 +213,9 @@ def _format_amount(amount: float, unit: str) -> str:
     return f"{amount:.1f} TiB"
 
 
-def _format_seconds(seconds: float) -> str:
+def _format_seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "--:--"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"

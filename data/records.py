@@ -1,7 +1,9 @@
 """One reader for every JSON file and JSON line: what cannot be used is named with its place."""
 
 import json
+import stat
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,10 @@ def read_text(path: Path, fix: str | None = None) -> str:
     Raises InputError naming the path, the cause and `fix` when it cannot be read.
     """
     try:
+        mode = path.stat().st_mode
+        # A pipe that nobody writes to would be waited for without end.
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{path}: not a regular file; {fix or 'give one'}")
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {failure(error, fix)}") from None
@@ -59,10 +65,12 @@ def parse_json(
     *,
     kind: Kind = dict,
     keys: Mapping[str, Kind] | None = None,
+    unique: bool = False,
 ) -> Any:
-    """As `read_json`, of a text that came from `place`."""
+    """As `read_json`, of a text that came from `place`; `unique` refuses a name given twice, of
+    which JSON keeps the last."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
     # Deeply nested brackets end in RecursionError, a number of 5,000 digits in ValueError.
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid JSON ({error}); {fix}") from None
@@ -76,6 +84,23 @@ def parse_json(
                 f"{place}: `{name}` is {word_for(value[name])}, not {words_for(wanted)}; {fix}"
             )
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is given twice")
+    return values
+
+
+def is_finite(value: object) -> bool:
+    """Whether a JSON value is a number, and one that a float can hold: not NaN, not infinite."""
+    try:
+        return is_kind(value, float) and isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # a whole number of 400 digits
+        return False
 
 
 def is_kind(value: object, kind: Kind) -> bool:
@@ -96,3 +121,29 @@ def words_for(kind: Kind) -> str:
     return " or ".join(
         _WORDS.get(one, one.__name__) for one in (kind if isinstance(kind, tuple) else (kind,))
     )
+
+
+def fits(value: object, form: Any) -> bool:
+    """Whether a JSON value has a form.
+
+    Args:
+        value: the value.
+        form: a kind as for `is_kind`; [form], a list of such; {name: form, ...}, an object with at
+            least these, of which a name that ends in "?" may be missing; {"*": form}, an object
+            whose values all have the form.
+    """
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(entry, form[0]) for entry in value)
+    if not isinstance(form, dict):
+        return is_kind(value, form)
+    if not isinstance(value, dict):
+        return False
+    if "*" in form:
+        return all(fits(entry, form["*"]) for entry in value.values())
+    for name, wanted in form.items():
+        key = name.removesuffix("?")
+        if key in value and not fits(value[key], wanted):
+            return False
+        if key not in value and key == name:
+            return False
+    return True

@@ -1,7 +1,9 @@
 """The order of training samples: a pure function of (data, seed, history of domain weights).
 
-All arithmetic is on integers, so the order is the same on every platform, for every number of
-ranks, and after a resume at any step. The state is a handful of numbers per domain.
+All arithmetic is on integers, so for one history of weights the order is the same on every
+platform, for every number of ranks, and after a resume at any step. Weights that follow losses
+differ by rounding between such runs, seldom so far that the order changes (data/mixture.py), and
+never when they are replayed (data/weight_history.py). The state is a handful of numbers per domain.
 """
 
 import hashlib

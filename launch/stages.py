@@ -17,6 +17,7 @@ from typing import Any
 from data.errors import InputError
 from data.files import write_json
 from data.log import logger
+from data.records import read_json
 from launch.commands import CommandError
 
 
@@ -75,11 +76,16 @@ class Stages:
 
 
 def _read_marker(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError):
+    """What is known of a stage; nothing where it never ran, or its marker is damaged."""
+    if not path.exists():
         return {}
-    return content if isinstance(content, dict) else {}
+    form = {"identity": str, "finished": bool, "seconds": float}
+    try:
+        content: dict[str, Any] = read_json(path, "the stage runs again", keys=form)
+    except InputError as error:
+        logger.warning(str(error))
+        return {}
+    return content
 
 
 def _write_marker(path: Path, identity: str, *, finished: bool, seconds: float) -> None:

@@ -73,10 +73,11 @@ class Proposal:
 def parse_budget(text: str) -> Budget | None:
     """The budget in the text of --target; None for a preset or an explicit shape.
 
-    Needs no source. Raises InputError for a malformed amount, for two budgets, and for sizes
+    A number of parameters alone, such as 70m, is one too, unless a preset is called so. Needs no
+    source. Raises InputError for a malformed amount, for two budgets, and for sizes
     beside the budget that are malformed.
     """
-    pairs = [pair.strip() for pair in text.split(",")]
+    pairs = [_spelled(pair.strip()) for pair in text.split(",")]
     split = {pair: _key(pair) in BUDGETS for pair in pairs}
     budgets = [pair for pair in pairs if split[pair]]
     if not budgets:
@@ -93,7 +94,13 @@ def parse_budget(text: str) -> Budget | None:
     kind, value = _key(budgets[0]), budgets[0].partition("=")[2].strip()
     amount = _speedup(value) if kind == SPEEDUP else _parameters(kind, value)
     fixed = parse_sizes(",".join(others)) if others else {}
-    return Budget("".join(text.lower().split()), kind, amount, fixed)
+    return Budget("".join(",".join(pairs).lower().split()), kind, amount, fixed)
+
+
+def _spelled(pair: str) -> str:
+    """`pair`, but params=70m for 70m."""
+    bare = re.fullmatch(r"\d+(\.\d+)?[kmb]", pair.lower())
+    return f"{PARAMETERS}={pair}" if bare and pair.lower() not in PRESETS else pair
 
 
 def _key(pair: str) -> str:
@@ -102,7 +109,8 @@ def _key(pair: str) -> str:
 
 def _parameters(kind: str, value: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", value.lower().replace("_", ""))
-    amount = round(float(match[1]) * _SUFFIXES[match[2]]) if match else 0
+    number = float(match[1]) * _SUFFIXES[match[2]] if match else 0.0
+    amount = round(number) if math.isfinite(number) else 0
     if amount < 1:
         raise InputError(
             f"target {kind}={value!r} is not a number of parameters: write for example "

@@ -141,7 +141,7 @@ class ShearConfig:
     target: str = "1.3b"
     """Preset of LLaMA-2-7B (1.3b, 2.7b, 370m) or Pythia-410m (pythia-160m) or sizes such as
     layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152; sizes left out stay as in the source. Or a
-    budget, which proposes the sizes and says why before anything starts: params=70m (all
+    budget, which proposes the sizes and says why before anything starts: params=70m or 70m (all
     parameters), params-non-embedding=46m, or speedup=2 (decoding at batch 1, measured on this
     device); sizes beside a budget are kept: params=70m,layers=24."""
     data: str = "runs/tokens"

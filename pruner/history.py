@@ -14,6 +14,7 @@ import base64
 import binascii
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.errors import InputError, failure
+from data.log import logger
+from data.records import is_kind
 from pruner.callback import ShearCallback
 from pruner.units import on_counts
 from trainer.callbacks.metrics import StepLog
@@ -150,19 +154,34 @@ def group_means(values: np.ndarray, groups: int) -> np.ndarray:
     return means
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(
+    path: Path, usable: Callable[[dict[str, Any]], bool] = lambda record: True
+) -> list[dict[str, Any]]:
     """The records of a .jsonl file that a run may still be writing; none where there is no file.
 
-    Lines that were cut short are left out.
+    A last line that was cut short is left out. So are lines that are no record of a step, or none
+    that is `usable`; a warning counts them. Raises InputError for a file that cannot be read.
     """
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise InputError(f"{path}: {failure(error)}") from None
+    records, odd = [], []
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        # Deeply nested brackets end in RecursionError.
+        except (ValueError, RecursionError):
+            if line.endswith("\n") and line.strip():
+                odd.append(number)
             continue
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict) and is_kind(record.get("step"), int) and usable(record):
             records.append(record)
+        else:
+            odd.append(number)
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        logger.warning(f"{path}: left out line {odd[0]}{more}: no record as this version writes it")
     return records

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.progress import Progress
 from pruner.shapes import Shape, shape_of
 from pruner.units import to_masks, unit_sizes
 from trainer.models.decoder import CausalLM, next_token_targets
@@ -139,22 +140,28 @@ def activations(
 ) -> dict[str, Tensor]:
     """Strength of the units' activations, summed over `sequences` [n, S]; see `measure`."""
     with ActivationStatistics(model) as statistics:
-        for weights, ids in calibration_batches(sequences, context, micro_batch):
+        batches = calibration_batches(sequences, context, micro_batch, "measure importance")
+        for weights, ids in batches:
             statistics.weights = weights
             model(ids, targets=ids, weights=torch.zeros(ids.shape, device=ids.device))
         return statistics.reduce(context)
 
 
 def calibration_batches(
-    sequences: Tensor, context: DistributedContext, micro_batch: int
+    sequences: Tensor, context: DistributedContext, micro_batch: int, description: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of `sequences` [n, S]: fp64 weights [B], 1 or 0, and ids [B, S]; equally
-    many on every rank."""
-    for start in range(0, len(sequences), micro_batch * context.world):
-        own = start + context.rank * micro_batch + torch.arange(micro_batch)
-        # Ranks without work left run a sequence that does not count: gathers are collective.
-        weights = (own < len(sequences)).double().to(context.device)
-        yield weights, sequences[own.clamp(max=len(sequences) - 1)].to(context.device)
+    many batches on every rank, the last of what is left. `description` names the work in the
+    progress."""
+    with Progress(description, total=len(sequences), unit="sequence", transient=True) as bar:
+        for start in range(0, len(sequences), micro_batch * context.world):
+            passed = sequences[start : start + micro_batch * context.world]
+            mine = passed[context.rank * micro_batch :][:micro_batch]
+            # Ranks without work left run a sequence that does not count: gathers are collective.
+            ids = mine if len(mine) else passed[:1]
+            weights = torch.full((len(ids),), float(len(mine) > 0), dtype=torch.float64)
+            yield weights.to(context.device), ids.to(context.device)
+            bar.update(len(passed))
 
 
 def taylor(model: CausalLM, sequences: Tensor, context: DistributedContext) -> dict[str, Tensor]:
@@ -173,17 +180,14 @@ def taylor(model: CausalLM, sequences: Tensor, context: DistributedContext) -> d
         name: torch.zeros(size, dtype=torch.float64, device=device)
         for name, size in unit_sizes(shape).items()
     }
-    for start in range(0, len(sequences), context.world):
-        # Ranks without work left run a sequence that does not count: gathers are collective.
-        counts = start + context.rank < len(sequences)
-        ids = sequences[[start + context.rank if counts else 0]].to(device)
+    batches = calibration_batches(sequences, context, 1, "measure importance")
+    for counts, ids in batches:
         targets, valid = next_token_targets(ids)
         weights = valid.float() / valid.sum()
         loss = model(ids, masks=to_masks(z, shape), targets=targets, weights=weights).loss
         gradients = torch.autograd.grad(loss, list(z.values()))
-        if counts:
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                total += gradient.double().abs()
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            total += counts * gradient.double().abs()
     return {
         name: context.all_reduce_sum(total).cpu() / len(sequences) for name, total in sums.items()
     }
@@ -193,7 +197,7 @@ def taylor(model: CausalLM, sequences: Tensor, context: DistributedContext) -> d
 def magnitudes(model: CausalLM) -> dict[str, Tensor]:
     """Euclidean norm of the weights in matrices that a unit's removal would remove; see `measure`.
 
-    A query head's are its rows of q_proj and columns of o_proj; a KV group's those of all its query
+    A query head's are its rows of q_proj and columns of o_proj; a KV head's those of all its query
     heads and its rows of k_proj and v_proj. Every rank gathers the matrices one at a time.
     """
     shape = shape_of(model.config)

@@ -9,6 +9,7 @@ The four coefficients are fitted, none below 0, to the times of a few models wit
 plain transformers: four shapes, each in two depths, which tell the blocks' share from the rest.
 """
 
+import inspect
 import itertools
 import statistics
 import time
@@ -22,6 +23,7 @@ import torch
 from data.progress import Progress
 from pruner.budget import propose
 from pruner.shapes import config_of
+from pruner.timing import Timing
 from trainer.models.config import ModelConfig
 
 POSITIONS = 128
@@ -37,8 +39,8 @@ BLOCK_BYTES = 10**9
 source itself has less."""
 _TILE = 1 << 20
 
-Timer = Callable[[Sequence[ModelConfig]], list[float]]
-"""Median seconds per decoded token of each model."""
+Timer = Callable[[Sequence[ModelConfig]], list[Timing]]
+"""Seconds per decoded token of each model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,21 @@ class LatencyModel:
         return asdict(self)
 
 
-def measure_latency(source: ModelConfig, timer: Timer, itemsize: int) -> LatencyModel:
-    """Times the calibration models of `source` and fits the model to them."""
+def measure_latency(
+    source: ModelConfig, timer: Timer, itemsize: int
+) -> tuple[LatencyModel, dict[str, Timing]]:
+    """Times the calibration models of `source` and fits the model to them; with the times by
+    name."""
     configs = calibration_models(source, itemsize)
-    return fit(configs, timer(configs), itemsize)
+    timings = timer(configs)
+    names = [f"{name_of(config)} (model {index})" for index, config in enumerate(configs, 1)]
+    model = fit(configs, [timing.seconds for timing in timings], itemsize)
+    return model, dict(zip(names, timings, strict=True))
+
+
+def name_of(config: ModelConfig) -> str:
+    """Layers and width."""
+    return f"{config.num_layers} x {config.hidden_size}"
 
 
 def fit(configs: Sequence[ModelConfig], seconds: Sequence[float], itemsize: int) -> LatencyModel:
@@ -136,11 +149,11 @@ def calibration_models(source: ModelConfig, itemsize: int) -> list[ModelConfig]:
 def decode_timer(device: torch.device, dtype: torch.dtype) -> Timer:
     """Times greedy decoding at batch 1 in plain transformers on `device`.
 
-    The models take turns, so that load on the machine meets all alike; the median of up to ROUNDS
-    turns of TOKENS tokens counts, after one turn that does not.
+    The models take turns, so that load on the machine meets all alike; up to ROUNDS turns of TOKENS
+    tokens count, after one turn that does not.
     """
 
-    def timer(configs: Sequence[ModelConfig]) -> list[float]:
+    def timer(configs: Sequence[ModelConfig]) -> list[Timing]:
         # Nothing drawn here may move the random numbers of the run.
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             decoders = [_Decoder(config, device, dtype) for config in configs]
@@ -159,7 +172,7 @@ class _Decoder:
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.name = f"{config.num_layers} x {config.hidden_size}"
+        self.name = name_of(config)
         self.device = device
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config.to_hf(), dtype=dtype)
@@ -167,13 +180,16 @@ class _Decoder:
         self.model.tie_weights()
         _fill(self.model)
         prompt = torch.ones(1, POSITIONS, dtype=torch.long, device=device)
-        self.cache = self.model(input_ids=prompt, use_cache=True).past_key_values
+        # Later versions of transformers call it by another name and warn of the former one.
+        known = inspect.signature(self.model.forward).parameters
+        self.cached = "cache" if "cache" in known else "past_key_values"
+        self.cache = getattr(self.model(input_ids=prompt, use_cache=True), self.cached)
         self.token = prompt[:, :1]
 
     def decode(self) -> float:
         """Seconds until one more token is known."""
         start = time.perf_counter()
-        output = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        output = self.model(input_ids=self.token, use_cache=True, **{self.cached: self.cache})
         output.logits.argmax().item()
         return time.perf_counter() - start
 
@@ -193,8 +209,8 @@ def _fill(model: torch.nn.Module) -> None:
             buffer.fill_(1.0)
 
 
-def _alternate(decoders: Sequence[_Decoder]) -> list[float]:
-    """Median seconds per token of each decoder."""
+def _alternate(decoders: Sequence[_Decoder]) -> list[Timing]:
+    """Seconds per token of each decoder."""
     seconds: list[list[float]] = [[] for _ in decoders]
     start = time.perf_counter()
     with Progress("measure decoding", total=(ROUNDS + 1) * len(decoders), unit="turn") as bar:
@@ -205,6 +221,6 @@ def _alternate(decoders: Sequence[_Decoder]) -> list[float]:
                 decoder.decode()
                 found = [decoder.decode() for _ in range(TOKENS - 1)]
                 if turn > 0:
-                    times += found
+                    times.append(statistics.median(found))
                 bar.update(1, model=decoder.name)
-    return [statistics.median(times) for times in seconds]
+    return [Timing(tuple(times)) for times in seconds]

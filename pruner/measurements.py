@@ -18,6 +18,7 @@ from torch import Tensor
 from data.errors import InputError
 from data.log import logger
 from data.reader import TokenReader
+from data.records import fits, parse_json
 from pruner.config import ShearConfig
 from pruner.importance import measure
 from pruner.rotation import measure_rotation, rotate
@@ -30,7 +31,9 @@ from trainer.parallel import DistributedContext, reshard
 FILE = "source.safetensors"
 ROTATION = "basis"
 """Name of the rotation among the stored tensors."""
-_KEYS = ("held_out", "reference", "importance")
+_KINDS = {"held_out": dict, "reference": dict, "importance": bool}
+"""The metadata besides the key, and what it is."""
+_LOSSES = {"*": {"loss": float, "perplexity": float, "tokens": int}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,8 @@ def measure_source(
     losses = {}
     if held_out is not None:
         count = config.train.eval_sequences
-        losses = report(evaluate(model, held_out, held_out.domains, count, batch, context))
+        data = (held_out, held_out.domains, count, batch, context)
+        losses = report(evaluate(model, *data, description="measure on held-out text"))
     reference = measured_reference(model, reader, config.reference_sequences, batch, context)
     masks = config.masks
     sequences = calibration_set(reader, weights, masks.calibration_sequences)
@@ -179,8 +183,13 @@ def _read(path: Path, key: str | None) -> Measurements | None:
     except (OSError, SafetensorError):
         return None
     try:
-        held_out, reference, importance = (json.loads(metadata[key]) for key in _KEYS)
-    except (KeyError, ValueError):
+        held_out, reference, importance = (
+            parse_json(metadata.get(name, ""), f"{path}, {name}", "", kind=kind)
+            for name, kind in _KINDS.items()
+        )
+    except InputError:
+        return None
+    if not fits(held_out, _LOSSES) or not fits(reference, {"*": float}):
         return None
     rotation = tensors.pop(ROTATION, None)
     return Measurements(held_out, reference, tensors if importance else None, rotation)

@@ -14,16 +14,22 @@ from rich.table import Table
 
 from data.errors import InputError
 from data.log import logger
-from data.records import read_json
+from data.records import fits, read_json
 from pruner.budget import BLOCK_PARAMETERS, SHARE, SPEEDUP, Budget, Proposal, propose, smallest
 from pruner.latency import POSITIONS, Timer, decode_timer, measure_latency
 from pruner.shapes import Shape, config_of, shape_of, validate
+from pruner.timing import too_busy
 from trainer.checkpoint_files import latest_step
 from trainer.memory import total_memory
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext
 
 TARGET_FILE = "target.json"
+FIT_TOLERANCE = 0.15
+"""Largest relative error of fitted times that goes without a warning: on a quiet machine it is a
+few per cent."""
+SHORTFALL = 0.05
+"""Part of the speedup that may be missing in the measured one without a warning."""
 
 
 def resolve_together(
@@ -40,28 +46,47 @@ def resolve_together(
     record, problem = None, None
     if context.is_main:
         trained = latest_step(output / "checkpoints") is not None
-        if trained or (output / "shear.json").exists():
-            record = recorded(output, budget, source)
-        if record is not None:
-            logger.info(f"target {budget.text} is {record['shape']} ({output / TARGET_FILE})")
-        else:
-            try:
+        try:
+            if trained or (output / "shear.json").exists():
+                record = recorded(output, budget, source)
+            if record is not None:
+                logger.info(f"target {budget.text} is {record['shape']} ({output / TARGET_FILE})")
+            else:
                 record = resolve(budget, source, context.device, dtype)
-            except InputError as error:
-                problem = str(error)
+        except InputError as error:
+            problem = str(error)
     context.raise_first(problem)
     shared: dict[str, Any] = context.broadcast(record)
     return shared
 
 
 def recorded(output: Path, budget: Budget, source: ModelConfig) -> dict[str, Any] | None:
-    """What `resolve` returned for the same budget and source when the run in `output` began."""
-    try:
-        record: dict[str, Any] = read_json(output / TARGET_FILE, "", keys={"shape": str})
-    except InputError:
+    """What `resolve` returned for the same budget and source when the run in `output` began; None
+    where nothing is recorded of them. Raises InputError when the record cannot be read."""
+    path = output / TARGET_FILE
+    if not path.exists():
         return None
-    same = record.get("budget") == budget.text
-    return record if same and record.get("source") == shape_of(source).describe() else None
+    record: dict[str, Any] = read_json(
+        path,
+        f"name the shape in place of the budget: --target with the `target` of {output}/run.json",
+        keys={"budget": str, "source": str, "shape": str},
+    )
+    same = record["budget"] == budget.text
+    return record if same and record["source"] == shape_of(source).describe() else None
+
+
+def measured_seconds(output: Path) -> dict[str, float]:
+    """Seconds per decoded token of "source" and "target" that were measured for the budget of the
+    run in `output`; none where none were, or a busy machine measured them."""
+    try:
+        latency = read_json(output / TARGET_FILE, "").get("latency")
+    except InputError:
+        return {}
+    known = {"measured": {"source": float, "target": float}}
+    if not fits(latency, known) or latency.get("busy"):
+        return {}
+    measured: dict[str, float] = latency["measured"]
+    return measured
 
 
 def resolve(
@@ -124,7 +149,7 @@ def _for_speedup(
     threads = f", threads {torch.get_num_threads()}" if device.type == "cpu" else ""
     setting = f"{device.type}, {str(dtype).removeprefix('torch.')}, batch 1, {POSITIONS} positions"
     logger.info(f"measuring how decoding time depends on the shape ({setting}{threads})")
-    model = measure_latency(source, timer, dtype.itemsize)
+    model, timings = measure_latency(source, timer, dtype.itemsize)
     before = model.predict(source)
     proposal = propose(source, model.predict, before / budget.amount, budget.fixed)
     if proposal is None:
@@ -135,16 +160,21 @@ def _for_speedup(
             f"that a budget can give{_beside(budget)}, {shape.describe()}, decodes {most:.2f} "
             f"times as fast as the source; use at most speedup={most:.2f}"
         )
-    pair = [source, config_of(proposal.shape, source)]
-    latency = {
+    pair = {"source": source, "target": config_of(proposal.shape, source)}
+    latency: dict[str, Any] = {
         "setting": setting + threads,
         "model": model.as_dict(),
         "predicted": {"source": before, "target": proposal.cost},
         "measured": None,
     }
-    size = sum(config.num_parameters() for config in pair) * dtype.itemsize
+    size = sum(config.num_parameters() for config in pair.values()) * dtype.itemsize
     if size <= total_memory(device) // 2:
-        latency["measured"] = dict(zip(("source", "target"), timer(pair), strict=True))
+        found = dict(zip(pair, timer(list(pair.values())), strict=True))
+        latency["measured"] = {name: timing.seconds for name, timing in found.items()}
+        latency["rounds"] = {name: timing.to_json() for name, timing in found.items()}
+        timings |= found
+    # No two of these have one shape.
+    latency["busy"] = too_busy(timings, {name: name for name in timings})
     return proposal, latency
 
 
@@ -167,7 +197,7 @@ def _explain(record: dict[str, Any], budget: Budget, source: Shape, target: Shap
         "hidden": (source.hidden, target.hidden),
         "heads": (source.heads, target.heads),
         "KV heads": (source.kv_heads, target.kv_heads),
-        "feed-forward channels": (source.ffn, target.ffn),
+        "FFN channels": (source.ffn, target.ffn),
         "parameters": tuple(record["parameters"].values()),
         "  without embeddings": tuple(record["non_embedding_parameters"].values()),
     }
@@ -183,6 +213,10 @@ def _explain(record: dict[str, Any], budget: Budget, source: Shape, target: Shap
                 f"{before / after:.2f}x faster",
             )
             table.add_row(f"{kind} time per token", *row)
+    rounds = (latency or {}).get("rounds")
+    if rounds:
+        spread = (f"{rounds[name]['spread']:.0%} of {rounds[name]['rounds']}" for name in rounds)
+        table.add_row("  spread of the rounds", *spread, "")
     Console().print(table)
     limit = "time" if latency else "budget"
     among = f"shapes that use at least {SHARE:.0%} of the {limit}"
@@ -194,12 +228,29 @@ def _explain(record: dict[str, Any], budget: Budget, source: Shape, target: Shap
     )
     logger.info("  the one nearest to the source and its proportions")
     if latency:
-        error = latency["model"]["error"]
-        logger.info(
-            f"predicted from times measured here ({latency['setting']}), fitted within {error:.0%}"
-        )
-        if not latency["measured"]:
-            logger.info(
-                "not measured: both models together need more than half of the device's memory"
-            )
+        _explain_times(latency, budget)
     logger.info(f"the same shape by name: --target {record['shape']}")
+
+
+def _explain_times(latency: dict[str, Any], budget: Budget) -> None:
+    """Says how the times came about, and warns of those that cannot be relied on."""
+    error = latency["model"]["error"]
+    logger.info(
+        f"predicted from times measured here ({latency['setting']}), fitted within {error:.0%}"
+    )
+    again = "run this again on a quiet machine, or name the sizes yourself"
+    if latency["busy"]:
+        logger.warning(f"{latency['busy']}; the shape rests on these times: {again}")
+    elif error > FIT_TOLERANCE:
+        logger.warning(
+            f"the predicted times miss those measured by up to {error:.0%} (limit "
+            f"{FIT_TOLERANCE:.0%}), so the shape may be wrong by as much: {again}"
+        )
+    measured = latency["measured"]
+    if not measured:
+        logger.info("not measured: both models together need more than half of the device's memory")
+    elif measured["source"] / measured["target"] < (1 - SHORTFALL) * budget.amount:
+        logger.warning(
+            f"measured, the target decodes {measured['source'] / measured['target']:.2f}x as fast "
+            f"as the source, not {budget.amount:g}x: ask for a larger speedup, or {again}"
+        )

@@ -1,5 +1,6 @@
 """The end of a shearing run: extraction, the saved model, its check, and the report."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from data.log import logger
 from pruner.config import ShearConfig
 from pruner.extract import Extraction
 from pruner.measurements import Measurements
+from pruner.proposal import measured_seconds
 from pruner.rules import Rule
 from pruner.shapes import Shape, shape_of
-from pruner.units import kept_indices, on_counts, polarised, span, to_masks
+from pruner.units import kept_indices, label, on_counts, polarised, span, to_masks
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
@@ -27,6 +29,15 @@ from trainer.models.masks import Masks
 from trainer.models.sources import weights_fingerprint
 from trainer.run import training_report
 from trainer.saving import full_tensors, publish, save_tensors_of
+from trainer.verdict import (
+    Stage,
+    conclude,
+    losses_of,
+    measured_on,
+    show,
+    sizes_of,
+    stages_of,
+)
 
 CHECK_TOKENS = 64
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.1, "float16": 0.02}
@@ -86,13 +97,15 @@ def finish(
         **training_report(trainer),
         "reference": reference,
         "source_held_out": measured.held_out,
+        **_before(trainer, source, measured, output),
         "basis": config.masks.basis,
         "reload_difference": difference,
     }
     context.raise_first(_put_in_place(z, measured.rotation, output) if context.is_main else None)
     publish(context, report, config.json, output / "shear.json")
     if context.is_main:
-        print_tables(report)
+        print_units(report)
+        _show_verdict(report, config)
     if not report["polarised"]:
         _warn_unpolarised(report)
     logger.info(f"model: {output / 'model'}  report: {output / 'shear.json'}")
@@ -189,45 +202,49 @@ def _put_in_place(z: dict[str, Tensor], rotation: Tensor | None, output: Path) -
 
 
 def _warn_unpolarised(report: dict[str, Any]) -> None:
-    units = ", ".join(f"{name} {count}" for name, count in report["kept_not_alive"].items())
+    units = ", ".join(f"{label(name)} {count}" for name, count in report["kept_not_alive"].items())
     logger.warning(
         f"the masks did not polarise. Kept units that are not on (z < 0.99): {units}; their values "
         "are folded into the weights. More steps help, and --rule projection always polarises"
     )
 
 
-def print_tables(report: dict[str, Any]) -> None:
-    """Prints what was kept and how the loss changed."""
-    console = Console()
+def _before(trainer: Trainer, source: Path, measured: Measurements, output: Path) -> dict[str, Any]:
+    """What the report says of the source, for whoever compares it with what comes after."""
+    on = measured_on(trainer)
+    losses = losses_of(measured.held_out)
+    sizes = sizes_of(trainer.model.config)
+    seconds = measured_seconds(output)
+    stage = Stage("source", str(source.absolute()), losses, on, sizes, seconds.get("source"))
+    return {
+        "before": [stage.to_json()],
+        "held_out_on": on,
+        "seconds_per_token": seconds.get("target"),
+    }
+
+
+def _show_verdict(report: dict[str, Any], config: ShearConfig) -> None:
+    output = Path(config.output)
+    words = ["--model", config.output, "--data", config.data]
+    words += ["--output", str(output.with_name(output.name + "-cpt"))]
+    words += ["--seq-len", str(config.train.seq_len)]
+    stages = stages_of(output)
+    if stages:
+        show(conclude(stages, report["weights"]), [shlex.join(["shorn", "cpt", *words])])
+
+
+def print_units(report: dict[str, Any]) -> None:
+    """Prints what was kept."""
     shapes = Table(title="kept units per row")
     for heading in ("units", "rows", "source", "target", "kept", "on"):
         shapes.add_column(heading, justify="left" if heading == "units" else "right")
     for name, kind in report["families"].items():
         shapes.add_row(
-            name,
+            label(name),
             str(kind["rows"]),
             str(kind["units"]),
             str(kind["target"]),
             span(report["kept"][name]),
             span(report["alive"][name]),
         )
-    console.print(shapes)
-    parameters = report["parameters"]
-    console.print(
-        f"parameters {parameters['source']:,} to {parameters['target']:,} (without embeddings "
-        f"{parameters['source_non_embedding']:,} to {parameters['target_non_embedding']:,})"
-    )
-    if not report["held_out"]:
-        return
-    losses = Table(title="held-out loss (nats per token)")
-    for heading in ("domain", "source", "sheared", "domain weight"):
-        losses.add_column(heading, justify="left" if heading == "domain" else "right")
-    for domain, values in report["held_out"].items():
-        before = report["source_held_out"].get(domain)
-        losses.add_row(
-            domain,
-            f"{before['loss']:.4f}" if before else "",
-            f"{values['loss']:.4f}",
-            f"{report['weights'].get(domain, 0.0):.3f}",
-        )
-    console.print(losses)
+    Console().print(shapes)

@@ -62,7 +62,8 @@ def measure_rotation(
     """`principal_rotation` of the loaded source on `sequences` [n, S]: on the CPU and the same on
     every rank; collective. Raises InputError when the stream is not finite."""
     with StreamCovariance(model) as covariance:
-        for weights, ids in calibration_batches(sequences, context, micro_batch):
+        batches = calibration_batches(sequences, context, micro_batch, "measure components")
+        for weights, ids in batches:
             covariance.weights = weights
             model(ids, targets=ids, weights=torch.zeros(ids.shape, device=ids.device))
     total = context.all_reduce_sum(covariance.total)

@@ -35,7 +35,14 @@ from trainer.distillation import (
     load_teacher,
     teacher_identity,
 )
-from trainer.domains import DomainOptions, Domains, starting_domains
+from trainer.domains import (
+    DomainOptions,
+    Domains,
+    mixture_identity,
+    replayed,
+    resolve_mixture,
+    starting_domains,
+)
 from trainer.identity import run_identity, verify_run
 from trainer.inputs import find_model_with_data, open_data
 from trainer.loop import Trainer
@@ -90,7 +97,13 @@ def _prune(
     state = state_of(output, "shear.json", context)
     fingerprint = weights_fingerprint(inputs.folder)
     identity = _identity(inputs, fingerprint, context)
-    verify_run(output, identity, context, started=state.started, resolve=resolve_identity)
+    verify_run(
+        output,
+        identity,
+        context,
+        started=state.started,
+        resolve=lambda saved: resolve_mixture(resolve_identity(saved), config.mixture),
+    )
     if state.report is not None:
         log_finished(context, state.report, config.json)
         return None
@@ -164,6 +177,7 @@ def open_inputs(config: ShearConfig) -> Inputs:
         sheared=None,
         needs_reference=False,
     )
+    domains = replayed(domains, config.mixture, options, reader, config.train, {})
     folder = resolve_model(config.source, option="--source")
     check_weights(folder, model)
     return Inputs(config, folder, model, source, target, reader, held_out, domains)
@@ -192,7 +206,7 @@ def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> 
         command="shear",
         source=fingerprint,
         target=inputs.target.describe(),
-        mixture=asdict(config.mixture),
+        mixture=mixture_identity(config.mixture, inputs.domains, config.train.steps),
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference,
         **{f"masks.{name}": value for name, value in asdict(config.masks).items()},
@@ -262,6 +276,7 @@ def _assemble(
         weights=inputs.domains.weights,
         reference=reference,
         mixture=config.mixture,
+        history=inputs.domains.history,
         identity=identity,
         teacher=teacher,
         callbacks=[shear_callback, HistoryCallback(shear_callback, output)],

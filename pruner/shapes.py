@@ -221,7 +221,8 @@ def _preset_error(name: str, preset: PresetSource, source: Shape, reason: str) -
     return InputError(
         f"target preset {name} is made for {preset.description} and does not fit this source "
         f"({source.describe()}, head dim {source.head_dim}): {reason}. Give the sizes instead, "
-        f"for example --target {_example(source)}"
+        f"for example --target {_example(source)}, or a budget: --target params=N with fewer "
+        "parameters than the source has"
     )
 
 

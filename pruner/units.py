@@ -27,6 +27,20 @@ ON = 0.99
 OFF = 0.01
 """A unit at or below this mask value is off."""
 
+LABELS = {
+    "hidden": "hidden dimensions",
+    "layer": "layers",
+    "kv_group": "KV heads per layer",
+    "query_head": "query heads per KV head",
+    "intermediate": "FFN channels per layer",
+}
+"""What tables and pictures call the units of a row. Files keep the names of the kinds."""
+
+
+def label(kind: str) -> str:
+    """A unit kind in words."""
+    return LABELS.get(kind, kind.replace("_", " "))
+
 
 @dataclass(frozen=True, slots=True)
 class UnitKind:
@@ -62,7 +76,7 @@ def unit_kinds(target: Shape, source: Shape) -> dict[str, UnitKind]:
 def to_masks(z: dict[str, Tensor], source: Shape, *, hold_scale: bool = False) -> Masks:
     """Joins the masks z [rows, units] of all kinds into the model's masks; differentiable.
 
-    A query head's mask is the product of its KV group's and its own. `hold_scale` as in Masks.
+    A query head's mask is the product of its KV head's and its own. `hold_scale` as in Masks.
     """
     head = None
     if "kv_group" in z:

@@ -1,6 +1,6 @@
 """Continued pre-training, from validated options to a Hugging Face folder and a report."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from trainer.distillation import (
 from trainer.domains import (
     DomainOptions,
     Domains,
+    mixture_identity,
+    replayed,
+    resolve_mixture,
     samples_used,
     sheared_report,
     start_reference,
@@ -63,6 +66,7 @@ from trainer.run import (
     training_report,
 )
 from trainer.saving import log_finished, publish, require_copy, save_pretrained
+from trainer.verdict import carry, show_trained
 
 SOURCE = "meta-llama/Llama-2-7b-hf"
 """The model that messages propose to shear."""
@@ -116,7 +120,13 @@ def _train(
     train, output = config.train, Path(config.output)
     state = state_of(output, "cpt.json", context)
     identity = _identity(config, inputs, context)
-    verify_run(output, identity, context, started=state.started)
+    verify_run(
+        output,
+        identity,
+        context,
+        started=state.started,
+        resolve=lambda saved: resolve_mixture(saved, config.mixture),
+    )
     if state.report is not None:
         log_finished(context, state.report, config.json)
         return None
@@ -137,6 +147,7 @@ def _train(
         weights=inputs.domains.weights,
         reference=_reference(inputs, config, None if resuming else model, context),
         mixture=inputs.mixture,
+        history=inputs.domains.history,
         used=inputs.used,
         identity=identity,
         teacher=teacher,
@@ -175,8 +186,10 @@ def open_inputs(config: CptConfig) -> Inputs:
         sheared=sheared,
         needs_reference=mixture.kind == "dynamic" and not measurable,
     )
-    if not domains.reference and not measurable:
+    if mixture.kind == "dynamic" and not domains.reference and not measurable:
         mixture = replace(mixture, kind="fixed")
+    used = samples_used(sheared, reader, train.seed) if weights else {}
+    domains = replayed(domains, mixture, options, reader, train, used)
     name, distillation, note = resolve_teacher(
         config.teacher, config.distillation, sheared if weights else None
     )
@@ -186,7 +199,6 @@ def open_inputs(config: CptConfig) -> Inputs:
     if weights:
         source = find_model(config.model)
         check_weights(source, shape)
-    used = samples_used(sheared, reader, train.seed) if weights else {}
     return Inputs(
         source, shape, reader, held_out, domains, used, mixture, distillation, teacher, note
     )
@@ -225,7 +237,7 @@ def _reference(
 ) -> dict[str, float]:
     """Known reference losses, or for a dynamic mixture those of the start model (`model`; None once
     training has begun)."""
-    if inputs.domains.reference or inputs.mixture.kind == "fixed":
+    if inputs.domains.reference or inputs.mixture.kind != "dynamic":
         return inputs.domains.reference
     batch = config.train.micro_batch
     return start_reference(Path(config.output), model, inputs.reader, batch, context)
@@ -242,7 +254,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
         command="cpt",
         init=config.init,
         initial_weights=None if fresh else weights_fingerprint(inputs.source),
-        mixture=asdict(inputs.mixture),
+        mixture=mixture_identity(inputs.mixture, inputs.domains, config.train.steps),
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference if dynamic else None,
         **teacher_identity(inputs.distillation, inputs.teacher),
@@ -278,7 +290,8 @@ def finish(trainer: Trainer, source: Path, config: CptConfig) -> None:
     trainer.context.raise_on_any_rank(
         lambda: check_weights(output / "model", load_config(output / "model"))
     )
-    report = training_report(trainer)
+    start = None if config.init == "random" else source
+    report = training_report(trainer) | carry(trainer, start)
     publish(trainer.context, report, config.json, output / "cpt.json")
     logger.info(
         f"final loss {trainer.loss:.4f} after {trainer.tokens:,} tokens "
@@ -286,3 +299,5 @@ def finish(trainer: Trainer, source: Path, config: CptConfig) -> None:
         f"{report['wall_tokens_per_second']:,.0f} with evaluation and checkpoints): "
         f"{output / 'model'}",
     )
+    if trainer.context.is_main:
+        show_trained(report, output, start, config.data)

@@ -1,16 +1,19 @@
 """Initial domain weights and reference losses of a run, from options, from the run that made the
 model, or measured."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
 from data.log import logger
+from data.mixture import FORMER_INTERVAL, MixtureConfig, parse_values
 from data.reader import TokenReader
+from data.records import is_finite, is_kind, read_json
+from data.weight_history import WeightHistory, read_history
+from trainer.config import TrainConfig
 from trainer.evaluate import evaluate
 from trainer.models.decoder import CausalLM
 from trainer.parallel import DistributedContext
@@ -53,6 +56,8 @@ class Domains:
     """What the user should know about where these came from."""
     warnings: list[str] = field(default_factory=list)
     """What makes them doubtful."""
+    history: WeightHistory | None = None
+    """The weights of another run that are repeated."""
 
     def log(self) -> None:
         """Says the notes and warnings."""
@@ -60,23 +65,6 @@ class Domains:
             logger.info(f"note: {text}")
         for text in self.warnings:
             logger.warning(text)
-
-
-def parse_values(text: str, flag: str) -> dict[str, float]:
-    """Reads "c4=0.6,github=0.4". Raises InputError naming `flag`."""
-    values: dict[str, float] = {}
-    for part in text.split(","):
-        name, separator, number = part.strip().partition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            value = float("nan")
-        if not separator or not name or not value >= 0:
-            raise InputError(f"{flag} {text!r}: {part!r} is not <domain>=<number of 0 or more>")
-        if name in values:
-            raise InputError(f"{flag} {text!r}: domain {name!r} is given twice")
-        values[name] = value
-    return values
 
 
 def starting_domains(
@@ -132,7 +120,7 @@ def _reference(
     if reference is not None:
         return _match(parse_values(reference, "--reference-losses"), sizes, "--reference-losses")
     known = (sheared or {}).get("reference") or {}
-    losses = {d: v["loss"] if isinstance(v, dict) else v for d, v in known.items() if d in sizes}
+    losses = {d: _loss(v) for d, v in known.items() if d in sizes}
     return losses if losses.keys() == sizes.keys() else {}
 
 
@@ -145,6 +133,61 @@ def _match(values: dict[str, float], sizes: Mapping[str, int], flag: str) -> dic
     return values
 
 
+def replayed(
+    domains: Domains,
+    mixture: MixtureConfig,
+    options: DomainOptions,
+    reader: TokenReader,
+    train: TrainConfig,
+    used: Mapping[str, int],
+) -> Domains:
+    """`domains` with the weights of the run that `mixture` repeats, if it does.
+
+    `used` samples of each domain are passed over. Raises InputError when the history cannot be
+    read, or when with it samples would not be drawn in that run's order.
+    """
+    if mixture.kind != "replay":
+        return domains
+    assert mixture.history is not None
+    if options.weights is not None:
+        raise InputError(
+            f"--domain-weights {options.weights!r}: --mixture replay takes all weights from "
+            "--mixture-history, the first ones too; leave --domain-weights out"
+        )
+    history = read_history(Path(mixture.history))
+    order = {
+        "data": reader.fingerprint,
+        "sizes": reader.sizes,
+        "seed": train.seed,
+        "seq_len": train.seq_len,
+        "global_batch": train.global_batch,
+        "used": {domain: used.get(domain, 0) for domain in reader.domains},
+    }
+    history.require(order, mixture.interval, train.steps)
+    return replace(domains, weights=history.weights[0], history=history)
+
+
+def mixture_identity(mixture: MixtureConfig, domains: Domains, steps: int) -> dict[str, Any]:
+    """What identifies the mixture of a run of `steps`: its options, and the content of a history
+    in place of its path."""
+    history = domains.history
+    return asdict(mixture) | {"history": None if history is None else history.digest(steps)}
+
+
+def resolve_mixture(saved: dict[str, Any], mixture: MixtureConfig) -> dict[str, Any]:
+    """The saved identity of a run as this version would save it.
+
+    Former versions could not replay a history, and updated every 10 steps where nothing else was
+    asked for, which such a run goes on with.
+    """
+    known = saved.get("mixture")
+    if not isinstance(known, dict) or "history" in known:
+        return saved
+    default = mixture.interval is None and known.get("interval") == FORMER_INTERVAL
+    resolved = {"history": None, "interval": None if default else known.get("interval")}
+    return saved | {"mixture": known | resolved}
+
+
 def samples_used(sheared: dict[str, Any] | None, reader: TokenReader, seed: int) -> dict[str, int]:
     """Samples of each domain that the shearing run drew, in the order that `reader` and `seed` give
     too; none where its data, sample length or seed was another."""
@@ -152,17 +195,33 @@ def samples_used(sheared: dict[str, Any] | None, reader: TokenReader, seed: int)
     known = (drawn.get("data"), drawn.get("sizes"), drawn.get("seed"))
     if known != (reader.fingerprint, reader.sizes, seed):
         return {}
-    used: dict[str, int] = drawn["used"]
-    return used
+    used: dict[str, int] = drawn.get("used") or {}
+    return {domain: count for domain, count in used.items() if domain in reader.sizes}
 
 
 def sheared_report(model: Path) -> dict[str, Any] | None:
-    """The shear.json of the run whose `model` folder this is, or None."""
+    """The shear.json of the run whose `model` folder this is, or None.
+
+    Raises InputError when it cannot be read or has weights or losses that are none.
+    """
     path = model.parent / "shear.json"
     if not path.is_file():
         return None
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    fix = f"restore it, or copy {model} to another folder to train it without the run's report"
+    report: dict[str, Any] = read_json(path, fix)
+    for name in ("weights", "reference"):
+        values = report.get(name) or {}
+        if not isinstance(values, dict) or not all(is_finite(_loss(v)) for v in values.values()):
+            raise InputError(f"{path}: `{name}` must hold a finite number per domain; {fix}")
+    samples = report.get("samples") or {}
+    used = samples.get("used") or {} if isinstance(samples, dict) else None
+    if not isinstance(used, dict) or not all(is_kind(n, int) and n >= 0 for n in used.values()):
+        raise InputError(f"{path}: `samples` must hold the samples used per domain; {fix}")
     return report
+
+
+def _loss(value: Any) -> Any:
+    return value.get("loss") if isinstance(value, dict) else value
 
 
 def measured_reference(
@@ -170,7 +229,8 @@ def measured_reference(
 ) -> dict[str, float]:
     """Loss per domain (nats per token) of `model` on `sequences` training sequences of each, spread
     evenly; collective. Raises InputError when one is not finite."""
-    measured = evaluate(model, reader, reader.domains, sequences, batch, context, spread=True)
+    data = (reader, reader.domains, sequences, batch, context)
+    measured = evaluate(model, *data, spread=True, description="measure on training text")
     losses = {domain: result.loss for domain, result in measured.items()}
     bad = [domain for domain, loss in losses.items() if not isfinite(loss)]
     if bad:
@@ -213,8 +273,8 @@ def start_reference(
 
 def _read_kept(path: Path, reader: TokenReader) -> dict[str, float] | None:
     try:
-        losses = json.loads(path.read_text(encoding="utf-8"))["reference"]
-        kept = {domain: float(losses[domain]) for domain in reader.domains}
-    except (OSError, ValueError, KeyError, TypeError):
+        losses = read_json(path, "restore it", keys={"reference": dict})["reference"]
+    except InputError:
         return None
-    return kept if all(isfinite(loss) for loss in kept.values()) else None
+    kept = {domain: losses.get(domain) for domain in reader.domains}
+    return kept if all(is_finite(loss) for loss in kept.values()) else None

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data.errors import InputError
+from data.progress import Progress
 from data.reader import TokenReader
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.masks import Masks
@@ -38,12 +39,14 @@ def evaluate(
     context: DistributedContext,
     masks: Masks | None = None,
     spread: bool = False,
+    description: str = "evaluate",
 ) -> dict[str, DomainLoss]:
     """Loss of each domain on its first `max_sequences` sequences, or on as many spread evenly.
 
-    A forward pass takes `batch` sequences per rank. Every target token weighs the same, and the
-    sequences do not depend on the number of ranks. All ranks take part, each with equally many
-    forward passes, and all get the result. Raises InputError for a domain that `reader` lacks.
+    A forward pass takes `batch` sequences per rank, the last what is left. Every target token
+    weighs the same, and the sequences do not depend on the number of ranks. All ranks take part,
+    each with equally many forward passes, and all get the result. `description` names the work in
+    the progress. Raises InputError for a domain that `reader` lacks.
     """
     unknown = [domain for domain in domains if domain not in reader.sizes]
     if unknown:
@@ -56,19 +59,22 @@ def evaluate(
     sums = torch.zeros(2, len(domains), dtype=torch.float64, device=context.device)
     training = model.training
     model.eval()
-    for start in range(0, len(rows), context.world * batch):
-        mine = rows[start + context.rank * batch :][:batch]
-        padding = batch - len(mine)
-        # Every rank makes the same number of passes, because gathering weights is collective.
-        ids, owners = context.raise_on_any_rank(
-            partial(_read, reader, domains, mine + rows[:1] * padding)
-        )
-        ids, owners = ids.to(context.device), owners.to(context.device)
-        targets, valid = next_token_targets(ids)
-        valid[len(mine) :] = False
-        output = model(ids, masks=masks, targets=targets, weights=valid.float())
-        sums[0] += output.token_loss.double().sum(dim=1) @ owners
-        sums[1] += valid.double().sum(dim=1) @ owners
+    with Progress(description, total=len(rows), unit="sequence", transient=True) as bar:
+        for start in range(0, len(rows), context.world * batch):
+            passed = rows[start : start + context.world * batch]
+            mine = passed[context.rank * batch :][:batch]
+            # Every rank makes the same number of passes, because gathering weights is collective:
+            # one without work left runs a sequence that does not count.
+            ids, owners = context.raise_on_any_rank(
+                partial(_read, reader, domains, mine or rows[:1])
+            )
+            ids, owners = ids.to(context.device), owners.to(context.device)
+            targets, valid = next_token_targets(ids)
+            valid[len(mine) :] = False
+            output = model(ids, masks=masks, targets=targets, weights=valid.float())
+            sums[0] += output.token_loss.double().sum(dim=1) @ owners
+            sums[1] += valid.double().sum(dim=1) @ owners
+            bar.update(len(passed))
     model.train(training)
     reshard(model)
     totals = context.all_reduce_sum(sums).cpu().tolist()

@@ -1,5 +1,7 @@
 """AdamW over sharded parameters, and gradient clipping by the global norm."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,6 +11,25 @@ from trainer.config import TrainConfig
 from trainer.parallel import to_local
 
 
+class LocalAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW that updates this rank's shards as plain tensors.
+
+    AdamW knows no neighbours: a shard's update is that of the whole tensor, bit for bit. Given
+    DTensors, PyTorch works out the sharding of every argument in every step, which costs the host
+    more than the update itself, and up to version 2.12 never frees what it worked out. State is
+    kept as torch.optim.AdamW keeps it, in DTensors for DTensors.
+    """
+
+    def _init_group(
+        self, group: dict[str, Any], parameters: list[torch.Tensor], *lists: list[torch.Tensor]
+    ) -> bool:
+        """Fills the lists of what `step` updates: parameters, gradients, moments, step counts."""
+        is_complex: bool = super()._init_group(group, parameters, *lists)
+        for tensors in (parameters, *lists):
+            tensors[:] = [to_local(tensor) for tensor in tensors]
+        return is_complex
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Fused AdamW; weight decay on matrices only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -16,7 +37,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return LocalAdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),

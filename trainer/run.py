@@ -11,6 +11,7 @@ from data.log import logger
 from data.mixture import Mixture, MixtureConfig
 from data.reader import TokenReader
 from data.sampler import DomainSampler
+from data.weight_history import WeightHistory
 from trainer.callbacks.checkpoint import CheckpointCallback
 from trainer.callbacks.evaluate import EvaluateCallback
 from trainer.callbacks.guard import GuardCallback
@@ -21,7 +22,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.config import TrainConfig
 from trainer.distillation import Teacher
 from trainer.evaluate import report as held_out_report
-from trainer.kernels import registry
+from trainer.kernels import registry, trial
 from trainer.loop import Callback, Trainer
 from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
@@ -33,10 +34,10 @@ from trainer.throughput import Throughput
 
 
 def choose_kernels(choice: registry.Kernels, context: DistributedContext) -> None:
-    """Chooses what computes the operators from now on, and says it. Raises InputError where that
-    cannot run on the ranks' devices."""
-    running = registry.choose(choice, context.device)
-    logger.info("kernels: " + ", ".join(f"{name} {by}" for name, by in running.items()))
+    """Chooses what computes the operators from now on, the same on every rank, tries it and says
+    it. Raises InputError where that cannot run on the ranks' devices."""
+    running = trial.settle(choice, context.device, context.gather)
+    logger.info(f"kernels: {trial.describe(running, context.device)}")
 
 
 def build_model(
@@ -89,6 +90,7 @@ def build_trainer(
     weights: dict[str, float],
     reference: dict[str, float],
     mixture: MixtureConfig,
+    history: WeightHistory | None = None,
     used: Mapping[str, int] | None = None,
     identity: Mapping[str, Any] | None = None,
     teacher: Teacher | None = None,
@@ -99,21 +101,19 @@ def build_trainer(
     """Puts model, optimizer, data and callbacks together; restores the newest checkpoint, if any.
 
     `callbacks` run before the standard ones. `weights` are the initial domain weights; `reference`
-    the losses a dynamic mixture steers towards; `used` samples of each domain are passed over.
-    `identity` (trainer.identity) goes into the checkpoints.
+    the losses a dynamic mixture steers towards; `history` the weights that a replayed one repeats;
+    `used` samples of each domain are passed over; `identity` (trainer.identity) goes into the
+    checkpoints.
     """
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
     sampler.start_after(used or {})
     stream = BatchStream(reader, sampler, config.global_batch, context.rank, context.world)
-    horizon = max(1, config.steps) * config.global_batch * config.seq_len
+    steering = _steering(mixture, weights, reference, config, output, history)
     checkpointer = Checkpointer(
         output / "checkpoints", context, keep=config.keep_checkpoints, identity=identity
     )
     # The order counts. First what the caller adds: it may set the masks that evaluation uses.
-    listed: list[Callback] = [
-        *callbacks,
-        MixtureCallback(Mixture(mixture, weights, reference, horizon), mixture.interval),
-    ]
+    listed: list[Callback] = [*callbacks, steering]
     if held_out is not None:
         interval, sequences = config.eval_interval, config.eval_sequences
         listed.append(EvaluateCallback(held_out, interval=interval, sequences=sequences))
@@ -147,6 +147,19 @@ def _restore_newest(trainer: Trainer, checkpointer: Checkpointer) -> None:
         checkpointer.restore(trainer, latest)
         done = f"{trainer.step} of {trainer.config.steps} steps are done"
         logger.info(f"resuming from {latest}: {done}")
+
+
+def _steering(
+    mixture: MixtureConfig,
+    weights: dict[str, float],
+    reference: dict[str, float],
+    config: TrainConfig,
+    output: Path,
+    history: WeightHistory | None,
+) -> MixtureCallback:
+    horizon = max(1, config.steps) * config.global_batch * config.seq_len
+    steered = Mixture(mixture, weights, reference, horizon)
+    return MixtureCallback(steered, config.steps, output, history)
 
 
 def training_report(trainer: Trainer) -> dict[str, Any]:

@@ -10,17 +10,16 @@ same data). The bound on c is not the paper's: three sizes determine three unkno
 data, and an irreducible loss below 0 means that the curve is not identified.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.errors import InputError
+from data.records import is_finite, parse_json, read_text
 
 FLAG = "--reference-fit"
 LEAST_SIZES = 3
@@ -28,6 +27,7 @@ LARGEST_ERROR = 0.05
 """Nats per token by which a fit may miss a measured loss before a warning."""
 LARGEST_EXTRAPOLATION = 10.0
 """Factor beyond the measured sizes up to which a fit is evaluated without a warning."""
+LARGEST_SIZE_DIGITS = 18
 EXPONENTS = (1e-3, 2.0)
 """Range searched for b; published language models lie between 0.03 and 0.5."""
 
@@ -134,34 +134,25 @@ def fitted_reference(path: Path, domains: set[str], parameters: int) -> FittedRe
 
 def read_sizes(path: Path) -> dict[int, dict[str, float]]:
     """{parameters: {domain: nats per token}} of a fit file. Raises InputError for another form."""
-    example = '{"sizes": {"6738415616": {"c4": 1.92, ...}, ...}}'
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-        sizes = {int(size): dict(losses) for size, losses in content["sizes"].items()}
-        numbers = [loss for losses in sizes.values() for loss in losses.values()]
-        if len(sizes) != len(content["sizes"]) or not all(size > 0 for size in sizes):
-            raise ValueError("sizes must be different positive whole numbers of parameters")
-        if any(isinstance(loss, bool) or not isinstance(loss, int | float) for loss in numbers):
-            raise ValueError("losses must be numbers")
-    except OSError as error:
-        raise InputError(
-            f"{FLAG} {path} cannot be read ({error.strerror}); name a JSON file such as {example}"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{FLAG} {path} is not a file of losses by number of parameters such as {example} "
-            f"({type(error).__name__}: {error})"
-        ) from None
+    place = f"{FLAG} {path}"
+    fix = (
+        f"{FLAG} takes a JSON file of losses by number of parameters such as "
+        '{"sizes": {"6738415616": {"c4": 1.92, ...}, ...}}'
+    )
+    text = read_text(path, fix)
+    content = parse_json(text, place, fix, keys={"sizes": dict}, unique=True)
+    sizes: dict[int, dict[str, float]] = {}
+    for name, losses in content["sizes"].items():
+        size = int(name) if name.isdecimal() and len(name) <= LARGEST_SIZE_DIGITS else 0
+        if size < 1 or size in sizes:
+            raise InputError(
+                f"{place}: size {name!r} is not a whole number of parameters, or is there twice; "
+                f"{fix}"
+            )
+        if not isinstance(losses, dict) or not all(map(is_finite, losses.values())):
+            raise InputError(f"{place}: size {name}: losses must be finite numbers; {fix}")
+        sizes[size] = losses
     return sizes
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is given twice")
-    return values
 
 
 def _least_squares(n: np.ndarray, loss: np.ndarray) -> tuple[float, float, float]:

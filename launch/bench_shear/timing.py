@@ -17,6 +17,7 @@ from torch import Tensor
 from data.batches import Batch
 from data.errors import InputError
 from data.files import require_writable, write_copy
+from data.log import logger
 from data.progress import Progress
 from launch.bench_shear.config import BenchShearConfig
 from pruner.budget import refuse_budget
@@ -24,6 +25,7 @@ from pruner.callback import ShearCallback
 from pruner.config import DEFAULTS, MaskConfig, resolve_masks
 from pruner.scores import make_rule
 from pruner.shapes import config_of, parse_target, shape_of
+from pruner.timing import Timing, too_busy
 from pruner.units import indicator, unit_kinds
 from trainer import parallel
 from trainer.config import TrainConfig
@@ -273,6 +275,8 @@ def _result(
         for name, taken in seconds.items()
     }
 
+    rounds = {name: Timing(tuple(step for _, step in taken)) for name, taken in seconds.items()}
+
     def ratio(over: str, under: str, kind: str) -> float:
         # Of neighbours in time: the machine's own speed drifts.
         index = names.index(kind)
@@ -290,6 +294,8 @@ def _result(
         "torch": torch.__version__,
         "gather_scale": registry.which("gather_scale", context.device),
         "seconds": medians,
+        "spread": {name: timing.spread for name, timing in rounds.items()},
+        "busy": too_busy(rounds, {name: name for name in rounds}),
         "compact_target_over_target_cpt": ratio("compact at target", "target", names[0]),
         "step_target_over_target_cpt": ratio("compact at target", "target", names[1]),
         "hardened_over_target_cpt": ratio("compact, hardened", "target", names[0]),
@@ -303,15 +309,18 @@ def print_result(result: dict[str, Any]) -> None:
     """Prints the medians, and the ratios to the target's own step."""
     console = Console()
     table = Table(title=f"{result['tokens']} tokens, {result['threads']} threads, seconds (median)")
-    for heading in ("step of", "forward + backward", "÷ target", "whole step", "÷ target"):
+    headings = ("step of", "forward + backward", "÷ target", "whole step", "÷ target", "spread")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "step of" else "right")
     base = result["seconds"]["target"]
     for name, times in result["seconds"].items():
         cells = [name]
         for kind, value in times.items():
             cells += [f"{value:.3f}", f"{value / base[kind]:.2f}"]
-        table.add_row(*cells)
+        table.add_row(*cells, f"{result['spread'][name]:.0%}")
     console.print(table)
+    if result["busy"] is not None:
+        logger.warning(f"{result['busy']}; measure again on a quiet machine")
     for key in (
         "compact_target_over_target_cpt",
         "step_target_over_target_cpt",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from data.errors import InputError, require, require_at_least
+from data.mixture import parse_values
 from pruner.budget import BUDGETS, budget_error, refuse_budget
 from trainer.config import Precision
 
@@ -102,13 +103,14 @@ class CompareConfig:
         outside = [value for value in self.sparsities if not 0 < value < 1]
         if outside:
             raise InputError(f"--sparsities {outside[0]}: must lie between 0 and 1, such as 0.5")
+        parse_values(self.domain_weights, "--domain-weights")
         methods_of(self)
         targets_of(self)
 
     @property
     def domains(self) -> list[str]:
         """Names of the domains."""
-        return [part.split("=")[0] for part in self.domain_weights.split(",")]
+        return list(parse_values(self.domain_weights, "--domain-weights"))
 
     @property
     def steps(self) -> int:

@@ -1,6 +1,5 @@
 """Kept units that are not on after shearing under both rules, at several sparsities."""
 
-import json
 import math
 from functools import partial
 from typing import Any
@@ -11,11 +10,22 @@ from rich.table import Table
 from data.errors import InputError
 from data.log import logger
 from launch.compare.config import CompareConfig, Method
-from launch.compare.stages import StageMaker
+from launch.compare.stages import StageMaker, read_result
 from launch.stages import Plan, Task, announce
 from pruner.shapes import Shape, config_of, shape_of, validate
+from pruner.units import label
 from trainer.models.config import ModelConfig
 
+_COUNTS = {"*": [int]}
+_REPORT = {
+    "steps": int,
+    "polarised": bool,
+    "target": dict,
+    "kept": _COUNTS,
+    "alive": _COUNTS,
+    "kept_not_alive": {"*": int},
+    "families": {"*": {"rows": int, "target": int}},
+}
 RULES = ("projection", "paper")
 """Their names are part of the identities of finished stages, as `--rule paper` is."""
 
@@ -95,7 +105,7 @@ def results_of(
     rows = []
     for sparsity, rule, seed, task in runs:
         if task.name in done:
-            report = json.loads((task.folder / "shear.json").read_text("utf-8"))
+            report = read_result(task, "shear.json", _REPORT)
             names = ("target", "kept", "alive", "kept_not_alive", "polarised", "families")
             row = {"sparsity": sparsity, "rule": rule, "seed": seed, "steps": report["steps"]}
             rows.append(row | {name: report[name] for name in names})
@@ -112,7 +122,7 @@ def print_results(results: dict[str, Any]) -> None:
         for name, sizes in row["families"].items():
             kept, on = sum(row["kept"][name]), sum(row["alive"][name])
             units = (sizes["target"] * sizes["rows"], kept, on, kept - on)
-            label = (f"{100 * row['sparsity']:g}%", row["rule"], str(row["seed"]), name)
-            table.add_row(*label, *(f"{value:,}" for value in units))
+            words = (f"{100 * row['sparsity']:g}%", row["rule"], str(row["seed"]), label(name))
+            table.add_row(*words, *(f"{value:,}" for value in units))
         table.add_section()
     Console().print(table)

@@ -1,6 +1,5 @@
 """Held-out losses of pruning methods: the rows of a comparison, its results and its table."""
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from rich.table import Table
 from data.errors import InputError
 from data.log import logger
 from launch.compare.config import METHODS, OURS, CompareConfig, Method, methods_of, targets_of
-from launch.compare.stages import EVALUATION, StageMaker
+from launch.compare.stages import EVALUATION, StageMaker, read_result
 from launch.stages import Plan, Task, announce
 from pruner.shapes import Shape, config_of, parse_target, shape_of
 from trainer.models.config import ModelConfig
@@ -25,6 +24,15 @@ BEYOND = {
     False: "not more than the spread over seeds",
     None: "one seed: no spread",
 }
+_COUNTS = {"steps": int, "tokens": int}
+_PRUNED = _COUNTS | {
+    "target_shape": dict,
+    "parameters": {"target_non_embedding": int},
+    "kept_not_alive": {"*": int},
+}
+_TRAINED = _COUNTS
+_MEASURED = {"domains": {"*": {"loss": float}}}
+"""What the results of stages must hold."""
 WIDTH = 120
 """Columns of the table where there is no terminal."""
 
@@ -191,9 +199,9 @@ def results_of(
 
 
 def _numbers(config: CompareConfig, row: Row) -> dict[str, Any]:
-    report = json.loads((row.shear.folder / "shear.json").read_text("utf-8"))
-    trained = json.loads((row.cpt.folder / "cpt.json").read_text("utf-8"))
-    trained_as = json.loads((row.cpt.folder / "run.json").read_text("utf-8"))
+    report = read_result(row.shear, "shear.json", _PRUNED)
+    trained = read_result(row.cpt, "cpt.json", _TRAINED)
+    trained_as = read_result(row.cpt, "run.json", {"distill.weight?": float})
     # From scratch, nothing that shearing learned is used.
     learned, fed = (0, 0) if row.method.random else (report["steps"], report["tokens"])
     steps, tokens = learned + trained["steps"], fed + trained["tokens"]
@@ -223,7 +231,7 @@ def _numbers(config: CompareConfig, row: Row) -> dict[str, Any]:
 
 def _losses(task: Task) -> dict[str, float]:
     """Held-out losses per domain, and their mean under ALL."""
-    found = json.loads((task.folder / EVALUATION).read_text("utf-8"))["domains"]
+    found = read_result(task, EVALUATION, _MEASURED)["domains"]
     losses = {name: values["loss"] for name, values in found.items()}
     return losses | {ALL: sum(losses.values()) / len(losses)}
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.errors import InputError
+from data.records import fits, read_json
 from launch.commands import ROOT, command, python
 from launch.compare.config import CompareConfig, Method
 from launch.compare.text import split_documents
@@ -12,6 +14,19 @@ from launch.stages import Task
 
 EVALUATION = "evaluation.json"
 """File of held-out losses in the folder of a measuring stage."""
+
+
+def read_result(task: Task, name: str, form: dict[str, Any]) -> dict[str, Any]:
+    """The file `name` that a finished stage has left, which must have `form` (`data.records.fits`).
+
+    Raises InputError, saying how to have it made again.
+    """
+    path = task.folder / name
+    fix = f"delete {task.folder} and run this again"
+    content: dict[str, Any] = read_json(path, fix)
+    if not fits(content, form):
+        raise InputError(f"{path}: holds other results than those of this version; {fix}")
+    return content
 
 
 class StageMaker:

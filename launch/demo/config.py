@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from data.errors import InputError, require_at_least
+from data.errors import InputError, require_at_least, require_finite
 from trainer.config import Precision
 
 
@@ -45,6 +45,7 @@ class DemoConfig:
     """Seed of data order, masks and initialisation."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         counts = ("shear_steps", "cpt_steps", "sequences", "ranks", "batch", "text_bytes")
         require_at_least(self, 1, *counts)
         if self.batch % self.ranks:

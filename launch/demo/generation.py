@@ -51,6 +51,7 @@ def compare_generation(
         name: {
             "tokens_per_second": new_tokens / statistics.median(times[name]),
             "rounds": rounds,
+            "seconds": times[name],
             "new_tokens": new_tokens,
             "threads": torch.get_num_threads(),
             "continuation": _continue(model, tokenizer, prompt, new_tokens),

@@ -1,6 +1,5 @@
 """The demo's last stage: checks, table, pictures and the text the user reads."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,49 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data.errors import InputError
 from data.files import write_json
+from data.records import fits, read_json
 from launch.demo.generation import silence_transformers
 from launch.report import page
 from launch.report.config import ReportConfig
+from pruner.timing import Timing, too_busy
 from trainer.models.hf import load_model
+from trainer.verdict import LEAST_GAP
 
 LOGIT_TOLERANCE = 1e-5
+WIDEST = 1000
+"""Columns in which any table is as wide as it needs to be."""
+_LOSS = {"loss": float}
+EVALUATION = {
+    "parameters": int,
+    "non_embedding_parameters": int,
+    "domains": {"*": _LOSS},
+    "overall": {"loss": float, "tokens": int},
+}
+"""What `launch.evaluate --json` must hold."""
+GENERATION = {"tokens_per_second": float, "continuation": str, "seconds?": [float]}
+"""What compare_generation must say of a model."""
+_ROW = {
+    "parameters": int,
+    "non_embedding_parameters": int,
+    "held_out": {"*": float},
+    "overall": float,
+    "generation_tokens_per_second": float,
+    "continuation": str,
+}
+_REPORT = {
+    "settings": {"precision": str, "target": str}
+    | dict.fromkeys(("shear_lr", "cpt_lr", "random_lr"), float),
+    "rows": {"source": _ROW, "sheared": _ROW, "sheared + CPT": _ROW, "random + CPT": _ROW},
+    "prompt": str,
+    "tokens": dict.fromkeys(("shear", "cpt", "random"), int),
+    "held_out_tokens": int,
+    "checks": [{"claim": str, "holds": bool, "numbers": str}],
+    "pictures": [str],
+    "model": str,
+    "busy?": (str, type(None)),
+}
 PICTURES = ("units-that-are-on", "domains", "loss")
 """Groups of the page that are named among the results as files."""
 
@@ -67,12 +102,36 @@ def write(results: Results, folder: Path) -> None:
         "rows": rows,
         "prompt": results.prompt,
         "tokens": dict(zip(results.runs, (run["tokens"] for run in facts["runs"]), strict=True)),
+        "busy": busy(results),
         "held_out_tokens": results.evaluation["source"]["overall"]["tokens"],
         "checks": [asdict(check) for check in checks],
         "pictures": [facts["page"], *(str(folder / f"{name}.png") for name in PICTURES)],
         "model": str(results.models["sheared + CPT"]),
     }
     write_json(folder / "report.json", report)
+
+
+def read_results(path: Path, form: dict[str, Any]) -> dict[str, Any]:
+    """The JSON file of a finished stage, which must have `form` (`data.records.fits`).
+
+    Raises InputError, saying how to have it made again.
+    """
+    fix = f"delete {path.parent} and run the demo again"
+    content: dict[str, Any] = read_json(path, fix)
+    if not fits(content, form):
+        raise InputError(f"{path}: holds other results than those of this version; {fix}")
+    return content
+
+
+def busy(results: Results) -> str | None:
+    """Why the speeds of the models cannot be believed; None when they can, or nothing is known."""
+    timings = {
+        name: Timing(tuple(row["seconds"]))
+        for name, row in results.generation.items()
+        if row.get("seconds")
+    }
+    shapes = {name: results.evaluation[name]["parameters"] for name in timings}
+    return too_busy(timings, shapes)
 
 
 def loss_checks(evaluation: dict[str, dict[str, Any]]) -> list[Check]:
@@ -116,9 +175,10 @@ def reload_check(folder: Path) -> Check:
 
 def show(folder: Path) -> int:
     """Print the report; 0 when every check holds, else 1."""
-    report = json.loads((folder / "report.json").read_text("utf-8"))
+    report = read_results(folder / "report.json", _REPORT)
     console = Console(width=None if Console().is_terminal else 120, highlight=False, markup=False)
-    console.print(_table(report))
+    for table in _tables(report, console):
+        console.print(table)
     for line in _explanations(report):
         console.print(line, soft_wrap=True)
     console.print(f"\nPrompt: {report['prompt']}\nContinuations (greedy, repetition penalty 1.2):")
@@ -137,22 +197,41 @@ def show(folder: Path) -> int:
     return 0 if all(check["holds"] for check in report["checks"]) else 1
 
 
-def _table(report: dict[str, Any]) -> Table:
-    table = Table(title="Held-out loss, nats per token (lower is better)")
+def _tables(report: dict[str, Any], console: Console) -> list[Table]:
+    """The results in one table, or in two where one is too wide for the terminal."""
+    rows = report["rows"]
+    domains = list(rows["source"]["held_out"])
+    busy = report.get("busy") is not None
+    sizes = {
+        "parameters": [f"{row['parameters'] / 1e6:.1f}M" for row in rows.values()],
+        "without\nembeddings": [
+            f"{row['non_embedding_parameters'] / 1e6:.1f}M" for row in rows.values()
+        ],
+    }
+    losses = {
+        domain: [f"{row['held_out'].get(domain, float('nan')):.3f}" for row in rows.values()]
+        for domain in domains
+    } | {"all\ntext": [f"{row['overall']:.3f}" for row in rows.values()]}
+    speed = {
+        "generated\ntokens/s": [
+            "too busy" if busy else f"{row['generation_tokens_per_second']:.1f}"
+            for row in rows.values()
+        ]
+    }
+    title = "Held-out loss, nats per token (lower is better)"
+    whole = _table(title, list(rows), sizes | losses | speed)
+    if Console(width=WIDEST).measure(whole).maximum <= console.width:
+        return [whole]
+    return [_table(title, list(rows), losses), _table("Size and speed", list(rows), sizes | speed)]
+
+
+def _table(title: str, names: list[str], columns: dict[str, list[str]]) -> Table:
+    table = Table(title=title)
     table.add_column("model", no_wrap=True)
-    domains = list(report["rows"]["source"]["held_out"])
-    sizes = ("parameters", "without\nembeddings")
-    for name in (*sizes, *domains, "all\ntext", "generated\ntokens/s"):
-        table.add_column(name, justify="right")
-    for name, row in report["rows"].items():
-        table.add_row(
-            name,
-            f"{row['parameters'] / 1e6:.1f}M",
-            f"{row['non_embedding_parameters'] / 1e6:.1f}M",
-            *(f"{row['held_out'][domain]:.3f}" for domain in domains),
-            f"{row['overall']:.3f}",
-            f"{row['generation_tokens_per_second']:.1f}",
-        )
+    for heading in columns:
+        table.add_column(heading, justify="right", overflow="fold")
+    for index, name in enumerate(names):
+        table.add_row(name, *(cells[index] for cells in columns.values()))
     return table
 
 
@@ -163,7 +242,9 @@ def _explanations(report: dict[str, Any]) -> list[str]:
         name: f"{tokens[name]:,} tokens at learning rate {settings[f'{name}_lr']:g}"
         for name in ("shear", "cpt", "random")
     }
-    return [
+    overall = {name: row["overall"] for name, row in report["rows"].items()}
+    gap = overall["sheared"] - overall["source"]
+    lines = [
         "  source: the model before anything was done to it",
         f"  sheared: cut to {settings['target']} after learning masks on {learned['shear']}",
         f"  sheared + CPT: that model after continued pre-training on {learned['cpt']}",
@@ -171,3 +252,9 @@ def _explanations(report: dict[str, Any]) -> list[str]:
         f"Losses: {report['held_out_tokens']:,} tokens of documents kept out of training, "
         f"{settings['precision']}. Speed: greedy, one sequence at a time, median of several runs.",
     ]
+    if gap >= LEAST_GAP:
+        closed = (overall["sheared"] - overall["sheared + CPT"]) / gap
+        lines.append(f"Training took back {closed:.0%} of the {gap:.3f} nats that shearing lost.")
+    if report.get("busy"):
+        lines.append(f"Speed: {report['busy']}. Run it again on a quiet machine.")
+    return lines

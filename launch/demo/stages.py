@@ -169,8 +169,13 @@ class Demo:
         return report.Results(
             settings=dataclasses.asdict(self.config) | {"precision": self.precision},
             models={name: resolve_model(model) for name, model in self.models.items()},
-            evaluation={n: read_json(evaluation / f"{slug(n)}.json") for n in self.models},
-            generation=read_json(generation / "generation.json"),
+            evaluation={
+                name: report.read_results(evaluation / f"{slug(name)}.json", report.EVALUATION)
+                for name in self.models
+            },
+            generation=report.read_results(
+                generation / "generation.json", dict.fromkeys(self.models, report.GENERATION)
+            ),
             prompt=PROMPT,
             runs={name: self.output / name for name in ("shear", "cpt", "random")},
         )
@@ -201,10 +206,6 @@ def flatten(flags: dict[str, Any]) -> list[object]:
 
 def slug(name: str) -> str:
     return name.replace(" + ", "-").lower()
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))
 
 
 def available_ranks(ranks: int, batch: int) -> int:

@@ -1,4 +1,4 @@
-"""Held-out loss and perplexity per domain, and document perplexity of a text file.
+"""Held-out loss and perplexity per domain, document perplexity of a text file, decoding speed.
 
 Under torchrun every rank holds the whole model and scores its share of the sequences.
 """
@@ -10,6 +10,7 @@ EXAMPLES = """
 python -m launch.evaluate --model runs/cpt --data runs/tokens
 python -m launch.evaluate --model runs/cpt --data runs/tokens --sequences 16
 python -m launch.evaluate --model runs/cpt --text wiki.txt --json ppl.json
+python -m launch.evaluate --model llama runs/shear runs/cpt --data runs/tokens --speed
 """
 
 

@@ -9,12 +9,13 @@ from trainer.config import Kernels, Precision
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """Measure a model on held-out tokens, on a text file, or on both."""
+    """Measure models on held-out tokens, on a text file, or on both."""
 
-    ESSENTIAL: ClassVar = "model data text sequences seq-len window batch json"
+    ESSENTIAL: ClassVar = "model data text sequences seq-len window batch speed json"
 
-    model: str = "runs/cpt"
-    """Model folder, a run's output folder, a .gguf file or a hub id."""
+    model: tuple[str, ...] = ("runs/cpt",)
+    """Model folder, a run's output folder, a .gguf file or a hub id. Several are compared: name
+    them in the order of their making, such as source, sheared and trained."""
     data: str | None = None
     """Folder made by `shorn tokenize`."""
     split: Literal["held_out", "train"] = "held_out"
@@ -33,6 +34,8 @@ class EvaluateConfig:
     """BOS in --text. yes: before the document; every: before each window; auto: the tokenizer's."""
     batch: int = 8
     """Sequences or windows per rank in one forward pass."""
+    speed: bool = False
+    """Time greedy decoding at batch 1 too, with weights drawn at random, models taking turns."""
     precision: Precision = "auto"
     """Compute precision. auto: bf16 on a GPU, fp32 on a CPU."""
     kernels: Kernels = "auto"
@@ -40,10 +43,14 @@ class EvaluateConfig:
     threads: int | None = None
     """CPU threads per rank. Default: cores of the machine divided by its ranks."""
     json: str | None = None
-    """File for the same results as JSON."""
+    """File for the same results as JSON; for several models a list of them, under "models"."""
 
     def __post_init__(self) -> None:
-        if self.data is None and self.text is None:
-            raise InputError("nothing to measure: give --data TOKENS, --text FILE, or both")
+        if self.data is None and self.text is None and not self.speed:
+            raise InputError(
+                "nothing to measure: give --data TOKENS, --text FILE, --speed, or some of them"
+            )
+        if not self.model:
+            raise InputError("--model names no model; give the folder of one, such as runs/cpt")
         require_at_least(self, 1, "sequences", "batch", "stride", "threads")
         require_at_least(self, 2, "seq_len", "window", why=" (a token and its successor)")

@@ -76,7 +76,7 @@ def document_perplexity(
     stride: int | None,
     batch: int,
     device: torch.device,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int], None] = lambda targets: None,
 ) -> DocumentPerplexity:
     """Score `ids`, the whole document tokenized without special tokens.
 
@@ -84,7 +84,7 @@ def document_perplexity(
         text_bytes: UTF-8 length of the text, for bits per byte.
         bos: "no", "yes" or "every" (see resolve_bos).
         batch: windows per forward pass.
-        progress: called with the number of ids each forward pass has finished.
+        progress: called with the number of targets each forward pass has scored.
 
     Raises:
         InputError: the window, stride or text leave nothing to predict.
@@ -102,8 +102,9 @@ def document_perplexity(
             output = model(inputs, targets=inputs.roll(-1, dims=1), weights=weights)
         assert isinstance(output, LossOutput)
         nll += _double_sum(output.token_loss)
-        targets += int(weights.sum().item())
-        progress(inputs.numel())
+        scored = int(weights.sum().item())
+        targets += scored
+        progress(scored)
     mean = nll.item() / targets
     return DocumentPerplexity(
         window=window,

@@ -1,17 +1,18 @@
-"""What `python -m launch.evaluate` does: checks, measurement, table and JSON."""
+"""What `python -m launch.evaluate` does: checks, measurement, JSON."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+import torch
 
 from data.errors import InputError
 from data.files import require_writable, write_copy
+from data.manifest import TRAIN
 from data.progress import Progress
 from data.reader import TokenReader
+from data.records import read_text
 from data.tokenizers import load_tokenizer
 from launch.evaluate.config import EvaluateConfig
 from launch.evaluate.document import (
@@ -20,9 +21,14 @@ from launch.evaluate.document import (
     resolve_bos,
     scored_rows,
 )
+from launch.evaluate.tables import print_results
+from pruner.latency import decode_timer
+from pruner.shapes import shape_of
+from pruner.timing import too_busy
 from trainer import parallel
-from trainer.evaluate import DomainLoss, evaluate, overall, report
+from trainer.evaluate import evaluate, overall, report
 from trainer.inputs import check_tokenizer
+from trainer.memory import total_memory
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config, load_model
@@ -43,6 +49,17 @@ class Document:
     bos_id: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One model, opened and checked; no weights yet."""
+
+    name: str
+    """As the user wrote it."""
+    path: Path
+    shape: ModelConfig
+    document: Document | None
+
+
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure, print on rank 0, and return what --json writes.
 
@@ -54,37 +71,89 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     context = parallel.init(threads=config.threads)
     choose_kernels(config.kernels, context)
     with context.rank_zero_first():
-        path = resolve_model(config.model)
-    shape = load_config(path)
-    _check_shape(config, shape, reader)
-    if reader is not None:
-        check_tokenizer(reader, shape, path, str(config.data))
-    document = _tokenize(config, path, text) if text is not None else None
+        paths = [resolve_model(model) for model in config.model]
+    candidates = []
+    for name, path in zip(config.model, paths, strict=True):
+        shape = load_config(path)
+        _check_shape(config, shape, reader)
+        if reader is not None:
+            check_tokenizer(reader, shape, path, str(config.data))
+        document = _tokenize(config, path, text) if text is not None else None
+        candidates.append(Candidate(name, path, shape, document))
     dtype = parallel.compute_dtype(config.precision, context.device)
-    model = load_model(path, context.device, dtype)
+    if config.speed:
+        _require_memory(candidates, context, dtype)
+    results = [_measure(config, one, reader, context, dtype) for one in candidates]
+    busy = None
+    if config.speed and context.is_main:
+        busy = _time(candidates, results, context, dtype)
+    context.barrier()
+    whole = {"models": results, "busy": busy} if len(results) > 1 else results[0]
+    if context.is_main:
+        print_results(config.model, results, busy)
+        write_copy(config.json, whole)
+    return whole
+
+
+def _measure(
+    config: EvaluateConfig,
+    candidate: Candidate,
+    reader: TokenReader | None,
+    context: parallel.DistributedContext,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Losses of one model; its weights are gone afterwards."""
     result: dict[str, Any] = {
-        "model": str(path),
-        "parameters": shape.num_parameters(),
-        "non_embedding_parameters": shape.num_parameters(embeddings=False),
+        "model": str(candidate.path),
+        "parameters": candidate.shape.num_parameters(),
+        "non_embedding_parameters": candidate.shape.num_parameters(embeddings=False),
         "precision": str(dtype).removeprefix("torch."),
     }
+    document = candidate.document
+    if reader is None and document is None:
+        return result
+    model = load_model(candidate.path, context.device, dtype)
     if reader is not None:
-        result |= _held_out(config, model, reader, context)
+        result |= _held_out(config, candidate, model, reader, context)
     if document is not None and context.is_main:
         score = _score(config, model, document, context)
         result["text"] = {"file": config.text, "bytes": document.text_bytes, **score.to_dict()}
-    context.barrier()
-    if context.is_main:
-        _print(result)
-        write_copy(config.json, result)
     return result
+
+
+def _require_memory(
+    candidates: list[Candidate], context: parallel.DistributedContext, dtype: torch.dtype
+) -> None:
+    """Raises InputError where the models cannot take turns at decoding."""
+    size = sum(one.shape.num_parameters() for one in candidates) * dtype.itemsize
+    limit = total_memory(context.device) // 2
+    if size > limit:
+        raise InputError(
+            f"--speed: the models together hold {size / 1e9:.1f} GB, more than half of this "
+            f"device's memory ({limit / 1e9:.1f} GB): leave it out, or name fewer models"
+        )
+
+
+def _time(
+    candidates: list[Candidate],
+    results: list[dict[str, Any]],
+    context: parallel.DistributedContext,
+    dtype: torch.dtype,
+) -> str | None:
+    """Adds "decoding" to every result; returns why the times cannot be believed, if so."""
+    timings = decode_timer(context.device, dtype)([one.shape for one in candidates])
+    for result, timing in zip(results, timings, strict=True):
+        result["decoding"] = timing.to_json() | {"threads": torch.get_num_threads()}
+    names = [f"{one.name} (model {index})" for index, one in enumerate(candidates, 1)]
+    shapes = [shape_of(one.shape) for one in candidates]
+    return too_busy(dict(zip(names, timings, strict=True)), dict(zip(names, shapes, strict=True)))
 
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--text {path}: {error}; give a readable UTF-8 file") from error
+        text = read_text(path, "give a readable UTF-8 file")
+    except InputError as error:
+        raise InputError(f"--text {error}") from None
     if not text:
         raise InputError(f"--text {path}: the file is empty; there is nothing to score")
     return text
@@ -114,21 +183,22 @@ def _check_shape(config: EvaluateConfig, shape: ModelConfig, reader: TokenReader
 
 def _held_out(
     config: EvaluateConfig,
+    candidate: Candidate,
     model: CausalLM,
     reader: TokenReader,
     context: parallel.DistributedContext,
 ) -> dict[str, Any]:
-    losses: dict[str, DomainLoss] = {}
-    with Progress("evaluate", total=len(reader.domains), unit="domain") as bar:
-        for domain in reader.domains:
-            losses |= evaluate(model, reader, [domain], config.sequences, config.batch, context)
-            bar.update(1, domain=domain, loss=losses[domain].loss)
+    what = f"evaluate {candidate.name}"
+    data = (reader, reader.domains, config.sequences, config.batch, context)
+    losses = evaluate(model, *data, description=what)
+    trained = reader.manifest.domains(TRAIN)
     return {
         "data": config.data,
         "split": config.split,
         "seq_len": config.seq_len,
         "sequences": {d: min(config.sequences, reader.sizes[d]) for d in reader.domains},
         "domains": report(losses),
+        "missing": [domain for domain in trained if domain not in losses],
         "overall": report({"overall": overall(losses)})["overall"],
     }
 
@@ -148,7 +218,9 @@ def _score(
     document: Document,
     context: parallel.DistributedContext,
 ) -> DocumentPerplexity:
-    with Progress("document", total=len(document.ids), unit="token") as bar:
+    rows = scored_rows(document.ids, document.bos, document.bos_id, config.window, config.stride)
+    targets = sum(len(row) - first for row, first in rows)
+    with Progress("document", total=targets, unit="token") as bar:
         return document_perplexity(
             model,
             document.ids,
@@ -161,43 +233,3 @@ def _score(
             device=context.device,
             progress=bar.update,
         )
-
-
-def _print(result: dict[str, Any]) -> None:
-    console = Console()
-    console.print(
-        f"{result['model']}: {result['parameters']:,} parameters, "
-        f"{result['non_embedding_parameters']:,} without embeddings, {result['precision']}",
-        highlight=False,
-    )
-    if "domains" in result:
-        table = Table(title=f"{result['split']} tokens, {result['seq_len']} per sequence")
-        table.add_column("domain")
-        for name in ("loss", "perplexity", "target tokens"):
-            table.add_column(name, justify="right")
-        for name, row in (*result["domains"].items(), ("overall", result["overall"])):
-            values = (f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", f"{row['tokens']:,}")
-            table.add_row(name, *values)
-        console.print(table)
-    if "text" in result:
-        score = result["text"]
-        stride = score["stride"] or f"none (windows of {score['window']} side by side)"
-        table = Table(title=f"document {score['file']}", show_header=False)
-        for name, value in (
-            ("perplexity", f"{score['perplexity']:.4f}"),
-            ("bits per byte", f"{score['bits_per_byte']:.4f}"),
-            ("window", str(score["window"])),
-            ("stride", str(stride)),
-            ("BOS", BOS_WORDS[score["bos"]]),
-            ("tokens", f"{score['tokens']:,}"),
-            ("targets", f"{score['targets']:,}"),
-        ):
-            table.add_row(name, value)
-        console.print(table)
-
-
-BOS_WORDS = {
-    "no": "none",
-    "yes": "one in front of the document",
-    "every": "one in front of every window",
-}

@@ -1,4 +1,4 @@
-"""One HTML page about a shearing run, a run of continued pre-training, or one after the other.
+"""One HTML page about runs of shearing and of continued pre-training, and how they compare.
 
 Needs the extra `demo` (matplotlib). The page loads nothing from a network.
 """
@@ -10,6 +10,7 @@ EXAMPLES = """
 python -m launch.report runs/shear
 python -m launch.report runs/shear runs/cpt --output report.html
 python -m launch.report runs/shear runs/cpt --figures pictures
+python -m launch.report runs/shear-a runs/shear-b
 """
 
 

@@ -12,8 +12,8 @@ class ReportConfig:
     """Write one HTML page about runs, finished or still running."""
 
     runs: Annotated[tuple[str, ...], Positional("RUN ...")] = ("runs/shear",)
-    """Output folders of `shorn shear` (at most one, shown first) and `shorn cpt`, in the order in
-    which they trained."""
+    """Output folders of `shorn shear` (shown first) and `shorn cpt`, several of each to compare
+    them. Which started from which is told from their weights."""
     output: str | None = None
     """File to write. Default: report.html in the folder of the run that is shown first."""
     figures: str | None = None

@@ -91,7 +91,7 @@ class Group:
             for axis, picture in zip(grid.flat, self.pictures, strict=False):
                 picture.draw(axis)
                 axis.set_title(picture.title, parse_math=False)
-            figure.suptitle(self.title)
+            figure.suptitle(self.title).set_parse_math(False)
             if self.legend:
                 legend = figure.legend(
                     [_swatch(kind) for kind, _ in self.legend],

@@ -16,27 +16,17 @@ from launch.report.figures import (
     label_axes,
     line,
 )
-from launch.report.run_folder import Run, removed_layers, unit_counts
+from launch.report.run_folder import Run, removed_layers
 from pruner.history import BINS, COLUMNS, decode_mask, group_means
+from pruner.shapes import shape_of
+from pruner.units import LABELS, label, unit_sizes
 
-LABELS = {
-    "hidden": "hidden dimensions",
-    "layer": "layers",
-    "kv_group": "KV groups per layer",
-    "query_head": "query heads per group",
-    "intermediate": "FFN channels per layer",
-}
 INDEX = "index in the source model"
 COMPONENT = "principal component of the source's residual stream"
 LINED_COLUMNS = 64
 """Most columns of a heat map with lines between its cells."""
 SETTLE_ROWS = 240
 """Most rows of a picture with one row per unit; more units are averaged."""
-
-
-def label(kind: str) -> str:
-    """A unit kind in words."""
-    return LABELS.get(kind, kind.replace("_", " "))
 
 
 def mask_groups(run: Run) -> list[Group]:
@@ -88,8 +78,8 @@ def _layered(run: Run) -> dict[str, tuple[np.ndarray, int]]:
     if "query_head" in shown:
         own = shown.pop("query_head").reshape(run.model.num_layers, -1)
         heads = own if heads is None else heads * own
-    counts = unit_counts(run)
-    layered = {label(name): (values, counts[name].units) for name, values in shown.items()}
+    sizes = unit_sizes(shape_of(run.model))
+    layered = {label(name): (values, sizes[name][1]) for name, values in shown.items()}
     if heads is not None:
         layered["query heads per layer"] = (heads, heads.shape[1])
     return layered
@@ -140,7 +130,8 @@ def on_over_time(run: Run) -> Group:
     pictures = []
     for kind in (name for name in LABELS if run.metrics and f"alive_{name}_min" in run.metrics[-1]):
         keys = ("step", f"alive_{kind}_min", f"alive_{kind}", f"alive_{kind}_max", f"target_{kind}")
-        series = np.array([[record[key] for key in keys] for record in run.metrics], float).T
+        rows = [[record.get(key, np.nan) for key in keys] for record in run.metrics]
+        series = np.array(rows, float).T
         steps, low, _, high, target = series
         alt = (
             f"{label(kind)} that are on, over steps: {low[0]:g} to {high[0]:g} at step "
@@ -150,7 +141,7 @@ def on_over_time(run: Run) -> Group:
         pictures.append(Picture(label(kind), alt, partial(_paint_counts, series=series)))
     caption = (
         "Units whose mask is at least 0.99. The band spans all rows of a kind (layers, or KV "
-        "groups), so it should close on the target: units below it are still between 0 and 1."
+        "heads), so it should close on the target: units below it are still between 0 and 1."
     )
     legend = [("c0", "on, mean over rows"), ("band", "smallest to largest row")]
     return Group("Units that are on", caption, pictures, [*legend, ("target", "target")])
@@ -160,7 +151,7 @@ def _paint_counts(axis: Any, series: np.ndarray) -> None:
     steps, low, mean, high, target = series
     band(axis, steps, low, mean, high)
     line(axis, steps, target, color=ORANGE, linestyle="--")
-    label_axes(axis, "step", "units per row", ylim=(0, 1.05 * series[1:].max()))
+    label_axes(axis, "step", "units per row", ylim=(0, 1.05 * np.nanmax(series[1:])))
 
 
 def histograms(run: Run) -> Group:

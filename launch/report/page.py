@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -21,8 +22,9 @@ from data.log import logger
 from launch.report.config import ReportConfig
 from launch.report.curves import training_groups
 from launch.report.figures import COLOURS, ORANGE, RAMP, Group, Picture
+from launch.report.lineage import Line, lines_of, run_names
 from launch.report.markup import Html, element, table
-from launch.report.masks import label, mask_groups
+from launch.report.masks import mask_groups
 from launch.report.run_folder import (
     Run,
     UnitCounts,
@@ -31,6 +33,8 @@ from launch.report.run_folder import (
     removed_layers,
     unit_counts,
 )
+from launch.report.verdicts import verdict_sections
+from pruner.units import label
 
 HERE = Path(__file__).parent
 UNKNOWN = "not known yet"
@@ -42,10 +46,10 @@ def run(config: ReportConfig) -> dict[str, Any]:
     Raises InputError for folders that hold no run, without matplotlib, and for a file that cannot
     be written.
     """
+    _refuse_repeated(config.runs)
     runs = [read_run(Path(folder)) for folder in config.runs]
-    if sum(one.command == "shear" for one in runs) > 1:
-        raise InputError("more than one run of pruner.shear is named; write one page for each")
     runs.sort(key=lambda one: one.command != "shear")
+    lines = lines_of(runs)
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the page's pictures need matplotlib: pip install -e '.[demo]'")
     path = Path(config.output) if config.output else runs[0].folder / "report.html"
@@ -53,9 +57,8 @@ def run(config: ReportConfig) -> dict[str, Any]:
     require_writable(config.json, "--json")
     if config.figures is not None:
         require_writable(Path(config.figures) / "loss.png", "--figures")
-    masks = [group for one in runs if one.command == "shear" for group in mask_groups(one)]
-    groups = [*masks, *training_groups(runs)]
-    text = page(runs, groups)
+    groups = [*_mask_groups(runs), *training_groups(lines)]
+    text = page(runs, lines, groups)
     write_text(path, text)
     numbers: dict[str, Any] = {"page": str(path), "bytes": len(text.encode())}
     numbers["runs"] = [facts(one) for one in runs]
@@ -66,19 +69,41 @@ def run(config: ReportConfig) -> dict[str, Any]:
     return numbers
 
 
+def _refuse_repeated(folders: Sequence[str]) -> None:
+    known: dict[Path, str] = {}
+    for folder in folders:
+        path = Path(folder).resolve()
+        if path in known:
+            raise InputError(f"{folder} is named twice: name each run once")
+        known[path] = folder
+
+
+def _mask_groups(runs: Sequence[Run]) -> list[Group]:
+    """Those of every shearing run; their titles name it where there are several."""
+    shears = [one for one in runs if one.command == "shear"]
+    names = run_names(shears)
+    groups = []
+    for one, name in zip(shears, names, strict=True):
+        suffix = f": {name}" if len(shears) > 1 else ""
+        groups += [replace(group, title=group.title + suffix) for group in mask_groups(one)]
+    return groups
+
+
 def write_figures(folder: Path, groups: Sequence[Group]) -> None:
     """Writes FOLDER/<title>.png for every group, such as units-that-are-on.png and loss.png."""
     for group in groups:
-        name = group.title.lower().replace(" ", "-")
+        name = group.title.lower().replace(": ", "-").replace(" ", "-").replace("/", "-")
         write_bytes(folder / f"{name}.png", group.png())
 
 
-def page(runs: Sequence[Run], groups: Sequence[Group]) -> str:
-    """The whole page about runs that followed each other."""
+def page(runs: Sequence[Run], lines: Sequence[Line], groups: Sequence[Group]) -> str:
+    """The whole page about runs, which stand in `lines`."""
     style = (HERE / "style.css").read_text("utf-8") + _colours()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
-    body = [_head(one) for one in runs]
-    body += [_units(one) for one in runs if one.command == "shear"]
+    body = [*verdict_sections(lines), *(_head(one) for one in runs)]
+    shears = [one for one in runs if one.command == "shear"]
+    names = [f": {name}" if len(shears) > 1 else "" for name in run_names(shears)]
+    body += [_units(one, name) for one, name in zip(shears, names, strict=True)]
     body += [_group(group) for group in groups]
     body += [_configuration(one) for one in runs]
     return Template((HERE / "page.html").read_text("utf-8")).substitute(
@@ -178,7 +203,7 @@ def _mask_figures(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _shapes(numbers: dict[str, Any]) -> Html:
     """The table of source and target sizes."""
-    names = [name.replace("_", " ") for name in numbers["source"]]
+    names = [name.replace("_", " ").replace("kv", "KV") for name in numbers["source"]]
     rows = [
         (which, *(f"{value:,}" for value in numbers[which].values()))
         for which in ("source", "target")
@@ -186,8 +211,8 @@ def _shapes(numbers: dict[str, Any]) -> Html:
     return table(("", *names), rows)
 
 
-def _units(run: Run) -> Html:
-    """The tables of unit counts: by kind, and by layer to fold out."""
+def _units(run: Run, suffix: str) -> Html:
+    """The tables of unit counts: by kind, and by layer to fold out; `suffix` ends the heading."""
     counts = unit_counts(run)
     parts: list[Html] = []
     if counts:
@@ -209,7 +234,7 @@ def _units(run: Run) -> Html:
         parts += [element("p", explanation), table(header, rows)]
     if not run.history:
         parts.append(_no_history(run))
-    return element("section", element("h2", "Units"), *parts, *_by_layer(run, counts))
+    return element("section", element("h2", "Units" + suffix), *parts, *_by_layer(run, counts))
 
 
 def _no_history(run: Run) -> Html:

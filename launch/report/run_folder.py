@@ -1,6 +1,5 @@
 """What the output folders of runs tell about them, during the run and after it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,8 +10,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from data.errors import InputError
+from data.records import fits, word_for
+from launch.report.forms import read_history, read_metrics, read_report, require_masks
 from pruner.history import FILE as HISTORY
-from pruner.history import decode_mask, read_records
+from pruner.history import decode_mask
 from pruner.shapes import Shape, config_of, parse_target, shape_of
 from pruner.units import OFF
 from trainer.identity import FILE as IDENTITY
@@ -95,37 +96,63 @@ def read_run(folder: Path) -> Run:
     identity = read_identity(folder)
     if identity is None:
         raise InputError(f"{folder} holds no run (there is no {IDENTITY}); {advice}")
-    command = identity.get("command")
-    if command not in COMMANDS:
+    command = identity.get("command") if isinstance(identity, dict) else word_for(identity)
+    if not isinstance(command, str) or command not in COMMANDS:
         raise InputError(f"{folder} is a run of {command!r}, which has no page; {advice}")
-    names = [field.name for field in fields(ModelConfig) if f"model.{field.name}" in identity]
     history: list[dict[str, Any]] = []
     masks: dict[str, np.ndarray] = {}
     step = target = None
+    finished = folder / COMMANDS[command]
     try:
-        model = ModelConfig(**{name: identity[f"model.{name}"] for name in names})
-        finished = folder / COMMANDS[command]
-        report = json.loads(finished.read_text("utf-8")) if finished.exists() else None
+        model = _model(identity)
         if command == "shear":
-            history = read_records(folder / HISTORY)
-            masks, step = _newest_masks(folder, report, history)
             target = parse_target(identity["target"], shape_of(model))
-    except (InputError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-        raise InputError(
-            f"{folder} cannot be read ({type(error).__name__}: {error}); it was written by another "
-            "version or is damaged: resume the run, or name another folder"
-        ) from error
-    metrics = read_records(folder / "metrics.jsonl")
+    except (InputError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise _unreadable(folder, error) from error
+    report = read_report(finished, command, model) if finished.exists() else None
+    if command == "shear":
+        history = read_history(folder / HISTORY, model)
+        try:
+            masks, step = _newest_masks(folder, model, report, history)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise _unreadable(folder, error) from error
+    metrics = read_metrics(folder / "metrics.jsonl")
     return Run(folder, command, identity, metrics, history, report, model, target, masks, step)
 
 
+def _unreadable(folder: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{folder} cannot be read ({type(error).__name__}: {error}); it was written by another "
+        "version or is damaged: resume the run, or name another folder"
+    )
+
+
+def _model(identity: dict[str, Any]) -> ModelConfig:
+    """The model in run.json. Raises InputError or TypeError for an identity of another form."""
+    form = {"steps": int, "target?": str, "data?": str, "model.family?": str}
+    names = [field.name for field in fields(ModelConfig) if f"model.{field.name}" in identity]
+    whole = [name for name in names if _is_size(name)]
+    if not fits(identity, form | {f"model.{name}": int for name in whole}):
+        raise InputError(f"{IDENTITY} is not of the form that this version writes")
+    return ModelConfig(**{name: identity[f"model.{name}"] for name in names})
+
+
+def _is_size(name: str) -> bool:
+    return next(field.type for field in fields(ModelConfig) if field.name == name) in (int, "int")
+
+
 def _newest_masks(
-    folder: Path, report: dict[str, Any] | None, history: list[dict[str, Any]]
+    folder: Path,
+    model: ModelConfig,
+    report: dict[str, Any] | None,
+    history: list[dict[str, Any]],
 ) -> tuple[dict[str, np.ndarray], int | None]:
     path = folder / "masks.safetensors"
     if report is not None and path.exists():
         tensors = load_file(path)
-        return {n.removeprefix("z."): v for n, v in tensors.items() if n.startswith("z.")}, None
+        found = {n.removeprefix("z."): v for n, v in tensors.items() if n.startswith("z.")}
+        require_masks(found, model, path)
+        return found, None
     for record in reversed(history):
         if "masks" in record:
             masks = {name: decode_mask(entry) for name, entry in record["masks"].items()}
@@ -219,10 +246,11 @@ def _mask_facts(run: Run) -> dict[str, Any]:
 
 def first_step_on_target(records: list[dict[str, Any]], kinds: list[str]) -> int | None:
     """The step from which every row of every kind has its final target on; None if none does."""
-    final = {kind: records[-1][f"target_{kind}"] for kind in kinds}
+    final = {kind: records[-1].get(f"target_{kind}") for kind in kinds}
     first = None
     for record in reversed(records):
-        ends = [(kind, record[f"alive_{kind}{end}"]) for kind in kinds for end in ("_min", "_max")]
+        keys = [(kind, f"alive_{kind}{end}") for kind in kinds for end in ("_min", "_max")]
+        ends = [(kind, record.get(key)) for kind, key in keys]
         if any(count != final[kind] for kind, count in ends):
             break
         first = record["step"]

@@ -1,6 +1,7 @@
 """setup.py builds what it can, and never fails for want of a compiler or of PyTorch."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,54 @@ def test_nvcc_need_not_be_on_the_path(variable: str, tmp_path: Path) -> None:
     assert "warning: csrc/gather_scale.cu was not built" in output
 
 
+COMPARE = """
+import sys
+import torch
+torch.version.cuda = sys.argv[1] if sys.argv[1] != "none" else None
+sys.argv = ["setup.py", "--version"]
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("release", "cuda", "told"),
+    [
+        (
+            "13.0",
+            "12.6",
+            r"nvcc is of CUDA 13.0, and this PyTorch is made for CUDA 12.6: .*CUDA_HOME",
+        ),
+        (
+            "13.0",
+            "none",
+            r"this PyTorch \(\S+\) has no CUDA: the CUDA operator is compiled, but not",
+        ),
+        ("13.1", "13.0", None),
+        ("12.8", "13.0", None),
+        ("", "13.0", None),
+    ],
+)
+def test_nvcc_is_compared_with_pytorch(
+    release: str, cuda: str, told: str | None, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    nvcc.chmod(0o755)
+    result = subprocess.run(
+        [sys.executable, "-c", COMPARE, cuda],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "SHORN_CUDA": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    if told is None:
+        assert "warning: " not in result.stderr
+    else:
+        assert re.search(f"warning: {told}", result.stderr), result.stderr
+
+
 @pytest.mark.slow
 def test_both_operators_are_built_where_nvcc_is(tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
@@ -90,3 +139,7 @@ def test_both_operators_are_built_where_nvcc_is(tmp_path: Path) -> None:
         timeout=120,
     )
     assert result.stdout.strip() == "registered", result.stderr
+    for path in tmp_path.rglob("*.so"):
+        found = re.search(rb"shorn built with torch \d[^\s\0]+, CUDA (\S+?)\0", path.read_bytes())
+        assert found is not None
+        assert (found[1] == b"none") == ("cpu" in path.name)

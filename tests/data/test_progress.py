@@ -1,6 +1,8 @@
 """What progress prints in a terminal, elsewhere, and on other ranks."""
 
 import io
+import re
+from typing import Any
 
 import pytest
 
@@ -34,8 +36,34 @@ def test_plain_lines_come_rarely_and_estimate_the_rest(clock: Clock) -> None:
             bar.update(loss=3.21987, alive=f"{400 + step}/432")
     lines = stream.getvalue().splitlines()
     assert len(lines) == 5  # every 12 s; the last falls on the end
-    assert lines[0] == ("shear: 4/100 step  4%  elapsed 00:12  ETA 04:48  loss 3.22  alive 403/432")
-    assert lines[-1].startswith("shear: 20/100 step  20%  elapsed 01:00  ETA 04:00")
+    clock_time, _, first = lines[0].partition("  ")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", clock_time)
+    assert first == "shear: 4/100 step  4%  elapsed 00:12  ETA 04:48  loss 3.22  alive 403/432"
+    assert lines[-1].endswith(
+        "shear: 20/100 step  20%  elapsed 01:00  ETA 04:00  loss 3.22  alive 419/432"
+    )
+
+
+def test_lines_of_a_long_run_come_ever_more_rarely(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress("cpt", total=10**6, unit="step", stream=stream) as bar:
+        for _ in range(24 * 360):
+            clock.now += 10
+            bar.update()
+    lines = stream.getvalue().splitlines()
+    assert 100 < len(lines) < 200
+    elapsed = [line.split("elapsed ")[1].split()[0] for line in lines]
+    assert elapsed[:3] == ["00:10", "00:20", "00:30"]
+
+
+def test_the_estimate_follows_the_last_half_hour(clock: Clock) -> None:
+    with Progress("cpt", total=10_000, unit="step", stream=io.StringIO()) as bar:
+        for seconds in [10] * 1000 + [1] * 2000:
+            clock.now += seconds
+            bar.update()
+        assert "3,000/10,000 step 3:20:00 ETA 1:56:40" in bar.line(160).plain
+        clock.now += 40
+        assert "ETA 1:56:00" in bar.line(160).plain
 
 
 def test_work_done_before_does_not_enter_the_rate(clock: Clock) -> None:
@@ -51,7 +79,7 @@ def test_bytes_have_prefixes_and_total_may_be_unknown(clock: Clock) -> None:
     with Progress("read", unit="B", stream=stream) as bar:
         clock.now += 3700
         bar.update(3 * 1024**3)
-    assert stream.getvalue() == "read: 3.0 GiB  elapsed 1:01:40\n"
+    assert stream.getvalue().endswith("  read: 3.0 GiB  elapsed 1:01:40\n")
 
 
 @pytest.mark.parametrize(("rank", "level"), [("1", "info"), ("0", "warning"), ("0", "error")])
@@ -74,11 +102,76 @@ def test_other_ranks_and_quiet_commands_print_nothing(
     logger.setLevel(before)
 
 
-def test_terminal_gets_a_bar() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+FIELDS: dict[str, Any] = {
+    "loss": "4.654",
+    "lr": "1.00e-04",
+    "tok/s": "12,198",
+    "kl": "1.617",
+    "hidden": "364/384",
+    "ffn": "1039..1067/1088",
+}
 
+
+@pytest.mark.parametrize("width", range(40, 161))
+def test_the_time_left_is_readable_at_every_width(clock: Clock, width: int) -> None:
+    """Fixed columns stay, fields leave from the right, whole, and nothing is ever wrapped."""
+    for total, seconds, name in (
+        (20, 100, "shear"),
+        (24_000, 7, "continued pre-training"),
+        (24_000, 7, "测量源模型"),
+        (10**6, 9, "cpt"),
+    ):
+        with Progress(name, total=total, unit="step", stream=io.StringIO()) as bar:
+            clock.now += seconds
+            bar.update(1, **FIELDS)
+            line = bar.line(width)
+            rest = (total - 1) * seconds
+            assert line.cell_len <= width and "\n" not in line.plain
+            assert f"1/{total:,} step" in line.plain
+            assert re.search(r"ETA (\d+:)?\d\d:\d\d( |$)", line.plain)
+            assert (f"ETA {rest // 3600}:" if rest >= 3600 else "ETA 31:40") in line.plain
+            left = " ".join(f"{key} {value}" for key, value in FIELDS.items())
+            shown = " ".join(line.plain.split("  ")[1:])
+            assert left.startswith(shown)
+        if name == "shear":
+            assert name in line.plain and "─" in line.plain and "01:40" in line.plain
+    if width == 160:
+        assert "ffn 1039..1067/1088" in line.plain
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_runs_within_another_activity_takes_its_place_and_gives_it_back() -> None:
+    stream = Terminal()
+    with Progress("cpt", total=4, unit="step", stream=stream) as bar:
+        with Progress("evaluate", total=2, transient=True, stream=stream) as inner:
+            inner.update(2)
+        assert "evaluate" in stream.getvalue()
+        start = len(stream.getvalue())
+        bar.update(4)
+    assert "4/4 step" in stream.getvalue()[start:] and "evaluate" not in stream.getvalue()[start:]
+
+
+def test_short_work_within_another_leaves_no_line(clock: Clock) -> None:
+    for seconds, expected in ((1, 0), (30, 1)):
+        stream = io.StringIO()
+        with Progress("evaluate", total=1, transient=True, stream=stream) as bar:
+            clock.now += seconds
+            bar.update()
+        assert len(stream.getvalue().splitlines()) == expected
+
+
+def test_no_work_is_no_progress() -> None:
+    for stream in (io.StringIO(), Terminal()):
+        with Progress("shear", total=0, unit="step", stream=stream):
+            pass
+        assert stream.getvalue() == ""
+
+
+def test_terminal_gets_a_bar() -> None:
     stream = Terminal()
     with Progress("shear", total=4, unit="step", stream=stream) as bar:
         bar.update(2, loss=1.5)

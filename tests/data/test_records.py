@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.errors import InputError, failure
-from data.records import parse_json, read_json, read_text
+from data.records import fits, parse_json, read_json, read_text
 
 
 def test_reads_what_is_right(tmp_path: Path) -> None:
@@ -74,6 +74,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_text(tmp_path / "none", "make it")
     with pytest.raises(InputError, match="is a folder, not a file"):
         read_text(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_text(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(InputError, match="round in a circle"):
         read_text(tmp_path / "loop")
@@ -94,3 +97,26 @@ def test_a_line_is_read_like_a_file() -> None:
     assert parse_json("[1]", "a.jsonl:3", "x", kind=list) == [1]
     with pytest.raises(InputError, match=r"a\.jsonl:3: holds an object, not a list"):
         parse_json("{}", "a.jsonl:3", "x", kind=list)
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "expected"),
+    [
+        (5, int, True),
+        (True, int, False),
+        (5, float, True),
+        ([1, 2], [int], True),
+        ([1, "x"], [int], False),
+        ({}, [int], False),
+        ({"a": 1, "b": "x"}, {"a": int}, True),
+        ({"a": "x"}, {"a": int}, False),
+        ({"b": 1}, {"a": int}, False),
+        ({}, {"a?": int}, True),
+        ({"a": None}, {"a?": int}, False),
+        ({"x": {"loss": 1}}, {"*": {"loss": float}}, True),
+        ({"x": 5}, {"*": {"loss": float}}, False),
+        (None, {"a?": int}, False),
+    ],
+)
+def test_forms(value: object, form: object, expected: bool) -> None:
+    assert fits(value, form) == expected

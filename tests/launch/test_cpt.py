@@ -72,7 +72,8 @@ def check_finished_run(output: Path) -> None:
     assert report["tokens_per_second"] >= report["wall_tokens_per_second"] > 0
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert lines[0]["domain_weights"] == pytest.approx({"alpha": 0.3, "beta": 0.7})
+    first = json.loads((output / "mixture.jsonl").read_text().splitlines()[0])
+    assert first["weights"] == pytest.approx({"alpha": 0.3, "beta": 0.7})
     assert report["final_loss"] == lines[-1]["loss"] < lines[0]["loss"]
     assert (output / "model" / "model.safetensors").exists()
     assert (output / "model" / "tokenizer.json").exists()

@@ -252,3 +252,23 @@ def test_time_left_is_estimated_by_kind(tmp_path: Path) -> None:
     assert seconds_left(tasks, tasks[3:5], seconds, 2) == 7
     assert seconds_left(tasks, tasks[5:], seconds, 1) == pytest.approx(26 / 3)
     assert seconds_left(tasks, tasks, {}, 1) is None
+
+
+@pytest.mark.parametrize(
+    "content", ["", "5", "[]", '{"identity": 5}', '{"identity": "x", "finished": true}', "[" * 9999]
+)
+def test_a_damaged_marker_makes_its_stage_run_again(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+    for _ in range(2):
+        Stages(tmp_path, number=1).run(
+            "a", settings={}, folder=tmp_path / "a", action=lambda: calls.append("a")
+        )
+    assert calls == ["a"]
+    (tmp_path / ".stages" / "a.json").write_text(content)
+    Stages(tmp_path, number=1).run(
+        "a", settings={}, folder=tmp_path / "a", action=lambda: calls.append("a")
+    )
+    assert calls == ["a", "a"]
+    assert "a.json: " in capsys.readouterr().err

@@ -77,7 +77,19 @@ def test_the_text_of_a_budget_does_not_depend_on_spaces_or_case() -> None:
     assert parse_budget(" Params=1M, layers = 2") == budget
 
 
-@pytest.mark.parametrize("text", ["1.3b", "layers=24,hidden=432", "ffn=8", "nonsense"])
+@pytest.mark.parametrize(
+    ("text", "spelled"),
+    [("70m", "params=70m"), (" 1.4B ", "params=1.4b"), ("layers=24, 70m", "layers=24,params=70m")],
+)
+def test_a_number_of_parameters_alone_is_a_budget(text: str, spelled: str) -> None:
+    """Resuming does not depend on how it was spelled."""
+    found = parse_budget(text)
+    assert found is not None and found == parse_budget(spelled)
+
+
+@pytest.mark.parametrize(
+    "text", ["1.3b", "370M", "pythia-160m", "70", "layers=24,hidden=432", "ffn=8", "nonsense"]
+)
 def test_a_named_shape_is_no_budget(text: str) -> None:
     assert parse_budget(text) is None
 
@@ -88,6 +100,7 @@ def test_a_named_shape_is_no_budget(text: str) -> None:
         ("params=abc", r"params='abc' is not a number of parameters: write.*params=70m"),
         ("params", r"params='' is not a number"),
         ("params=0", r"params='0' is not a number"),
+        (f"params={'9' * 400}b", r"9b' is not a number of parameters"),
         ("params=-5m", r"params='-5m' is not a number"),
         ("params-non-embedding=7x", r"params-non-embedding=70000000"),
         ("speedup=fast", r"speedup='fast' is not a number: write for example speedup=2"),
@@ -95,6 +108,8 @@ def test_a_named_shape_is_no_budget(text: str) -> None:
         ("speedup=1", r"speedup=1 asks for nothing faster.*above 1"),
         ("speedup=0.5", r"speedup=0.5 asks for nothing faster"),
         ("params=1m,speedup=2", r"gives 2 budgets: give one, params=1m"),
+        ("params=1m,2m", r"gives 2 budgets"),
+        ("2m,370m", r"the preset 370m fixes every size, which leaves nothing to params=2m"),
         ("params=1m,1.3b", r"the preset 1.3b fixes every size"),
         ("params=1m,width=3", r"'width=3' is neither a preset .*a budget: params=1.3b"),
         ("params=1m,ffn=many", r"ffn='many' is not a whole number"),

@@ -1,6 +1,7 @@
 """The latency model recovers known coefficients and predicts speedups."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from pruner.latency import (
     measure_latency,
 )
 from pruner.shapes import config_of, shape_of
+from pruner.timing import Timing
 from tests.pruner.test_budget import SOURCES
 from trainer.models.config import ModelConfig
 
@@ -32,6 +34,10 @@ def exact(configs: Sequence[ModelConfig]) -> list[float]:
     return [TRUTH.predict(config) for config in configs]
 
 
+def exact_timings(configs: Sequence[ModelConfig]) -> list[Timing]:
+    return [Timing((seconds, seconds)) for seconds in exact(configs)]
+
+
 def test_prediction_counts_weights_cache_and_head() -> None:
     matrices = 2 * 576 * (9 + 3) * 64 + 3 * 576 * 1536
     numbers = 30 * (matrices + 2 * 576 + 2 * POSITIONS * 3 * 64) + 576
@@ -42,8 +48,8 @@ def test_prediction_counts_weights_cache_and_head() -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_fit_recovers_the_coefficients(name: str) -> None:
-    found = measure_latency(SOURCES[name], exact, itemsize=4)
-    assert found.error < 1e-6
+    found, timings = measure_latency(SOURCES[name], exact_timings, itemsize=4)
+    assert found.error < 1e-6 and len(timings) == 8
     for coefficient in ("call", "block", "block_byte", "head_byte"):
         # A tiny model hardly feels its bytes, so their price follows from it less exactly.
         tolerance = 1e-3 if name == "demo" else 1e-6
@@ -97,7 +103,9 @@ def test_a_predicted_speedup_is_met_and_not_overshot(name: str, speedup: float) 
 
 
 @pytest.mark.parametrize("name", ["demo", "pythia", "qwen2"])
-def test_real_models_are_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_models_are_timed(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sources = {
         "demo": SOURCES["demo"],
         "pythia": config_of(
@@ -112,8 +120,12 @@ def test_real_models_are_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("pruner.latency.ROUNDS", 2)
     before = torch.get_rng_state()
     timer = decode_timer(torch.device("cpu"), torch.float32)
-    small, large = timer([sources[name], replace(sources[name], num_layers=12)])
-    assert 0 < small < large < 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        small, large = timer([sources[name], replace(sources[name], num_layers=12)])
+    assert 0 < small.seconds < large.seconds < 10
+    assert len(small.rounds) == 2
+    assert "deprecated" not in capsys.readouterr().err
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -123,5 +135,5 @@ def test_a_slow_machine_measures_fewer_turns(
     clock = iter(range(0, 10**6, 3))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     times = decode_timer(torch.device("cpu"), torch.float32)([SOURCES["demo"]])
-    assert times == [3.0]
+    assert times == [Timing((3.0, 3.0))]
     assert "measure decoding: 3/13 turn" in capsys.readouterr().err

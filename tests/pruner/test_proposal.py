@@ -1,6 +1,7 @@
 """A budget is resolved once, by prediction and measurement, for all ranks."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,15 @@ import torch
 from data.errors import InputError
 from pruner import proposal as proposal_module
 from pruner.budget import Budget, parse_budget
-from pruner.proposal import TARGET_FILE, recorded, resolve, resolve_together
+from pruner.proposal import (
+    TARGET_FILE,
+    measured_seconds,
+    recorded,
+    resolve,
+    resolve_together,
+)
 from pruner.shapes import config_of, parse_target, shape_of
+from pruner.timing import Timing
 from tests.distributed import run_ranks
 from tests.pruner.test_budget import SOURCES
 from trainer import parallel
@@ -38,14 +46,18 @@ def synthetic(configs: Sequence[ModelConfig]) -> list[float]:
     ]
 
 
+def steady(configs: Sequence[ModelConfig]) -> list[Timing]:
+    return [Timing((seconds,) * 4) for seconds in synthetic(configs)]
+
+
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Replaces measuring by `synthetic`; holds the number of models of each call."""
     calls: list[int] = []
 
-    def timer(configs: Sequence[ModelConfig]) -> list[float]:
+    def timer(configs: Sequence[ModelConfig]) -> list[Timing]:
         calls.append(len(configs))
-        return synthetic(configs)
+        return steady(configs)
 
     monkeypatch.setattr(proposal_module, "decode_timer", lambda *_: timer)
     return calls
@@ -146,17 +158,78 @@ def test_a_record_is_for_one_budget_of_one_source(tmp_path: Path) -> None:
     assert recorded(tmp_path, budget(" Params=70M"), SMOLLM) == record
     assert recorded(tmp_path, budget("params=71m"), SMOLLM) is None
     assert recorded(tmp_path, budget("params=70m"), SOURCES["demo"]) is None
-    (tmp_path / TARGET_FILE).write_text("{")
-    assert recorded(tmp_path, budget("params=70m"), SMOLLM) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "holds a list, not an object"),
+        ('{"budget": "params=70m"}', "`source` is missing"),
+        ('{"budget": 5, "source": "", "shape": ""}', "`budget` is a whole number, not text"),
+    ],
+)
+def test_a_damaged_record_is_named_and_not_measured_again(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / TARGET_FILE).write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        recorded(tmp_path, budget("params=70m"), SMOLLM)
+    assert "target.json" in str(error.value) and "run.json" in str(error.value)
+    assert measured_seconds(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "factor", "warning"),
+    [
+        ((1.0, 1.0, 1.05, 0.95), 1.0, ""),
+        ((1.0, 1.0, 1.3, 1.3), 1.0, "too busy to time: .*its rounds differ by 26%"),
+        ((1.0, 1.0), 2.0, "miss those measured by up to .* so the shape may be wrong"),
+    ],
+    ids=["steady", "busy", "misfit"],
+)
+def test_times_that_cannot_be_relied_on_are_said_to_be(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rounds: tuple[float, ...],
+    factor: float,
+    warning: str,
+) -> None:
+    def timer(configs: Sequence[ModelConfig]) -> list[Timing]:
+        found = [Timing(tuple(one * s for one in rounds)) for s in synthetic(configs)]
+        if len(configs) > 2:
+            found[3] = Timing(tuple(factor * one for one in found[3].rounds))
+        return found
+
+    monkeypatch.setattr(proposal_module, "decode_timer", lambda *_: timer)
+    record = resolve(budget("speedup=2"), SMOLLM, CPU, torch.float32)
+    shown = capsys.readouterr()
+    assert "spread of the rounds" in shown.out
+    assert (record["latency"]["busy"] is not None) == warning.startswith("too busy")
+    assert re.search(warning, shown.err) if warning else shown.err == ""
+
+
+def test_a_speedup_that_is_not_reached_is_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def timer(configs: Sequence[ModelConfig]) -> list[Timing]:
+        found = steady(configs)
+        return found if len(configs) > 2 else [found[0], Timing((found[1].seconds * 1.2,))]
+
+    monkeypatch.setattr(proposal_module, "decode_timer", lambda *_: timer)
+    resolve(budget("speedup=2"), SMOLLM, CPU, torch.float32)
+    assert re.search(
+        r"measured, the target decodes 1\.7\dx as fast .*not 2x", capsys.readouterr().err
+    )
 
 
 def resolve_on_a_rank(output: Path, text: str) -> Any:
     """Each rank's clock differs; only rank 0's may count."""
     context = parallel.init(threads=1)
 
-    def timer(configs: Sequence[ModelConfig]) -> list[float]:
+    def timer(configs: Sequence[ModelConfig]) -> list[Timing]:
         assert context.is_main, "another rank measures"
-        return synthetic(configs)
+        return steady(configs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proposal_module, "decode_timer", lambda *_: timer)

@@ -20,6 +20,7 @@ from pruner.config import MaskConfig, ShearConfig
 from pruner.report import require_same_constants
 from pruner.run import shear
 from pruner.shapes import config_of
+from pruner.timing import Timing
 from tests.distributed import run_ranks
 from tests.trainer.tiny import pretrain
 from trainer.config import DistillationConfig, TrainConfig
@@ -487,8 +488,8 @@ def test_a_speedup_is_measured_once_data_is_known_to_fit(
             shear(configure(inputs, tmp_path / "out", target="speedup=1.2", data="/nowhere"))
     sizes = {"steps": 1, "target": "speedup=1.5"}
 
-    def timer(configs: Any) -> list[float]:
-        return [float(1 + config.num_layers) for config in configs]
+    def timer(configs: Any) -> list[Timing]:
+        return [Timing((float(1 + config.num_layers),)) for config in configs]
 
     monkeypatch.setattr("pruner.proposal.decode_timer", lambda *_: timer)
     shear(configure(inputs, tmp_path / "out", **sizes))

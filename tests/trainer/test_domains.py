@@ -26,6 +26,7 @@ from trainer.loop import Trainer
 from trainer.models.hf import load_config
 from trainer.run import build_model, pretrained
 
+HUGE = "9" * 400
 SIZES = {"c4": 30, "github": 10}
 SHEARED = {
     "weights": {"c4": 0.2, "github": 0.8},
@@ -124,6 +125,36 @@ def test_finds_the_report_beside_the_model(tmp_path: Path) -> None:
     assert sheared_report(tmp_path / "model") == SHEARED
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "holds a list"),
+        ('{"weights": {"c4": Infinity}}', "`weights` must hold a finite number"),
+        ('{"weights": [1]}', "`weights` must hold"),
+        ('{"reference": {"c4": {"tokens": 9}}}', "`reference` must hold"),
+        (f'{{"reference": {{"c4": {HUGE}}}}}', "`reference` must hold"),
+        ('{"samples": {"used": {"c4": 0.5}}}', "`samples` must hold"),
+        ('{"samples": 5}', "`samples` must hold"),
+    ],
+)
+def test_a_damaged_report_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "shear.json").write_text(content)
+    with pytest.raises(InputError, match=rf"shear\.json: {message}.*restore it, or copy"):
+        sheared_report(tmp_path / "model")
+
+
+@pytest.mark.parametrize("flag", ["domain_weights", "reference_losses"])
+def test_infinite_values_are_refused_before_weights_load(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.delattr(cpt, "build_model")
+    options: dict[str, Any] = {flag: "alpha=inf,beta=1"}
+    with pytest.raises(InputError, match=r"'alpha=inf' is not <domain>=<finite number"):
+        train_on(workspace, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def measure(workspace: Path, output: Path, restarted: bool) -> dict[str, float]:
     context = parallel.init(threads=1)
     reader = TokenReader(workspace / "tokens", 16)
@@ -146,7 +177,15 @@ def test_a_restart_reads_what_was_measured(workspace: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "content", [None, "{", "[]", '{"reference": {"alpha": 2.0}}', '{"reference": {"alpha": null}}']
+    "content",
+    [
+        None,
+        "{",
+        "[]",
+        '{"reference": {"alpha": 2.0}}',
+        '{"reference": {"alpha": null}}',
+        f'{{"reference": {{"alpha": {HUGE}, "beta": 1}}}}',
+    ],
 )
 def test_lost_measurements(workspace: Path, tmp_path: Path, content: str | None) -> None:
     if content is not None:

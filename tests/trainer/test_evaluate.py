@@ -45,6 +45,23 @@ def test_equals_a_direct_computation(workspace: Path, world: int, batch: int) ->
             assert result.loss == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("batch", "expected"), [(1, [1] * 14), (8, [8, 6]), (64, [14])], ids=["1", "8", "64"]
+)
+def test_no_pass_is_filled_up(workspace: Path, batch: int, expected: list[int]) -> None:
+    """The last pass computes what is left, not a whole batch."""
+    model = CausalLM(SHAPE)
+    init_weights(model, seed=1)
+    passed: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
+    context = parallel.init(threads=1)
+    losses = evaluate(model, held_out(workspace), ["beta", "alpha"], 7, batch, context)
+    assert passed == expected
+    one = evaluate(model, held_out(workspace), ["beta", "alpha"], 7, 1, context)
+    for domain, result in losses.items():
+        assert result.loss == pytest.approx(one[domain].loss, abs=1e-6)
+
+
 def test_takes_what_a_small_domain_has(workspace: Path) -> None:
     reader = held_out(workspace)
     context = parallel.init(threads=1)

@@ -149,18 +149,34 @@ def test_losses_that_cannot_be_fitted(losses: dict[int, float], message: str) ->
         '{"sizes": {"5": {"c4": 1.0}, "5": {"c4": 2.0}}}',
         '{"sizes": {"5": {"c4": 1.0}, "05": {"c4": 2.0}}}',
         '{"sizes": {"5": {"c4": 1.0, "c4": 2.0}}}',
+        '{"sizes": {"5": {"c4": 1.0}}, "sizes": {}}',
+        '{"sizes": {"5": {"c4": NaN}}}',
+        '{"sizes": {"5": {"c4": 1e999}}}',
+        f'{{"sizes": {{"5": {{"c4": {"9" * 400}}}}}}}',
+        f'{{"sizes": {{"{"9" * 400}": {{"c4": 1.0}}}}}}',
     ],
 )
 def test_files_of_another_form(tmp_path: Path, content: str) -> None:
     path = tmp_path / "fit.json"
     path.write_text(content)
-    with pytest.raises(InputError, match=r"--reference-fit .*fit\.json is not a file of losses"):
+    with pytest.raises(
+        InputError, match=r"--reference-fit .*fit\.json: .*takes a JSON file of losses"
+    ):
         read_sizes(path)
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--reference-fit .*none\.json cannot be read"):
+    with pytest.raises(InputError, match=r"none\.json: no such file .*--reference-fit takes"):
         read_sizes(tmp_path / "none.json")
+
+
+def test_a_byte_order_mark_is_no_difference(tmp_path: Path) -> None:
+    path = tmp_path / "fit.json"
+    path.write_text('{"sizes": {"5": {"c4": 1}}}', encoding="utf-8-sig")
+    assert read_sizes(path) == {5: {"c4": 1}}
+    path.write_text('{"sizes": {"5": {"c4": 1}}}', encoding="utf-16")
+    with pytest.raises(InputError, match=r"fit\.json: not UTF-8 .*--reference-fit takes"):
+        read_sizes(path)
 
 
 @pytest.mark.parametrize("domains", [{"c4"}, {"c4", "github", "book"}, {"c4", "book"}])

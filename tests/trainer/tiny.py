@@ -9,6 +9,7 @@ import torch
 
 from data.mixture import MixtureConfig
 from data.reader import TokenReader
+from data.weight_history import WeightHistory
 from trainer import parallel
 from trainer.config import CptConfig, TrainConfig
 from trainer.cpt import continue_pretraining
@@ -54,6 +55,8 @@ def make_trainer(
     *,
     callbacks: Sequence[Callback] = (),
     context: parallel.DistributedContext | None = None,
+    mixture: MixtureConfig | None = None,
+    history: WeightHistory | None = None,
 ) -> Trainer:
     """A trainer on the workspace's tokens with a dynamic mixture, restored from `output`."""
     config = config or options()
@@ -68,7 +71,8 @@ def make_trainer(
         held_out=TokenReader(workspace / "tokens", config.seq_len, split="held_out"),
         weights={"alpha": 0.5, "beta": 0.5},
         reference=REFERENCE,
-        mixture=MixtureConfig(interval=3, strength=1.0),
+        mixture=mixture or MixtureConfig(interval=3, strength=1.0),
+        history=history,
         callbacks=callbacks,
         description="test",
         tensorboard=False,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from trainer.kernels import attention_flash, registry
 from trainer.kernels.arguments import check_like, check_rows, refuse, wide_dtype
@@ -97,6 +98,21 @@ def reference(inputs: Inputs) -> Tensor:
         enable_gqa=key.shape[2] != query.shape[2],
     )
     return _mask_heads(context.transpose(1, 2), head_mask)
+
+
+def sdpa_backend(device: torch.device) -> str:
+    """Which of its own implementations PyTorch takes on a GPU for bf16 queries 128 wide: "cudnn",
+    "flash", "efficient" or "math"; "unknown" where it does not tell."""
+    query = torch.zeros(1, 256, 2, 128, dtype=torch.bfloat16, device=device).transpose(1, 2)
+    query.requires_grad_()
+    # No public function tells.
+    choose = getattr(torch, "_fused_sdp_choice", None)
+    try:
+        found = SDPBackend(choose(query, query, query, is_causal=True) if choose else -1)
+    except (RuntimeError, TypeError, ValueError):
+        found = SDPBackend.ERROR
+    known = {SDPBackend.ERROR: "unknown"}
+    return known.get(found, found.name.removesuffix("_ATTENTION").lower())
 
 
 def score_scale(query: Tensor, scale: float | None) -> float:

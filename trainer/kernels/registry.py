@@ -8,7 +8,7 @@ Importable without Triton and GPU.
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,6 +25,8 @@ Backend = Literal["reference", "triton", "c++", "cuda", "flash", "sdpa"]
 
 FUSED: tuple[Backend, ...] = ("flash", "sdpa")
 """FlashAttention, and PyTorch's own fused attention."""
+PREFERRED: tuple[Backend, ...] = ("c++", "cuda", *FUSED, "triton", "reference")
+"""The order in which an operator takes what there is for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Operator:
 _SPACE = torch.library.Library("shorn", "FRAGMENT")
 _operators: dict[str, Operator] = {}
 _choice: Kernels = "auto"
+_without: frozenset[Backend] = frozenset()
 # Looked up at every call, also in traced code: hence a table and not a decision.
 _running: dict[tuple[str, str], Backend] = {}
 _with_triton: dict[str, bool] = {}
@@ -109,7 +112,9 @@ def operators() -> tuple[Operator, ...]:
     return tuple(_operators[name] for name in sorted(_operators))
 
 
-def choose(choice: Kernels, device: torch.device | str) -> dict[str, Backend]:
+def choose(
+    choice: Kernels, device: torch.device | str, without: Collection[Backend] = ()
+) -> dict[str, Backend]:
     """Chooses the implementation of all operators for the rest of the process.
 
     Args:
@@ -120,6 +125,7 @@ def choose(choice: Kernels, device: torch.device | str) -> dict[str, Backend]:
             where it was built and the reference elsewhere. CPU tensors never run Triton unless its
             interpreter is on (TRITON_INTERPRET=1) and `choice` asks for it.
         device: what the run computes on.
+        without: what is passed over, as if it were not installed.
 
     Returns:
         What now runs on `device`, by operator.
@@ -127,11 +133,11 @@ def choose(choice: Kernels, device: torch.device | str) -> dict[str, Backend]:
     Raises:
         InputError: `choice` is unknown, or cannot run on `device`.
     """
-    global _choice
+    global _choice, _without
     names = [operator.name for operator in operators()]
     kind = torch.device(device).type
     _check(choice, kind)
-    _choice = choice
+    _choice, _without = choice, frozenset(without)
     _decide(torch.device(device) if kind == "cuda" and torch.cuda.is_available() else None)
     return {name: which(name, kind) for name in names}
 
@@ -139,14 +145,15 @@ def choose(choice: Kernels, device: torch.device | str) -> dict[str, Backend]:
 @contextmanager
 def chosen(choice: Kernels, device: torch.device | str) -> Iterator[dict[str, Backend]]:
     """`choose`, undone at the end."""
-    global _choice
+    global _choice, _without
     operators()
-    before, running = _choice, dict(_running)
+    before, running, with_triton = (_choice, _without), dict(_running), dict(_with_triton)
     try:
         yield choose(choice, device)
     finally:
-        _choice = before
+        _choice, _without = before
         _running.update(running)
+        _with_triton.update(with_triton)
 
 
 def which(name: str, device: torch.device | str) -> Backend:
@@ -193,21 +200,30 @@ def triton_module(name: str, device: torch.device) -> ModuleType | None:
 def _decide(gpu: torch.device | None = None) -> None:
     """Fills the table; what depends on the GPU is asked of `gpu`, if there is one."""
     for kind in ("cpu", "cuda"):
-        _with_triton[kind] = _has_triton(kind)
+        _with_triton[kind] = _has_triton(kind) and "triton" not in _without
         for operator in _operators.values():
             _running[operator.name, kind] = _backend(operator, kind, gpu)
 
 
 def _backend(operator: Operator, kind: str, gpu: torch.device | None) -> Backend:
+    found = _candidates(operator, kind, gpu) - _without
+    return min(found, key=PREFERRED.index, default="reference")
+
+
+def _candidates(operator: Operator, kind: str, gpu: torch.device | None) -> set[Backend]:
+    """All that can run an operator and is not excluded by the choice."""
     if _choice == "reference":
-        return "reference"
+        return set()
     if _choice == "triton" and _has_triton(kind):
-        return "triton"
+        return {"triton"}
+    found: set[Backend] = set()
     if operator.compiled and library.is_loaded(kind):
-        return "c++" if kind == "cpu" else "cuda"
+        found.add("c++" if kind == "cpu" else "cuda")
     if operator.fused is not None and kind == "cuda":
-        return operator.fused(gpu)
-    return "triton" if kind == "cuda" and _has_triton(kind) else "reference"
+        found |= {"sdpa", operator.fused(gpu)}
+    if kind == "cuda" and _has_triton(kind):
+        found.add("triton")
+    return found
 
 
 def _has_triton(kind: str) -> bool:
@@ -228,7 +244,8 @@ def _check(choice: str, kind: str) -> None:
             f"--kernels triton needs a GPU, and this run is on {kind}: use --kernels auto"
         )
     if choice == "cuda" and not (kind == "cuda" and library.is_loaded(kind)):
+        problem = library.problem(kind) if kind == "cuda" else None
         raise InputError(
-            f"--kernels cuda needs a GPU and the compiled operators, and this run is on {kind}: "
-            "pip install --no-build-isolation -e ., or use --kernels auto"
+            f"--kernels cuda needs a GPU and the compiled operators, and this run is on {kind}"
+            f"{'' if problem is None else f'. {problem}'}: {library.BUILD}, or use --kernels auto"
         )

@@ -194,7 +194,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tenso
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Without a mask."""
-    library = attention_flash.find(query)
+    library = attention_flash.find(query, preferred=False)
     if library is None:
         raise ModuleNotFoundError("no FlashAttention for this GPU is installed")
     return attention_flash.attend(library, query, key, value, None, query.shape[-1] ** -0.5)

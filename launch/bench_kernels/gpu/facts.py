@@ -22,17 +22,18 @@ def facts(device: torch.device) -> dict[str, str]:
         "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
-        "csrc": "built" if _is_built(device) else "not built",
+        "csrc": _csrc(device),
         "head's gradient": "summed by products" if _adds(device) else "summed apart",
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _is_built(device: torch.device) -> bool:
+def _csrc(device: torch.device) -> str:
     """Whether the operators of csrc/ were compiled for this type of device, and could be loaded."""
     registry.operators()
-    return library.is_loaded(device.type)
+    built = "built" if library.is_loaded(device.type) else "not built"
+    return library.problem(device.type) or built
 
 
 def _adds(device: torch.device) -> bool:

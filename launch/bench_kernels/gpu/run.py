@@ -12,6 +12,7 @@ import torch
 
 from data.errors import InputError
 from data.files import require_writable, write_copy
+from data.log import logger
 from data.progress import Progress
 from launch.bench_kernels.config import BenchKernelsConfig
 from launch.bench_kernels.gpu import report as gpu_report
@@ -19,7 +20,7 @@ from launch.bench_kernels.gpu import timing
 from launch.bench_kernels.gpu.benchmarks import BENCHMARKS, COMPILE, MODELS, Model
 from launch.bench_kernels.gpu.facts import facts
 from launch.bench_kernels.gpu.report import Result
-from trainer.kernels import registry
+from trainer.kernels import library, registry
 
 SECONDS_PER_PASS = 0.3
 MESSAGE_CHARACTERS = 600
@@ -48,6 +49,10 @@ def run(config: BenchKernelsConfig) -> None:
         )
     # Kernels on a GPU are never interpreted; Triton reads this when it is imported.
     os.environ.pop("TRITON_INTERPRET", None)
+    registry.operators()
+    if not library.is_loaded("cuda"):
+        why = library.problem("cuda") or "csrc/ is not built"
+        logger.warning(f"{why}: the CUDA operators are not timed. Build them: {library.BUILD}")
     report = measure("cuda", config.budget_seconds)
     write_copy(config.json, report)
     if config.csv is not None:

@@ -118,11 +118,18 @@ def cross_entropy(
 
 
 def gather_scale(
-    height: int = WIDTH, width: int = CHANNELS, *, columns: bool = False, dtype: str = "bf16"
+    height: int = WIDTH,
+    width: int = CHANNELS,
+    *,
+    columns: bool = False,
+    dtype: str = "bf16",
+    summed: bool = False,
 ) -> Launches:
-    """All rows by index, all columns as they are unless asked for by index too; both scales."""
+    """All rows by index, all columns as they are unless asked for by index too; both scales.
+    `summed`: the gradient is the sum of several passes, in the wide dtype."""
     wide = "fp64" if dtype == "fp64" else "fp32"
-    weight, gradient = (empty(height, width, dtype=dtype) for _ in range(2))
+    weight = empty(height, width, dtype=dtype)
+    gradient = empty(height, width, dtype=wide if summed else dtype)
     rows, row_scale = indices(height), empty(height, dtype=wide)
     column_index, column_scale = indices(width) if columns else None, empty(width, dtype=wide)
     selection = Selection(weight, rows, row_scale, column_index, column_scale)

@@ -48,6 +48,9 @@ def test_ratios_follow_from_the_measured_steps(capsys: pytest.CaptureFixture[str
     shear_timing.print_result(result)
     printed = capsys.readouterr().out
     assert all(name in printed for name in RATIOS)
+    assert set(result["spread"]) == set(result["seconds"])
+    shear_timing.print_result(result | {"busy": "too busy to time: a"})
+    assert "too busy to time: a; measure again" in capsys.readouterr().err
 
 
 def test_ratios_are_medians_over_neighbouring_pairs(monkeypatch: pytest.MonkeyPatch) -> None:

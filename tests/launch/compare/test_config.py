@@ -62,6 +62,8 @@ def test_targets_are_named_shapes() -> None:
         ({"methods": ("ours", "ours")}, r"two methods are called 'ours'"),
         ({"variant": ("paper=--init flat",)}, r"two methods are called 'paper'"),
         ({"methods": ()}, r"no method to compare"),
+        ({"domain_weights": "c4=inf,github=1"}, r"--domain-weights .*'c4=inf' is not"),
+        ({"domain_weights": "c4"}, r"--domain-weights 'c4'"),
         ({"variant": ("taylor",)}, r"--variant 'taylor' is not NAME=FLAGS"),
         ({"variant": ("a/b=--init flat",)}, r"is not NAME=FLAGS"),
         ({"variant": ("x=--steps 40",)}, r"--steps 40 must be a number from 0 to 39"),

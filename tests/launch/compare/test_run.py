@@ -15,6 +15,8 @@ from launch import stages
 from launch.compare import stages as comparison_stages
 from launch.compare.config import CompareConfig
 from launch.compare.run import run
+from launch.compare.stages import EVALUATION, read_result
+from launch.stages import Task
 from tests.factories import write_documents, write_model
 
 SIZES = "layers=2,hidden=24,heads=2,kv-heads=1,ffn=24"
@@ -156,3 +158,12 @@ def test_dead_units_of_both_rules(
     assert projection["kept"] == projection["alive"] == paper["kept"]
     report = json.loads((tmp_path / "out/dead-units/50/paper/seed-0/shear.json").read_text())
     assert paper["alive"] == report["alive"]
+
+
+@pytest.mark.parametrize("content", ["", "5", "[]", '{"domains": 5}', '{"domains": {"a": 1}}'])
+def test_results_of_another_form_say_how_to_make_them_again(tmp_path: Path, content: str) -> None:
+    task = Task("a/b", "a", {}, (), tmp_path / "a", lambda: None)
+    task.folder.mkdir()
+    (task.folder / EVALUATION).write_text(content)
+    with pytest.raises(InputError, match=rf"evaluation\.json: .*delete {task.folder} and run this"):
+        read_result(task, EVALUATION, {"domains": {"*": {"loss": float}}})

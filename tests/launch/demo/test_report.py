@@ -1,13 +1,16 @@
 """The demo's report: claims follow the numbers, a wrong reload is caught, pictures are written."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from data.errors import InputError
 from launch.demo import report as demo_report
 from launch.demo.report import Results, loss_checks, reload_check
 from tests.factories import write_model
@@ -47,6 +50,72 @@ def test_reload_check_compares_logits(tmp_path: Path, monkeypatch: pytest.Monkey
     save_file(tensors, file, metadata={"format": "pt"})
     monkeypatch.setattr(demo_report, "load_model", lambda path: right)
     assert not reload_check(folder).holds
+
+
+def shown_report(**changes: Any) -> dict[str, Any]:
+    """A report.json with four domains."""
+    domains = ("stdlib", "headers", "reference", "docs")
+    losses = dict(zip(NAMES, (2.614, 3.768, 3.444, 7.619), strict=True))
+    rows = {
+        name: {
+            "parameters": 134_515_008,
+            "non_embedding_parameters": 106_203_456,
+            "held_out": dict.fromkeys(domains, loss),
+            "overall": loss,
+            "generation_tokens_per_second": 17.4,
+            "continuation": "text",
+        }
+        for name, loss in losses.items()
+    }
+    report: dict[str, Any] = {"rows": rows, "prompt": "To", "held_out_tokens": 9, "checks": []}
+    report |= {"settings": {"precision": "fp32", "target": "layers=1"}, "model": "m"}
+    report["settings"] |= dict.fromkeys(("shear_lr", "cpt_lr", "random_lr"), 1e-4)
+    report |= {"tokens": dict.fromkeys(("shear", "cpt", "random"), 5), "pictures": []}
+    return report | changes
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_no_number_is_cut_on_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    report = shown_report()
+    console = Console(width=width, file=io.StringIO())
+    for table in demo_report._tables(report, console):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    for number in ("134.5M", "106.2M", "2.614", "7.619", "17.4"):
+        assert printed.count(number) >= 1, number
+    assert "…" not in printed
+    assert len(printed.split("model")) == (2 if width >= 120 else 3)
+
+
+def test_models_of_one_shape_that_differ_in_speed_show_a_busy_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generation = {
+        name: {"tokens_per_second": 1.0, "continuation": "", "seconds": [seconds] * 5}
+        for name, seconds in zip(NAMES, (2.0, 17.4, 2.3, 2.4), strict=True)
+    }
+    sizes = evaluation((2.0, 5.0, 4.0, 6.0))
+    sizes["source"]["parameters"] = 2000
+    measured: dict[str, Any] = {"evaluation": sizes, "generation": generation}
+    reason = demo_report.busy(Results(settings={}, models={}, prompt="", runs={}, **measured))
+    assert reason is not None and "sheared and sheared + CPT, of one shape, differ" in reason
+    (tmp_path / "report.json").write_text(json.dumps(shown_report(busy=reason)))
+    demo_report.show(tmp_path)
+    shown = capsys.readouterr().out
+    assert "too busy to time" in shown and shown.count("too busy") >= 5 and "17.4" not in shown
+    assert "took back 28% of the 1.154 nats" in shown
+
+
+@pytest.mark.parametrize(
+    "content", ["", "5", "[]", '{"rows": {}}', json.dumps(shown_report(rows={"source": 5}))]
+)
+def test_a_report_of_another_form_says_how_to_make_it_again(tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(InputError, match=rf"report\.json: .*delete {tmp_path} and run the demo"):
+        demo_report.show(tmp_path)
 
 
 def write_run(path: Path, shear: bool) -> None:

@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data.errors import InputError
 from data.reader import TokenReader
+from launch.evaluate import run as run_module
 from launch.evaluate.__main__ import main
+from pruner.timing import Timing
 from tests.factories import write_model, write_tokens
 
 
@@ -64,6 +68,70 @@ def test_document_is_scored_with_the_stated_window_and_bos(
     shown = capsys.readouterr().out
     assert "one in front of every window" in shown
     assert "windows of 64 side by side" in shown
+
+
+def test_several_models_stand_side_by_side(
+    tmp_path: Path,
+    tiny_model: Path,
+    tiny_tokens: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On the same sequences; each one's numbers are those it has alone."""
+    monkeypatch.setattr("pruner.latency.ROUNDS", 2)
+    other = write_model(tmp_path / "other", num_hidden_layers=1)
+    text = tmp_path / "text.txt"
+    text.write_text("\ufeffsome text to score", encoding="utf-8")
+    models = [str(tiny_model), str(other), str(tiny_model)]
+    arguments = ["--data", str(tiny_tokens), "--seq-len", "32", "--sequences", "3"]
+    arguments += ["--text", str(text), "--window", "64", "--threads", "1"]
+    found = tmp_path / "several.json"
+    main(["--model", *models, *arguments, "--speed", "--json", str(found)])
+    several = json.loads(found.read_text())["models"]
+    shown = capsys.readouterr().out
+    main(["--model", str(other), *arguments, "--json", str(found)])
+    alone = json.loads(found.read_text())
+    decoding = [result.pop("decoding") for result in several]
+    assert several[1] == alone and several[0] == several[2]
+    assert alone["text"]["bytes"] == len("some text to score")
+    assert all(one["rounds"] == 2 and one["seconds"] > 0 and "spread" in one for one in decoding)
+    for words in (
+        "overall",
+        "above the first",
+        "+0.0000",
+        "bits per byte",
+        "ms per token",
+        "speed",
+    ):
+        assert words in shown, words
+    assert f"{several[1]['overall']['loss']:.4f}" in shown
+
+
+def test_speed_alone(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--model", str(tiny_model), "--speed", "--threads", "1"])
+    assert re.search(r"decoding: .* ms per token, greedy at batch 1", capsys.readouterr().out)
+
+
+def test_equal_models_of_unequal_speed_show_a_busy_machine(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def timer(configs: Any) -> list[Timing]:
+        return [Timing((1.0 + index,)) for index, _ in enumerate(configs)]
+
+    monkeypatch.setattr(run_module, "decode_timer", lambda *_: timer)
+    main(["--model", str(tiny_model), str(tiny_model), "--speed"])
+    assert re.search("too busy to time: .* of one shape, differ by 100%", capsys.readouterr().err)
+
+
+def test_domains_without_held_out_text_are_named(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = write_tokens(tmp_path / "tokens", tiny_model)
+    manifest = json.loads((tokens / "manifest.json").read_text())
+    del manifest["splits"]["held_out"]["beta"]
+    (tokens / "manifest.json").write_text(json.dumps(manifest))
+    main(["--model", str(tiny_model), "--data", str(tokens), "--seq-len", "32"])
+    assert "no held_out text to measure: beta" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from data.errors import InputError
 from launch.report.__main__ import main
 from launch.report.curves import joined, smoothed
+from launch.report.lineage import lines_of
 from launch.report.masks import COMPONENT, INDEX, step_edges
 from launch.report.run_folder import facts, first_step_on_target, mean_loss, read_run
 from pruner.history import encode_mask
@@ -143,7 +144,7 @@ def check_self_contained(page: Page) -> None:
 def test_the_page_of_shearing_and_what_followed(runs: Path, tmp_path: Path) -> None:
     page, numbers = make(tmp_path, runs / "shear", runs / "cpt")
     check_self_contained(page)
-    assert set(page.headings) == {*SHOWN, "Multipliers and temperature", *TRAINING}
+    assert set(page.headings) == {"Verdict", *SHOWN, "Multipliers and temperature", *TRAINING}
     report = json.loads((runs / "shear" / "shear.json").read_text())
     first, second = numbers["runs"]
     for key in ("polarised", "alive", "kept_not_alive", "parameters"):
@@ -186,12 +187,16 @@ def test_pictures_as_files_and_a_baseline_beside_its_run(runs: Path, tmp_path: P
     identity = json.loads((baseline / "run.json").read_text())
     (baseline / "run.json").write_text(json.dumps(identity | {"init": "random"}))
     folders = [runs / "shear", runs / "cpt", baseline]
-    tokens = [[point.tokens for point in c.points] for c in joined([read_run(f) for f in folders])]
+    tokens = [
+        [point.tokens for point in c.points]
+        for c in joined(lines_of([read_run(f) for f in folders]))
+    ]
     assert tokens[0][-1] < tokens[1][0] and tokens[1] == tokens[2]
     page, _ = make(tmp_path, *folders, figures=tmp_path / "pictures")
     assert "scratch_$\\frac{: from random weights" in page.text
     found = {path.stem: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
-    assert set(found) == {h.lower().replace(" ", "-") for h in page.headings} - {"units"}
+    shown = {heading.lower().replace(" ", "-") for heading in page.headings}
+    assert set(found) == shown - {"units", "verdict", "runs-beside-each-other"}
     assert all(content.startswith(b"\x89PNG") for content in found.values())
 
 
@@ -274,7 +279,8 @@ def test_a_run_without_history(runs: Path, tmp_path: Path) -> None:
     page, _ = make(tmp_path, folder)
     check_self_contained(page)
     assert "No history of the masks is on record" in page.text
-    assert set(page.headings) == {"Units", "Kept units", "Units that are on", *TRAINING}
+    shown = {"Verdict", "Units", "Kept units", "Units that are on", *TRAINING}
+    assert set(page.headings) == shown
 
 
 def test_a_run_of_no_steps(runs: Path, tmp_path: Path) -> None:
@@ -282,7 +288,7 @@ def test_a_run_of_no_steps(runs: Path, tmp_path: Path) -> None:
     shear(configure(runs, folder, steps=0, init="magnitude"))
     page, numbers = make(tmp_path, folder)
     check_self_contained(page)
-    assert page.headings == ["Units", "Kept units"]
+    assert page.headings == ["Verdict", "Units", "Kept units"]
     assert numbers["runs"][0]["tokens_per_second"] is None
     assert "no training steps: units were chosen once" in page.text
     for words in ("0 of 0", "tokens/s", "training tokens", 'class="note"'):
@@ -292,7 +298,7 @@ def test_a_run_of_no_steps(runs: Path, tmp_path: Path) -> None:
 def test_continued_pretraining_alone(runs: Path, tmp_path: Path) -> None:
     page, numbers = make(tmp_path, runs / "cpt")
     check_self_contained(page)
-    assert tuple(page.headings) == TRAINING
+    assert tuple(page.headings) == ("Verdict", *TRAINING)
     assert "Speed should be level;" in page.text and "vertical line" not in page.text
     assert "target" not in numbers["runs"][0]
 
@@ -320,7 +326,7 @@ def test_whatever_comes_from_files_is_text(runs: Path, tmp_path: Path) -> None:
     [
         (["absent"], "absent: no such folder; name the --output folder"),
         (["."], "holds no run"),
-        (["SHEAR", "SHEAR"], "more than one run of pruner.shear"),
+        (["SHEAR", "SHEAR"], "is named twice"),
         (["OTHER"], "a run of 'tokenize'"),
         (["DAMAGED"], "run.json: not valid JSON"),
         (["OLD"], "cannot be read .*num_layers"),

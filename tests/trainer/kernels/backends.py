@@ -54,8 +54,8 @@ def large(*sizes: Sizes) -> tuple[Sizes, ...]:
 def on_gpu(operator: str) -> tuple[str, ...]:
     """The implementations of an operator that a GPU has, of the arguments of `running`."""
     others = [known.name for known in registry.operators() if known.compiled or known.fused]
-    # All operators run in a model.
-    several = operator in (*others, "model")
+    # All operators run in a model, and are tried before a run.
+    several = operator in (*others, "model", "trial")
     return ("reference", "triton", "cuda") if several else ("reference", "triton")
 
 

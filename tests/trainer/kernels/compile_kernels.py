@@ -46,6 +46,8 @@ def main(arch: int, every: bool) -> None:
     driver.set_active(CheckingDriver(arch))
     attention_tiles.architecture = lambda device: arch
     launches: list[Launch] = [*operators("fp16", odd=True), *gather_scale(dtype="fp64")]
+    # What shared passes ask for: bf16 weights, whose gradients were summed in fp32.
+    launches += gather_scale(columns=True, summed=True)
     if every:
         launches += [*operators("fp32", odd=True), *operators("bf16", odd=True)]
         launches += [*operators("fp32", odd=False), *operators("fp16", odd=False)]

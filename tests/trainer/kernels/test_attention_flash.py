@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.trainer.kernels.test_attention import formula
 from trainer.kernels import attention_flash, registry
-from trainer.kernels.attention import _visible, attention
+from trainer.kernels.attention import _visible, attention, sdpa_backend
 
 ROOT = Path(__file__).resolve().parents[3]
 UNLIMITED = {"flash_attn_interface": -1, "flash_attn.cute": None, "flash_attn": -1}
@@ -51,16 +51,17 @@ class Installed:
 
 @pytest.fixture(params=[*UNLIMITED])
 def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Installed:
-    """One version is installed on a Hopper GPU, whose tensors are on the CPU."""
+    """One version is installed beside a GPU it is for, whose tensors are on the CPU."""
     version = Installed(request.param, request.param == "flash_attn.cute")
-    use(version, monkeypatch)
+    use(version, monkeypatch, capability=8 if request.param == "flash_attn" else 9)
     monkeypatch.setattr(registry, "which", lambda name, device: "flash")
     return version
 
 
 @pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
+def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What was found installed is looked for again."""
+    monkeypatch.setattr(attention_flash, "_problems", {})
     for found in (attention_flash._choose, attention_flash._function):
         found.cache_clear()
     yield
@@ -189,6 +190,8 @@ def test_is_not_traced(installed: Installed) -> None:
         ("flash_attn.cute", 10, 192, False),
         ("flash_attn", 7, 64, False),
         ("flash_attn", 8, 256, True),
+        ("flash_attn", 9, 128, False),
+        ("flash_attn", 10, 128, False),
         ("flash_attn", 12, 64, True),
     ],
 )
@@ -196,8 +199,13 @@ def test_takes_what_fits_the_gpu(
     module: str, capability: int, head_dim: int, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(Installed(module, False), monkeypatch, capability)
-    library = attention_flash.find(draw(torch.bfloat16, head_dim)[0])
+    query = draw(torch.bfloat16, head_dim)[0]
+    library = attention_flash.find(query)
     assert (library is not None and library.module) == (fits and module)
+    # Version 2 runs there too, and is timed beside what runs instead.
+    if module == "flash_attn" and capability in (9, 10):
+        library = attention_flash.find(query, preferred=False)
+        assert library is not None and library.module == module
 
 
 def test_is_named_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +224,9 @@ def test_is_named_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None
         ("flash_attn.cute", 10, "flash"),
         ("flash_attn", 7, "sdpa"),
         ("flash_attn", 8, "flash"),
+        ("flash_attn", 9, "sdpa"),
+        ("flash_attn", 10, "sdpa"),
+        ("flash_attn", 12, "flash"),
     ],
 )
 def test_is_chosen_where_it_knows_the_gpu(
@@ -238,6 +249,40 @@ def test_is_not_chosen_where_it_cannot_be_imported(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with registry.chosen("auto", "cuda") as running:
         assert running["attention"] == "sdpa"
+    assert attention_flash.problems() == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise OSError('libcudart.so.12: cannot open shared object file')", "OSError: libcudart"),
+        (
+            "raise ImportError('undefined symbol: _ZN3c105ErrorC2E')",
+            "ImportError: undefined symbol",
+        ),
+        ("import a_package_that_it_needs", "ModuleNotFoundError: No module named 'a_package"),
+        ("raise TypeError", "TypeError"),
+    ],
+)
+def test_an_installed_package_that_does_not_load_is_named(
+    code: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(Installed("none of them", False), monkeypatch, capability=9)
+    monkeypatch.delitem(sys.modules, "flash_attn_interface")
+    (tmp_path / "flash_attn_interface.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert attention_flash.backend(torch.device("cuda")) == "sdpa"
+    assert list(attention_flash.problems()) == ["flash_attn_interface"]
+    assert attention_flash.problems()["flash_attn_interface"].startswith(told)
+
+
+def test_which_of_its_own_pytorch_takes_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sdpa_backend(torch.device("cpu")) in ("flash", "math")
+    for number, name in enumerate(("math", "flash", "efficient", "cudnn", "overrideable")):
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, number=number, **__: number)
+        assert sdpa_backend(torch.device("cpu")) == name
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert sdpa_backend(torch.device("cpu")) == "unknown"
 
 
 @pytest.mark.slow

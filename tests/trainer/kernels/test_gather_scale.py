@@ -23,6 +23,15 @@ from trainer.kernels.gather_scale import gather_scale, gather_scale_backward
 BACKENDS = ("reference", "compiled")
 
 
+def absolute(case: Case) -> Case:
+    """Its backward pass adds up the magnitudes of what that of `case` adds up."""
+    return case._replace(
+        weight=case.weight.abs(),
+        row_scale=None if case.row_scale is None else case.row_scale.abs(),
+        column_scale=None if case.column_scale is None else case.column_scale.abs(),
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
     for case, _ in draw_cases(dtype):
@@ -47,12 +56,7 @@ def test_backward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
         poison()
         found = gather_scale_backward(gradient, *case, needs)
         expected = expected_backward(case, gradient)
-        absolute = case._replace(
-            weight=case.weight.abs(),
-            row_scale=None if case.row_scale is None else case.row_scale.abs(),
-            column_scale=None if case.column_scale is None else case.column_scale.abs(),
-        )
-        sizes = expected_backward(absolute, gradient.abs())
+        sizes = expected_backward(absolute(case), gradient.abs())
         present = (True, case.row_scale is not None, case.column_scale is not None)
         for index, tensor in enumerate(found):
             assert (tensor is not None) == (needs[index] and present[index])
@@ -66,6 +70,21 @@ def test_backward_equals_indexing(backend: str, dtype: torch.dtype) -> None:
             _, rows, _, columns, _ = in_double(case)
             outside[rows.unsqueeze(1), columns] = False
             assert bool((found[0][outside] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_summed_in_fp32_are_not_rounded_first(backend: str, dtype: torch.dtype) -> None:
+    """Passes that share a weight hand over the fp32 sum of their gradients."""
+    for seed in range(6):
+        case = draw_case(seed, dtype)
+        gradient = torch.randn(case.n, case.m)
+        poison()
+        found = gather_scale_backward(gradient, *case, (True, True, True))
+        sizes = expected_backward(absolute(case), gradient.abs())
+        expected = expected_backward(case, gradient)
+        for result, wanted, size in zip(found, expected, sizes, strict=True):
+            if result is not None:
+                assert_close(result, wanted, size)
 
 
 def test_mask_gradients_are_exact_where_the_mask_is_zero(backend: str) -> None:
@@ -151,9 +170,10 @@ def test_operator_is_registered_correctly(arguments: tuple[Tensor | None, ...]) 
             needs[1] and detached[2] is not None,
             needs[2] and detached[4] is not None,
         )
-        torch.library.opcheck(
-            torch.ops.shorn.gather_scale_backward.default, (gradient, *detached, *wanted)
-        )
+        for summed in (gradient, gradient.float()):
+            torch.library.opcheck(
+                torch.ops.shorn.gather_scale_backward.default, (summed, *detached, *wanted)
+            )
 
 
 def test_compiles_without_graph_break(backend: str) -> None:

@@ -51,6 +51,7 @@ def test_every_operator_is_tested_in_every_implementation() -> None:
         "rms_norm": both,
         "rope": both,
         "swiglu": both,
+        "trial": {*both, "cuda"},
     }
     assert found == {(name, backend) for name, several in expected.items() for backend in several}
 
@@ -68,6 +69,11 @@ def test_a_lost_or_hanging_device_costs_one_test() -> None:
     passed = set(outcomes(printed, "PASSED"))
     for name in ("before", "between", "after", "without_positions"):
         assert passed >= {f"{name} reference", f"{name} triton"}
+
+
+def test_operators_that_fail_are_replaced_before_a_run() -> None:
+    printed = run("-m", "gpu", *STAND_IN, f"{FOLDER}/planted_trials.py")
+    assert re.search(r"^5 passed", printed, re.MULTILINE), printed
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ try:
     gather_scale(weight, torch.tensor([4]))
 except ValueError as error:
     print(error)
+print(library.problem("cpu"), library.problem("cuda"))
 """
 
 
@@ -41,7 +42,8 @@ def test_other_devices_run_the_reference() -> None:
 
 
 def test_runs_without_a_usable_library(tmp_path: Path) -> None:
-    (tmp_path / "_shorn_cpu.so").write_bytes(b"not a library")
+    origin = b"shorn built with torch 2.10.0+cu126, CUDA 12.6\0"
+    (tmp_path / "_shorn_cpu.so").write_bytes(b"not a library\0" + origin + b"\xff")
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_LIBRARIES, str(tmp_path)],
         capture_output=True,
@@ -50,8 +52,30 @@ def test_runs_without_a_usable_library(tmp_path: Path) -> None:
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    *lines, problems = result.stdout.splitlines()
     assert lines == ["reference", "gather_scale: row index 4 is out of range for 4 rows"]
+    assert problems.startswith(f"{tmp_path / '_shorn_cpu.so'} does not load (")
+    assert "Could not load" not in problems
+    assert "; it was built with torch 2.10.0+cu126, CUDA 12.6, and this is torch " in problems
+    assert problems.endswith(" None")
+
+
+@pytest.mark.parametrize("size", [5, 40, 4096, -1])
+def test_a_library_that_is_cut_short_is_not_loaded(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end the process."""
+    whole = library._path("cpu")
+    if not library.is_loaded("cpu"):
+        pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
+    assert not library._is_cut_short(whole)
+    (tmp_path / whole.name).write_bytes(whole.read_bytes()[:size])
+    for name, value in (("FOLDER", tmp_path), ("_loaded", set()), ("_problems", {})):
+        monkeypatch.setattr(library, name, value)
+    library.load()
+    problem = library.problem("cpu")
+    assert not library.is_loaded("cpu") and problem is not None
+    assert ("is cut short" in problem) == (size != 5)
 
 
 def test_a_library_of_other_operators_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,9 +83,12 @@ def test_a_library_of_other_operators_is_not_used(monkeypatch: pytest.MonkeyPatc
     if not library.is_loaded("cpu"):
         pytest.skip("csrc/ is not built: pip install --no-build-isolation -e .")
     monkeypatch.setattr(library, "_loaded", set())
+    monkeypatch.setattr(library, "_problems", {})
     monkeypatch.setattr(library, "NAMES", ("gather_scale_of_tomorrow",))
     library.load()
     assert not library.is_loaded("cpu")
+    problem = library.problem("cpu")
+    assert problem is not None and "_shorn_cpu.so holds other operators" in problem
 
 
 @pytest.mark.parametrize("level", ["default", pytest.param("avx2", marks=pytest.mark.slow)])

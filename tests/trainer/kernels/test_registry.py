@@ -132,6 +132,15 @@ def test_what_cannot_run_is_refused(
     assert [registry.which(name, "cpu") for name in sorted(NAMES)] == before
 
 
+def test_a_library_that_does_not_load_is_refused_by_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library, "_loaded", {"cpu"})
+    monkeypatch.setattr(library, "_problems", {"cuda": "does not load (libcudart.so.13)"})
+    with pytest.raises(InputError, match=r"_shorn_cuda.so does not load \(libcudart.so.13\): pip"):
+        registry.choose("cuda", "cuda")
+
+
 def test_commands_offer_every_choice() -> None:
     for config in (TrainConfig, EvaluateConfig):
         assert get_args(get_type_hints(config)["kernels"]) == get_args(registry.Kernels)

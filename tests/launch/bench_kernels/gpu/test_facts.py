@@ -62,7 +62,10 @@ def test_compiled_operators_are_told_from_missing_ones(
 ) -> None:
     answers(monkeypatch, None)
     monkeypatch.setattr(gpu_facts.library, "_loaded", {"cuda"} if built else {"cpu"})
+    monkeypatch.setattr(gpu_facts.library, "_problems", {})
     assert facts(torch.device("cuda"))["csrc"] == ("built" if built else "not built")
+    monkeypatch.setattr(gpu_facts.library, "_problems", {"cuda": "does not load (old)"})
+    assert facts(torch.device("cuda"))["csrc"].endswith("_shorn_cuda.so does not load (old)")
 
 
 def test_a_lost_device_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,8 +123,12 @@ def test_what_the_budget_does_not_reach_is_skipped(planned: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_command_writes_and_ends_with_its_status(
-    passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    passed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """And says which operators it cannot time."""
     asked: list[tuple[Any, ...]] = []
 
     def found(*arguments: Any) -> dict[str, Any]:
@@ -134,6 +138,7 @@ def test_the_command_writes_and_ends_with_its_status(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_run, "is_usable", lambda device: True)
     monkeypatch.setattr(gpu_run, "measure", found)
+    monkeypatch.setattr(registry.library, "_loaded", {"cuda"} if passed else set())
     paths = {name: str(tmp_path / f"gpu.{name}") for name in ("json", "csv")}
     config = BenchKernelsConfig(budget_seconds=12.0, **paths)  # type: ignore[arg-type]
     if passed:
@@ -142,6 +147,7 @@ def test_the_command_writes_and_ends_with_its_status(
         with pytest.raises(SystemExit) as exit_request:
             gpu_run.run(config)
         assert exit_request.value.code == 1
+    assert ("the CUDA operators are not timed" in capsys.readouterr().err) is not passed
     assert asked == [("cuda", 12.0)]
     assert json.loads(Path(paths["json"]).read_text())["passed"] is passed
     assert Path(paths["csv"]).exists()

@@ -69,7 +69,7 @@ def test_flash_attention_is_timed_without_a_mask_where_it_is(
         return attention(query, key, value)
 
     found = [None, attention_flash.LIBRARIES[0]]
-    monkeypatch.setattr(attention_flash, "find", lambda query: found[-1])
+    monkeypatch.setattr(attention_flash, "find", lambda query, **options: found[-1])
     monkeypatch.setattr(attention_flash, "attend", attend)
     result = measure(unit("attention", "flash-attn"), CPU)
     assert [entry["pass"] for entry in result["passes"]] == [FORWARD, BOTH]

@@ -1,0 +1,116 @@
+"""What `python -m launch.evaluate` prints: one model's numbers, or several models side by side."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data.log import logger
+from trainer.verdict import LEAST_GAP
+
+BOS_WORDS = {
+    "no": "none",
+    "yes": "one in front of the document",
+    "every": "one in front of every window",
+}
+
+
+def print_results(names: Sequence[str], results: list[dict[str, Any]], busy: str | None) -> None:
+    """Prints what was measured of the models called `names`; `busy` says why not to believe the
+    times."""
+    console = Console(highlight=False, markup=False)
+    for result in results if len(results) == 1 else ():
+        _print_one(console, result)
+    if len(results) > 1:
+        _print_several(console, names, results)
+    missing = results[0].get("missing")
+    if missing:
+        console.print(
+            f"no {results[0]['split']} text to measure: {', '.join(missing)}", soft_wrap=True
+        )
+    if busy is not None:
+        logger.warning(f"{busy}; measure again on a quiet machine")
+
+
+def _print_one(console: Console, result: dict[str, Any]) -> None:
+    console.print(
+        f"{result['model']}: {result['parameters']:,} parameters, "
+        f"{result['non_embedding_parameters']:,} without embeddings, {result['precision']}",
+        soft_wrap=True,
+    )
+    if "domains" in result:
+        table = Table(title=_title(result))
+        table.add_column("domain", overflow="fold")
+        for name in ("loss", "perplexity", "target tokens"):
+            table.add_column(name, justify="right")
+        for name, row in (*result["domains"].items(), ("overall", result["overall"])):
+            values = (f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", f"{row['tokens']:,}")
+            table.add_row(name, *values)
+        console.print(table)
+    if "text" in result:
+        score = result["text"]
+        stride = score["stride"] or f"none (windows of {score['window']} side by side)"
+        table = Table(title=f"document {score['file']}", show_header=False)
+        for name, value in (
+            ("perplexity", f"{score['perplexity']:.4f}"),
+            ("bits per byte", f"{score['bits_per_byte']:.4f}"),
+            ("window", str(score["window"])),
+            ("stride", str(stride)),
+            ("BOS", BOS_WORDS[score["bos"]]),
+            ("tokens", f"{score['tokens']:,}"),
+            ("targets", f"{score['targets']:,}"),
+        ):
+            table.add_row(name, value)
+        console.print(table)
+    if "decoding" in result:
+        console.print(f"decoding: {_pace(result)}", soft_wrap=True)
+
+
+def _title(result: dict[str, Any]) -> str:
+    return f"{result['split']} tokens, {result['seq_len']} per sequence"
+
+
+def _print_several(console: Console, names: Sequence[str], results: list[dict[str, Any]]) -> None:
+    """A column for every model: all were measured on the same sequences."""
+    first = results[0]
+    title = "compared"
+    if "domains" in first:
+        title = f"loss on {_title(first)}, {first['overall']['tokens']:,} targets"
+    table = Table(title=title)
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+
+    for domain in first.get("domains", ()):
+        table.add_row(domain, *(f"{one['domains'][domain]['loss']:.4f}" for one in results))
+    if "domains" in first:
+        losses = [one["overall"]["loss"] for one in results]
+        table.add_row("overall", *(f"{loss:.4f}" for loss in losses))
+        table.add_row("above the first", *(f"{loss - losses[0]:+.4f}" for loss in losses))
+        gap = losses[1] - losses[0]
+        if len(losses) > 2 and gap >= LEAST_GAP:
+            shares = (f"{(losses[1] - loss) / gap:.0%}" for loss in losses[2:])
+            table.add_row("gap of the second closed", "", "", *shares)
+    if "text" in first:
+        bits = (f"{one['text']['bits_per_byte']:.4f}" for one in results)
+        table.add_row("bits per byte of the text", *bits)
+    table.add_section()
+    table.add_row("parameters", *(f"{one['parameters']:,}" for one in results))
+    blocks = (f"{one['non_embedding_parameters']:,}" for one in results)
+    table.add_row("without embeddings", *blocks)
+    if "decoding" in first:
+        times = [one["decoding"] for one in results]
+        table.add_row("ms per token", *(f"{1e3 * time['seconds']:.4g}" for time in times))
+        table.add_row("spread of its rounds", *(f"{time['spread']:.0%}" for time in times))
+        speeds = (f"{times[0]['seconds'] / time['seconds']:.2f}x" for time in times)
+        table.add_row("speed", *speeds)
+    console.print(table)
+
+
+def _pace(result: dict[str, Any]) -> str:
+    found = result["decoding"]
+    return (
+        f"{1e3 * found['seconds']:.4g} ms per token, greedy at batch 1, median of "
+        f"{found['rounds']} rounds (spread {found['spread']:.0%}), {found['threads']} threads"
+    )
