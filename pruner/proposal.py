@@ -19,7 +19,7 @@ from pruner.budget import BLOCK_PARAMETERS, SHARE, SPEEDUP, Budget, Proposal, pr
 from pruner.latency import POSITIONS, Timer, decode_timer, measure_latency
 from pruner.shapes import Shape, config_of, shape_of, validate
 from pruner.timing import too_busy
-from trainer.checkpoint import latest_step
+from trainer.checkpoint_files import latest_step
 from trainer.memory import total_memory
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext

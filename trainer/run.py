@@ -92,6 +92,7 @@ def build_trainer(
     mixture: MixtureConfig,
     history: WeightHistory | None = None,
     used: Mapping[str, int] | None = None,
+    identity: Mapping[str, Any] | None = None,
     teacher: Teacher | None = None,
     callbacks: Sequence[Callback] = (),
     description: str,
@@ -101,13 +102,16 @@ def build_trainer(
 
     `callbacks` run before the standard ones. `weights` are the initial domain weights; `reference`
     the losses a dynamic mixture steers towards; `history` the weights that a replayed one repeats;
-    `used` samples of each domain are passed over.
+    `used` samples of each domain are passed over; `identity` (trainer.identity) goes into the
+    checkpoints.
     """
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
     sampler.start_after(used or {})
     stream = BatchStream(reader, sampler, config.global_batch, context.rank, context.world)
     steering = _steering(mixture, weights, reference, config, output, history)
-    checkpointer = Checkpointer(output / "checkpoints", context, keep=config.keep_checkpoints)
+    checkpointer = Checkpointer(
+        output / "checkpoints", context, keep=config.keep_checkpoints, identity=identity
+    )
     # The order counts. First what the caller adds: it may set the masks that evaluation uses.
     listed: list[Callback] = [*callbacks, steering]
     if held_out is not None:
@@ -132,12 +136,17 @@ def build_trainer(
         callbacks=listed,
         teacher=teacher,
     )
+    _restore_newest(trainer, checkpointer)
+    return trainer
+
+
+def _restore_newest(trainer: Trainer, checkpointer: Checkpointer) -> None:
     checkpointer.clean()
     latest = checkpointer.latest()
     if latest is not None:
         checkpointer.restore(trainer, latest)
-        logger.info(f"resuming from {latest}: {trainer.step} of {config.steps} steps are done")
-    return trainer
+        done = f"{trainer.step} of {trainer.config.steps} steps are done"
+        logger.info(f"resuming from {latest}: {done}")
 
 
 def _steering(

@@ -218,10 +218,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         stopped = train(workspace, parts, teachers / "tied")
     assert stopped is not None and stopped.stopping
     for changes, message in (
-        ({"teacher": teachers / "untied"}, r"distill\.teacher was '\w+', now '\w+'\. Repeat"),
-        ({"distillation": replace(HALF, weight=0.25)}, r"distill\.weight was 0\.5, now 0\.25\. "),
-        ({"distillation": replace(HALF, temperature=1.0)}, r"distill\.temperature was 2\.0, now"),
-        ({"distillation": replace(HALF, top_k=5)}, r"distill\.top_k was 0, now 5"),
+        ({"teacher": teachers / "untied"}, r": --teacher is another model\. Repeat"),
+        ({"distillation": replace(HALF, weight=0.25)}, r"--distill-weight was 0\.5, now 0\.25\. "),
+        ({"distillation": replace(HALF, temperature=1.0)}, r"--distill-temperature was 2\.0, now"),
+        ({"distillation": replace(HALF, top_k=5)}, r"--distill-top-k was 0, now 5"),
     ):
         arguments: dict[str, Any] = {"teacher": teachers / "tied"} | changes
         with pytest.raises(InputError, match=message):

@@ -180,7 +180,7 @@ def test_a_replayed_run_is_known_by_what_it_repeats(workspace: Path, tmp_path: P
     # The same content under another name is the same run, which is finished.
     with pytest.raises(AssertionError):
         run(workspace, output, mixture=replay(moved))
-    with pytest.raises(InputError, match=r"another configuration: mixture was"):
+    with pytest.raises(InputError, match=r"another configuration: --mixture-history was"):
         run(workspace, output, mixture=replay(tmp_path / "other"))
 
 
@@ -241,7 +241,7 @@ def test_a_run_from_before_the_grid_goes_on_as_it_began(
         patch.setattr(MixtureCallback, "state_dict", old_state)
         run(workspace, tmp_path, 40, save_interval=8, mixture=default)
     former(tmp_path)
-    with pytest.raises(InputError, match="mixture was"):
+    with pytest.raises(InputError, match="--mixture-interval was"):
         run(workspace, tmp_path, 40, mixture={"interval": 2})
     capsys.readouterr()
     trainer = run(workspace, tmp_path, 40, mixture=default)
