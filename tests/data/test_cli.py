@@ -53,10 +53,22 @@ class Outer:
 @pytest.fixture(autouse=True)
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("SHORN_") or name == "RANK"]:
+    ours = ("SHORN_", *machine.GROUP_VARIABLES, machine.LAUNCHED)
+    for name in [name for name in os.environ if name.startswith(ours)]:
         monkeypatch.delenv(name)
     # Tests before these may have left one, and `run` would end this process.
     monkeypatch.setattr(cli, "_has_process_group", lambda: False)
+
+
+def group(rank: int) -> dict[str, str]:
+    """The environment of a rank, as torchrun makes it."""
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    return here | {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank)}
+
+
+def join(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    for name, value in group(rank).items():
+        monkeypatch.setenv(name, value)
 
 
 def get(*arguments: str) -> Outer:
@@ -239,7 +251,7 @@ def test_run_exits_with_130_on_ctrl_c() -> None:
 def test_other_ranks_let_rank_zero_speak_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "3")
+    join(monkeypatch, 3)
     monkeypatch.setattr(cli, "SECONDS_FOR_RANK_ZERO", 0.2)
     start = time.monotonic()
     with pytest.raises(SystemExit) as stop:
@@ -260,7 +272,7 @@ def test_waiting_rank_obeys_sigterm_despite_a_graceful_handler() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=os.environ | {"RANK": "1"},
+        env=os.environ | group(1),
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
@@ -290,7 +302,7 @@ def test_an_error_with_a_process_group_skips_the_interpreters_teardown() -> None
 def test_help_keeps_no_rank_waiting(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    join(monkeypatch, 1)
     start = time.monotonic()
     with pytest.raises(SystemExit) as stop:
         get("--help")
