@@ -73,7 +73,6 @@ def shear(config: ShearConfig) -> Trainer | None:
     """
     check_layout(config.train, parallel.world_size())
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
-    choose_kernels(config.train.kernels, context)
     require_copy(context, config.json)
     config, proposal = _resolve_target(config, context)
     with context.rank_zero_first():
@@ -94,6 +93,8 @@ def shear(config: ShearConfig) -> Trainer | None:
         return None
     if proposal is not None:
         publish(context, proposal, output / TARGET_FILE)
+    else:
+        choose_kernels(config.train.kernels, context)
     inputs.domains.log()
     logger.info(f"source {inputs.source.describe()}  target {inputs.target.describe()}")
     teacher = load_teacher(
@@ -125,6 +126,7 @@ def _resolve_target(
     with context.rank_zero_first():
         folder, model = _find_source(config)
         open_data(config.data, config.train, model, folder)
+    choose_kernels(config.train.kernels, context)
     dtype = parallel.compute_dtype(config.train.precision, context.device)
     proposal = resolve_together(budget, model, Path(config.output), context, dtype)
     return replace(config, target=proposal["shape"]), proposal

@@ -52,7 +52,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     text = _read_text(Path(config.text)) if config.text is not None else None
     reader = _open_tokens(config) if config.data is not None else None
     context = parallel.init(threads=config.threads)
-    choose_kernels(config.kernels, context)
     with context.rank_zero_first():
         path = resolve_model(config.model)
     shape = load_config(path)
@@ -60,6 +59,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if reader is not None:
         check_tokenizer(reader, shape, path, str(config.data))
     document = _tokenize(config, path, text) if text is not None else None
+    choose_kernels(config.kernels, context)
     dtype = parallel.compute_dtype(config.precision, context.device)
     model = load_model(path, context.device, dtype)
     result: dict[str, Any] = {

@@ -67,6 +67,9 @@ def test_the_machine_is_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> 
     cpu = torch.device("cpu")
     whole = total_memory(cpu)
     assert whole > 1 << 28
+    launched = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert total_memory(cpu) == whole // 4
 

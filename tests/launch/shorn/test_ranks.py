@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data.cli import STOPPED
 from data.errors import InputError
 from launch.shorn import ranks
 from tests.conftest import ROOT
@@ -65,7 +66,7 @@ def test_an_error_is_one_line_and_status_2(workspace: Path) -> None:
         pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_ends_with_0(workspace: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_and_ends_with_75(workspace: Path, number: signal.Signals) -> None:
     output = workspace / "runs" / number.name
     words = ["--ranks", "2", "cpt", "--steps", "100000", "--output", str(output), *FLAGS]
     process = start(workspace, *words)
@@ -75,7 +76,7 @@ def test_a_signal_saves_and_ends_with_0(workspace: Path, number: signal.Signals)
         time.sleep(0.1)
     process.send_signal(number)
     printed, complaints = process.communicate(timeout=120)
-    assert process.returncode == 0, complaints
+    assert process.returncode == STOPPED, complaints
     assert "stopped: saved" in printed and "Traceback" not in complaints
     assert list((output / "checkpoints").iterdir())
 
@@ -85,6 +86,9 @@ def test_the_cause_decides_the_status() -> None:
     assert ranks.exit_status([1, -15]) == 1
     assert ranks.exit_status([-6, 2]) == 2
     assert ranks.exit_status([-9, -15]) == 137
+    # A checkpoint that cannot be written, beside ranks that only stopped.
+    assert ranks.exit_status([75, 75]) == ranks.exit_status([-15, 75]) == 75
+    assert ranks.exit_status([75, 2]) == 2
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
