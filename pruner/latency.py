@@ -9,6 +9,7 @@ The four coefficients are fitted, none below 0, to the times of a few models wit
 plain transformers: four shapes, each in two depths, which tell the blocks' share from the rest.
 """
 
+import inspect
 import itertools
 import statistics
 import time
@@ -157,7 +158,7 @@ class _Decoder:
     """A model with random weights that has read POSITIONS tokens."""
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, DynamicCache
 
         self.name = f"{config.num_layers} x {config.hidden_size}"
         self.device = device
@@ -167,13 +168,17 @@ class _Decoder:
         self.model.tie_weights()
         _fill(self.model)
         prompt = torch.ones(1, POSITIONS, dtype=torch.long, device=device)
-        self.cache = self.model(input_ids=prompt, use_cache=True).past_key_values
+        # transformers gave the argument a shorter name in version 5, and warns of the longer one.
+        names = inspect.signature(self.model.forward).parameters
+        cache = DynamicCache(config=self.model.config)
+        self.cache = {"cache" if "cache" in names else "past_key_values": cache}
+        self.model(input_ids=prompt, use_cache=True, **self.cache)
         self.token = prompt[:, :1]
 
     def decode(self) -> float:
         """Seconds until one more token is known."""
         start = time.perf_counter()
-        output = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        output = self.model(input_ids=self.token, use_cache=True, **self.cache)
         output.logits.argmax().item()
         return time.perf_counter() - start
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -12,8 +13,10 @@ from data.machine import Group
 
 MEETING_TIMEOUT = timedelta(minutes=5)
 """Ranks that were started together may come this far apart."""
-FIRST_LOOK = timedelta(seconds=20)
-"""After this time rank 0 says for whom it waits."""
+SECONDS_IN_SILENCE = 20.0
+"""Then rank 0 says for whom it waits."""
+SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_OF_A_TRY = 10.0
 
 
 def meet(group: Group, gpu: str | None) -> dist.Store:
@@ -35,7 +38,7 @@ def meet(group: Group, gpu: str | None) -> dist.Store:
         )
     place = f"gpu/{socket.gethostname()}/{gpu}"
     store.set(f"{place}/{store.add(place, 1)}", str(group.rank))
-    store.set(f"arrived/{group.rank}", "")
+    store.add("arrived", 1)
     _wait_for_all(group, store)
     sharing = [store.get(f"{place}/{number + 1}").decode() for number in range(store.add(place, 0))]
     if gpu is not None and len(sharing) > 1:
@@ -50,17 +53,20 @@ def meet(group: Group, gpu: str | None) -> dist.Store:
 def _reach(group: Group) -> dist.Store:
     # torchrun and `shorn --ranks` host the store themselves.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host = group.rank == 0 and not hosted
     try:
+        if not host:
+            _knock(group)
         return dist.TCPStore(
             group.address,
             group.port,
             group.world,
-            is_master=group.rank == 0 and not hosted,
+            is_master=host,
             timeout=MEETING_TIMEOUT,
             wait_for_workers=False,
             multi_tenant=True,
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         if "EADDRINUSE" in str(error):
             raise InputError(
                 f"MASTER_PORT={group.port} is in use on this machine, perhaps by another run; set "
@@ -73,23 +79,39 @@ def _reach(group: Group) -> dist.Store:
         ) from None
 
 
-def _wait_for_all(group: Group, store: dist.Store) -> None:
-    names = [f"arrived/{rank}" for rank in range(group.world)]
-    for patience in (min(FIRST_LOOK, MEETING_TIMEOUT), MEETING_TIMEOUT):
+def _knock(group: Group) -> None:
+    """Waits until something listens where the ranks meet; PyTorch would print a page meanwhile."""
+    deadline = time.monotonic() + MEETING_TIMEOUT.total_seconds()
+    while True:
         try:
-            store.wait(names, patience)
+            socket.create_connection((group.address, group.port), timeout=SECONDS_OF_A_TRY).close()
             return
-        except RuntimeError:
-            missing = [str(rank) for rank in range(group.world) if not store.check([names[rank]])]
-            which = f"{len(missing)} of {group.world} ranks ({', '.join(missing[:8])}"
-            which += ", ...)" if len(missing) > 8 else ")"
-            if patience < MEETING_TIMEOUT:
-                logger.warning(f"waiting at {_place(group)} for {which}")
-    raise InputError(
-        f"{which} did not come to {_place(group)} within {MEETING_TIMEOUT.total_seconds():.0f} s: "
-        "start WORLD_SIZE processes with RANK 0, 1, ... (`shorn --ranks N` or torchrun does), or "
-        "unset RANK to run one process"
-    )
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _wait_for_all(group: Group, store: dist.Store) -> None:
+    start, said = time.monotonic(), False
+    while store.add("arrived", 0) < group.world:
+        waited = time.monotonic() - start
+        if waited > MEETING_TIMEOUT.total_seconds():
+            raise InputError(
+                f"{_missing(group, store)} did not come to {_place(group)} within {waited:.0f} s: "
+                "start WORLD_SIZE processes with RANK 0, 1, ... (`shorn --ranks N` or torchrun "
+                "does), or unset RANK to run one process"
+            )
+        if waited > SECONDS_IN_SILENCE and not said:
+            said = True
+            logger.warning(f"waiting at {_place(group)} for {_missing(group, store)}")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _missing(group: Group, store: dist.Store) -> str:
+    ranks = [str(rank) for rank in range(group.world) if not store.check([f"rank/{rank}"])]
+    named = ", ".join(ranks[:8]) + (", ..." if len(ranks) > 8 else "")
+    return f"{len(ranks)} of {group.world} ranks ({named})"
 
 
 def _place(group: Group) -> str:

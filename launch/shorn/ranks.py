@@ -25,11 +25,14 @@ from torch.distributed.elastic.multiprocessing import (
 
 from data.cli import INTERRUPTED, STOPPED
 from data.errors import InputError
+from data.log import logger
 from data.machine import LAUNCHED
 from launch.commands import child_environment
 
 HOST = "127.0.0.1"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+EXPECTED_DEATHS = (-signal.SIGTERM, -signal.SIGINT)
+"""Of ranks that the launcher ends after another one failed, or that a user ends."""
 KNOWN_STATUSES = (2, STOPPED, INTERRUPTED)
 """Of an InputError, of a run that saved and of Ctrl-C: the cause, where other ranks died of other
 things meanwhile."""
@@ -64,7 +67,16 @@ def start_ranks(number: int, words: list[str]) -> int:
         return 128 + stop.sigval
     finally:
         context.close()
+        logging.disable(logging.NOTSET)
     assert result is not None
+    for failure in result.failures.values():
+        if failure.exitcode < 0 and failure.exitcode not in EXPECTED_DEATHS:
+            name = signal.Signals(-failure.exitcode).name
+            memory = ", most likely for want of memory" if name == "SIGKILL" else ""
+            logger.error(
+                f"rank {failure.local_rank} was ended by {name}{memory}; the same command goes on "
+                "from the last checkpoint"
+            )
     return exit_status([failure.exitcode for failure in result.failures.values()])
 
 
