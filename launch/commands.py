@@ -49,13 +49,6 @@ def python() -> str:
     return typed(Path(sys.executable))
 
 
-def torchrun(ranks: int) -> list[str]:
-    """The launcher beside this interpreter, or the module it runs when there is no such script."""
-    script = Path(python()).with_name("torchrun")
-    launcher = [str(script)] if script.exists() else [python(), "-m", "torch.distributed.run"]
-    return [*launcher, "--standalone", "--nproc_per_node", str(ranks)]
-
-
 def command(
     words: Sequence[object],
     *,
@@ -92,9 +85,6 @@ def command(
         settings_file.parent.mkdir(parents=True, exist_ok=True)
         settings_file.touch()
         environment["SHORN_CONFIG"] = str(settings_file)
-    if "--nproc_per_node" in line:
-        # torchrun's default, set here so that it does not warn; the ranks set their threads.
-        environment.setdefault("OMP_NUM_THREADS", "1")
     running = set() if running is None else running
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("ab")) if log is not None else None

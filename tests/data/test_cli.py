@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -43,6 +44,8 @@ class Outer:
     """Where it reads."""
     inputs: tuple[str, ...] = ()
     """Several values."""
+    more_words: tuple[str, ...] = ()
+    """Several others."""
     fast: bool = False
     """A switch."""
     limit: int | None = None
@@ -127,11 +130,23 @@ def test_named_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("[prune]\nsteps = 'many'", "steps = 'many' is not a valid value: expected INT"),
         ("[prune]\nmixture = 'x'", "not a valid value: expected dynamic|fixed"),
         ("[prune", "not valid TOML"),
+        ("[prune]\nmore-words = ['a']\nmore_words = ['b']", "`more_words` in two spellings"),
+        ("[prune]\ndata = {a = 1}", "is not a valid value: expected PATH"),
+        ("[prune]\ninputs = ['a', ['b']]", "is not a valid value: expected TEXT"),
+        ("[prune]\nlr = [1, 2]", "is not a valid value: expected FLOAT"),
     ],
 )
 def test_bad_configuration_file_is_refused(tmp_path: Path, content: str, named: str) -> None:
     (tmp_path / "shorn.toml").write_text(content)
     with pytest.raises(InputError, match=named):
+        get("--data", "d")
+
+
+def test_a_configuration_file_as_editors_on_windows_write_it(tmp_path: Path) -> None:
+    (tmp_path / "shorn.toml").write_text("[prune]\r\nsteps = 4\r\n", "utf-8-sig")
+    assert get("--data", "d").train.steps == 4
+    (tmp_path / "shorn.toml").write_text("[prune]\nsteps = 4\n", "utf-16")
+    with pytest.raises(InputError, match=r"shorn\.toml: not UTF-8 text"):
         get("--data", "d")
 
 
@@ -146,9 +161,77 @@ def test_the_configs_own_refusal_comes_through() -> None:
         get("--data", "d", "--lr", "-1")
 
 
-def test_repeated_list_flag_is_refused() -> None:
-    with pytest.raises(InputError, match="--inputs is given 2 times"):
-        get("--data", "d", "--inputs", "a", "--inputs", "b")
+@pytest.mark.parametrize("parser", ["tyro", "argparse"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--inputs a --inputs b",
+        "--inputs=a --inputs=b",
+        "--inputs a --inputs=b",
+        "--more-words a --more_words b",
+    ],
+)
+def test_repeated_list_flag_is_refused(
+    words: str, parser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if parser == "argparse":
+        monkeypatch.setitem(sys.modules, "tyro", None)
+    flag = words.partition("=")[0].split()[0]
+    with pytest.raises(InputError, match=f"{flag} is given 2 times; give all values after one"):
+        get("--data", "d", *words.split())
+
+
+def test_a_list_in_the_environment_is_replaced_by_the_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHORN_INPUTS", "a b")
+    assert get("--data", "d").inputs == ("a", "b")
+    assert capsys.readouterr().out == "--inputs a b  (from SHORN_INPUTS)\n"
+    assert get("--data", "d", "--inputs=c").inputs == ("c",)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_did_not_come_from_the_command_line_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shorn.toml").write_text(
+        "[prune]\nsteps = 5\nlr = 0.5\nfast = true\ninputs = ['a', 'b']\n"
+    )
+    monkeypatch.setenv("SHORN_LR", "0.25")
+    get("--data", "d", "--no-fast")
+    assert capsys.readouterr().out.splitlines() == [
+        "--steps 5  (from shorn.toml [prune] steps)",
+        "--lr 0.25  (from SHORN_LR)",
+        "--inputs a b  (from shorn.toml [prune] inputs)",
+    ]
+
+
+def test_what_no_command_reads_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shorn.toml").write_text("[shaer]\nsteps = 5\n[cpt]\nsteps = 1\n[zzz]\n")
+    monkeypatch.setenv("SHORN_STPES", "2")
+    monkeypatch.setenv("shorn_steps", "2")
+    monkeypatch.setenv("SHORN_TARGET", "1.3b")
+    monkeypatch.setenv("SHORN_EMPTY", "")
+    get("--data", "d")
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings[0] == (
+        "warning: shorn.toml: no command reads section [shaer]; did you mean [shear]?"
+    )
+    assert warnings[1].startswith("warning: shorn.toml: no command reads section [zzz]; known: ")
+    names = "is set, but names no option of this command"
+    assert warnings[2:] == [
+        f"warning: SHORN_STPES {names}; did you mean SHORN_STEPS?",
+        f"warning: SHORN_TARGET {names}; it is left aside",
+        f"warning: shorn_steps {names}; did you mean SHORN_STEPS?",
+    ]
+
+
+def test_the_sections_are_those_of_the_commands() -> None:
+    from launch.shorn.commands import COMMANDS
+
+    assert {name.replace("-", "_") for name in COMMANDS} == set(cli.SECTIONS)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +272,7 @@ def test_help_shows_the_essential_options_and_help_all_every_one(
     short, full = shown("--help"), shown("--help-all")
     assert short.index("--lr FLOAT ") < short.index("--data PATH ") < short.index("\nexamples:")
     assert "--log-level debug|info" in short and "--inputs" not in short
-    assert short.splitlines()[-1] == "--help-all shows the other 5 options."
+    assert short.splitlines()[-1] == "--help-all shows the other 6 options."
     assert full.startswith(short.rpartition("\n--help-all")[0].rstrip())
     assert "\nInner options:\n  --steps INT " in full and "--inputs TEXT ..." in full
     assert max(map(len, full.splitlines())) <= 60
@@ -234,6 +317,119 @@ def test_run_prints_input_errors_without_traceback(capsys: pytest.CaptureFixture
         run(lambda: raise_error(InputError("steps 0 is below 1; raise it")))
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: steps 0 is below 1; raise it\n"
+
+
+ALLOCATOR = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nframe #0"
+
+
+def nested() -> None:
+    nested()
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda: Path("none/x").read_text(), "none/x: no such file or folder; correct the path"),
+        (lambda: Path("x").mkdir() or Path("x").write_text(""), "x: is a folder, not a file"),
+        (lambda: Path("none").rename("other"), "none -> other: no such file or folder"),
+        (lambda: raise_error(OSError("the mount is gone")), "the mount is gone"),
+        (lambda: b"caf\xe9".decode(), "text is not utf-8 (byte 3: unexpected end of data, in b'"),
+        (lambda: "café".encode("ascii"), "'é' cannot be written as ascii; set PYTHONUTF8=1"),
+        (lambda: raise_error(MemoryError()), "out of memory (MemoryError); ask for less at once"),
+        (lambda: raise_error(RuntimeError(ALLOCATOR)), f"out of memory ({ALLOCATOR[:40]}"),
+        (nested, "something is nested too deeply (maximum recursion depth exceeded"),
+    ],
+)
+def test_failures_of_the_system_are_one_line(
+    action: Callable[[], None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(action)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith(f"error: {message}")
+
+
+def test_the_traceback_of_a_failure_is_for_debugging(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "level", lambda: "debug")
+    with pytest.raises(SystemExit):
+        run(lambda: raise_error(PermissionError(13, "Permission denied", "here")))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("error: here: permission den")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: raise_error(BrokenPipeError(32, "Broken pipe")))
+    assert stop.value.code == 141 and capsys.readouterr().err == ""
+
+
+def test_a_full_disk_under_stdout_ends_no_command() -> None:
+    code = (
+        "from data.cli import run; from data.log import logger\n"
+        "def main():\n    logger.info('one')\n    logger.info('two')\n"
+        "run(main)"
+    )
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert result.returncode == 0
+    assert result.stderr == (
+        "warning: stdout cannot be written (no space left on the disk, or its quota is used up; "
+        "free some space)\n"
+    )
+
+
+def test_a_rank_that_lost_its_peers_lets_the_one_that_knows_speak(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer\nmore")
+    with pytest.raises(RuntimeError):
+        run(lambda: raise_error(lost))
+    left: list[int] = []
+    monkeypatch.setattr(cli, "_has_process_group", lambda: True)
+    monkeypatch.setattr(cli, "SECONDS_FOR_RANK_ZERO", 0.2)
+    monkeypatch.setattr(cli.os, "_exit", left.append)
+    start = time.monotonic()
+    with pytest.raises(SystemExit):
+        run(lambda: raise_error(lost))
+    assert time.monotonic() - start >= 0.2 and left == [1]
+    assert capsys.readouterr().err.startswith("error: lost the connection to another rank ([gloo")
+
+
+def test_a_defect_on_one_rank_is_shown_and_left_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    join(monkeypatch, 2)
+    left: list[int] = []
+    monkeypatch.setattr(cli, "_has_process_group", lambda: True)
+    monkeypatch.setattr(cli.os, "_exit", left.append)
+    with pytest.raises(SystemExit):
+        run(lambda: raise_error(ZeroDivisionError("here")))
+    lines = capsys.readouterr().err.splitlines()
+    assert left == [1] and lines[:2] == ["rank 2 failed:", "Traceback (most recent call last):"]
+    assert lines[-1] == "ZeroDivisionError: here"
+
+
+def test_a_command_that_runs_alone_waits_for_no_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    join(monkeypatch, 3)
+    start = time.monotonic()
+    with pytest.raises(SystemExit):
+        run(lambda: raise_error(InputError("bad")), alone=True)
+    assert time.monotonic() - start < 5 and capsys.readouterr().err == "error: bad\n"
+
+
+def test_run_keeps_the_statuses_of_commands() -> None:
+    for code in (cli.STOPPED, 1, 3):
+        with pytest.raises(SystemExit) as stop:
+            run(lambda code=code: sys.exit(code))
+        assert stop.value.code == code
+    run(lambda: sys.exit(0))
+    run(sys.exit)
 
 
 def test_run_lets_other_errors_and_results_through() -> None:
@@ -308,13 +504,6 @@ def test_help_keeps_no_rank_waiting(
         get("--help")
     assert stop.value.code == 0 and time.monotonic() - start < 5
     assert capsys.readouterr().out == ""
-
-
-def test_available_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine.available_cores() == len(os.sched_getaffinity(0))
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert machine.available_cores() == 7
 
 
 def test_help_into_a_pipe_that_closes() -> None:
