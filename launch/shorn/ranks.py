@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing import (
     SignalException,
     start_processes,
 )
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from data.cli import INTERRUPTED, STOPPED
 from data.errors import InputError
@@ -31,6 +32,7 @@ from launch.commands import child_environment
 
 HOST = "127.0.0.1"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SECONDS_OF_ONE_CAUSE = 5
 EXPECTED_DEATHS = (-signal.SIGTERM, -signal.SIGINT)
 """Of ranks that the launcher ends after another one failed, or that a user ends."""
 KNOWN_STATUSES = (2, STOPPED, INTERRUPTED)
@@ -69,15 +71,25 @@ def start_ranks(number: int, words: list[str]) -> int:
         context.close()
         logging.disable(logging.NOTSET)
     assert result is not None
-    for failure in result.failures.values():
-        if failure.exitcode < 0 and failure.exitcode not in EXPECTED_DEATHS:
+    _name_the_dead(list(result.failures.values()))
+    return exit_status([failure.exitcode for failure in result.failures.values()])
+
+
+def _name_the_dead(failures: list[ProcessFailure]) -> None:
+    """Says which ranks the system ended, unless another one failed first and has said why."""
+    first = min((failure.timestamp for failure in failures), default=0)
+    # Those that failed later were ended by the launcher, which waits half a minute in between.
+    causes = [failure for failure in failures if failure.timestamp - first < SECONDS_OF_ONE_CAUSE]
+    if any(failure.exitcode > 0 for failure in causes):
+        return
+    for failure in causes:
+        if failure.exitcode not in EXPECTED_DEATHS:
             name = signal.Signals(-failure.exitcode).name
             memory = ", most likely for want of memory" if name == "SIGKILL" else ""
             logger.error(
                 f"rank {failure.local_rank} was ended by {name}{memory}; the same command goes on "
                 "from the last checkpoint"
             )
-    return exit_status([failure.exitcode for failure in result.failures.values()])
 
 
 def exit_status(failures: list[int]) -> int:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from data.cli import STOPPED
 from data.errors import InputError
@@ -178,6 +179,22 @@ def test_the_cause_decides_the_status() -> None:
     # A checkpoint that cannot be written, beside ranks that only stopped.
     assert ranks.exit_status([75, 75]) == ranks.exit_status([-15, 75]) == 75
     assert ranks.exit_status([75, 2]) == 2
+
+
+def test_only_ranks_that_nobody_explained_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def failures(*ranks: tuple[int, int]) -> list[ProcessFailure]:
+        found = [ProcessFailure(rank, 1, status, "") for rank, (status, _) in enumerate(ranks)]
+        for failure, (_, second) in zip(found, ranks, strict=True):
+            failure.timestamp = second
+        return found
+
+    ranks._name_the_dead([])
+    # The launcher itself ended rank 1, which did not heed SIGTERM.
+    ranks._name_the_dead(failures((2, 100), (-9, 130)))
+    ranks._name_the_dead(failures((-15, 100), (-2, 100)))
+    assert capsys.readouterr().err == ""
+    ranks._name_the_dead(failures((-11, 100), (-9, 130), (-15, 101)))
+    assert capsys.readouterr().err.startswith("error: rank 0 was ended by SIGSEGV; the same comma")
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
