@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from data.errors import InputError, explain, first_line
+from data.errors import InputError, explain
 from data.help_page import help_page
 from data.log import LEVEL_VARIABLE, LEVELS, level, logger, set_level
 from data.machine import LAUNCHED, PARENT, end_with_parent, rank, stand_alone
@@ -199,8 +199,8 @@ def _report(error: Exception) -> int | None:
     message = str(error) if isinstance(error, InputError) else explain(error)
     if lost:
         message = (
-            f"lost the connection to another rank ({first_line(error)}); see what that rank said, "
-            "then run the same command again"
+            f"lost the connection to another rank ({' '.join(str(error).split())}); see what that "
+            "rank said, then run the same command again"
         )
     if message is None:
         if not _has_process_group():
@@ -262,7 +262,8 @@ def _wait_for_rank_zero() -> None:
     # asked it to stop.
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(SECONDS_FOR_RANK_ZERO)
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(SECONDS_FOR_RANK_ZERO)
 
 
 def _given_flags(words: Sequence[str]) -> list[str]:
@@ -298,8 +299,11 @@ def _warn_of_unknown_variables(options: Sequence[Option]) -> None:
         if known or not variable.upper().startswith(VARIABLE_PREFIX):
             continue
         near = difflib.get_close_matches(variable.upper(), names, n=1, cutoff=0.8)
-        hint = f"did you mean {near[0]}?" if near else "it is left aside"
-        logger.warning(f"{variable} is set, but names no option of this command; {hint}")
+        text = f"{variable} is set, but names no option of this command"
+        if near:
+            logger.warning(f"{text}; did you mean {near[0]}?")
+        else:  # perhaps another command's
+            logger.info(text)
 
 
 def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Override]:
