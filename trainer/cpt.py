@@ -92,6 +92,7 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     train, output = config.train, Path(config.output)
     _check_steps(train)
     context = parallel.init(replicas=train.replicas, threads=train.threads)
+    kernels = choose_kernels(train.kernels, context)
     require_copy(context, config.json)
     with context.rank_zero_first():
         inputs = open_inputs(config)
@@ -102,7 +103,7 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     if finished:
         log_finished(context, output / "cpt.json", config.json)
         return None
-    choose_kernels(train.kernels, context)
+    logger.info(kernels)
     _log_notes(inputs, config)
     teacher = load_teacher(inputs.teacher, inputs.distillation, train, inputs.shape, context)
     fresh = config.init == "random"

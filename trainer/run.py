@@ -32,11 +32,11 @@ from trainer.parallel import DistributedContext, compute_dtype, shard
 from trainer.throughput import Throughput
 
 
-def choose_kernels(choice: registry.Kernels, context: DistributedContext) -> None:
-    """Chooses what computes the operators from now on, and says it. Raises InputError where that
-    cannot run on the ranks' devices."""
+def choose_kernels(choice: registry.Kernels, context: DistributedContext) -> str:
+    """Chooses what computes the operators from now on; what to say of it where work begins. Raises
+    InputError where that cannot run on the ranks' devices."""
     running = registry.choose(choice, context.device)
-    logger.info("kernels: " + ", ".join(f"{name} {by}" for name, by in running.items()))
+    return "kernels: " + ", ".join(f"{name} {by}" for name, by in running.items())
 
 
 def build_model(

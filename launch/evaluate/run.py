@@ -10,6 +10,7 @@ from rich.table import Table
 
 from data.errors import InputError
 from data.files import require_writable, write_copy
+from data.log import logger
 from data.progress import Progress
 from data.reader import TokenReader
 from data.tokenizers import load_tokenizer
@@ -52,6 +53,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     text = _read_text(Path(config.text)) if config.text is not None else None
     reader = _open_tokens(config) if config.data is not None else None
     context = parallel.init(threads=config.threads)
+    kernels = choose_kernels(config.kernels, context)
     with context.rank_zero_first():
         path = resolve_model(config.model)
     shape = load_config(path)
@@ -59,7 +61,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if reader is not None:
         check_tokenizer(reader, shape, path, str(config.data))
     document = _tokenize(config, path, text) if text is not None else None
-    choose_kernels(config.kernels, context)
+    logger.info(kernels)
     dtype = parallel.compute_dtype(config.precision, context.device)
     model = load_model(path, context.device, dtype)
     result: dict[str, Any] = {
