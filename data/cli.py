@@ -14,25 +14,46 @@ import signal
 import sys
 import time
 import tomllib
+import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from data.errors import InputError
+from data.errors import InputError, explain
 from data.help_page import help_page
-from data.log import LEVELS, level, set_level
-from data.machine import rank
+from data.log import LEVEL_VARIABLE, LEVELS, level, logger, set_level
+from data.machine import LAUNCHED, PARENT, end_with_parent, rank, stand_alone
 from data.options import Option, build, convert, describe, options_of
 from data.plain_parser import parse_plainly
+from data.records import read_text
 
 T = TypeVar("T")
 
 CONFIG_VARIABLE = "SHORN_CONFIG"
 VARIABLE_PREFIX = "SHORN_"
 DEFAULT_FILE = "shorn.toml"
+STOPPED = 75
+"""Exit status of a training run that was asked to stop and saved: the same command resumes it. It
+is EX_TEMPFAIL of sysexits.h, which says: try again."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C where there was nothing to save."""
 SECONDS_FOR_RANK_ZERO = 30.0
+SECTIONS = (
+    "tokenize",
+    "shear",
+    "cpt",
+    "evaluate",
+    "report",
+    "compare",
+    "demo",
+    "bench_kernels",
+    "bench_shear",
+)
+"""Tables of shorn.toml that some command reads."""
+OTHER_VARIABLES = (CONFIG_VARIABLE, LEVEL_VARIABLE, PARENT, "SHORN_CUDA")
+"""Variables that are ours without being options: SHORN_CUDA has setup.py build CUDA code."""
 HELP_FLAGS = ("-h", "--help", "--help-all")
 LOG_LEVEL = Option(
     "log_level",
@@ -48,6 +69,12 @@ class _Override:
 
     value: Any
     origin: str
+
+    @property
+    def text(self) -> str:
+        """The value as words of a command line."""
+        entries = self.value if isinstance(self.value, list) else [self.value]
+        return " ".join(map(str, entries))
 
 
 def parse(
@@ -76,6 +103,7 @@ def parse(
     words = list(sys.argv[1:] if argv is None else argv)
     options = all_options(config)
     overrides = _file_overrides(section, options) | _environment_overrides(options)
+    given = _given_flags(words)
     options = [
         dataclasses.replace(option, default=_convert(overrides[option.name], option.type))
         if option.name in overrides
@@ -86,10 +114,12 @@ def parse(
         if rank() == 0:
             _print_help(config, options, overrides, examples, "--help-all" in words)
         sys.exit(0)
-    _refuse_repeated_lists(words, options)
+    _refuse_repeated_lists(given, options)
     values = _parse_words(options, words)
     if values["log_level"] != level():
         set_level(values["log_level"])
+    _say_origins(overrides, given)
+    _warn_of_unknown_variables(options)
     return build(config, values)
 
 
@@ -124,32 +154,92 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], *, alone: bool = False) -> None:
     """Calls `main`, turning user errors into one message and an exit status.
 
-    `InputError` prints `error: ...` on rank 0 and exits with 2, Ctrl-C exits with 130. Another rank
-    gives rank 0 half a minute to report first, because a launcher stops the whole group as soon as
-    one member exits, and speaks up only if rank 0 did not.
+    `InputError`, a failure of the system (a file, a disk, memory) and a text that cannot be decoded
+    print `error: ...` on rank 0 and exit with 2, Ctrl-C exits with 130; anything else is a defect
+    and keeps its traceback. Another rank gives rank 0 half a minute to report first, because a
+    launcher stops the whole group as soon as one member exits, and speaks up only if rank 0 did
+    not. A rank that lost its peers waits too: the one that ended first knows the cause.
+
+    Args:
+        main: the command.
+        alone: whether it always runs as one process: what the environment says of ranks is for
+            others then.
     """
+    if alone:
+        stand_alone()
+    end_with_parent()
+    status: Any = 0
     try:
         main()
-    except InputError as error:
-        if rank() == 0:
-            message = f"error: {error}"
-        else:
-            _wait_for_rank_zero()
-            message = f"error (rank {rank()}): {error}"
-        sys.stdout.flush()
-        print(message, file=sys.stderr, flush=True)
-        if _has_process_group():
-            _exit_at_once(2)
-        sys.exit(2)
+    except SystemExit as leaving:
+        status = leaving.code
     except KeyboardInterrupt:
         if rank() == 0:
-            print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _exit_at_once(0)
+            _complain("interrupted")
+        status = INTERRUPTED
+    except Exception as error:
+        status = _report(error)
+        if status is None:
+            raise
+    _settle_streams()
+    if os.environ.get(LAUNCHED) or (status and _has_process_group()):
+        _exit_at_once(status if isinstance(status, int) else int(status is not None))
+    if status:
+        sys.exit(status)
+
+
+def _report(error: Exception) -> int | None:
+    """Says what ended the command; its exit status. None where Python may print the traceback."""
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        return 128 + signal.SIGPIPE  # whoever reads our output, such as `head`, has seen enough
+    lost = _lost_a_peer(error)
+    message = str(error) if isinstance(error, InputError) else explain(error)
+    if lost:
+        message = (
+            f"lost the connection to another rank ({' '.join(str(error).split())}); see what that "
+            "rank said, then run the same command again"
+        )
+    if message is None:
+        if not _has_process_group():
+            return None
+        _complain(f"rank {rank()} failed:\n{traceback.format_exc().rstrip()}")
+        return 1
+    if level() == "debug" and not isinstance(error, InputError):
+        _complain(traceback.format_exc().rstrip())
+    if rank() or lost:
+        _wait_for_rank_zero()
+    own = f" (rank {rank()})" if rank() else ""
+    _complain(f"error{own}: {message}")
+    return 1 if lost else 2
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether a collective failed, most likely because another rank has ended."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return _has_process_group() and (
+        not names.isdisjoint(("DistBackendError", "DistNetworkError", "DistStoreError"))
+        or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    )
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _settle_streams() -> None:
+    """Has what stdout and stderr could not write go nowhere: it would decide the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _has_process_group() -> bool:
@@ -163,8 +253,7 @@ def _has_process_group() -> bool:
 def _exit_at_once(status: int) -> None:
     # Communication threads now and then abort or hang a rank while the interpreter takes itself
     # down, and the launcher would report a finished run as failed.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _settle_streams()
     os._exit(status)
 
 
@@ -173,17 +262,48 @@ def _wait_for_rank_zero() -> None:
     # asked it to stop.
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(SECONDS_FOR_RANK_ZERO)
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(SECONDS_FOR_RANK_ZERO)
 
 
-def _refuse_repeated_lists(words: list[str], options: Sequence[Option]) -> None:
+def _given_flags(words: Sequence[str]) -> list[str]:
+    """The flags among `words` as options name them, whichever way they are spelled."""
+    flags = (word.partition("=")[0] for word in words if word.startswith("--"))
+    return ["--" + flag[2:].replace("_", "-") for flag in flags]
+
+
+def _refuse_repeated_lists(given: Sequence[str], options: Sequence[Option]) -> None:
     """The parser would keep only the last occurrence, which loses values without a word."""
     for option in options:
-        if option.takes_several and words.count(option.flag) > 1:
+        if option.takes_several and given.count(option.flag) > 1:
             raise InputError(
-                f"{option.flag} is given {words.count(option.flag)} times; "
+                f"{option.flag} is given {given.count(option.flag)} times; "
                 f"give all values after one: {option.flag} A B"
             )
+
+
+def _say_origins(overrides: Mapping[str, _Override], given: Sequence[str]) -> None:
+    """Says which values did not come from the command line, without naming those it replaced."""
+    for name, override in overrides.items():
+        flag = f"--{name.replace('_', '-')}"
+        # A command hands its log level on to those it starts.
+        if name != LOG_LEVEL.name and not {flag, f"--no-{flag[2:]}"} & set(given):
+            logger.info(f"{flag} {override.text}  (from {override.origin})")
+
+
+def _warn_of_unknown_variables(options: Sequence[Option]) -> None:
+    """Names the SHORN_ variables that this command does not read."""
+    names = [VARIABLE_PREFIX + option.name.upper() for option in options]
+    for variable in sorted(os.environ):
+        known = variable in names or variable in OTHER_VARIABLES or not os.environ[variable]
+        if known or not variable.upper().startswith(VARIABLE_PREFIX):
+            continue
+        near = difflib.get_close_matches(variable.upper(), names, n=1, cutoff=0.8)
+        text = f"{variable} is set, but names no option of this command"
+        if near:
+            logger.warning(f"{text}; did you mean {near[0]}?")
+        else:  # perhaps another command's
+            logger.info(text)
 
 
 def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Override]:
@@ -194,8 +314,8 @@ def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Overr
             raise InputError(f"{CONFIG_VARIABLE}={named}: no such file; correct it or unset it")
         return {}
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
     for key, value in content.items():
         if not isinstance(value, dict):
@@ -204,8 +324,11 @@ def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Overr
                 f" it is for, such as [{section}]"
             )
     if section not in content:
-        for near in difflib.get_close_matches(section, content, n=1, cutoff=0.7):
+        strange = [name for name in content if name not in SECTIONS]
+        for near in difflib.get_close_matches(section, strange, n=1, cutoff=0.7):
             raise InputError(f"{path}: unknown section [{near}]; did you mean [{section}]?")
+    _warn_of_unknown_sections(path, [name for name in content if name != section])
+    if section not in content:
         return {}
     names = [option.name for option in options]
     found: dict[str, _Override] = {}
@@ -217,8 +340,18 @@ def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Overr
             raise InputError(
                 f"{path}: unknown key `{key}` in [{section}]; {hint}known: {', '.join(names)}"
             )
+        if name in found:
+            raise InputError(f"{path}: [{section}] holds `{name}` in two spellings; keep one")
         found[name] = _Override(value, f"{path} [{section}] {key}")
     return found
+
+
+def _warn_of_unknown_sections(path: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in SECTIONS:
+            near = difflib.get_close_matches(name, SECTIONS, n=1)
+            hint = f"did you mean [{near[0]}]?" if near else f"known: {', '.join(SECTIONS)}"
+            logger.warning(f"{path}: no command reads section [{name}]; {hint}")
 
 
 def _environment_overrides(options: Sequence[Option]) -> dict[str, _Override]:
@@ -235,6 +368,9 @@ def _convert(override: _Override, kind: Any) -> Any:
     """Converts a TOML or environment value just as the same text on the command line would be."""
     value = override.value
     try:
+        entries = value if isinstance(value, list) else [value]
+        if any(isinstance(entry, list | dict) for entry in entries):
+            raise ValueError(value)
         if isinstance(value, list):
             words = [str(entry) for entry in value]
         elif isinstance(value, str) and typing.get_origin(kind) is tuple:
@@ -291,5 +427,5 @@ def _print_help(
     if overrides:
         page += "\n\ndefaults taken from:"
         for name, override in overrides.items():
-            page += f"\n  --{name.replace('_', '-')} = {override.value}   ({override.origin})"
+            page += f"\n  --{name.replace('_', '-')} = {override.text}   ({override.origin})"
     show(page)

@@ -83,3 +83,54 @@ def failure(error: OSError, fix: str | None = None) -> str:
 def is_full(error: OSError) -> bool:
     """Whether there was no room on the disk for what was written."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or on a GPU; PyTorch says so in a RuntimeError."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or any(mark in text for mark in _OUT_OF_MEMORY)
+
+
+def explain(error: Exception) -> str | None:
+    """What to tell the user about an error that nobody turned into an InputError where it arose:
+    cause, place and remedy. None for what can only be a defect of ours."""
+    if is_out_of_memory(error):
+        return (
+            f"out of memory ({first_line(error)}); ask for less at once (--micro-batch, --seq-len, "
+            "--workers), start more ranks, or raise the limit that `ulimit -a` or the container's "
+            "memory.max shows"
+        )
+    if isinstance(error, OSError):
+        places = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return f"{' -> '.join(places)}: {failure(error)}" if places else failure(error)
+    if isinstance(error, UnicodeDecodeError):
+        around = error.object[max(0, error.start - 20) : error.end + 20]
+        return (
+            f"text is not {error.encoding} (byte {error.start}: {error.reason}, in {around!r}); "
+            "convert the file to UTF-8"
+        )
+    if isinstance(error, UnicodeEncodeError):
+        what = error.object[error.start : error.end]
+        return f"{what!r} cannot be written as {error.encoding}; set PYTHONUTF8=1"
+    if isinstance(error, RecursionError):
+        return (
+            f"something is nested too deeply ({first_line(error)}): look for a file with thousands "
+            "of brackets; --log-level debug shows where"
+        )
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -4,11 +4,13 @@ Rank 0 speaks for all: the other ranks are quiet but for errors, or show everyth
 its rank, at level "debug".
 """
 
+import contextlib
 import logging
 import os
 import sys
 from typing import IO
 
+from data.errors import failure
 from data.machine import rank
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -29,7 +31,13 @@ def level() -> str:
 
 
 class _Handler(logging.Handler):
-    """Writes to the streams that are in place when a message comes, as `print` does."""
+    """Writes to the streams that are in place when a message comes, as `print` does.
+
+    What cannot be written (a full disk, a terminal that was closed) ends no run: stderr is told
+    once, if it still takes anything.
+    """
+
+    _complained = False
 
     def emit(self, record: logging.LogRecord) -> None:
         own = rank()
@@ -38,7 +46,19 @@ class _Handler(logging.Handler):
         label = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         tag = f"[rank {own}] " if own else ""
         stream: IO[str] = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        print(f"{tag}{label}{record.getMessage()}", file=stream, flush=True)
+        text = f"{tag}{label}{record.getMessage()}"
+        try:
+            print(text, file=stream, flush=True)
+        except UnicodeEncodeError as error:
+            plain = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            print(plain, file=stream, flush=True)
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                with contextlib.suppress(OSError):
+                    name = "stderr" if stream is sys.stderr else "stdout"
+                    complaint = f"warning: {name} cannot be written ({failure(error, '')})"
+                    print(complaint, file=sys.stderr, flush=True)
 
 
 logger.addHandler(_Handler())

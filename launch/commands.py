@@ -4,13 +4,17 @@ import contextlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from data.cli import INTERRUPTED, STOPPED
 from data.errors import InputError
 from data.log import LEVEL_VARIABLE
+from data.machine import PARENT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,9 +28,14 @@ class CommandError(InputError):
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment, in which Python finds our packages from any folder."""
+    """This process's environment, in which Python finds our packages from any folder, and not what
+    is called like them in the working folder; a command of ours ends with this process."""
     search = (str(ROOT), os.environ.get("PYTHONPATH"))
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search))}
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, search)),
+        "PYTHONSAFEPATH": "1",
+        PARENT: str(os.getpid()),
+    }
 
 
 def typed(path: Path) -> str:
@@ -38,13 +47,6 @@ def typed(path: Path) -> str:
 def python() -> str:
     """This interpreter as a word of a command."""
     return typed(Path(sys.executable))
-
-
-def torchrun(ranks: int) -> list[str]:
-    """The launcher beside this interpreter, or the module it runs when there is no such script."""
-    script = Path(python()).with_name("torchrun")
-    launcher = [str(script)] if script.exists() else [python(), "-m", "torch.distributed.run"]
-    return [*launcher, "--standalone", "--nproc_per_node", str(ranks)]
 
 
 def command(
@@ -77,15 +79,12 @@ def command(
         print(f"$ {shlex.join(line)}", flush=True)
     environment = child_environment()
     if settings_file is not None:
-        for name in environment.keys() - {LEVEL_VARIABLE}:
+        for name in environment.keys() - {LEVEL_VARIABLE, PARENT}:
             if name.startswith("SHORN_"):
                 del environment[name]
         settings_file.parent.mkdir(parents=True, exist_ok=True)
         settings_file.touch()
         environment["SHORN_CONFIG"] = str(settings_file)
-    if "--nproc_per_node" in line:
-        # torchrun's default, set here so that it does not warn; the ranks set their threads.
-        environment.setdefault("OMP_NUM_THREADS", "1")
     running = set() if running is None else running
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("ab")) if log is not None else None
@@ -93,18 +92,38 @@ def command(
             subprocess.Popen(line, env=environment, stdout=output, stderr=output)
         )
         running.add(process)
+        stack.enter_context(interrupted_by_sigterm(process.terminate))
         try:
             status = process.wait()
         except KeyboardInterrupt:
-            # The command got the same Ctrl-C and may be saving a checkpoint.
+            # The command got the same Ctrl-C, or our SIGTERM, and may be saving a checkpoint.
             process.wait()
             raise
         finally:
             running.discard(process)
-    if status == 130:
+    if status in (INTERRUPTED, STOPPED):
         raise KeyboardInterrupt
     if status != 0 or not makes.exists():
         raise _failure(status, makes, log)
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm(first: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Makes SIGTERM call `first` and then end this process as Ctrl-C does, where signals can be
+    handled: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        first()
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _failure(status: int, makes: Path, log: Path | None) -> InputError:

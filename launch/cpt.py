@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.cli import parse, run
+from data.cli import STOPPED, parse, run
 from trainer.config import CptConfig
 
 EXAMPLES = """
@@ -21,8 +21,12 @@ torchrun --nproc_per_node 8 launch/cpt.py --teacher models/Llama-2-7b-hf
 def main(argv: list[str] | None = None) -> None:
     config = parse(CptConfig, section="cpt", argv=argv, examples=EXAMPLES)
     from trainer.cpt import continue_pretraining
+    from trainer.memory import explain_out_of_memory
 
-    continue_pretraining(config)
+    with explain_out_of_memory(config.train):
+        trainer = continue_pretraining(config)
+    if trainer is not None and trainer.stopping:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 import hashlib
 import json
 import shutil
-import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from data.errors import InputError
 from data.files import write_json
 from data.log import logger
 from data.records import read_json
-from launch.commands import CommandError
+from launch.commands import CommandError, interrupted_by_sigterm
 
 
 class Stages:
@@ -143,7 +141,7 @@ def run_tasks(
     failed: dict[str, list[str]] = {}
     active: dict[Future[None], Task] = {}
     stopping = threading.Event()
-    with _terminate_as_interrupt(), ThreadPoolExecutor(jobs) as pool:
+    with interrupted_by_sigterm(), ThreadPoolExecutor(jobs) as pool:
         try:
             while True:
                 ready = [task for task in waiting.values() if done.issuperset(task.after)]
@@ -227,20 +225,3 @@ def _stop(active: Mapping[Future[None], Task], running: set[subprocess.Popen[byt
             process.terminate()
             asked.add(process)
         wait(active, timeout=0.2)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Makes SIGTERM end this process as Ctrl-C does, where signals can be handled."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

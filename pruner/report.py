@@ -81,7 +81,9 @@ def finish(
     extraction = Extraction(trainer.model.config, masks)
     assert shape_of(extraction.config) == target, extraction.config
     unchecked = output / UNCHECKED
-    pairs = extraction.tensors(full_tensors(trainer.model))
+    whole = full_tensors(trainer.model, needed=context.is_main)
+    # Only rank 0 cuts and writes; the others take part in gathering.
+    pairs = extraction.tensors(whole) if context.is_main else whole
     dtype = getattr(torch, config.save_dtype)
     save_tensors_of(pairs, extraction.config, context, unchecked, source, dtype)
     require_same_constants(load_config(unchecked), trainer.model.config)
@@ -122,7 +124,7 @@ def reload_difference(trainer: Trainer, masks: Masks, path: Path) -> float:
     """
     tensors = {
         name: tensor if trainer.context.is_main else None
-        for name, tensor in full_tensors(trainer.model)
+        for name, tensor in full_tensors(trainer.model, needed=trainer.context.is_main)
     }
     difference = None
     if trainer.context.is_main:

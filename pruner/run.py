@@ -81,17 +81,17 @@ def shear(config: ShearConfig) -> Trainer | None:
     """
     check_layout(config.train, parallel.world_size())
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
-    choose_kernels(config.train.kernels, context)
+    kernels = choose_kernels(config.train.kernels, context)
     require_copy(context, config.json)
-    config, proposal = _resolve_target(config, context)
+    config, proposal = _resolve_target(config, context, kernels)
     with context.rank_zero_first():
         inputs = open_inputs(config)
     with owned(Path(config.output), context):
-        return _prune(inputs, context, proposal)
+        return _prune(inputs, context, proposal, kernels)
 
 
 def _prune(
-    inputs: Inputs, context: DistributedContext, proposal: dict[str, Any] | None
+    inputs: Inputs, context: DistributedContext, proposal: dict[str, Any] | None, kernels: str
 ) -> Trainer | None:
     config, output = inputs.config, Path(inputs.config.output)
     state = state_of(output, "shear.json", context)
@@ -112,6 +112,8 @@ def _prune(
     require_room(output, inputs.model.num_parameters(), config.train, context, saved=pruned)
     if proposal is not None:
         publish(context, proposal, output / TARGET_FILE)
+    else:
+        logger.info(kernels)
     inputs.domains.log()
     logger.info(f"source {inputs.source.describe()}  target {inputs.target.describe()}")
     teacher = load_teacher(
@@ -131,12 +133,12 @@ def _prune(
 
 
 def _resolve_target(
-    config: ShearConfig, context: DistributedContext
+    config: ShearConfig, context: DistributedContext, kernels: str
 ) -> tuple[ShearConfig, dict[str, Any] | None]:
     """`config` with the shape that a budget comes to, and what OUTPUT/target.json says of it.
 
     A target that names its shape stays as it is, and None. Data is opened first, so that nothing
-    is measured for a run that cannot start.
+    is measured for a run that cannot start; `kernels` says what measures.
     """
     budget = parse_budget(config.target)
     if budget is None:
@@ -144,6 +146,7 @@ def _resolve_target(
     with context.rank_zero_first():
         folder, model = _find_source(config)
         open_data(config.data, config.train, model, folder)
+    logger.info(kernels)
     dtype = parallel.compute_dtype(config.train.precision, context.device)
     proposal = resolve_together(budget, model, Path(config.output), context, dtype)
     return replace(config, target=proposal["shape"]), proposal

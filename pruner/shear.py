@@ -3,7 +3,9 @@
 Runs alone or under torchrun (`torchrun --nproc_per_node 8 -m pruner.shear ...`).
 """
 
-from data.cli import parse, run
+import sys
+
+from data.cli import STOPPED, parse, run
 from pruner.config import ShearConfig
 
 EXAMPLES = """
@@ -27,8 +29,12 @@ python -m pruner.shear --target layers=24 --steps 0 --output runs/blocks
 def main(argv: list[str] | None = None) -> None:
     config = parse(ShearConfig, section="shear", argv=argv, examples=EXAMPLES)
     from pruner.run import shear
+    from trainer.memory import explain_out_of_memory
 
-    shear(config)
+    with explain_out_of_memory(config.train):
+        trainer = shear(config)
+    if trainer is not None and trainer.stopping:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -105,17 +105,21 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     train, output = config.train, Path(config.output)
     _check_steps(train)
     context = parallel.init(replicas=train.replicas, threads=train.threads)
-    choose_kernels(train.kernels, context)
+    kernels = choose_kernels(train.kernels, context)
     require_copy(context, config.json)
     with context.rank_zero_first():
         inputs = open_inputs(config)
     _require_one_teacher(inputs, context)
     with owned(output, context):
-        return _train(config, inputs, context, tensorboard)
+        return _train(config, inputs, context, kernels, tensorboard)
 
 
 def _train(
-    config: CptConfig, inputs: Inputs, context: DistributedContext, tensorboard: bool
+    config: CptConfig,
+    inputs: Inputs,
+    context: DistributedContext,
+    kernels: str,
+    tensorboard: bool,
 ) -> Trainer | None:
     train, output = config.train, Path(config.output)
     state = state_of(output, "cpt.json", context)
@@ -132,6 +136,7 @@ def _train(
         return None
     parameters, resuming = inputs.shape.num_parameters(), state.resuming
     require_room(output, parameters, train, context, saved=parameters)
+    logger.info(kernels)
     _log_notes(inputs, config)
     teacher = load_teacher(inputs.teacher, inputs.distillation, train, inputs.shape, context)
     fresh = config.init == "random"

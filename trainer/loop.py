@@ -10,7 +10,7 @@ from data.batches import Batch, BatchStream
 from data.errors import InputError
 from trainer.config import TrainConfig
 from trainer.distillation import Teacher
-from trainer.memory import explain_out_of_memory
+from trainer.memory import collected_together, explain_out_of_memory, peak_memory
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.masks import Masks
 from trainer.optimizer import clip_gradients
@@ -149,7 +149,7 @@ class Trainer:
     def fit(self) -> None:
         """Trains from `self.step` to the configured steps, or until a callback sets `stopping`."""
         try:
-            with explain_out_of_memory(self.config):
+            with explain_out_of_memory(self.config), collected_together(self.context):
                 self._call("on_train_start")
                 while self.step < self.config.steps and not self.stopping:
                     self._train_or_save()
@@ -201,6 +201,7 @@ class Trainer:
         self.record["tokens"] = self.tokens
         self.record["tokens_per_second"] = self.throughput.end_step(step_tokens)
         self._changing = False
+        self.record |= peak_memory(self.context.device)
         self._call("on_step_end")
 
     def _forward_backward(self, batch: Batch) -> None:

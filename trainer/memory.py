@@ -1,13 +1,14 @@
 """What a training run needs of a device's memory: refused before loading, explained when it runs
 out."""
 
-import os
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from data.errors import InputError
+from data import machine
+from data.errors import InputError, first_line, is_out_of_memory
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext, compute_dtype
@@ -68,6 +69,7 @@ def check_memory(
     """Raises InputError on every rank when `model`, with its `teacher` if there is one, cannot fit
     the memory of one of them."""
     shards = context.mesh.get_group("shard").size()
+    _, owner = _memory_and_owner(context.device)
     dtype = compute_dtype(config.precision, context.device)
     in_place = config.reshard_after_forward or (shards == 1 and dtype == torch.float32)
     context.raise_first(
@@ -76,7 +78,7 @@ def check_memory(
             total=total_memory(context.device),
             shards=shards,
             gathered_bytes=0 if in_place else dtype.itemsize,
-            device="the GPU" if context.device.type == "cuda" else "the machine",
+            device=owner,
             teacher=teacher_bytes(
                 teacher, dtype.itemsize, shards, whole=not config.reshard_after_forward
             ),
@@ -117,19 +119,62 @@ def teacher_bytes(teacher: ModelConfig | None, itemsize: int, shards: int, *, wh
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of a GPU, or of this machine divided by its ranks."""
+    """Bytes of a GPU, or of what this process may use of the machine, which its ranks share."""
+    return _memory_and_owner(device)[0]
+
+
+def _memory_and_owner(device: torch.device) -> tuple[int, str]:
+    """The same, and what sets this limit."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return physical // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return int(torch.cuda.get_device_properties(device).total_memory), "the GPU"
+    started = machine.group()
+    ranks = (started.local_world if started else None) or 1
+    return min(
+        (size // ranks if shared else size, owner)
+        for size, owner, shared in machine.memory_limits()
+    )
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """GB that tensors took at most on a GPU since the last call, and that were reserved for them;
+    nothing on a CPU. For a step's record."""
+    if device.type != "cuda":
+        return {}
+    peaks = {
+        "memory_allocated_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+        "memory_reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9,
+    }
+    torch.cuda.reset_peak_memory_stats(device)
+    return {name: round(value, 3) for name, value in peaks.items()}
+
+
+@contextmanager
+def collected_together(context: DistributedContext) -> Iterator[None]:
+    """Has Python's garbage collector leave out what exists before the block.
+
+    Otherwise it walks through all of the model and the libraries now and then, on each rank at
+    another time, and all ranks wait for that one.
+    """
+    freeze = context.world > 1 and not gc.get_freeze_count()
+    if freeze:
+        gc.collect()
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if freeze:
+            gc.unfreeze()
 
 
 @contextmanager
 def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
-    """Turns a GPU's out-of-memory error into an InputError that names the options against it."""
+    """Turns an out-of-memory error, on a GPU or a CPU, into an InputError that names the options
+    against it."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
         fixes = []
         if config.micro_batch > 1:
             fixes.append(f"--micro-batch {config.micro_batch // 2}")
@@ -139,7 +184,8 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
             fixes.append("--reshard-after-forward")
         fixes.append("more ranks")
         raise InputError(
-            f"out of GPU memory at --micro-batch {config.micro_batch}, --seq-len "
-            f"{config.seq_len}; run the same command with {' or '.join(fixes)}: it resumes from "
-            f"the last checkpoint ({str(error).splitlines()[0]})"
+            f"out of {'GPU ' if isinstance(error, torch.OutOfMemoryError) else ''}memory at "
+            f"--micro-batch {config.micro_batch}, --seq-len {config.seq_len}; run the same command "
+            f"with {' or '.join(fixes)}: it resumes from the last checkpoint, if there is one "
+            f"({first_line(error)})"
         ) from None

@@ -17,14 +17,20 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from data.errors import InputError
-from data.machine import available_cores
+from data.errors import InputError, first_line
+from data.machine import Group, available_cores, group
+from trainer.meeting import meet
 
 T = TypeVar("T")
 
-GPU_TIMEOUT = timedelta(minutes=30)
+STEP_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for one that is stuck in a step; one that dies is noticed at once."""
 HOST_TIMEOUT = timedelta(hours=24)
-"""Ranks wait on the host while rank 0 downloads a model; one that dies is noticed at once."""
+"""How long they wait on the host, where rank 0 downloads a model or checks one alone."""
+CUDA_DEFAULTS = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
+"""What the last collectives were is written down when one of them times out."""
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""The second is the first's name up to PyTorch 2.9, and still read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,10 @@ class DistributedContext:
     mesh: DeviceMesh
     """("shard",), or ("replicate", "shard") when the sharded model is replicated (HSDP)."""
     cpu_group: dist.ProcessGroup
-    """A gloo group for bookkeeping on the host, so that flags never wait for a GPU stream."""
+    """A gloo group for bookkeeping on the host, so that flags never wait for a GPU stream. It waits
+    for HOST_TIMEOUT."""
+    step_group: dist.ProcessGroup
+    """The same for what every step exchanges: it waits for STEP_TIMEOUT."""
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +56,7 @@ class DistributedContext:
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums `tensor` (on any device) over all ranks in place and returns it."""
         if self.world > 1:
-            dist.all_reduce(tensor, group=self.cpu_group if tensor.device.type == "cpu" else None)
+            dist.all_reduce(tensor, group=self.step_group if tensor.device.type == "cpu" else None)
         return tensor
 
     def any(self, flag: bool) -> bool:
@@ -105,66 +114,112 @@ class DistributedContext:
 
 
 def world_size() -> int:
-    """Number of ranks this process was started with, known before anything is initialised."""
+    """Number of ranks this process was started with, known before anything is initialised.
+
+    Raises InputError where the launcher's variables contradict each other.
+    """
     if dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    started = group()
+    return started.world if started else 1
 
 
 def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext:
-    """Joins the ranks torchrun started, or stands alone when there is no torchrun.
+    """Joins the ranks that a launcher started, or stands alone when there is no launcher.
 
     `threads` are CPU threads per rank (None: this machine's cores divided by its ranks). An already
     initialised default process group is used as it is. `replicas` must divide the world size
-    (`config.check_layout`). Raises InputError when there are more ranks than GPUs.
+    (`config.check_layout`). Raises InputError when the launcher's variables contradict each other,
+    when the ranks do not meet, or when there are more ranks than GPUs.
     """
+    started = group()
     on_cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if on_cuda:
-        _require_gpus(local_rank)
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", _gpu(started))
+        _prepare_cuda(device)
     if not dist.is_initialized():
-        _join(on_cuda)
+        _join(started, device)
     world = dist.get_world_size()
     if not on_cuda:
         keep_freed_memory()
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        torch.set_num_threads(threads or max(1, available_cores() // local_world))
+    local_world = (started.local_world if started else None) or world
+    torch.set_num_threads(threads or max(1, available_cores() // local_world))
     assert world % replicas == 0
     if replicas > 1:
         shape, names = (replicas, world // replicas), ("replicate", "shard")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     else:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    cpu_group = (
-        dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) if on_cuda else dist.group.WORLD
-    )
-    assert cpu_group is not None
-    return DistributedContext(dist.get_rank(), world, device, mesh, cpu_group)
+    whole = dist.group.WORLD
+    assert whole is not None
+    waiting = {"cpu_group": HOST_TIMEOUT, "step_group": STEP_TIMEOUT}
+    groups = {
+        name: dist.new_group(backend="gloo", timeout=timeout)
+        if world > 1 and (on_cuda or timeout > STEP_TIMEOUT)
+        else whole
+        for name, timeout in waiting.items()
+    }
+    return DistributedContext(dist.get_rank(), world, device, mesh, **groups)
 
 
-def _require_gpus(local_rank: int) -> None:
-    # All ranks of the machine see the same numbers, so that rank 0 reports the error.
-    ranks = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def _prepare_cuda(device: torch.device) -> None:
+    """Sets what has to be set before memory is taken on a GPU; the user's own settings stay."""
+    for name, value in CUDA_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        # Every step of shearing has other sizes, which would leave holes between fixed segments.
+        os.environ |= dict.fromkeys(ALLOCATOR_VARIABLES, "expandable_segments:True")
+    # Partial sums of weight gradients would be rounded to bf16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.cuda.set_device(device)
+
+
+def _gpu(started: Group | None) -> int:
+    """Index of this rank's GPU among those it sees. Raises InputError where it has none."""
     gpus = torch.cuda.device_count()
+    if started is None or gpus == 1:
+        # A launcher may show each rank its own GPU alone; whether it did is seen when they meet.
+        return 0
+    local_rank = started.local_rank
+    # All ranks of the machine see the same numbers, so that rank 0 reports the error.
+    ranks = max((local_rank or 0) + 1, started.local_world or 1)
     if ranks > gpus:
         raise InputError(
             f"{ranks} ranks were started on a machine with {gpus} visible GPUs, and each rank "
             f"needs its own: use --nproc_per_node {gpus}"
         )
-
-
-def _join(on_cuda: bool) -> None:
-    """Makes the default process group."""
-    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-    timeout = GPU_TIMEOUT if on_cuda else HOST_TIMEOUT
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+    if local_rank is None and started.world > 1:
+        raise InputError(
+            f"LOCAL_RANK is not set, which would say which of {gpus} visible GPUs is this rank's: "
+            "set it, or show each rank one GPU with CUDA_VISIBLE_DEVICES"
         )
+    return local_rank or 0
+
+
+def _join(started: Group | None, device: torch.device) -> None:
+    """Makes the default process group."""
+    on_cuda = device.type == "cuda"
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if on_cuda else None
+    alone = started is None or not started.address
+    store = dist.HashStore() if started is None or alone else meet(started, gpu)
+    store.set_timeout(HOST_TIMEOUT)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            store=store,
+            rank=0 if started is None else started.rank,
+            world_size=1 if started is None else started.world,
+            timeout=STEP_TIMEOUT,
+            device_id=device if on_cuda else None,
+        )
+    except RuntimeError as error:
+        if alone:
+            raise
+        raise InputError(
+            f"the ranks have met, but cannot talk to each other ({first_line(error)}); name the "
+            "network between them with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        ) from None
 
 
 def keep_freed_memory() -> None:

@@ -33,11 +33,12 @@ from trainer.parallel import DistributedContext, compute_dtype, shard
 from trainer.throughput import Throughput
 
 
-def choose_kernels(choice: registry.Kernels, context: DistributedContext) -> None:
-    """Chooses what computes the operators from now on, the same on every rank, tries it and says
-    it. Raises InputError where that cannot run on the ranks' devices."""
+def choose_kernels(choice: registry.Kernels, context: DistributedContext) -> str:
+    """Chooses what computes the operators from now on, the same on every rank, and tries it; what
+    to say of it where work begins. Raises InputError where that cannot run on the ranks'
+    devices."""
     running = trial.settle(choice, context.device, context.gather)
-    logger.info(f"kernels: {trial.describe(running, context.device)}")
+    return f"kernels: {trial.describe(running, context.device)}"
 
 
 def build_model(

@@ -16,10 +16,14 @@ from trainer.models.hf import save_model
 from trainer.parallel import DistributedContext, full_tensor
 
 
-def full_tensors(model: CausalLM) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole fp32 tensor on the CPU), gathered one at a time; every rank must exhaust it."""
+def full_tensors(model: CausalLM, *, needed: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole fp32 tensor on the CPU), gathered one at a time; every rank must exhaust it.
+
+    A rank on which they are not `needed` leaves them where they are gathered.
+    """
     for name, parameter in model.named_parameters():
-        yield name, full_tensor(parameter.detach()).cpu()
+        whole = full_tensor(parameter.detach())
+        yield name, whole.cpu() if needed else whole
 
 
 def save_pretrained(
@@ -31,7 +35,8 @@ def save_pretrained(
     """
     stated = model.config.hf.get("dtype") or model.config.hf.get("torch_dtype")
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(str(stated), torch.bfloat16)
-    save_tensors_of(full_tensors(model), model.config, context, path, tokenizer_from, dtype)
+    tensors = full_tensors(model, needed=context.is_main)
+    save_tensors_of(tensors, model.config, context, path, tokenizer_from, dtype)
 
 
 def save_tensors_of(

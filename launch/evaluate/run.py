@@ -9,6 +9,7 @@ import torch
 
 from data.errors import InputError
 from data.files import require_writable, write_copy
+from data.log import logger
 from data.manifest import TRAIN
 from data.progress import Progress
 from data.reader import TokenReader
@@ -69,7 +70,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     text = _read_text(Path(config.text)) if config.text is not None else None
     reader = _open_tokens(config) if config.data is not None else None
     context = parallel.init(threads=config.threads)
-    choose_kernels(config.kernels, context)
+    kernels = choose_kernels(config.kernels, context)
     with context.rank_zero_first():
         paths = [resolve_model(model) for model in config.model]
     candidates = []
@@ -80,6 +81,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             check_tokenizer(reader, shape, path, str(config.data))
         document = _tokenize(config, path, text) if text is not None else None
         candidates.append(Candidate(name, path, shape, document))
+    logger.info(kernels)
     dtype = parallel.compute_dtype(config.precision, context.device)
     if config.speed:
         _require_memory(candidates, context, dtype)

@@ -6,6 +6,7 @@ import sys
 
 from data import cli
 from data.errors import InputError
+from data.machine import stand_alone
 from data.plain_parser import Parser, refuse_unknown
 from launch.shorn.commands import COMMANDS
 from launch.shorn.completion import OWN_FLAGS, SHELLS, completion
@@ -63,6 +64,8 @@ def run_command(name: str, words: list[str], ranks: int) -> None:
         from launch.shorn.ranks import start_ranks
 
         sys.exit(start_ranks(ranks, [name, *words]))
+    if not command.on_ranks:
+        stand_alone()
     sys.argv = [f"shorn {name}{' [--ranks N]' if command.on_ranks else ''}", *words]
     importlib.import_module(command.module).main()
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import uuid
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.distributed import TCPStore
@@ -21,13 +22,22 @@ from torch.distributed.elastic.multiprocessing import (
     SignalException,
     start_processes,
 )
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from data.cli import INTERRUPTED, STOPPED
 from data.errors import InputError
+from data.log import logger
+from data.machine import LAUNCHED
+from launch.commands import child_environment
 
 HOST = "127.0.0.1"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-KNOWN_STATUSES = (2, 130)
-"""Of an InputError and of Ctrl-C: the cause, where other ranks died of other things meanwhile."""
+SECONDS_OF_ONE_CAUSE = 5
+EXPECTED_DEATHS = (-signal.SIGTERM, -signal.SIGINT)
+"""Of ranks that the launcher ends after another one failed, or that a user ends."""
+KNOWN_STATUSES = (2, STOPPED, INTERRUPTED)
+"""Of an InputError, of a run that saved and of Ctrl-C: the cause, where other ranks died of other
+things meanwhile."""
 
 
 def start_ranks(number: int, words: list[str]) -> int:
@@ -39,11 +49,12 @@ def start_ranks(number: int, words: list[str]) -> int:
     gpus = torch.cuda.device_count()
     if 0 < gpus < number:
         raise InputError(f"--ranks {number}: this machine has {gpus} GPUs; use --ranks {gpus}")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if LAUNCHED in os.environ:
         raise InputError(f"--ranks {number}: torchrun has started ranks already; leave one of both")
     # torch reports on its processes, and their failures, at warning and above.
     logging.disable(logging.CRITICAL)
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    hang_up = signal.getsignal(signal.SIGHUP)
     context = start_processes(
         name="shorn",
         entrypoint=sys.executable,
@@ -52,14 +63,33 @@ def start_ranks(number: int, words: list[str]) -> int:
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
     try:
-        _forward_signals(context)
+        _forward_signals(context, hang_up)
         result = context.wait()
     except SignalException as stop:  # one that came before or is not forwarded
         return 128 + stop.sigval
     finally:
         context.close()
+        logging.disable(logging.NOTSET)
     assert result is not None
+    _name_the_dead(list(result.failures.values()))
     return exit_status([failure.exitcode for failure in result.failures.values()])
+
+
+def _name_the_dead(failures: list[ProcessFailure]) -> None:
+    """Says which ranks the system ended, unless another one failed first and has said why."""
+    first = min((failure.timestamp for failure in failures), default=0)
+    # Those that failed later were ended by the launcher, which waits half a minute in between.
+    causes = [failure for failure in failures if failure.timestamp - first < SECONDS_OF_ONE_CAUSE]
+    if any(failure.exitcode > 0 for failure in causes):
+        return
+    for failure in causes:
+        if failure.exitcode not in EXPECTED_DEATHS:
+            name = signal.Signals(-failure.exitcode).name
+            memory = ", most likely for want of memory" if name == "SIGKILL" else ""
+            logger.error(
+                f"rank {failure.local_rank} was ended by {name}{memory}; the same command goes on "
+                "from the last checkpoint"
+            )
 
 
 def exit_status(failures: list[int]) -> int:
@@ -76,7 +106,9 @@ def exit_status(failures: list[int]) -> int:
 
 def _environments(number: int, port: int) -> dict[int, dict[str, str]]:
     """What torchrun gives each rank."""
+    ours = child_environment()
     shared = {
+        **{name: ours[name] for name in ("PYTHONPATH", "PYTHONSAFEPATH")},
         "GROUP_RANK": "0",
         "GROUP_WORLD_SIZE": "1",
         "LOCAL_WORLD_SIZE": str(number),
@@ -87,7 +119,7 @@ def _environments(number: int, port: int) -> dict[int, dict[str, str]]:
         "ROLE_WORLD_SIZE": str(number),
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_RESTART_COUNT": "0",
-        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+        LAUNCHED: uuid.uuid4().hex,
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         "WORLD_SIZE": str(number),
@@ -98,11 +130,14 @@ def _environments(number: int, port: int) -> dict[int, dict[str, str]]:
     }
 
 
-def _forward_signals(context: PContext) -> None:
+def _forward_signals(context: PContext, hang_up: Any) -> None:
+    """`hang_up` is what SIGHUP did before the ranks were started: nothing, under nohup."""
+
     def forward(number: int, frame: FrameType | None) -> None:
         for process in context.pids().values():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number)
+                os.kill(process, signal.SIGTERM if number == signal.SIGHUP else number)
 
     for number in FORWARDED:
         signal.signal(number, forward)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if hang_up == signal.SIG_IGN else forward)

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 
 from data import cli, log, machine
-from data.cli import parse, run
+from data.cli import parse
 from data.errors import InputError
 from data.log import logger
 from data.options import Name, options_of
@@ -43,6 +43,8 @@ class Outer:
     """Where it reads."""
     inputs: tuple[str, ...] = ()
     """Several values."""
+    more_words: tuple[str, ...] = ()
+    """Several others."""
     fast: bool = False
     """A switch."""
     limit: int | None = None
@@ -53,10 +55,22 @@ class Outer:
 @pytest.fixture(autouse=True)
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("SHORN_") or name == "RANK"]:
+    ours = ("SHORN_", *machine.GROUP_VARIABLES, machine.LAUNCHED)
+    for name in [name for name in os.environ if name.startswith(ours)]:
         monkeypatch.delenv(name)
     # Tests before these may have left one, and `run` would end this process.
     monkeypatch.setattr(cli, "_has_process_group", lambda: False)
+
+
+def group(rank: int) -> dict[str, str]:
+    """The environment of a rank, as torchrun makes it."""
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    return here | {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank)}
+
+
+def join(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    for name, value in group(rank).items():
+        monkeypatch.setenv(name, value)
 
 
 def get(*arguments: str) -> Outer:
@@ -115,11 +129,23 @@ def test_named_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("[prune]\nsteps = 'many'", "steps = 'many' is not a valid value: expected INT"),
         ("[prune]\nmixture = 'x'", "not a valid value: expected dynamic|fixed"),
         ("[prune", "not valid TOML"),
+        ("[prune]\nmore-words = ['a']\nmore_words = ['b']", "`more_words` in two spellings"),
+        ("[prune]\ndata = {a = 1}", "is not a valid value: expected PATH"),
+        ("[prune]\ninputs = ['a', ['b']]", "is not a valid value: expected TEXT"),
+        ("[prune]\nlr = [1, 2]", "is not a valid value: expected FLOAT"),
     ],
 )
 def test_bad_configuration_file_is_refused(tmp_path: Path, content: str, named: str) -> None:
     (tmp_path / "shorn.toml").write_text(content)
     with pytest.raises(InputError, match=named):
+        get("--data", "d")
+
+
+def test_a_configuration_file_as_editors_on_windows_write_it(tmp_path: Path) -> None:
+    (tmp_path / "shorn.toml").write_text("[prune]\r\nsteps = 4\r\n", "utf-8-sig")
+    assert get("--data", "d").train.steps == 4
+    (tmp_path / "shorn.toml").write_text("[prune]\nsteps = 4\n", "utf-16")
+    with pytest.raises(InputError, match=r"shorn\.toml: not UTF-8 text"):
         get("--data", "d")
 
 
@@ -134,9 +160,78 @@ def test_the_configs_own_refusal_comes_through() -> None:
         get("--data", "d", "--lr", "-1")
 
 
-def test_repeated_list_flag_is_refused() -> None:
-    with pytest.raises(InputError, match="--inputs is given 2 times"):
-        get("--data", "d", "--inputs", "a", "--inputs", "b")
+@pytest.mark.parametrize("parser", ["tyro", "argparse"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--inputs a --inputs b",
+        "--inputs=a --inputs=b",
+        "--inputs a --inputs=b",
+        "--more-words a --more_words b",
+    ],
+)
+def test_repeated_list_flag_is_refused(
+    words: str, parser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if parser == "argparse":
+        monkeypatch.setitem(sys.modules, "tyro", None)
+    flag = words.partition("=")[0].split()[0]
+    with pytest.raises(InputError, match=f"{flag} is given 2 times; give all values after one"):
+        get("--data", "d", *words.split())
+
+
+def test_a_list_in_the_environment_is_replaced_by_the_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHORN_INPUTS", "a b")
+    assert get("--data", "d").inputs == ("a", "b")
+    assert capsys.readouterr().out == "--inputs a b  (from SHORN_INPUTS)\n"
+    assert get("--data", "d", "--inputs=c").inputs == ("c",)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_did_not_come_from_the_command_line_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shorn.toml").write_text(
+        "[prune]\nsteps = 5\nlr = 0.5\nfast = true\ninputs = ['a', 'b']\n"
+    )
+    monkeypatch.setenv("SHORN_LR", "0.25")
+    get("--data", "d", "--no-fast")
+    assert capsys.readouterr().out.splitlines() == [
+        "--steps 5  (from shorn.toml [prune] steps)",
+        "--lr 0.25  (from SHORN_LR)",
+        "--inputs a b  (from shorn.toml [prune] inputs)",
+    ]
+
+
+def test_what_no_command_reads_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shorn.toml").write_text("[shaer]\nsteps = 5\n[cpt]\nsteps = 1\n[zzz]\n")
+    monkeypatch.setenv("SHORN_STPES", "2")
+    monkeypatch.setenv("shorn_steps", "2")
+    monkeypatch.setenv("SHORN_TARGET", "1.3b")
+    monkeypatch.setenv("SHORN_EMPTY", "")
+    get("--data", "d")
+    printed = capsys.readouterr()
+    warnings = printed.err.splitlines()
+    assert warnings[0] == (
+        "warning: shorn.toml: no command reads section [shaer]; did you mean [shear]?"
+    )
+    assert warnings[1].startswith("warning: shorn.toml: no command reads section [zzz]; known: ")
+    names = "is set, but names no option of this command"
+    assert warnings[2:] == [
+        f"warning: SHORN_STPES {names}; did you mean SHORN_STEPS?",
+        f"warning: shorn_steps {names}; did you mean SHORN_STEPS?",
+    ]
+    assert printed.out == f"SHORN_TARGET {names}\n"
+
+
+def test_the_sections_are_those_of_the_commands() -> None:
+    from launch.shorn.commands import COMMANDS
+
+    assert {name.replace("-", "_") for name in COMMANDS} == set(cli.SECTIONS)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +272,7 @@ def test_help_shows_the_essential_options_and_help_all_every_one(
     short, full = shown("--help"), shown("--help-all")
     assert short.index("--lr FLOAT ") < short.index("--data PATH ") < short.index("\nexamples:")
     assert "--log-level debug|info" in short and "--inputs" not in short
-    assert short.splitlines()[-1] == "--help-all shows the other 5 options."
+    assert short.splitlines()[-1] == "--help-all shows the other 6 options."
     assert full.startswith(short.rpartition("\n--help-all")[0].rstrip())
     assert "\nInner options:\n  --steps INT " in full and "--inputs TEXT ..." in full
     assert max(map(len, full.splitlines())) <= 60
@@ -213,96 +308,15 @@ def test_two_options_of_one_name_are_a_programming_error() -> None:
         options_of(Clash)
 
 
-def raise_error(error: BaseException) -> None:
-    raise error
-
-
-def test_run_prints_input_errors_without_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: raise_error(InputError("steps 0 is below 1; raise it")))
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: steps 0 is below 1; raise it\n"
-
-
-def test_run_lets_other_errors_and_results_through() -> None:
-    run(lambda: None)
-    with pytest.raises(ZeroDivisionError):
-        run(lambda: raise_error(ZeroDivisionError()))
-
-
-def test_run_exits_with_130_on_ctrl_c() -> None:
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: raise_error(KeyboardInterrupt()))
-    assert stop.value.code == 130
-
-
-def test_other_ranks_let_rank_zero_speak_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(cli, "SECONDS_FOR_RANK_ZERO", 0.2)
-    start = time.monotonic()
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: raise_error(InputError("bad")))
-    assert stop.value.code == 2 and time.monotonic() - start >= 0.2
-    assert capsys.readouterr().err == "error (rank 3): bad\n"
-    logger.warning("not shown")
-    assert capsys.readouterr().err == ""
-
-
-def test_waiting_rank_obeys_sigterm_despite_a_graceful_handler() -> None:
-    code = (
-        "import signal; from data.cli import run; from data.errors import InputError\n"
-        "signal.signal(signal.SIGTERM, lambda *a: None)\n"
-        "def main():\n    print('ready', flush=True)\n    raise InputError('bad')\n"
-        "run(main)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"RANK": "1"},
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-    time.sleep(0.3)
-    process.terminate()
-    assert process.wait(10) < 0
-    process.stdout.close()
-
-
-def test_an_error_with_a_process_group_skips_the_interpreters_teardown() -> None:
-    code = (
-        "import atexit; import torch.distributed as dist\n"
-        "from data.cli import run; from data.errors import InputError\n"
-        "atexit.register(print, 'teardown')\n"
-        "def main():\n"
-        "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
-        "    print('buffered')\n    raise InputError('bad')\n"
-        "run(main)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert (result.returncode, result.stdout) == (2, "buffered\n")
-    assert result.stderr.endswith("error: bad\n")
-
-
 def test_help_keeps_no_rank_waiting(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    join(monkeypatch, 1)
     start = time.monotonic()
     with pytest.raises(SystemExit) as stop:
         get("--help")
     assert stop.value.code == 0 and time.monotonic() - start < 5
     assert capsys.readouterr().out == ""
-
-
-def test_available_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine.available_cores() == len(os.sched_getaffinity(0))
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert machine.available_cores() == 7
 
 
 def test_help_into_a_pipe_that_closes() -> None:

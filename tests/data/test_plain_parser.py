@@ -12,6 +12,7 @@ import pytest
 from data.cli import parse
 from data.errors import InputError
 from data.options import Name, Positional
+from launch.shorn.commands import COMMANDS
 from tests.conftest import ROOT
 
 
@@ -96,11 +97,8 @@ def test_the_same_refusals(line: str, message: str, monkeypatch: pytest.MonkeyPa
 
 WITHOUT = """
 import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("tyro", "zstandard", "gguf"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
+for name in ("tyro", "zstandard", "gguf", "docstring_parser", "shtab"):
+    sys.modules[name] = None  # as if it was not installed
 import runpy
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -112,27 +110,57 @@ def run_without(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("flag", ["--help", "--help-all"])
-@pytest.mark.parametrize("module", ["launch.bench_kernels", "pruner.shear", "launch.cpt"])
-def test_commands_start_without_tyro(module: str, flag: str) -> None:
-    result = run_without(module, flag)
+def python_without(code: str) -> subprocess.CompletedProcess[str]:
+    blocked = WITHOUT.partition("import runpy")[0]
+    command = [sys.executable, "-c", blocked + code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+EVERY = """
+import importlib
+from data import cli
+from launch.shorn.commands import COMMANDS
+for name, command in COMMANDS.items():
+    main = importlib.import_module(command.module).main
+    for words in (["--help"], ["--help-all"], ["--no-such-option", "x"]):
+        print("##", name, *words, flush=True)
+        try:
+            cli.run(lambda: main(words))
+            print("status 0", flush=True)
+        except SystemExit as stop:
+            print("status", stop.code, flush=True)
+"""
+
+
+def test_every_command_starts_without_tyro() -> None:
+    result = python_without(EVERY)
     assert result.returncode == 0, result.stderr
-    assert "examples:" in result.stdout
+    outcomes = result.stdout.split("## ")[1:]
+    assert len(outcomes) == 3 * len(COMMANDS)
+    for outcome in outcomes:
+        if "--no-such-option" in outcome:
+            assert outcome.endswith("\nstatus 2\n"), outcome
+        else:
+            assert "examples:" in outcome and outcome.endswith("\nstatus 0\n"), outcome
+    complaints = result.stderr.splitlines()
+    assert len(complaints) == len(COMMANDS)
+    assert all(line.startswith("error: unknown option --no-such-option; ") for line in complaints)
+
+
+IMPORTS = """
+import importlib, pathlib
+for package in ("data", "trainer", "pruner", "launch"):
+    for path in pathlib.Path(package).rglob("*.py"):
+        importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+"""
+
+
+def test_every_module_imports_without_tyro_zstandard_and_gguf() -> None:
+    result = python_without(IMPORTS)
+    assert result.returncode == 0, result.stderr
 
 
 def test_an_unknown_option_is_one_line_without_tyro() -> None:
     result = run_without("launch.bench_kernels", "--jsno", "x")
     assert result.returncode == 2
     assert result.stderr == "error: unknown option --jsno; did you mean --json?\n"
-
-
-def test_kernels_need_neither_tyro_nor_zstandard_nor_gguf() -> None:
-    modules = (
-        "launch.bench_kernels.gpu.run, launch.bench_kernels.cpu, "
-        "launch.bench_kernels.static.report, trainer.models.decoder"
-    )
-    code = WITHOUT.partition("import runpy")[0] + f"import {modules}"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr

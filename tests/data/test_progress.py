@@ -95,7 +95,8 @@ def test_other_ranks_and_quiet_commands_print_nothing(
         return stream.getvalue()
 
     assert "hello\n" in printed()
-    monkeypatch.setenv("RANK", rank)
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(name, value)
     before = logger.level
     logger.setLevel(level.upper())
     assert printed() == ""

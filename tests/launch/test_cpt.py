@@ -105,7 +105,7 @@ def test_an_error_is_printed_once_by_two_ranks(workspace: Path) -> None:
 
 def test_missing_model_says_how_to_make_it(workspace: Path) -> None:
     result = start(workspace, model="runs/other")
-    assert result.returncode == 2
+    assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr
     assert "--model runs/other: no such folder" in result.stderr
     assert "both missing" not in result.stderr and "python -m pruner.shear" in result.stderr

@@ -1,14 +1,24 @@
 """What a run needs is compared with the machine before anything is allocated."""
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
 
+from data import machine
 from data.errors import InputError
 from tests.trainer.tiny import SHAPE, options
 from trainer import memory, parallel
-from trainer.memory import check_memory, memory_problem, teacher_bytes, total_memory
+from trainer.memory import (
+    check_memory,
+    collected_together,
+    explain_out_of_memory,
+    memory_problem,
+    peak_memory,
+    teacher_bytes,
+    total_memory,
+)
 from trainer.run import build_model
 
 GIB = 1 << 30
@@ -67,6 +77,9 @@ def test_the_machine_is_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> 
     cpu = torch.device("cpu")
     whole = total_memory(cpu)
     assert whole > 1 << 28
+    launched = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert total_memory(cpu) == whole // 4
 
@@ -85,3 +98,59 @@ def test_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(memory, "total_memory", lambda _: needed - 1)
     with pytest.raises(InputError, match="start more ranks"):
         check_memory(SHAPE, options(), context)
+
+
+def test_a_limit_below_the_machines_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(64 * GIB, "the machine", True), (1000, "the process (`ulimit -v`)", False)]
+    monkeypatch.setattr(machine, "memory_limits", lambda: limits)
+    with pytest.raises(InputError, match=r"but the process \(`ulimit -v`\) has 0\.0 GB for it"):
+        check_memory(SHAPE, options(), parallel.init(threads=1))
+    # A limit of each process is not divided by their number.
+    group = machine.Group(0, 4, 0, 4, "here", 1)
+    monkeypatch.setattr(machine, "group", lambda: group)
+    assert total_memory(torch.device("cpu")) == 1000
+    limits[1] = (GIB, "the control group (/sys/fs/cgroup/memory.max)", True)
+    assert total_memory(torch.device("cpu")) == GIB // 4
+
+
+def test_an_allocation_that_fails_on_a_cpu_is_explained() -> None:
+    with pytest.raises(InputError) as caught, explain_out_of_memory(options(micro_batch=4)):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    message = str(caught.value)
+    assert message.startswith("out of memory at --micro-batch 4, --seq-len 16; run the same")
+    assert "--micro-batch 2 or --activation-checkpointing" in message
+    assert "DefaultCPUAllocator" in message
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory")])
+def test_other_forms_of_the_same(error: Exception) -> None:
+    with pytest.raises(InputError, match="out of memory at"), explain_out_of_memory(options()):
+        raise error
+
+
+def test_on_a_gpu_it_says_so_and_other_errors_stay_themselves() -> None:
+    with pytest.raises(InputError, match="out of GPU memory"), explain_out_of_memory(options()):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    with pytest.raises(RuntimeError, match="shape"), explain_out_of_memory(options()):
+        raise RuntimeError("shape mismatch")
+
+
+def test_the_peak_of_a_step_is_for_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_memory(torch.device("cpu")) == {}
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 5_000_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 6_123_456_789)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    gpu = torch.device("cuda", 0)
+    assert peak_memory(gpu) == {"memory_allocated_gb": 5.0, "memory_reserved_gb": 6.123}
+    assert reset == [gpu]
+
+
+def test_the_collector_leaves_out_what_existed_before() -> None:
+    """Only where other ranks would wait for it."""
+    context = parallel.init(threads=1)
+    with collected_together(context):
+        assert gc.get_freeze_count() == 0
+    with collected_together(replace(context, world=2)):
+        assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() == 0

@@ -1,5 +1,6 @@
 """Collectives, and the context without a launcher."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data import machine
 from data.errors import InputError
 from tests.distributed import run_ranks
 from trainer import parallel
@@ -83,6 +85,9 @@ def test_precisions() -> None:
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    launched = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(InputError, match=r"4 ranks .* 2 visible GPUs.*--nproc_per_node 2"):
@@ -90,4 +95,94 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     with pytest.raises(InputError, match="3 ranks"):
+        parallel.init()
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
+    variables = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (variables | more).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "local", "index"),
+    [
+        (4, {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 3),
+        # Slurm shows each task its own GPU, which is then the only one.
+        (1, {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 0),
+        (1, {}, 0),
+    ],
+)
+def test_the_gpu_of_a_rank(
+    gpus: int, local: dict[str, str], index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    launched(monkeypatch, **local)
+    assert parallel._gpu(machine.group()) == index
+    assert parallel._gpu(None) == 0
+
+
+def test_a_rank_that_cannot_know_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    launched(monkeypatch)
+    with pytest.raises(InputError, match=r"LOCAL_RANK is not set, .*which of 4 visible GPUs"):
+        parallel._gpu(machine.group())
+
+
+def test_what_cuda_is_told_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (*parallel.ALLOCATOR_VARIABLES, *parallel.CUDA_DEFAULTS)
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda _: seen.append(os.environ.get("PYTORCH_ALLOC_CONF"))
+    )
+    device = torch.device("cuda", 0)
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    try:
+        parallel._prepare_cuda(device)
+        assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+    assert seen == ["expandable_segments:True"] == [os.environ["PYTORCH_CUDA_ALLOC_CONF"]]
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "2000"
+    # Settings of the user's own stay, under either name.
+    for name in parallel.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "9")
+    parallel._prepare_cuda(device)
+    assert seen[-1] is None and os.environ["TORCH_FR_BUFFER_SIZE"] == "9"
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def timeouts() -> list[float]:
+    context = parallel.init(threads=1)
+    found = []
+    for group in (context.step_group, context.cpu_group):
+        backend = group._get_backend(torch.device("cpu"))
+        found.append(backend.options._timeout.total_seconds())
+    return found
+
+
+def test_a_rank_stuck_in_a_step_is_noticed_sooner_than_a_download() -> None:
+    (step, host), _ = run_ranks(timeouts, 2)
+    assert (step, host) == (1800.0, 86400.0)
+
+
+def test_threads_follow_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(parallel, "available_cores", lambda: 1)
+    parallel.init()
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
+
+
+def test_variables_that_contradict_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, RANK="4")
+    with pytest.raises(InputError, match="RANK=4 is not below WORLD_SIZE=4"):
         parallel.init()

@@ -100,7 +100,8 @@ class CausalLM(nn.Module):
             arguments = (x, cos, sin, block)
             recompute = self.checkpoint_activations and not block.units.skipped
             if recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, *arguments, use_reentrant=False)
+                # Nothing in a layer draws random numbers.
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*arguments)
         output: Tensor = self.get_submodule(self.names.final_norm)(x, stream)

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from data.cli import STOPPED
+from data.errors import InputError
 from launch.shorn import overview
-from launch.shorn.__main__ import main
+from launch.shorn.__main__ import main, start
 from launch.shorn.commands import COMMANDS
 from launch.shorn.completion import flags_of
 from tests.conftest import ROOT
@@ -133,3 +136,33 @@ def test_completion_in_other_shells(shell: str, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     for word in ("bench-shear", "global-batch", "no-compact"):
         assert word in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [("shear", "pruner.run.shear"), ("cpt", "trainer.cpt.continue_pretraining")],
+)
+def test_a_run_that_was_stopped_ends_with_75(
+    command: str, function: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So that `shorn shear && shorn cpt` goes no further."""
+    monkeypatch.chdir(tmp_path)
+    outcome: list[object] = [SimpleNamespace(stopping=True)]
+    monkeypatch.setattr(function, lambda _: outcome[0])
+    with pytest.raises(SystemExit) as stop:
+        start([command])
+    assert stop.value.code == STOPPED == 75
+    for outcome[0] in (SimpleNamespace(stopping=False), None):
+        start([command])
+
+
+def test_memory_that_runs_out_before_training_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measure(_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pruner.run.shear", measure)
+    with pytest.raises(InputError, match="out of memory at --micro-batch 4, --seq-len 4096; run"):
+        start(["shear"])
