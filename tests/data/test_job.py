@@ -1,7 +1,6 @@
 """A tokenization job ends with the same output for any number of workers and interruptions."""
 
 import errno
-import fcntl
 import signal
 import subprocess
 import sys
@@ -12,9 +11,11 @@ from typing import Any
 import pytest
 
 from data.errors import InputError
+from data.find import find_files
 from data.job import Job, TokenizeConfig
+from data.locks import folder_lock
 from data.manifest import Manifest
-from data.sources import Fields, find_files
+from data.sources import Fields
 from data.tasks import Settings, TaskRun
 from data.tokenizers import Tokenizer, load_tokenizer
 from tests.factories import write_documents
@@ -92,7 +93,7 @@ def test_output_does_not_depend_on_the_number_of_workers(make_job: Callable[...,
 def test_worker_error_reaches_the_user(make_job: Callable[..., Job], source: Path) -> None:
     (source / "3.jsonl").write_text("{broken")
     job = make_job()
-    with pytest.raises(InputError, match=r"3\.jsonl:1: not a JSON record"):
+    with pytest.raises(InputError, match=r"3\.jsonl:1: not valid JSON"):
         job.run(2)
     assert not list(job.output.glob("train")) and not (job.output / "manifest.json").exists()
 
@@ -237,11 +238,16 @@ def test_folder_of_something_else_is_refused(make_job: Callable[..., Job]) -> No
 
 def test_second_process_on_the_same_output_is_refused(make_job: Callable[..., Job]) -> None:
     job = make_job()
-    job.partial.mkdir(parents=True)
-    with (job.partial / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process is tokenizing"):
+    with folder_lock(job.output, "training"):
+        with pytest.raises(InputError, match=r"--output .*another process is tokenizing"):
             job.run(1)
+        assert (job.output / ".lock").exists()
+    # What a killed run or an older version left there is in nobody's way, and goes.
+    job.partial.mkdir(parents=True)
+    (job.partial / "lock").write_text("")
+    make_job("whole").run(1)
+    job.run(1)
+    assert files_of(job.output) == files_of(make_job("whole").output)
 
 
 def test_full_disk_is_explained(
@@ -273,7 +279,8 @@ def test_kill_at_any_moment_then_rerun_gives_the_same_output(
         "    return run(self, key)\n"
         "t.TaskRun.run = patched\n"
         "import data.job as j; from data.tokenizers import load_tokenizer\n"
-        "from data.sources import Fields, find_files; from pathlib import Path\n"
+        "from data.sources import Fields; from data.find import find_files\n"
+        "from pathlib import Path\n"
         "s = t.Settings(fields=Fields(), domains=(), held_out=.1, max_bytes_per_domain=None, "
         "bytes_per_task=1)\n"
         "files, tokenizer = find_files([sys.argv[1]]), load_tokenizer(sys.argv[2])\n"
@@ -283,7 +290,7 @@ def test_kill_at_any_moment_then_rerun_gives_the_same_output(
     arguments = [sys.executable, "-c", code, str(source), str(sentencepiece_model), str(output)]
     killed = subprocess.run(arguments, cwd=root, check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in output.iterdir()] == [".partial"]
+    assert {path.name for path in output.iterdir()} == {".lock", ".partial"}
     assert len(list((output / ".partial/tasks").iterdir())) == 3
     make_job().run(1)
     assert files_of(output) == files_of(make_job("whole").output)

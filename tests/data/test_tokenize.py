@@ -9,9 +9,10 @@ import pytest
 import sentencepiece
 
 from data.errors import InputError
+from data.find import find_files
 from data.manifest import Manifest
 from data.reader import TokenReader
-from data.sources import Fields, find_files, iterate_documents
+from data.sources import Fields, iterate_documents
 from data.tasks import is_held_out
 from data.tokenize import main
 
