@@ -55,8 +55,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         if not pattern:
             raise InputError("--input '' is empty, as from a variable that is not set; correct it")
         path = _expand_user(pattern)
-        # A link that leads nowhere exists too, so that it is refused by its name.
-        if path.is_symlink() or _exists(path):
+        if _exists(path):
             paths = _files_of_folder(pattern, path) if _is_dir(path) else [_one_file(path)]
         else:
             paths = _files_of_glob(pattern, path)
@@ -150,7 +149,7 @@ def _walk(folder: Path, parts: Sequence[str], found: _Found, above: tuple[Place,
         path = folder / part
         if rest and _is_dir(path):
             _walk(path, rest, found, above)
-        elif not rest and (path.is_symlink() or _exists(path)):
+        elif not rest and _exists(path):
             _sort_in(path, found)
         return
     place = _place(folder)
@@ -276,8 +275,9 @@ def _is_dir(path: Path) -> bool:
 
 
 def _exists(path: Path) -> bool:
+    """Whether there is something of this name, be it a link that leads nowhere."""
     try:
-        return path.exists()
+        return path.is_symlink() or path.exists()
     except (OSError, ValueError) as error:
         fix = failure(error) if isinstance(error, OSError) else f"{error}; correct it"
         raise InputError(f"--input {path}: {fix}") from None

@@ -4,6 +4,7 @@ What a file really holds is looked at where its suffix is not enough: a Git LFS 
 text, and a web page behind a failed download has any suffix.
 """
 
+import bz2
 import io
 import lzma
 import re
@@ -215,7 +216,10 @@ def _decompressed(path: Path, raw: IO[bytes], compression: str | None) -> Iterat
     if compression is None:
         yield from _blocks_of(raw, READ_BYTES)
     elif compression == "xz":
-        yield from _frames(path, raw, lzma.LZMADecompressor)
+        # Between its streams it allows zeros.
+        yield from _frames(path, raw, lzma.LZMADecompressor, b"\0")
+    elif compression == "bz2":
+        yield from _frames(path, raw, bz2.BZ2Decompressor)
     else:
         # pyarrow's streams are used because, unlike zstandard's, they raise on a truncated file.
         import pyarrow
@@ -231,6 +235,8 @@ def _decompressed(path: Path, raw: IO[bytes], compression: str | None) -> Iterat
                 raise
             raw.seek(0)
             yield from _without(done, _long_window_blocks(path, raw))
+        except pyarrow.ArrowException as error:
+            raise InputError(damaged(path, str(error))) from None
 
 
 def _blocks_of(stream: IO[bytes], size: int) -> Iterator[bytes]:
@@ -265,16 +271,17 @@ def _long_window_blocks(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
         raise InputError(damaged(path, str(error))) from None
 
 
-def _frames(path: Path, raw: IO[bytes], new_frame: Callable[[], Any]) -> Iterator[bytes]:
-    """The content of compressed frames that lie end to end.
+def _frames(
+    path: Path, raw: IO[bytes], new_frame: Callable[[], Any], padding: bytes = b""
+) -> Iterator[bytes]:
+    """The content of compressed frames that lie end to end, perhaps with `padding` between them.
 
-    `new_frame` makes what decompresses one of them, as lzma's and zstandard's objects do.
+    `new_frame` makes what decompresses one of them, as bz2's, lzma's and zstandard's objects do.
     """
     frame, started = new_frame(), False
     for packed in _blocks_of(raw, PACKED_BYTES):
         rest = packed
-        # Between its frames, xz allows zeros.
-        while rest := rest if started else rest.lstrip(b"\0"):
+        while rest := rest if started else rest.lstrip(padding):
             block = frame.decompress(rest)
             started = not frame.eof
             rest = b"" if started else frame.unused_data

@@ -319,13 +319,15 @@ def finished_report(
     path = report_path(folder, task.index)
     try:
         report = Report.load(path)
-        if report is None or report.key != key:
+        if report is None:
             return None
+        if report.key != key:
+            raise InputError("it is of other input or of another version")
         if tuple((source.path, source.bytes) for source in report.sources) != task.files:
             raise InputError(f"{path} names other files than its part")
         check_shards(folder, shards_of(report), dtype, lambda _: advance(0))
     except InputError as error:
-        logger.warning(f"part {task.index} is made again: {error}")
+        logger.warning(f"part {task.index} is made again: {str(error).partition('; ')[0]}")
         return None
     return report
 
