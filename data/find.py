@@ -35,38 +35,42 @@ class _Found:
     hidden: list[Path] = field(default_factory=list)
     circles: list[Path] = field(default_factory=list)
     """Links to a folder that they lie in."""
+    skipped: Place | None = None
+    """A folder that is passed over."""
 
 
-def find_files(patterns: Sequence[str]) -> list[Path]:
+def find_files(patterns: Sequence[str], output: Path | None = None) -> list[Path]:
     """Files that match any of the patterns, sorted by path, each once.
 
     A pattern is a file, a folder (all its files of known formats) or a glob (`**` crosses folders).
     What exists under the very name of a pattern is taken, whatever characters are in it. A suffix
     of no known format counts as plain text if the pattern itself ends with it. Hidden files and
     folders are left out unless the pattern names them. What a folder leaves out, and a file found
-    under two names, is said in a warning.
+    under two names, is said in a warning. The folder `output`, which holds what is made of the
+    files, is passed over where it lies among them.
 
     Raises:
         InputError: a pattern matches nothing, files of unknown format or such as cannot be read as
             text, broken links, or a folder that cannot be read.
     """
     found: set[Path] = set()
+    skipped = _place(output) if output is not None and _is_dir(output) else None
     for pattern in patterns:
         if not pattern:
             raise InputError("--input '' is empty, as from a variable that is not set; correct it")
         path = _expand_user(pattern)
         if _exists(path):
-            paths = _files_of_folder(pattern, path) if _is_dir(path) else [_one_file(path)]
+            paths = _files_of_folder(pattern, path, skipped) if _is_dir(path) else [_one_file(path)]
         else:
-            paths = _files_of_glob(pattern, path)
+            paths = _files_of_glob(pattern, path, skipped)
         found.update(paths)
     files = sorted(found, key=str)
     _warn_of_doubles(files)
     return files
 
 
-def _files_of_folder(pattern: str, folder: Path) -> list[Path]:
-    found = _Found()
+def _files_of_folder(pattern: str, folder: Path, skipped: Place | None) -> list[Path]:
+    found = _Found(skipped=skipped)
     _walk(folder, ["**", "*"], found, ())
     known = [path for path in found.files if is_known(path)]
     found.broken = [path for path in found.broken if is_known(path)]
@@ -93,13 +97,13 @@ def _files_of_folder(pattern: str, folder: Path) -> list[Path]:
     return known
 
 
-def _files_of_glob(pattern: str, path: Path) -> list[Path]:
+def _files_of_glob(pattern: str, path: Path, skipped: Place | None) -> list[Path]:
     parts = [part for part in path.parts if part != path.anchor]
     fixed = next((i for i, part in enumerate(parts) if _is_glob(part)), len(parts))
     if fixed == len(parts):
         raise InputError(f"--input {pattern!r} matches no files; correct it")
     root = Path(path.anchor, *parts[:fixed])
-    found = _Found()
+    found = _Found(skipped=skipped)
     if _is_dir(root):
         _walk(root, parts[fixed:], found, ())
     _refuse_unusable(pattern, found)
@@ -155,6 +159,8 @@ def _walk(folder: Path, parts: Sequence[str], found: _Found, above: tuple[Place,
     place = _place(folder)
     if place in above:
         found.circles.append(folder)
+        return
+    if place == found.skipped and above:
         return
     entries = _entries(folder)
     if part == "**":

@@ -161,6 +161,11 @@ class Job:
                     self._tidy()
         except OSError as error:
             raise InputError(_unwritable(self.output, error)) from None
+        except MemoryError:
+            raise InputError(
+                "not enough memory to tokenize; use fewer --workers, a lower --max-record-mib, or "
+                "a machine with more (finished parts are kept: run the same command again)"
+            ) from None
         finally:
             with contextlib.suppress(OSError):
                 self.output.rmdir()  # only if empty
@@ -312,7 +317,7 @@ class Job:
                 index, report = future.result()
                 names.add_all(report.names)
                 reports[index] = report
-        except (BrokenProcessPool, MemoryError):
+        except BrokenProcessPool:
             raise InputError(
                 "a worker process was killed, most likely for want of memory; use fewer --workers "
                 "(finished parts are kept: run the same command again)"

@@ -12,6 +12,7 @@ from data.errors import InputError
 from data.formats import Format, format_of
 from data.records import is_kind, parse_json, word_for
 from data.streams import (
+    ONE_A_LINE,
     damaged,
     head_of,
     is_wide,
@@ -33,10 +34,6 @@ ROWS = 1024
 BYTES_OF_ROWS = 64 << 20
 ABSENT = object()
 """What a lookup finds where there is nothing, which null is not."""
-ONE_A_LINE = (
-    "one record a line is wanted: turn a JSON array or a record of several lines into that with "
-    "jq -c 'if type == \"array\" then .[] else . end' OLD > NEW.jsonl"
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,11 @@ ANNEX = re.compile(rb"(/|(\.\./)*\.git/)annex/objects/[^\n]+\n?")
 LONG_WINDOW = "too much memory"
 """What zstd says of a window above its usual limit of 128 MiB."""
 
+ONE_A_LINE = (
+    "one record a line is wanted: turn a JSON array or a record of several lines into that with "
+    "jq -c 'if type == \"array\" then .[] else . end' OLD > NEW.jsonl"
+)
+
 _MAGIC = {
     "zstd": (b"\x28\xb5\x2f\xfd",),
     "gzip": (b"\x1f\x8b",),
@@ -96,7 +101,7 @@ def read_lines(path: Path, limit: int, advance: Callable[[int], None]) -> Iterat
             number += 1
         rest.write(last)
         if rest.tell() > limit:
-            raise too_large(f"{path}:{number}", limit)
+            _checked(rest, limit, path, number)
     if rest.tell():
         yield _checked(rest, limit, path, number)
 
@@ -142,6 +147,8 @@ def reading(path: Path) -> Iterator[None]:
 
 def damaged(path: Path, cause: str) -> str:
     """The message for a file whose content ends early or contradicts itself."""
+    if "ictionary" in cause:
+        return f"{path} was packed with a dictionary ({cause}); unpack it: zstd -d -D DICTIONARY"
     size = path.stat().st_size
     return f"{path} ({size:,} bytes) is truncated or damaged: {cause}; download it again"
 
@@ -207,6 +214,8 @@ def _skips(head: bytes) -> bool:
 
 def _checked(line: io.BytesIO, limit: int, path: Path, number: int) -> bytes:
     if line.tell() > limit:
+        if number == 1 and line.getvalue()[:HEAD_BYTES].lstrip().startswith(b"["):
+            raise InputError(f"{path} is one JSON array; {ONE_A_LINE}")
         raise too_large(f"{path}:{number}", limit)
     # Also within a file: it may be several, one behind the other.
     return line.getvalue().removeprefix(b"\xef\xbb\xbf")

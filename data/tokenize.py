@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command with `argv` (default: the process's arguments)."""
     config = parse(TokenizeConfig, section="tokenize", argv=argv, examples=EXAMPLES)
     domains = chosen_domains(config.domains)
-    files = find_files(config.input)
+    files = find_files(config.input, config.output)
     tokenizer = load_tokenizer(config.tokenizer)
     fields = Fields(
         text=config.text_field,

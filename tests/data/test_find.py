@@ -128,6 +128,14 @@ def test_folders_that_a_glob_matches_are_not_lost(capsys: pytest.CaptureFixture[
     assert "left out 2 folders that it matches: a, b" in capsys.readouterr().err
 
 
+def test_what_was_made_of_the_files_is_not_one_of_them() -> None:
+    write("in/a.jsonl", "in/tokens/manifest.json", "in/b/tokens/c.json")
+    for pattern in ("in", "in/**/*.json*"):
+        found = [str(path) for path in find_files([pattern], Path("in/tokens"))]
+        assert found == ["in/a.jsonl", "in/b/tokens/c.json"]
+    assert names("in")[-1] == "in/tokens/manifest.json"
+
+
 def test_odd_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
     write("a.jsonl")
     with pytest.raises(InputError, match="is empty"):

@@ -335,6 +335,9 @@ def test_a_record_above_the_limit_is_refused_before_it_is_held(tmp_path: Path) -
     with pytest.raises(InputError, match=r"b\.jsonl:2: .* 1 MiB.*--max-record-mib"):
         read(long, max_bytes=1 << 20)
     assert len(read(long)) == 2
+    array = write(tmp_path / "array.json", b"[" + LINE * 20_000 + b"]")
+    with pytest.raises(InputError, match=r"array\.json is one JSON array; .*jq -c"):
+        read(array, max_bytes=1 << 20)
     with pytest.raises(InputError, match=r"c\.txt: one record of more than 1 MiB"):
         read(write(tmp_path / "c.txt", b"x" * 1_100_000), max_bytes=1 << 20)
     rows = {"text": ["a", "x" * 1_100_000], "meta": [META] * 2}

@@ -105,6 +105,13 @@ def test_a_long_window_without_its_package_says_what_to_install(
         read(path)
 
 
+def test_frames_packed_with_a_dictionary_ask_for_it(tmp_path: Path) -> None:
+    words = zstandard.train_dictionary(4000, [CONTENT[i : i + 500] for i in range(0, 60_000, 500)])
+    packed = zstandard.ZstdCompressor(dict_data=words).compress(CONTENT)
+    with pytest.raises(InputError, match=r"packed with a dictionary.*zstd -d -D"):
+        read(write(tmp_path / "a.txt.zst", packed))
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".txt.zst"])
 @pytest.mark.parametrize(
     ("content", "fix"),
