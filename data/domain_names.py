@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from data.errors import InputError
@@ -14,6 +15,7 @@ LONGEST = 255
 _KEPT = frozenset("._+-#")
 
 
+@lru_cache(4096)
 def domain_name(name: str) -> str:
     """A name fit for folders and flags: "RedPajamaC4" is "c4", "Wikipedia (en)" "wikipedia-en".
 

@@ -10,7 +10,7 @@ from typing import Any
 from data.domain_names import LONGEST, domain_name
 from data.errors import InputError
 from data.formats import Format, format_of
-from data.records import is_kind, parse_json, word_for
+from data.records import parse_json, word_for
 from data.streams import (
     ONE_A_LINE,
     damaged,
@@ -248,39 +248,42 @@ def _document(
         raise InputError(
             f"{where}: expected a record {{...}}, found {word_for(record)}; {ONE_A_LINE}"
         )
-    dotted = {"text": fields.text, "domain": _domain_field(fields)}
-    found = {"text": _lookup(record, dotted["text"])}
-    if fields.domain != FOLDER:
-        found["domain"] = _lookup(record, dotted["domain"])
-    for what, value in found.items():
-        if (value is ABSENT or value is None) and fields.skip_incomplete:
+    text = _lookup(record, fields.text)
+    name = "" if fields.domain == FOLDER else _lookup(record, _domain_field(fields))
+    if _is_nothing(text) or _is_nothing(name):
+        if fields.skip_incomplete:
             return None
-        if value is None:
-            raise InputError(
-                f"{where}: no {what} under {dotted[what]!r}, which is null; leave such records out "
-                f"with --skip-incomplete, or name another field with --{what}-field"
-            )
-        if value is ABSENT:
-            raise InputError(
-                f"{where}: no {what} under {dotted[what]!r}{_beside(record, dotted[what])}; keys "
-                f"present: {_keys(record, other_keys)}; {_REMEDIES[what]}, or leave such records "
-                "out with --skip-incomplete"
-            )
-    text = _text(found["text"], fields, where)
+        what, dotted = "text", fields.text
+        if not _is_nothing(text):
+            what, dotted = "domain", _domain_field(fields)
+        raise InputError(
+            f"{where}: no {what} under {_why_nothing(record, dotted, what, other_keys)}"
+        )
+    text = _text(text, fields, where)
     if fields.domain == FOLDER:
         name, domain = _folder_domain(path)
     else:
-        name, domain = _named_domain(found["domain"], dotted["domain"], where)
+        name, domain = _named_domain(name, _domain_field(fields), where)
     return Document(text=_valid_unicode(text), domain=domain, path=path, row=row, name=name)
 
 
-_REMEDIES = {
-    "text": "name the right one with --text-field",
-    "domain": (
-        "name the right one with --domain-field, or use --domain-field folder to take the name of "
-        "each file's folder"
-    ),
-}
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is ABSENT
+
+
+def _why_nothing(record: dict[str, Any], dotted: str, what: str, others: Sequence[str]) -> str:
+    """Whether `dotted` is null or absent in a record, and what helps."""
+    if _lookup(record, dotted) is None:
+        return (
+            f"{dotted!r}, which is null; leave such records out with --skip-incomplete, or name "
+            f"another field with --{what}-field"
+        )
+    folder = ", or use --domain-field folder to take the name of each file's folder"
+    return (
+        f"{dotted!r}{_beside(record, dotted)}; keys present: {_keys(record, others)}; name the "
+        f"right one with --{what}-field{folder if what == 'domain' else ''}, or leave such records "
+        "out with --skip-incomplete"
+    )
 
 
 def _text(value: Any, fields: Fields, where: str) -> str:
@@ -300,7 +303,7 @@ def _named_domain(value: Any, dotted: str, where: str) -> tuple[str, str]:
     value = _decoded(value, dotted, where)
     if isinstance(value, bool):
         value = str(value).lower()
-    elif is_kind(value, int) or (isinstance(value, float) and isfinite(value)):
+    elif isinstance(value, int) or (isinstance(value, float) and isfinite(value)):
         value = str(value)
     if not isinstance(value, str):
         raise InputError(
