@@ -4,6 +4,7 @@ The walk enters linked folders, leaves out what is hidden, and keeps paths as th
 folder that a link stands in is what the user sees, not the one that its target lies in.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,7 +55,11 @@ def find_files(patterns: Sequence[str], output: Path | None = None) -> list[Path
             text, broken links, or a folder that cannot be read.
     """
     found: set[Path] = set()
-    skipped = _place(output) if output is not None and _is_dir(output) else None
+    skipped = None
+    if output is not None:
+        # Whether it can be written is for its writer to say.
+        with contextlib.suppress(OSError, InputError):
+            skipped = _place(output)
     for pattern in patterns:
         if not pattern:
             raise InputError("--input '' is empty, as from a variable that is not set; correct it")

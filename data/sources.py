@@ -123,7 +123,7 @@ def _json_documents(path: Path, fields: Fields, advance: Callable[[int], None]) 
         place = f"{path}:{number}"
         fix = "repair or remove the line, or download the file again"
         if number == 1:
-            fix += f"; {ONE_A_LINE}"
+            fix += f"; {ONE_A_LINE}; what holds no documents, leave out of --input"
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ from data.log import logger
 from data.manifest import HELD_OUT, TRAIN, Manifest
 
 NAMED = 20
-"""How many files a message names."""
+"""How many files or domains a message names."""
 
 
 def print_report(manifest: Manifest, output: Path, seq_len: int, worked: bool) -> None:
@@ -66,14 +66,14 @@ def _warnings(manifest: Manifest, seq_len: int) -> Iterator[str]:
         if name not in train and name not in held_out
     ]
     if absent:
-        yield f"no documents in {', '.join(absent)}, which --domains names"
+        yield f"no documents in {_some(absent)}, which --domains names"
     yield from _held_out_warnings(manifest)
     only = [domain for domain in held_out if domain not in train]
     if only:
-        yield f"only held-out documents in {', '.join(only)}; training leaves these domains out"
+        yield f"only held-out documents in {_some(only)}; training leaves these domains out"
     short = [domain for domain, tokens in train.items() if tokens < seq_len]
     if short:
-        yield f"less than one sample of {seq_len:,} training tokens in {', '.join(short)}"
+        yield f"less than one sample of {seq_len:,} training tokens in {_some(short)}"
 
 
 def _held_out_warnings(manifest: Manifest) -> Iterator[str]:
@@ -85,10 +85,10 @@ def _held_out_warnings(manifest: Manifest) -> Iterator[str]:
     if not documents:
         return
     fraction = manifest.arguments.get("held_out", 0)
-    counts = ", ".join(documents)
+    counts = _some(list(documents))
     fix = "raise --held-out"
     if fraction:
-        counts = ", ".join(f"{domain} ({count:,})" for domain, count in documents.items())
+        counts = _some([f"{domain} ({count:,})" for domain, count in documents.items()])
         fewest = min(documents.values())
         fix = (
             f"--held-out {fraction:g} takes one document in {1 / fraction:,.0f} or so: "
