@@ -26,6 +26,7 @@ from data.log import LEVELS, level, set_level
 from data.machine import rank
 from data.options import Option, build, convert, describe, options_of
 from data.plain_parser import parse_plainly
+from data.terminal import escape_what_streams_lack
 
 T = TypeVar("T")
 
@@ -131,6 +132,7 @@ def run(main: Callable[[], None]) -> None:
     gives rank 0 half a minute to report first, because a launcher stops the whole group as soon as
     one member exits, and speaks up only if rank 0 did not.
     """
+    escape_what_streams_lack()
     try:
         main()
     except InputError as error:

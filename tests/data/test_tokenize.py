@@ -1,5 +1,6 @@
 """`data.tokenize` as a command: ids, report, help and refusals."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,10 +102,13 @@ def test_report_says_what_is_missing(
         assert "use --held-out 0.5, or split long files into several documents" in printed
 
 
-def run_command(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run_command(
+    *arguments: object, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "data.tokenize", *map(str, arguments)],
         cwd=cwd,
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -137,6 +141,23 @@ def test_truncated_input_is_one_clear_message(
     assert message.startswith(f"error: {bad} (457,391 bytes) is truncated or damaged")
     assert "download it again" in message and "Traceback" not in done.stderr
     assert not output.exists()
+
+
+def test_names_that_the_terminal_lacks_are_escaped(
+    sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    for name in ("新闻", os.fsdecode(b"cut\xff")):
+        folder = tmp_path / "in" / name
+        folder.mkdir(parents=True)
+        (folder / os.fsdecode(b"a\xfe.jsonl")).write_text('{"text": null}\n{"text": "x"}')
+    arguments = ["--input", tmp_path / "in", "--tokenizer", sentencepiece_model]
+    arguments += ["--domain-field", "folder", "--workers", 1, "--output", tmp_path / "tokens"]
+    arguments += ["--skip-incomplete", "--held-out", 0]
+    done = run_command(*arguments, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "\\u65b0\\u95fb" in done.stdout and "a\\udcfe.jsonl" in done.stderr
+    assert Manifest.load(tmp_path / "tokens").splits["train"].keys() == {"新闻", "cut"}
+    assert "already" in run_command(*arguments, PYTHONIOENCODING="utf-8").stdout
 
 
 def test_workers_from_the_command_line(sentencepiece_model: Path, tmp_path: Path) -> None:
