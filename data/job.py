@@ -154,6 +154,10 @@ class Job:
         """
         try:
             self._refuse_foreign_folder()
+            # What is finished needs no lock, and may lie where nobody can write.
+            finished = None if self.partial.exists() else self._finished(verify)
+            if finished is not None:
+                return finished, False
             with folder_lock(self.output, "tokenizing", remove=True):
                 try:
                     return self._run(workers, verify)
@@ -237,7 +241,7 @@ class Job:
         except InputError as error:
             if self.overwrite:
                 return False
-            raise InputError(f"{error} with --overwrite") from None
+            raise InputError(f"{error} (--overwrite tokenizes again)") from None
         return True
 
     def _drop_leftovers(self) -> None:
