@@ -28,6 +28,7 @@ from data.machine import LAUNCHED, PARENT, end_with_parent, rank, stand_alone
 from data.options import Option, build, convert, describe, options_of
 from data.plain_parser import parse_plainly
 from data.records import read_text
+from data.terminal import escape_what_streams_lack
 
 T = TypeVar("T")
 
@@ -172,6 +173,7 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
         stand_alone()
     end_with_parent()
     status: Any = 0
+    escape_what_streams_lack()
     try:
         main()
     except SystemExit as leaving:

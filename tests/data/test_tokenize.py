@@ -1,17 +1,21 @@
 """`data.tokenize` as a command: ids, report, help and refusals."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 
 from data.errors import InputError
+from data.find import find_files
 from data.manifest import Manifest
 from data.reader import TokenReader
-from data.sources import Fields, find_files, iterate_documents
+from data.sources import Fields, iterate_documents
 from data.tasks import is_held_out
 from data.tokenize import main
 
@@ -72,10 +76,39 @@ def test_report_names_samples_and_warns(
     assert "already tokenized with these arguments" in capsys.readouterr().out
 
 
-def run_command(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def test_report_says_what_is_missing(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_text("word " * 100)
+    (folder / "empty.txt").write_text("")
+    (folder / "d.jsonl").write_text('{"text": null}\n{"text": "x"}\n')
+    table = pyarrow.table({"text": pyarrow.array([], "string")})
+    pyarrow.parquet.write_table(table, folder / "part.parquet")
+    arguments = [
+        *("--input", folder, "--tokenizer", tiny_tokenizer, "--output", tmp_path / "tokens"),
+        *("--seq-len", 10, "--held-out", 1e-9, "--workers", 1, "--domain-field", "folder"),
+        *("--domains", "notes", "githbu", "--skip-incomplete"),
+    ]
+    for _ in range(2):  # also where the folder is there already
+        tokenize(*arguments)
+        printed = capsys.readouterr().err
+        assert "left out records without text or domain: 1, in " in printed
+        assert "2 of 6 files hold no text: " in printed and "part.parquet" in printed
+        assert "no documents in githbu, which --domains names" in printed
+        assert "no held-out documents in notes (4); " in printed
+        assert "use --held-out 0.5, or split long files into several documents" in printed
+
+
+def run_command(
+    *arguments: object, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "data.tokenize", *map(str, arguments)],
         cwd=cwd,
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -108,6 +141,23 @@ def test_truncated_input_is_one_clear_message(
     assert message.startswith(f"error: {bad} (457,391 bytes) is truncated or damaged")
     assert "download it again" in message and "Traceback" not in done.stderr
     assert not output.exists()
+
+
+def test_names_that_the_terminal_lacks_are_escaped(
+    sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    for name in ("新闻", os.fsdecode(b"cut\xff")):
+        folder = tmp_path / "in" / name
+        folder.mkdir(parents=True)
+        (folder / os.fsdecode(b"a\xfe.jsonl")).write_text('{"text": null}\n{"text": "x"}')
+    arguments = ["--input", tmp_path / "in", "--tokenizer", sentencepiece_model]
+    arguments += ["--domain-field", "folder", "--workers", 1, "--output", tmp_path / "tokens"]
+    arguments += ["--skip-incomplete", "--held-out", 0]
+    done = run_command(*arguments, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "\\u65b0\\u95fb" in done.stdout and "a\\udcfe.jsonl" in done.stderr
+    assert Manifest.load(tmp_path / "tokens").splits["train"].keys() == {"新闻", "cut"}
+    assert "already" in run_command(*arguments, PYTHONIOENCODING="utf-8").stdout
 
 
 def test_workers_from_the_command_line(sentencepiece_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,15 @@
+"""What a terminal or pipe cannot show is escaped there instead of ending the command."""
+
+import io
+import sys
+
+
+def escape_what_streams_lack() -> None:
+    """From now on prints letters that the encoding of stdout or stderr lacks as \\u1234.
+
+    Names of domains and files may hold any: also in an ASCII terminal, and where a file's name is
+    no UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
