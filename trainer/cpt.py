@@ -37,6 +37,7 @@ from trainer.inputs import find_model_with_data, open_data
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
+from trainer.models.export import require_loadable
 from trainer.models.hf import check_weights, load_config
 from trainer.models.sources import (
     fetch_advice,
@@ -143,6 +144,7 @@ def open_inputs(config: CptConfig) -> Inputs:
         local_folder(config.model if is_hub_id(config.model) else SOURCE),
     )
     shape = load_config(source)
+    require_loadable(shape, source)
     reader, held_out = open_data(config.data, train, shape, source)
     sheared = sheared_report(source)
     # Only a model as it was pre-trained is its own reference: a sheared one starts too high.
@@ -248,7 +250,13 @@ def find_model(model: str, *, weights: bool = True) -> Path:
 def finish(trainer: Trainer, source: Path, config: CptConfig) -> None:
     """Writes the model folder and then the report, whose presence marks the run as finished."""
     output = Path(config.output)
-    save_pretrained(trainer.model, trainer.context, output / "model", tokenizer_from=source)
+    save_pretrained(
+        trainer.model,
+        trainer.context,
+        output / "model",
+        tokenizer_from=source,
+        dtype=config.save_dtype,
+    )
     report = training_report(trainer)
     publish(trainer.context, report, config.json, output / "cpt.json")
     logger.info(

@@ -55,7 +55,8 @@ def test_a_hub_model_that_cannot_be_fetched_says_what_to_run(
     assert "hf auth login" in message
     assert (
         "hf download meta-llama/Llama-2-7b-hf --include '*.json' --include '*.safetensors' "
-        "--include 'tokenizer.model' --local-dir models/Llama-2-7b-hf\n" in message
+        "--include '*.jinja' --include 'LICENSE*' --include 'tokenizer.model' "
+        "--local-dir models/Llama-2-7b-hf\n" in message
     )
     assert message.endswith("then give --model models/Llama-2-7b-hf")
 
