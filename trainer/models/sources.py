@@ -162,14 +162,20 @@ def convert_gguf(path: Path, output: Path) -> Path:
 def _convert(path: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model, found = AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
         # Without this the model counts as quantized and refuses to be saved.
         quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
         dtype=torch.float32,
         trust_remote_code=False,
+        output_loading_info=True,
     )
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        # transformers draws at random what is not there, and drops what it has no place for.
+        if found[problem]:
+            names = ", ".join(map(str, sorted(found[problem])[:3]))
+            raise ValueError(f"{problem.replace('_keys', '')} tensors: {names}")
     model.save_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name, trust_remote_code=False
