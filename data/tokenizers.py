@@ -146,16 +146,17 @@ class HuggingFaceTokenizer(Tokenizer):
                 str(folder), local_files_only=True, trust_remote_code=False
             )
             self._json = tokenizer.backend_tokenizer.to_str()
+            self._load()
+            self.vocab_size = len(tokenizer)
+            self.bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+            with_special = tokenizer("a").input_ids
+            self.probe()
         except Exception as error:  # transformers raises many types for a bad folder
             raise InputError(
-                f"no tokenizer can be read from {folder}: {error}; repair or download it again"
+                f"no tokenizer can be read from {folder}: {error}; {_FIX}"
             ) from None
-        self._load()
         self.fingerprint = _fingerprint(folder)
-        self.vocab_size = len(tokenizer)
-        self.bos_id = tokenizer.bos_token_id
-        self.eos_id = _required_eos(tokenizer.eos_token_id, folder)
-        with_special = tokenizer("a").input_ids
+        self.eos_id = _required_eos(eos_id, folder)
         self.adds_bos = self.bos_id is not None and with_special[:1] == [self.bos_id]
         self.largest_id = self._largest_id()
         self._compare_with_sentencepiece(folder / _SENTENCEPIECE)

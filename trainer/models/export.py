@@ -4,6 +4,7 @@ transformers 5 names some values anew: a folder with the new names alone is read
 word, by transformers 4 and by what is built on it. Written are both.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from data.errors import InputError
-from data.files import write_json
+from data.files import write_text
 from data.log import logger
 from data.records import read_json
 from trainer.models.config import ModelConfig
@@ -64,7 +65,7 @@ def widen(folder: Path) -> None:
             values = read_json(path, _FIX)
             widened = change(values)
             if widened != values:
-                write_json(path, widened)
+                write_text(path, json.dumps(widened, indent=2) + "\n")
 
 
 def _widen_config(values: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +167,7 @@ def require_loadable(config: ModelConfig, source: Path) -> None:
             "null there, or to an id that exists, such as eos_token_id"
         )
     try:
+        ModelConfig.from_hf(_widen_config(json.loads(hf_config.to_json_string())))
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
     except Exception as error:  # torch and transformers raise many types

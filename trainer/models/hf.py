@@ -124,11 +124,16 @@ def _stored_tensors(model: CausalLM, path: Path) -> dict[Path, dict[str, str]]:
     for file, names in by_file.items():
         with open_tensors(file) as stored:
             for name, stored_name in names.items():
-                shape, wanted = tuple(stored.get_slice(stored_name).get_shape()), expected[name].shape
-                if shape != tuple(wanted):
+                tensor, wanted = stored.get_slice(stored_name), tuple(expected[name].shape)
+                if tuple(tensor.get_shape()) != wanted:
                     raise InputError(
-                        f"{name} has shape {shape} in {file}, but config.json gives "
-                        f"{tuple(wanted)}; the folder mixes two models"
+                        f"{name} has shape {tuple(tensor.get_shape())} in {file}, but config.json "
+                        f"gives {wanted}; the folder mixes two models"
+                    )
+                if "F" not in tensor.get_dtype():
+                    raise InputError(
+                        f"{name} is of type {tensor.get_dtype()} in {file}, which holds no weights "
+                        "of an unquantized model; fetch the file again, or the original"
                     )
     return by_file
 
