@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from data.errors import InputError
 from data.records import is_kind, word_for, words_for
 from trainer.models.families import FAMILIES, Family
-from trainer.models.limits import LARGEST_WIDTH, SIZE_LIMITS
+from trainer.models.limits import LARGEST_WIDTH, SIZE_LIMITS, shortened
 from trainer.models.rope_settings import read_rope
 
 if TYPE_CHECKING:
@@ -147,7 +147,9 @@ class ModelConfig:
             InputError: unknown family, a value of another type or beyond all sense, or a feature
                 that changes the forward pass and that this implementation does not have.
         """
-        family = str(values.get("model_type"))
+        if "model_type" not in values:
+            raise InputError("`model_type` is missing; it names the model's family, such as llama")
+        family = str(values["model_type"])
         _require_known(family)
         _require_possible(FAMILIES[family], values)
         _refuse_unsupported(family, values)
@@ -286,7 +288,8 @@ class ModelConfig:
 def _require_known(family: str) -> None:
     if family not in FAMILIES:
         raise InputError(
-            f"model family {family!r} is not supported; known families: {', '.join(FAMILIES)}"
+            f"model family {shortened(repr(family))} is not supported; known families: "
+            f"{', '.join(FAMILIES)}"
         )
 
 
@@ -295,7 +298,10 @@ def _require_types(config: ModelConfig) -> None:
     for name, kind in _TYPES.items():
         value = getattr(config, name)
         if not is_kind(value, kind):
-            raise InputError(f"{name} is {word_for(value)} ({value!r}), not {words_for(kind)}")
+            raise InputError(
+                f"{name} is {word_for(value)} ({shortened(repr(value))}), not "
+                f"{words_for(kind)}"
+            )
         if isinstance(value, float) and not (isfinite(value) and value >= 0):
             raise InputError(f"{name} is {value}; it must be a number of at least 0")
 
@@ -306,7 +312,7 @@ def _require_possible(traits: Family, values: dict[str, Any]) -> None:
         key = traits.keys.get(name)
         value = values.get(key) if key else None
         if isinstance(value, (int, float)) and not value <= limit:
-            raise InputError(f"{key} is {value}; it can be {limit} at most")
+            raise InputError(f"{key} is {shortened(str(value))}; it can be {limit} at most")
 
 
 def _read_fields(traits: Family, config: Any) -> dict[str, Any]:
@@ -324,12 +330,12 @@ def _refuse_unsupported(family: str, values: dict[str, Any]) -> None:
     key, known = traits.keys["activation"], traits.activations
     if (values.get(key) or known[0]) not in known:
         raise InputError(
-            f"{key} {values[key]!r} is not supported in {family}; only "
+            f"{key} {shortened(repr(values[key]))} is not supported in {family}; only "
             f"{', '.join(map(repr, known))} is"
         )
     if "head_dim" not in traits.keys and values.get("head_dim") is not None:
         raise InputError(
-            f"head_dim {values['head_dim']} in a {family} config is not supported: its heads are "
+            f"head_dim {shortened(str(values['head_dim']))} in a {family} config is not supported: its heads are "
             "hidden_size / num_attention_heads wide; remove the key"
         )
     if values.get("quantization_config"):
@@ -354,6 +360,5 @@ def _transformers_config(family: str, values: dict[str, Any]) -> "PreTrainedConf
         arguments = copy.deepcopy({key: values[key] for key in values if key != "model_type"})
         return AutoConfig.for_model(family, **arguments)
     except Exception as error:  # it raises many types for a bad value
-        raise InputError(
-            f"transformers refuses this {family} config ({type(error).__name__}): {error}"
-        ) from error
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
+        raise InputError(f"transformers refuses this {family} config: {reason}") from error

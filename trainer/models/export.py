@@ -17,6 +17,7 @@ from data.log import logger
 from data.records import read_json
 from trainer.models.config import ModelConfig
 from trainer.models.families import FAMILIES
+from trainer.models.limits import shortened
 
 _FIX = "fetch the file again, or repair it"
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -171,9 +172,10 @@ def require_loadable(config: ModelConfig, source: Path) -> None:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
     except Exception as error:  # torch and transformers raise many types
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
         raise InputError(
-            f"transformers cannot build a model with the settings of {source / _CONFIG} "
-            f"({type(error).__name__}: {error}); correct them there"
+            f"transformers cannot build a model with the settings of {source / _CONFIG}: "
+            f"{reason}; correct them there"
         ) from error
     taken, _ = companions(source)
     for name in (_GENERATION, _TOKENIZER):
@@ -183,8 +185,9 @@ def require_loadable(config: ModelConfig, source: Path) -> None:
         try:
             GenerationConfig.from_pretrained(str(source), local_files_only=True)
         except Exception as error:
+            reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
             raise InputError(
-                f"{source / _GENERATION}: transformers refuses it ({error}); correct or remove it"
+                f"{source / _GENERATION}: transformers refuses it ({reason}); correct or remove it"
             ) from error
 
 

@@ -1,6 +1,7 @@
 """The header of a GGUF file, walked once: a damaged one is named before it is converted."""
 
 import mmap
+import re
 import struct
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from trainer.models.limits import SIZE_LIMITS
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 _INTEGERS = {4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
+_BLOCK = re.compile(rb"^blk\.(\d+)\.")
 _DEEPEST_ARRAY = 4
 _MOST_DIMENSIONS = 8
 # Last part of a key that states a size -> the field of ModelConfig that it becomes.
@@ -48,6 +50,7 @@ class _Walk:
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at = data, 0
+        self._blocks: int | None = None
 
     def header(self) -> None:
         """Magic, version, the keys with their values, and what is said of each tensor."""
@@ -63,14 +66,17 @@ class _Walk:
         for _ in range(keys):
             name = self._string().decode("utf-8", "replace")
             self._value(name, self._number("<I"))
+        numbers = set()
         for _ in range(tensors):
-            self._string()
+            numbers |= set(_BLOCK.findall(self._string()))
             dimensions = self._number("<I")
             if dimensions > _MOST_DIMENSIONS:
                 raise ValueError(f"a tensor of {dimensions} dimensions")
             self._skip(8 * dimensions + 4)
             if self._number("<Q") >= len(self._data):
                 raise ValueError("a tensor begins behind the end of the file")
+        if self._blocks is not None and len(numbers) != self._blocks:
+            raise ValueError(f"it states {self._blocks} blocks and holds {len(numbers)}")
 
     def _value(self, name: str, kind: int, depth: int = 0) -> None:
         if kind == _STRING:
@@ -80,7 +86,10 @@ class _Walk:
         elif kind not in _BYTES:
             raise ValueError(f"{name} is of type {kind}, which the format does not have")
         elif kind in _INTEGERS:
-            _require_possible(name, self._number(_INTEGERS[kind]))
+            value = self._number(_INTEGERS[kind])
+            _require_possible(name, value)
+            if name.endswith(".block_count"):
+                self._blocks = value
         else:
             self._skip(_BYTES[kind])
 

@@ -14,3 +14,8 @@ SIZE_LIMITS = {
 }
 """Field of ModelConfig -> the largest value. Larger ones would fill the memory, or overflow, before
 anything could compare them with the weights."""
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """`text` for a message: at most `length` characters of it."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
