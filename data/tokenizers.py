@@ -152,9 +152,7 @@ class HuggingFaceTokenizer(Tokenizer):
             with_special = tokenizer("a").input_ids
             self.probe()
         except Exception as error:  # transformers raises many types for a bad folder
-            raise InputError(
-                f"no tokenizer can be read from {folder}: {error}; {_FIX}"
-            ) from None
+            raise InputError(f"no tokenizer can be read from {folder}: {error}; {_FIX}") from None
         self.fingerprint = _fingerprint(folder)
         self.eos_id = _required_eos(eos_id, folder)
         self.adds_bos = self.bos_id is not None and with_special[:1] == [self.bos_id]

@@ -41,6 +41,7 @@ from trainer.models.export import require_loadable
 from trainer.models.hf import check_weights, load_config
 from trainer.models.sources import (
     fetch_advice,
+    home_expanded,
     is_hub_id,
     local_folder,
     resolve_model,
@@ -230,7 +231,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
 
 def find_model(model: str, *, weights: bool = True) -> Path:
     """Resolves --model; raises InputError telling how to make or fetch one that is missing."""
-    path = Path(model).expanduser()
+    path = home_expanded(model, "--model")
     shear = f"python -m pruner.shear --source {local_folder(SOURCE)} --target 1.3b"
     run = path.parent if path.name == "model" else path
     reports = (run / "shear.json", run / "cpt.json")

@@ -125,7 +125,10 @@ def open_teacher(
     folder = resolve_model(name, weights=False, option="--teacher")
     shape = load_config(folder)
     check_teacher(f"--teacher {name}", shape, config, train, student)
-    if holds_tokenizer(folder) and load_tokenizer(folder).probe() != reader.manifest.tokenizer.probe:
+    if (
+        holds_tokenizer(folder)
+        and load_tokenizer(folder).probe() != reader.manifest.tokenizer.probe
+    ):
         raise InputError(
             f"--teacher {name} has another tokenizer than the training data: the same text gives "
             "other ids; choose a teacher of the student's own family"

@@ -88,7 +88,7 @@ def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data:
     # Special tokens that were added without a row for them do no harm: they are never in the data.
     if own is None or own.fingerprint != used.fingerprint or own.largest_id >= model.vocab_size:
         raise InputError(
-            f"--data {data} was tokenized with {used.vocab_size} ids, the model has rows for "
+            f"--data {data} was tokenized with {used.vocab_size} ids, the model has "
             f"{model.vocab_size}; {_more_ids(own, used.fingerprint, model.vocab_size, source)}"
         )
     logger.warning(
@@ -101,8 +101,8 @@ def _more_ids(tokenizer: Tokenizer | None, used: str, rows: int, source: Path) -
     """What helps where a tokenizer makes ids that the model has no rows for."""
     if tokenizer is None:
         return (
-            f"fetch the model's own tokenizer (tokenizer.json) to {source}, and tokenize again with "
-            f"--tokenizer {source}"
+            f"fetch the model's own tokenizer (tokenizer.json) to {source}, and tokenize again "
+            f"with --tokenizer {source}"
         )
     if tokenizer.fingerprint != used:
         return f"tokenize again with the model's own: --tokenizer {source}"

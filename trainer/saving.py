@@ -33,8 +33,8 @@ def save_pretrained(
 ) -> None:
     """Writes `path` as a Hugging Face folder, with the companions of the model in `tokenizer_from`.
 
-    In `dtype`, by name; by default in that of the original (bf16 where nothing states it). All ranks
-    take part.
+    In `dtype`, by name; by default in that of the original (bf16 where nothing states it). All
+    ranks take part.
     """
     name = dtype or original_dtype(model.config.hf, tokenizer_from) or "bfloat16"
     tensors = full_tensors(model)

@@ -299,8 +299,7 @@ def _require_types(config: ModelConfig) -> None:
         value = getattr(config, name)
         if not is_kind(value, kind):
             raise InputError(
-                f"{name} is {word_for(value)} ({shortened(repr(value))}), not "
-                f"{words_for(kind)}"
+                f"{name} is {word_for(value)} ({shortened(repr(value))}), not {words_for(kind)}"
             )
         if isinstance(value, float) and not (isfinite(value) and value >= 0):
             raise InputError(f"{name} is {value}; it must be a number of at least 0")
@@ -335,8 +334,8 @@ def _refuse_unsupported(family: str, values: dict[str, Any]) -> None:
         )
     if "head_dim" not in traits.keys and values.get("head_dim") is not None:
         raise InputError(
-            f"head_dim {shortened(str(values['head_dim']))} in a {family} config is not supported: its heads are "
-            "hidden_size / num_attention_heads wide; remove the key"
+            f"head_dim {shortened(str(values['head_dim']))} in a {family} config is not supported: "
+            "its heads are hidden_size / num_attention_heads wide; remove the key"
         )
     if values.get("quantization_config"):
         raise InputError(

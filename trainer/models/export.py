@@ -106,7 +106,8 @@ def companions(folder: Path) -> tuple[list[Path], list[str]]:
     that tokenizer_config.json names goes; nothing here runs it.
     """
     code = _named_code(folder)
-    taken, left = [], []
+    taken: list[Path] = []
+    left = []
     for path in sorted(folder.iterdir()):
         if path.name in _COMPANION_FOLDERS and path.is_dir():
             inner = (file.relative_to(folder) for file in sorted(path.iterdir()) if file.is_file())
@@ -189,5 +190,3 @@ def require_loadable(config: ModelConfig, source: Path) -> None:
             raise InputError(
                 f"{source / _GENERATION}: transformers refuses it ({reason}); correct or remove it"
             ) from error
-
-

@@ -34,7 +34,8 @@ def read_rope(parameters: object) -> tuple[float, float, dict[str, Any] | None]:
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         raise InputError(
-            f"rope type {shortened(repr(rope_type))} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            f"rope type {shortened(repr(rope_type))} is not supported; supported: "
+            f"{', '.join(ROPE_TYPES)}"
         )
     theta = _positive(rope, "rope_theta")
     rope.pop("rope_theta")
@@ -49,7 +50,13 @@ def _positive(rope: dict[str, Any], name: str) -> float:
     value = rope.get(name)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _LARGEST:
         return float(value)
-    shown = "missing" if name not in rope else word_for(value) if value is None else shortened(repr(value))
+    shown = (
+        "missing"
+        if name not in rope
+        else word_for(value)
+        if value is None
+        else shortened(repr(value))
+    )
     raise InputError(
         f"{name} of the rotary position embedding is {shown}; it must be a number above 0, as in "
         "the model's original config.json"

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -51,7 +52,7 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
         InputError: nothing is found; the message says what to fetch and how.
     """
     text = str(source)
-    path = _home_expanded(source, option)
+    path = home_expanded(source, option)
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
             weight_files(folder)
@@ -81,7 +82,8 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
     )
 
 
-def _home_expanded(source: str | Path, option: str) -> Path:
+def home_expanded(source: str | Path, option: str) -> Path:
+    """`source` with `~` written out; raises InputError where that folder is not known."""
     try:
         return Path(source).expanduser()
     except RuntimeError as error:
@@ -98,7 +100,9 @@ def is_hub_id(text: str) -> bool:
 
 def fetch_advice(name: str, option: str) -> str:
     """How to get the model `name` of the hub into a local folder, and use it."""
-    where = "on a machine that may use the network" if is_offline() else "here or on a machine that can"
+    where = (
+        "on a machine that may use the network" if is_offline() else "here or on a machine that can"
+    )
     return (
         f"accept the licence at https://huggingface.co/{name} (if it asks for that), log in with "
         f"`hf auth login`, and fetch it, {where}:\n    {_download(name, option)}"
@@ -109,7 +113,7 @@ def _download(name: str, option: str) -> str:
     folder = local_folder(name)
     return (
         f"hf download {name} --include '*.json' --include '*.safetensors' --include '*.jinja' "
-        f"--include 'LICENSE*' --include 'tokenizer.model' --local-dir {folder}\n"
+        f"--include 'LICENSE*' --include '*.txt' --include 'tokenizer.model' --local-dir {folder}\n"
         f"  then give {option} {folder}"
     )
 
@@ -162,7 +166,7 @@ def convert_gguf(path: Path, output: Path) -> Path:
 def _convert(path: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
         # Without this the model counts as quantized and refuses to be saved.
@@ -171,6 +175,7 @@ def _convert(path: Path, output: Path) -> None:
         trust_remote_code=False,
         output_loading_info=True,
     )
+    model, found = loaded
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         # transformers draws at random what is not there, and drops what it has no place for.
         if found[problem]:
@@ -216,7 +221,7 @@ def _from_hub(name: str, weights: bool, option: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    patterns = {
+    patterns: dict[str, Any] = {
         "allow_patterns": [*_SMALL_FILES, *(("*.safetensors",) if weights else ())],
         "ignore_patterns": list(_OTHER_LAYOUTS),
     }

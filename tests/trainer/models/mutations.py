@@ -40,7 +40,7 @@ def mutate_json(values: dict[str, Any], generator: random.Random) -> str:
 
 
 def mutate_bytes(content: bytes, generator: random.Random, within: int | None = None) -> bytes:
-    """`content` cut, flipped, filled, doubled or replaced, somewhere in its first `within` bytes."""
+    """`content` cut, flipped, filled, doubled or replaced, in its first `within` bytes."""
     limit = min(within or len(content), len(content))
     at = generator.randrange(max(1, limit))
     length = generator.choice([1, 1, 2, 4, 8, 64])
@@ -49,7 +49,9 @@ def mutate_bytes(content: bytes, generator: random.Random, within: int | None = 
         lambda: content[:at] + generator.randbytes(length) + content[at + length :],
         lambda: content[:at] + b"\xff" * length + content[at + length :],
         lambda: content[:at] + bytes(length) + content[at + length :],
-        lambda: content[:at] + bytes([content[at] ^ 1 << generator.randrange(8)]) + content[at + 1 :],
+        lambda: (
+            content[:at] + bytes([content[at] ^ 1 << generator.randrange(8)]) + content[at + 1 :]
+        ),
         lambda: content[:at] + content[at + length :],
         lambda: content[:at] + content[max(0, at - length) :],
         lambda: b"\xef\xbb\xbf" + content,

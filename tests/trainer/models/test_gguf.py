@@ -26,7 +26,7 @@ pytest.importorskip("accelerate")
 LAYERS, WIDTH, CHANNELS, HEADS = 2, 32, 48, 4
 
 
-def write_gguf(path: Path, *, without: str = "", **sizes: int) -> Path:
+def write_gguf(path: Path, without: str = "", **sizes: Any) -> Path:
     """A tiny Llama with a byte tokenizer and a rotary base of 70,000; `sizes` are stated instead of
     the true ones, and the tensor `without` is left out."""
     folder = write_tokenizer(path.parent / "tokenizer")
@@ -99,9 +99,7 @@ def test_a_file_that_lacks_a_tensor_is_not_filled_with_random_numbers(tmp_path: 
 
 
 @pytest.mark.parametrize("change", [{"layers": 2**31}, {"width": 2**30}, {"context": 2**32 - 1}])
-def test_sizes_beyond_all_sense_are_refused_at_once(
-    change: dict[str, int], tmp_path: Path
-) -> None:
+def test_sizes_beyond_all_sense_are_refused_at_once(change: dict[str, Any], tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", **change)
     with pytest.raises(InputError, match=r"m\.gguf: its header is damaged .*llama\..*at most"):
         convert_gguf(path, tmp_path / "model")
@@ -115,8 +113,8 @@ def test_a_list_longer_than_the_file_is_refused_at_once(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"the file ends inside it\); fetch the file again"):
         check_gguf(path)
-    for content in (b"", b"GGUF", b"GGUF" + b"\xff" * 100, b"version https://git-lfs"):
-        path.write_bytes(content)
+    for damaged in (b"", b"GGUF", b"GGUF" + b"\xff" * 100, b"version https://git-lfs"):
+        path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"m\.gguf"):
             convert_gguf(path, tmp_path / "model")
 

@@ -2,7 +2,7 @@
 
 Needs such a version beside the installed one:
 
-    pip install --target FOLDER --no-deps 'transformers==4.57.6' 'huggingface_hub<1' 'tokenizers<=0.23'
+    pip install --target FOLDER --no-deps transformers==4.57.6 'huggingface_hub<1' 'tokenizers<0.23'
     SHORN_TRANSFORMERS_4=FOLDER pytest -m slow tests/trainer/models/test_transformers_4.py
 """
 
@@ -49,7 +49,7 @@ torch.save(found, sys.argv[1])
 
 
 def written(name: str, source: Path, path: Path, dtype: torch.dtype) -> Path:
-    """The folder of a model of one of CASES, whose config.json was in the form of transformers 4."""
+    """The folder of a model of one of CASES, from a config.json as transformers 4 writes it."""
     values = CASES[name] | BASES.get(name, {"rope_theta": 500_000})
     model = CausalLM(ModelConfig.from_hf(values))
     init_weights(model, std=0.3, seed=1)
