@@ -163,7 +163,8 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self._tokenizer.get_added_tokens_decoder()
         special = {number for number, token in added.items() if token.special}
         usual = set(self._tokenizer.get_vocab().values()) - special
-        return max(usual | {self.eos_id} | ({self.bos_id} if self.adds_bos else set()))
+        first = self.bos_id if self.adds_bos and self.bos_id is not None else self.eos_id
+        return max(usual | {self.eos_id, first})
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
