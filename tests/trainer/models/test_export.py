@@ -27,7 +27,8 @@ STAY = """
 adapter_config.json adapter_model.bin cpt.json custom_generate/generate.py model.gguf
 modeling_llama.py model.safetensors.index.fp32.json onnx/model.onnx optimizer.pt
 original/params.json params.json pytorch_model.bin pytorch_model.bin.index.json
-quantize_config.json README.md rng_state_0.pth run.json scheduler.pt shear.json tf_model.h5 trainer_state.json training_args.bin
+quantize_config.json README.md rng_state_0.pth run.json scheduler.pt shear.json tf_model.h5
+trainer_state.json training_args.bin
 """.split()
 
 
