@@ -12,7 +12,7 @@ from trainer.models.limits import SIZE_LIMITS
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 _INTEGERS = {4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
-_BLOCK = re.compile(rb"^blk\.(\d+)\.")
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
 _DEEPEST_ARRAY = 4
 _MOST_DIMENSIONS = 8
 # Last part of a key that states a size -> the field of ModelConfig that it becomes.
@@ -29,20 +29,27 @@ _SIZES = {
 
 
 def check_gguf(path: Path) -> None:
-    """Raises InputError unless the header of a GGUF file is whole and states possible sizes.
+    """Raises InputError unless the header of a GGUF file is whole, states possible sizes, and says
+    nothing that would be lost.
 
     The library that reads such files trusts every length in them, and counts on for years where
     one is damaged.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Walk(data).header()
+            scaled = _Walk(data).header()
     except OSError as error:
         raise InputError(f"cannot convert {path}: {failure(error)}") from None
     except (ValueError, struct.error) as error:
         raise InputError(
             f"cannot convert {path}: its header is damaged ({error}); fetch the file again"
         ) from None
+    if scaled:
+        raise InputError(
+            f"cannot convert {path}: its rotary positions are scaled ({scaled}), which transformers "
+            "leaves out when it reads GGUF, so that another model would come out; fetch the "
+            "safetensors version"
+        )
 
 
 class _Walk:
@@ -51,9 +58,13 @@ class _Walk:
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at = data, 0
         self._blocks: int | None = None
+        self._scaled = ""
 
-    def header(self) -> None:
-        """Magic, version, the keys with their values, and what is said of each tensor."""
+    def header(self) -> str:
+        """Magic, version, the keys with their values, and what is said of each tensor.
+
+        Returns what scales the rotary positions; empty where nothing does.
+        """
         if self._data[:4] != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         self._at = 4
@@ -66,9 +77,12 @@ class _Walk:
         for _ in range(keys):
             name = self._string().decode("utf-8", "replace")
             self._value(name, self._number("<I"))
-        numbers = set()
+        numbers: set[str] = set()
         for _ in range(tensors):
-            numbers |= set(_BLOCK.findall(self._string()))
+            name = self._string().decode("utf-8", "replace")
+            numbers |= set(_BLOCK.findall(name))
+            if name.startswith("rope_"):
+                self._scaled = name
             dimensions = self._number("<I")
             if dimensions > _MOST_DIMENSIONS:
                 raise ValueError(f"a tensor of {dimensions} dimensions")
@@ -77,10 +91,13 @@ class _Walk:
                 raise ValueError("a tensor begins behind the end of the file")
         if self._blocks is not None and len(numbers) != self._blocks:
             raise ValueError(f"it states {self._blocks} blocks and holds {len(numbers)}")
+        return self._scaled
 
     def _value(self, name: str, kind: int, depth: int = 0) -> None:
         if kind == _STRING:
-            self._string()
+            text = self._string()
+            if name.endswith(".rope.scaling.type") and text != b"none":
+                self._scaled = name
         elif kind == _ARRAY:
             self._array(name, depth)
         elif kind not in _BYTES:

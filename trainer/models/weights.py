@@ -1,6 +1,5 @@
 """Which files of a folder hold its model's weights: those that transformers would load."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -39,17 +38,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor of the model in `folder`; as `weight_files`.
+    """The file of `weight_files` that holds each tensor of the model in `folder`.
 
     Raises:
         InputError: as `weight_files`, or the only file is damaged.
     """
-    (first, *others) = weight_files(folder)
     entry = _entry(folder)
-    if entry != first or others:
+    if entry.suffix != ".safetensors":
         return _read_index(entry)
-    with open_tensors(first) as stored:
-        return dict.fromkeys(stored.keys(), first)
+    with open_tensors(entry) as stored:
+        return dict.fromkeys(stored.keys(), entry)
 
 
 def stored_dtype(folder: Path) -> str | None:
@@ -103,8 +101,8 @@ def _entry(folder: Path) -> Path:
 def _named_by_config(folder: Path) -> str | None:
     """`transformers_weights` of config.json. A config that cannot be read is `load_config`'s."""
     try:
-        named = json.loads((folder / "config.json").read_bytes()).get("transformers_weights")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        named = read_json(folder / "config.json", _FETCH_AGAIN).get("transformers_weights")
+    except InputError:
         return None
     return named if isinstance(named, str) else None
 

@@ -42,6 +42,8 @@ def write_gguf(path: Path, without: str = "", **sizes: Any) -> Path:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(70_000.0)
     writer.add_rope_dimension_count(WIDTH // HEADS)
+    if "scaling" in sizes:
+        writer.add_string("llama.rope.scaling.type", sizes["scaling"])
     writer.add_vocab_size(len(vocabulary))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(vocabulary)
@@ -59,6 +61,8 @@ def write_gguf(path: Path, without: str = "", **sizes: Any) -> Path:
     add("token_embd", len(vocabulary), WIDTH)
     add("output", len(vocabulary), WIDTH)
     add("output_norm", WIDTH)
+    if "extra" in sizes:
+        add(sizes["extra"], WIDTH // HEADS // 2)
     for layer in range(LAYERS):
         for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
             add(f"blk.{layer}.{part}", WIDTH, WIDTH)
@@ -96,6 +100,16 @@ def test_a_file_that_lacks_a_tensor_is_not_filled_with_random_numbers(tmp_path: 
     with pytest.raises(InputError, match=r"n\.gguf: .*states 1 blocks and holds 2"):
         convert_gguf(path, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_scaled_rotary_positions_are_not_lost(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", extra="rope_freqs")
+    with pytest.raises(InputError, match=r"scaled \(rope_freqs\.weight\).*safetensors version"):
+        convert_gguf(path, tmp_path / "model")
+    path = write_gguf(tmp_path / "n.gguf", scaling="linear")
+    with pytest.raises(InputError, match=r"scaled \(llama\.rope\.scaling\.type\)"):
+        convert_gguf(path, tmp_path / "model")
+    check_gguf(write_gguf(tmp_path / "o.gguf", scaling="none"))
 
 
 @pytest.mark.parametrize("change", [{"layers": 2**31}, {"width": 2**30}, {"context": 2**32 - 1}])
