@@ -46,9 +46,9 @@ def check_gguf(path: Path) -> None:
         ) from None
     if scaled:
         raise InputError(
-            f"cannot convert {path}: its rotary positions are scaled ({scaled}), which transformers "
-            "leaves out when it reads GGUF, so that another model would come out; fetch the "
-            "safetensors version"
+            f"cannot convert {path}: its rotary positions are scaled ({scaled}), which "
+            "transformers leaves out when it reads GGUF, so that another model would come out; "
+            "fetch the safetensors version"
         )
 
 
