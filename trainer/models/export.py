@@ -5,6 +5,7 @@ word, by transformers 4 and by what is built on it. Written are both.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,12 @@ def require_loadable(config: ModelConfig, source: Path) -> None:
             f"{reason}; correct them there"
         ) from error
     taken, _ = companions(source)
+    for file in taken:
+        if not os.access(source / file, os.R_OK):
+            raise InputError(
+                f"{source / file}: it goes along with the new model and cannot be read; change its "
+                "permissions, or move it elsewhere"
+            )
     for name in (_GENERATION, _TOKENIZER):
         if Path(name) in taken:
             read_json(source / name, f"{_FIX}, or remove it")

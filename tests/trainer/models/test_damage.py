@@ -76,12 +76,12 @@ def check_damages(name: str, file: str, path: Path, seeds: range) -> dict[str, i
 
 @pytest.mark.parametrize("file", FILES)
 def test_damaged_files_are_refused_or_read(file: str, tmp_path: Path) -> None:
-    counts = check_damages("llama-3-rope", file, tmp_path / "model", range(20))
-    assert counts["refused"] >= (1 if file == "generation_config.json" else 5)
+    counts = check_damages("llama-3-rope", file, tmp_path / "model", range(8))
+    assert counts["refused"] >= (1 if file == "generation_config.json" else 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("name", NAMES)
 def test_many_damaged_files_are_refused_or_read(name: str, file: str, tmp_path: Path) -> None:
-    check_damages(name, file, tmp_path / "model", range(1000, 1060))
+    check_damages(name, file, tmp_path / "model", range(1000, 1040))

@@ -120,6 +120,16 @@ def test_companions_that_transformers_cannot_read_are_refused(
     assert str(source / name) in str(caught.value)
 
 
+def test_a_companion_that_cannot_be_read_is_refused_before_any_work(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "LICENSE")
+    require_loadable(load_config(source), source)
+    (source / "LICENSE").touch()
+    with pytest.raises(InputError, match=r"/LICENSE: it goes along .* cannot be read"):
+        require_loadable(load_config(source), source)
+
+
 @pytest.mark.parametrize("pad", [None, 258, 0])
 def test_what_transformers_can_build_passes(pad: int | None, source: Path) -> None:
     set_values(source / "config.json", pad_token_id=pad)

@@ -179,8 +179,8 @@ def _damage(tmp_path: Path, seeds: range) -> dict[str, int]:
 
 
 def test_damaged_headers_are_refused_or_read(tmp_path: Path) -> None:
-    counts = _damage(tmp_path, range(30))
-    assert counts["refused"] > 15
+    counts = _damage(tmp_path, range(12))
+    assert counts["refused"] > 5
 
 
 @pytest.mark.slow
