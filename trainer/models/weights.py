@@ -31,7 +31,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     entry = _entry(folder)
     files = [entry] if entry.suffix == ".safetensors" else sorted(set(_read_index(entry).values()))
-    ignored = {path.name for path in folder.glob("*.safetensors")} - {file.name for file in files}
+    others = {path.name for path in (*folder.glob("*.safetensors"), *folder.glob(INDEX_FILE))}
+    ignored = others - {entry.name, *(file.name for file in files)}
     if ignored:
         _log_ignored(folder, entry.name, ", ".join(sorted(ignored)))
     return files

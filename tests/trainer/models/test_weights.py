@@ -59,7 +59,9 @@ def test_other_files_beside_the_model_are_ignored_by_name(
     assert f"{name} ignored; the model is in model.safetensors" in capsys.readouterr().out
 
 
-def test_a_single_file_comes_before_an_index(tmp_path: Path) -> None:
+def test_a_single_file_comes_before_an_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = folder_of(tmp_path / "model")
     other = folder_of(tmp_path / "other", shard="40KB")
     for file in other.glob("model*"):
@@ -70,6 +72,7 @@ def test_a_single_file_comes_before_an_index(tmp_path: Path) -> None:
             shutil.copy(file, path)
     assert weight_files(path) == [path / "model.safetensors"]
     assert same_as_transformers(path)
+    assert f", {INDEX_FILE} ignored; the model is in model.safetensors" in capsys.readouterr().out
     (path / INDEX_FILE).write_text(json.dumps({"weight_map": {"x": "absent.safetensors"}}))
     assert same_as_transformers(path)
 
