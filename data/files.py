@@ -81,8 +81,11 @@ def sync_file(path: Path) -> None:
 
 def sync_files(folder: Path) -> None:
     """Waits until all files of a folder are on disk, content and names."""
-    for file in folder.iterdir():
-        sync_file(file)
+    for path in folder.iterdir():
+        if path.is_dir():
+            sync_files(path)
+        else:
+            sync_file(path)
     sync_folder(folder)
 
 

@@ -5,16 +5,16 @@ its characters, never the special token.
 """
 
 import hashlib
-import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data.errors import InputError
+from data.errors import InputError, failure
+from data.hub import is_offline
 from data.manifest import TokenizerRecord
+from data.records import read_json
 
 # Runs of spaces, markup that looks like special tokens, several scripts, digits, a long word:
 # where tokenizers that claim to be the same differ first.
@@ -26,7 +26,18 @@ PROBE_TEXT = (
     + "antidisestablishmentarianism" * 4
     + " "
 )
-HUB_FILES = ("tokenizer*", "special_tokens_map.json", "config.json", "*.tiktoken")
+HUB_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken",
+)
+# What holds a tokenizer, in the order in which it is looked for.
+_JSON, _SENTENCEPIECE, _BPE = "tokenizer.json", "tokenizer.model", ("vocab.json", "merges.txt")
+_FIX = "repair it or download it again"
 
 
 class Tokenizer(ABC):
@@ -38,6 +49,8 @@ class Tokenizer(ABC):
     """Number of ids, special ones included."""
     bos_id: int | None
     eos_id: int
+    largest_id: int
+    """The largest id that a document can have: added special tokens never occur in text."""
     adds_bos: bool
     """Whether a document starts with BOS: what the tokenizer does by itself (as Llama's does)."""
     fingerprint: str
@@ -84,7 +97,9 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             content = path.read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
+            raise InputError(f"{path}: {failure(error)}") from None
+        except RuntimeError as error:
             raise InputError(
                 f"{path} is not a sentencepiece model ({error}); give a .model file or a folder "
                 "with tokenizer.json"
@@ -95,6 +110,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = bos if bos >= 0 else None
         self.eos_id = _required_eos(eos if eos >= 0 else None, path)
         self.adds_bos = adds_bos and self.bos_id is not None
+        self.largest_id = self.vocab_size - 1
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._processor.encode(list(texts), out_type=int, num_threads=1)
@@ -105,10 +121,12 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json; picklable, and needs only the `tokenizers` library once unpickled.
+    """A folder's tokenizer as transformers reads it; picklable, and needs only the `tokenizers`
+    library once unpickled.
 
     Args:
-        folder: holds tokenizer.json, read by transformers' AutoTokenizer.
+        folder: holds tokenizer.json, or vocab.json and merges.txt, read by transformers'
+            AutoTokenizer. Code that may lie there is never run.
 
     Raises:
         InputError: it cannot be read, has no end-of-sequence token, or gives other ids than the
@@ -120,21 +138,33 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            if (folder / name).is_file():
+                read_json(folder / name, _FIX)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
             self._json = tokenizer.backend_tokenizer.to_str()
+            self._load()
+            self.vocab_size = len(tokenizer)
+            self.bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+            with_special = tokenizer("a").input_ids
+            self.probe()
         except Exception as error:  # transformers raises many types for a bad folder
-            raise InputError(
-                f"no tokenizer can be read from {folder}: {error}; repair or download it again"
-            ) from None
-        self._load()
-        self.fingerprint = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-        self.vocab_size = len(tokenizer)
-        self.bos_id = tokenizer.bos_token_id
-        self.eos_id = _required_eos(tokenizer.eos_token_id, folder)
-        with_special = tokenizer("a").input_ids
+            raise InputError(f"no tokenizer can be read from {folder}: {error}; {_FIX}") from None
+        self.fingerprint = _fingerprint(folder)
+        self.eos_id = _required_eos(eos_id, folder)
         self.adds_bos = self.bos_id is not None and with_special[:1] == [self.bos_id]
-        self._compare_with_sentencepiece(folder / "tokenizer.model")
+        self.largest_id = self._largest_id()
+        self._compare_with_sentencepiece(folder / _SENTENCEPIECE)
+
+    def _largest_id(self) -> int:
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special}
+        usual = set(self._tokenizer.get_vocab().values()) - special
+        first = self.bos_id if self.adds_bos and self.bos_id is not None else self.eos_id
+        return max(usual | {self.eos_id, first})
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -172,13 +202,19 @@ class HuggingFaceTokenizer(Tokenizer):
             )
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` finds files of a tokenizer in `folder`."""
+    single = any((folder / name).is_file() for name in (_JSON, _SENTENCEPIECE))
+    return single or all((folder / name).is_file() for name in _BPE)
+
+
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-        path: a sentencepiece .model file; a Hugging Face folder with tokenizer.json, or with
-            tokenizer.model alone; or a name on the Hugging Face hub (from the local cache, else
-            downloaded).
+        path: a sentencepiece .model file; a Hugging Face folder with tokenizer.json, with
+            tokenizer.model alone, or with vocab.json and merges.txt; or a name on the Hugging Face
+            hub (from the local cache, else downloaded).
 
     Raises:
         InputError: there is no tokenizer, or it has no end-of-sequence token.
@@ -186,27 +222,40 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     place = Path(path)
     if not place.exists():
         place = _from_hub(str(path))
-    if place.name == "tokenizer.json":
+    if place.name in (_JSON, *_BPE):
         place = place.parent
     if place.is_file():
         return SentencePieceTokenizer(place)
-    if (place / "tokenizer.json").is_file():
+    if (place / _JSON).is_file():
         return HuggingFaceTokenizer(place)
-    if (place / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(place / "tokenizer.model", _configured_bos(place))
+    if (place / _SENTENCEPIECE).is_file():
+        return SentencePieceTokenizer(place / _SENTENCEPIECE, _configured_bos(place))
+    if holds_tokenizer(place):
+        return HuggingFaceTokenizer(place)
     raise InputError(
-        f"{path} holds neither tokenizer.json nor tokenizer.model; give a folder with one of them "
-        "or a sentencepiece .model file"
+        f"{path} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt; "
+        "give a folder with one of them or a sentencepiece .model file"
     )
+
+
+def _fingerprint(folder: Path) -> str:
+    """sha256 of tokenizer.json, or of vocab.json and merges.txt where there is none."""
+    names = (_JSON,) if (folder / _JSON).is_file() else _BPE
+    digest = hashlib.sha256()
+    for name in names:
+        try:
+            digest.update((folder / name).read_bytes())
+        except OSError as error:
+            raise InputError(f"{folder / name}: {failure(error)}") from None
+    return digest.hexdigest()
 
 
 def _configured_bos(folder: Path) -> bool:
     """Whether tokenizer_config.json lets BOS be added, the default where it does not say."""
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
         return True
-    return bool(config.get("add_bos_token", True))
+    return bool(read_json(path, _FIX).get("add_bos_token", True))
 
 
 def _required_eos(eos_id: int | None, path: Path) -> int:
@@ -219,10 +268,6 @@ def _required_eos(eos_id: int | None, path: Path) -> int:
 
 
 def _from_hub(name: str) -> Path:
-    advice = (
-        f"download it first: hf download {name} --include 'tokenizer*' --include config.json "
-        "--local-dir tokenizer, then use --tokenizer tokenizer"
-    )
     is_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not is_name or name.endswith((".model", ".json")):
         raise InputError(
@@ -231,8 +276,9 @@ def _from_hub(name: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    offline = is_offline()
     for local_only in (True, False):
-        if not local_only and os.environ.get("HF_HUB_OFFLINE"):
+        if not local_only and offline:
             break
         try:
             folder = Path(
@@ -241,10 +287,21 @@ def _from_hub(name: str) -> Path:
         except Exception as error:  # the hub client raises many types
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+        if holds_tokenizer(folder):
             return folder
         reason = "no tokenizer files in it"
+    command = (
+        f"hf download {name} --include 'tokenizer*' --include config.json --include vocab.json "
+        "--include merges.txt --local-dir tokenizer"
+    )
+    if offline:
+        raise InputError(
+            f"no tokenizer {name}: not a local path, not in the local Hugging Face cache, and "
+            "HF_HUB_OFFLINE forbids to ask the hub. Unset it; or, on a machine that may use the "
+            f"network: {command}, then copy that folder here and use --tokenizer tokenizer"
+        )
     raise InputError(
         f"no tokenizer {name}: not a local path, and the Hugging Face hub could not provide it "
-        f"({reason}); {advice}. A gated model needs `hf auth login` once"
+        f"({reason}); download it first: {command}, then use --tokenizer tokenizer. A gated model "
+        "needs `hf auth login` once"
     )

@@ -158,7 +158,8 @@ class ShearConfig:
     reference_sequences: int = 32
     """Training sequences per domain on which the source's loss is measured."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights in OUTPUT/model; float32 loses nothing before continued pre-training."""
+    """Type of the weights in OUTPUT/model; float32 loses nothing before continued pre-training,
+    which returns to the source's type."""
     json: str | None = None
     """Copy the final report to this file."""
     masks: MaskConfig = field(default_factory=MaskConfig)

@@ -27,6 +27,7 @@ from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config, save_tensors
 from trainer.models.masks import Masks
 from trainer.models.sources import weights_fingerprint
+from trainer.models.weights import original_dtype
 from trainer.run import training_report
 from trainer.saving import full_tensors, publish, save_tensors_of
 from trainer.verdict import (
@@ -92,6 +93,7 @@ def finish(
     report = {
         "source": str(source.absolute()),
         "source_weights": weights_fingerprint(source),
+        "source_dtype": original_dtype(trainer.model.config.hf, source),
         "rule": config.masks.rule,
         "distillation": asdict(config.distillation),
         **_units(rule, z),
@@ -139,7 +141,9 @@ def reload_difference(trainer: Trainer, masks: Masks, path: Path) -> float:
         ids = torch.from_numpy(reader.read(reader.domains[0], np.array([0])))[:, :length]
         expected = masked.eval()(ids, masks=masks)
         logging.disable_progress_bar()
-        plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        plain = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         difference = ((plain(ids).logits - expected).norm() / expected.norm()).item()
     return float(trainer.context.broadcast(difference))
 

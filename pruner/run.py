@@ -49,6 +49,7 @@ from trainer.loop import Trainer
 from trainer.memory import headroom_bytes
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
+from trainer.models.export import require_loadable
 from trainer.models.hf import check_weights, load_config
 from trainer.models.sources import is_hub_id, local_folder, resolve_model, weights_fingerprint
 from trainer.output import owned, remove_checkpoints, require_apart, require_room, state_of
@@ -167,7 +168,7 @@ def open_inputs(config: ShearConfig) -> Inputs:
     source = shape_of(model)
     target = parse_target(config.target, source)
     pruned = config_of(target, model)
-    pruned.to_hf()
+    require_loadable(pruned, folder)
     require_reachable(unit_kinds(target, source), config.masks)
     config = resolve(config, model, target)
     reader, held_out = open_data(config.data, config.train, model, folder)

@@ -193,6 +193,9 @@ class CptConfig:
     teacher: str | None = None
     """Model to learn from besides the text, named like --model; same vocabulary. Default: for a
     sheared model the source, at shearing's --distill-weight; else none."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights in OUTPUT/model. Default: the original's, also after shearing in
+    float32; bfloat16 where nothing states it."""
     json: str | None = None
     """Copy the final report to this file."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)

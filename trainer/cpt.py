@@ -39,9 +39,11 @@ from trainer.inputs import find_model_with_data, open_data
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
+from trainer.models.export import require_loadable
 from trainer.models.hf import check_weights, load_config
 from trainer.models.sources import (
     fetch_advice,
+    home_expanded,
     is_hub_id,
     local_folder,
     resolve_model,
@@ -180,6 +182,7 @@ def open_inputs(config: CptConfig) -> Inputs:
         local_folder(config.model if is_hub_id(config.model) else SOURCE),
     )
     shape = load_config(source)
+    require_loadable(shape, source)
     reader, held_out = open_data(config.data, train, shape, source)
     sheared = sheared_report(run_of(source) / source.name)
     # Only a model as it was pre-trained is its own reference: a sheared one starts too high.
@@ -268,7 +271,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
 
 def find_model(model: str, *, weights: bool = True) -> Path:
     """Resolves --model; raises InputError telling how to make or fetch one that is missing."""
-    path = Path(model).expanduser()
+    path = home_expanded(model, "--model")
     shear = f"python -m pruner.shear --source {local_folder(SOURCE)} --target 1.3b"
     run = run_of(path) if path.name == "model" or path.is_symlink() else path
     run = path if (path / "run.json").exists() else run
@@ -290,7 +293,13 @@ def find_model(model: str, *, weights: bool = True) -> Path:
 def finish(trainer: Trainer, source: Path, config: CptConfig) -> None:
     """Writes the model folder and then the report, whose presence marks the run as finished."""
     output = Path(config.output)
-    save_pretrained(trainer.model, trainer.context, output / "model", tokenizer_from=source)
+    save_pretrained(
+        trainer.model,
+        trainer.context,
+        output / "model",
+        tokenizer_from=source,
+        dtype=config.save_dtype,
+    )
     # Before the checkpoints go: what is there can be read again.
     trainer.context.raise_on_any_rank(
         lambda: check_weights(output / "model", load_config(output / "model"))

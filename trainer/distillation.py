@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from data.errors import InputError
 from data.reader import TokenReader
-from data.tokenizers import load_tokenizer
+from data.tokenizers import holds_tokenizer, load_tokenizer
 from trainer.config import DISTILL_WEIGHT, DistillationConfig, TrainConfig
 from trainer.kernels.linear_cross_entropy import TeacherOutput
 from trainer.memory import check_memory
@@ -18,7 +18,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config, load_sharded
 from trainer.models.masks import Masks
-from trainer.models.sources import TOKENIZER_FILES, resolve_model, weights_fingerprint
+from trainer.models.sources import resolve_model, weights_fingerprint
 from trainer.parallel import DistributedContext, compute_dtype, shard
 
 
@@ -95,10 +95,11 @@ def resolve_teacher(
 
 def _holds(folder: str, fingerprint: str | None) -> bool:
     """Whether `folder` holds the weights of this fingerprint (None: any)."""
-    path = Path(folder)
-    if not any(path.glob("*.safetensors")):
+    try:
+        found = weights_fingerprint(Path(folder))
+    except InputError:
         return False
-    return fingerprint in (None, weights_fingerprint(path))
+    return fingerprint in (None, found)
 
 
 def open_teacher(
@@ -129,8 +130,10 @@ def open_teacher(
     folder = resolve_model(name, weights=False, option="--teacher")
     shape = load_config(folder)
     check_teacher(f"--teacher {name}", shape, config, train, student)
-    readable = any((folder / file).exists() for file in TOKENIZER_FILES)
-    if readable and load_tokenizer(folder).probe() != reader.manifest.tokenizer.probe:
+    if (
+        holds_tokenizer(folder)
+        and load_tokenizer(folder).probe() != reader.manifest.tokenizer.probe
+    ):
         raise InputError(
             f"--teacher {name} has another tokenizer than the training data: the same text gives "
             "other ids; choose a teacher of the student's own family"

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.errors import InputError
+from data.hub import is_offline
+from data.log import logger
 from data.machine import available_cores
 from data.manifest import FILE_NAME, HELD_OUT
 from data.reader import TokenReader
-from data.tokenizers import load_tokenizer
+from data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
-from trainer.models.sources import TOKENIZER_FILES
 
 TEXT_FOLDER = "SlimPajama-627B"
 
@@ -34,8 +35,9 @@ def missing_data(data: str, seq_len: int, tokenizer: Path | str) -> str | None:
     """How to make tokenized data in the folder `data`, or None where it is there."""
     if (Path(data) / FILE_NAME).is_file():
         return None
+    where = " on a machine that may use the network, copy it here" if is_offline() else ""
     return (
-        f"--data {data}: no tokenized data there. Fetch text and tokenize it:\n"
+        f"--data {data}: no tokenized data there. Fetch text{where} and tokenize it:\n"
         "    hf download cerebras/SlimPajama-627B --repo-type dataset --include 'train/chunk1/*' "
         f"--local-dir {TEXT_FOLDER}\n"
         f"    python -m data.tokenize --input '{TEXT_FOLDER}/train/**/*.jsonl.zst' "
@@ -75,15 +77,43 @@ def open_data(
 def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data: str) -> None:
     """Raises InputError when the tokens of `reader` are not those of the model in `source`."""
     used = reader.manifest.tokenizer
-    if used.vocab_size > model.vocab_size:
-        raise InputError(
-            f"--data {data} was tokenized with {used.vocab_size} ids, the model has "
-            f"{model.vocab_size}; tokenize again with --tokenizer {source}"
-        )
-    if not any((source / name).exists() for name in TOKENIZER_FILES):
-        return
-    if load_tokenizer(source).probe() != used.probe:
+    own = load_tokenizer(source) if holds_tokenizer(source) else None
+    if own is not None and own.probe() != used.probe:
         raise InputError(
             f"--data {data} was tokenized by another tokenizer than the model's: the same text "
             f"gives other ids; tokenize again with --tokenizer {source}"
         )
+    if used.vocab_size <= model.vocab_size:
+        return
+    # Special tokens that were added without a row for them do no harm: they are never in the data.
+    if own is None or own.fingerprint != used.fingerprint or own.largest_id >= model.vocab_size:
+        raise InputError(
+            f"--data {data} was tokenized with {used.vocab_size} ids, the model has "
+            f"{model.vocab_size}; {_more_ids(own, used.fingerprint, model.vocab_size, source)}"
+        )
+    logger.warning(
+        f"the tokenizer of {source} has {own.vocab_size} ids, the model {model.vocab_size}: the "
+        "special ids beyond are never in the data, and the model cannot read them"
+    )
+
+
+def _more_ids(tokenizer: Tokenizer | None, used: str, rows: int, source: Path) -> str:
+    """What helps where a tokenizer makes ids that the model has no rows for."""
+    if tokenizer is None:
+        return (
+            f"fetch the model's own tokenizer (tokenizer.json) to {source}, and tokenize again "
+            f"with --tokenizer {source}"
+        )
+    if tokenizer.fingerprint != used:
+        return f"tokenize again with the model's own: --tokenizer {source}"
+    if tokenizer.eos_id >= rows:
+        return (
+            f"the end-of-sequence token, which ends every document, is id {tokenizer.eos_id}: set "
+            f"eos_token in {source}/tokenizer_config.json to one that the model was trained with "
+            "and tokenize again"
+        )
+    return (
+        f"text can give ids up to {tokenizer.largest_id}. Remove the added tokens from "
+        f"{source}/tokenizer.json and tokenize again, or give the model rows for them: "
+        "resize_token_embeddings of transformers, then save_pretrained"
+    )

@@ -13,6 +13,7 @@ from data.records import read_json
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import save_model
+from trainer.models.weights import original_dtype
 from trainer.parallel import DistributedContext, full_tensor
 
 
@@ -27,16 +28,21 @@ def full_tensors(model: CausalLM, *, needed: bool = True) -> Iterator[tuple[str,
 
 
 def save_pretrained(
-    model: CausalLM, context: DistributedContext, path: Path, *, tokenizer_from: Path
+    model: CausalLM,
+    context: DistributedContext,
+    path: Path,
+    *,
+    tokenizer_from: Path,
+    dtype: str | None = None,
 ) -> None:
-    """Writes `path` as a Hugging Face folder, in the source's dtype (bf16 when it states none).
+    """Writes `path` as a Hugging Face folder, with the companions of the model in `tokenizer_from`.
 
-    All ranks take part.
+    In `dtype`, by name; by default in that of the original (bf16 where nothing states it). All
+    ranks take part.
     """
-    stated = model.config.hf.get("dtype") or model.config.hf.get("torch_dtype")
-    dtype = {"float32": torch.float32, "float16": torch.float16}.get(str(stated), torch.bfloat16)
+    name = dtype or original_dtype(model.config.hf, tokenizer_from) or "bfloat16"
     tensors = full_tensors(model, needed=context.is_main)
-    save_tensors_of(tensors, model.config, context, path, tokenizer_from, dtype)
+    save_tensors_of(tensors, model.config, context, path, tokenizer_from, getattr(torch, name))
 
 
 def save_tensors_of(

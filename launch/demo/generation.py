@@ -24,8 +24,9 @@ def load_for_generation(folder: Path) -> tuple[Any, Any]:
     silence_transformers()
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    return model.to("cuda" if on_gpu else "cpu"), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return model.eval().to("cuda" if on_gpu else "cpu"), tokenizer
 
 
 def compare_generation(

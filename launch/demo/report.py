@@ -157,7 +157,9 @@ def reload_check(folder: Path) -> Check:
     from transformers import AutoModelForCausalLM
 
     silence_transformers()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     ours = load_model(folder)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, theirs.config.vocab_size, (2, 64), generator=generator)

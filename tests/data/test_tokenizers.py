@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from transformers import AutoTokenizer
 
 from data.errors import InputError
-from data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from data.hub import is_offline
+from data.tokenizers import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    holds_tokenizer,
+    load_tokenizer,
+)
 
 TRICKY = [
     "a </s> b <s> c <unk>",
@@ -142,5 +149,87 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match="no tokenizer can be read"):
         load_tokenizer(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match=r"hf download nobody/nothing .*--local-dir"):
+    with pytest.raises(
+        InputError, match=r"HF_HUB_OFFLINE forbids.*hf download nobody/nothing .*-dir"
+    ):
         load_tokenizer("nobody/nothing")
+
+
+def test_offline_is_what_the_hub_takes_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    for value, offline in (("1", True), ("yes", True), ("on", True), ("0", False), ("", False)):
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        assert is_offline() == offline
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "True")
+    assert is_offline()
+
+
+@pytest.fixture
+def bpe_folder(tiny_tokenizer: Path, tmp_path: Path) -> Path:
+    """The tiny tokenizer as vocab.json and merges.txt."""
+    folder = tmp_path / "bpe"
+    folder.mkdir()
+    vocabulary = json.loads((tiny_tokenizer / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "GPT2Tokenizer", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_vocabulary_and_merges_are_a_tokenizer(bpe_folder: Path, tiny_tokenizer: Path) -> None:
+    tokenizer, original = load_tokenizer(bpe_folder), load_tokenizer(tiny_tokenizer)
+    assert holds_tokenizer(bpe_folder)
+    assert tokenizer.probe() == original.probe() and tokenizer.eos_id == original.eos_id
+    assert load_tokenizer(bpe_folder / "vocab.json").record() == tokenizer.record()
+    assert pickle.loads(pickle.dumps(tokenizer)).record() == tokenizer.record()
+    (bpe_folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    vocabulary = json.loads((bpe_folder / "vocab.json").read_text())
+    (bpe_folder / "vocab.json").write_text(json.dumps(vocabulary | {"ab": 259}))
+    assert load_tokenizer(bpe_folder).fingerprint != tokenizer.fingerprint
+    assert load_tokenizer(bpe_folder).encode(["ab"])[0].tolist() == [259]
+    (bpe_folder / "merges.txt").unlink()
+    assert not holds_tokenizer(bpe_folder)
+    with pytest.raises(InputError, match=r"nor vocab\.json with merges\.txt"):
+        load_tokenizer(bpe_folder)
+
+
+def test_the_largest_id_of_a_document(tiny_tokenizer: Path, sentencepiece_model: Path) -> None:
+    assert load_tokenizer(tiny_tokenizer).largest_id == 258
+    assert load_tokenizer(sentencepiece_model).largest_id == 319
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tiny_tokenizer)
+    padded = load_tokenizer(tiny_tokenizer)
+    assert (padded.vocab_size, padded.largest_id) == (260, 258)
+    assert max(padded.encode(["a <pad> b"])[0]) <= 258
+    tokenizer.add_tokens(["word"])
+    tokenizer.save_pretrained(tiny_tokenizer)
+    assert load_tokenizer(tiny_tokenizer).largest_id == 260
+    assert 260 in load_tokenizer(tiny_tokenizer).encode(["a word"])[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "{"),
+        ("special_tokens_map.json", "7"),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "model_max_length": "x"}'),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(name: str, text: str, tiny_tokenizer: Path) -> None:
+    (tiny_tokenizer / name).write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(tiny_tokenizer)
+    assert str(tiny_tokenizer) in str(caught.value)
+
+
+def test_code_beside_a_tokenizer_is_not_run(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    (tiny_tokenizer / "tokenization_x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    names = {"auto_map": {"AutoTokenizer": [None, "tokenization_x.X"]}, "tokenizer_class": "X"}
+    edit_json(tiny_tokenizer / "tokenizer_config.json", lambda content: content.update(names))
+    with pytest.raises(InputError, match="no tokenizer can be read"):
+        load_tokenizer(tiny_tokenizer)
+    assert not (tmp_path / "ran").exists()

@@ -2,15 +2,18 @@
 
 import copy
 import dataclasses
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
+from data.records import is_kind, word_for, words_for
 from trainer.models.families import FAMILIES, Family
+from trainer.models.limits import LARGEST_WIDTH, SIZE_LIMITS, shortened
+from trainer.models.rope_settings import read_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-ROPE_TYPES = ("default", "linear", "llama3")
 # Fields that not every family's config can hold.
 _OPTIONS = (
     "qkv_bias",
@@ -29,9 +32,11 @@ _REWRITTEN_KEYS = frozenset(
         "_attn_implementation",
         "_name_or_path",
         "architectures",
+        "auto_map",
         "dtype",
         "layer_types",
         "model_type",
+        "original_dtype",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
@@ -39,8 +44,19 @@ _REWRITTEN_KEYS = frozenset(
         "rotary_pct",
         "torch_dtype",
         "transformers_version",
+        "transformers_weights",
     }
 )
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(SIZE_LIMITS, int),
+    **dict.fromkeys(("norm_eps", "rope_theta", "rotary_fraction"), float),
+    **dict.fromkeys(("tie_embeddings", "qkv_bias", "output_bias", "mlp_bias"), bool),
+    **dict.fromkeys(("qk_norm", "parallel_residual"), bool),
+    "activation": str,
+    "sliding_window": (int, type(None)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,18 +110,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_known(self.family)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require_types(self)
+        for name, limit in SIZE_LIMITS.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}; it must be at least 1, and at most {limit}"
+                )
+        if self.query_size > LARGEST_WIDTH:
+            raise InputError(
+                f"{self.num_heads} heads of {self.head_dim} are {self.query_size} wide together; "
+                f"at most {LARGEST_WIDTH} can be used"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise InputError(f"sliding_window is {self.sliding_window}; it must be at least 1")
+        if not 0 < self.rotary_fraction <= 1:
+            raise InputError(
+                f"the rotary embedding rotates {self.rotary_fraction} of each head; it must be "
+                "above 0, and at most 1"
+            )
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
@@ -122,21 +144,17 @@ class ModelConfig:
         """Read the content of a config.json; keys that are absent take transformers' defaults.
 
         Raises:
-            InputError: unknown family, or a feature that changes the forward pass and that this
-                implementation does not have.
+            InputError: unknown family, a value of another type or beyond all sense, or a feature
+                that changes the forward pass and that this implementation does not have.
         """
-        family = str(values.get("model_type"))
+        if "model_type" not in values:
+            raise InputError("`model_type` is missing; it names the model's family, such as llama")
+        family = str(values["model_type"])
         _require_known(family)
+        _require_possible(FAMILIES[family], values)
         _refuse_unsupported(family, values)
         config = _transformers_config(family, values)
-        rope = dict(config.rope_parameters)
-        rope_type = rope.get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise InputError(
-                f"rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-            )
-        theta = float(rope.pop("rope_theta"))
-        fraction = float(rope.pop("partial_rotary_factor", 1.0))
+        theta, fraction, scaling = read_rope(config.rope_parameters)
         if fraction != 1.0 and not FAMILIES[family].partial_rotary:
             raise InputError(
                 f"partial_rotary_factor {fraction} is not supported in {family}; only rotary "
@@ -145,7 +163,7 @@ class ModelConfig:
         return cls(
             family=family,
             rope_theta=theta,
-            rope_scaling=None if rope_type == "default" else rope,
+            rope_scaling=scaling,
             rotary_fraction=fraction,
             hf=copy.deepcopy(values),
             **_read_fields(FAMILIES[family], config),
@@ -270,8 +288,30 @@ class ModelConfig:
 def _require_known(family: str) -> None:
     if family not in FAMILIES:
         raise InputError(
-            f"model family {family!r} is not supported; known families: {', '.join(FAMILIES)}"
+            f"model family {shortened(repr(family))} is not supported; known families: "
+            f"{', '.join(FAMILIES)}"
         )
+
+
+def _require_types(config: ModelConfig) -> None:
+    """Raises InputError unless every field of `config` is of the type that it is declared with."""
+    for name, kind in _TYPES.items():
+        value = getattr(config, name)
+        if not is_kind(value, kind):
+            raise InputError(
+                f"{name} is {word_for(value)} ({shortened(repr(value))}), not {words_for(kind)}"
+            )
+        if isinstance(value, float) and not (isfinite(value) and value >= 0):
+            raise InputError(f"{name} is {value}; it must be a number of at least 0")
+
+
+def _require_possible(traits: Family, values: dict[str, Any]) -> None:
+    """Raises InputError for sizes beyond SIZE_LIMITS, from which transformers would build lists."""
+    for name, limit in SIZE_LIMITS.items():
+        key = traits.keys.get(name)
+        value = values.get(key) if key else None
+        if isinstance(value, (int, float)) and not value <= limit:
+            raise InputError(f"{key} is {shortened(str(value))}; it can be {limit} at most")
 
 
 def _read_fields(traits: Family, config: Any) -> dict[str, Any]:
@@ -289,21 +329,22 @@ def _refuse_unsupported(family: str, values: dict[str, Any]) -> None:
     key, known = traits.keys["activation"], traits.activations
     if (values.get(key) or known[0]) not in known:
         raise InputError(
-            f"{key} {values[key]!r} is not supported in {family}; only "
+            f"{key} {shortened(repr(values[key]))} is not supported in {family}; only "
             f"{', '.join(map(repr, known))} is"
         )
     if "head_dim" not in traits.keys and values.get("head_dim") is not None:
         raise InputError(
-            f"head_dim {values['head_dim']} in a {family} config is not supported: its heads are "
-            "hidden_size / num_attention_heads wide; remove the key"
+            f"head_dim {shortened(str(values['head_dim']))} in a {family} config is not supported: "
+            "its heads are hidden_size / num_attention_heads wide; remove the key"
         )
     if values.get("quantization_config"):
         raise InputError(
             "the model is quantized (quantization_config is set) and cannot be trained; "
             "give the unquantized original"
         )
-    layer_types = set(values.get("layer_types") or ())
-    if values.get("use_sliding_window") or layer_types - {"full_attention"}:
+    layer_types = values.get("layer_types") or []
+    full = isinstance(layer_types, list) and all(one == "full_attention" for one in layer_types)
+    if values.get("use_sliding_window") or not full:
         raise InputError(
             f"{family} with sliding-window attention in some layers is not supported; "
             "only full attention in every layer is (use_sliding_window false)"
@@ -311,12 +352,12 @@ def _refuse_unsupported(family: str, values: dict[str, Any]) -> None:
 
 
 def _transformers_config(family: str, values: dict[str, Any]) -> "PreTrainedConfig":
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    # transformers completes the nested rope dictionaries in place.
-    arguments = copy.deepcopy({key: values[key] for key in values if key != "model_type"})
     try:
+        # transformers completes the nested rope dictionaries in place.
+        arguments = copy.deepcopy({key: values[key] for key in values if key != "model_type"})
         return AutoConfig.for_model(family, **arguments)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise InputError(f"transformers refuses this {family} config: {error}") from error
+    except Exception as error:  # it raises many types for a bad value
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
+        raise InputError(f"transformers refuses this {family} config: {reason}") from error

@@ -69,6 +69,10 @@ class Family:
     """Activations that the block computes, by transformers' names; the config's default first."""
     partial_rotary: bool = False
     """The config may rotate a part of each head only (`partial_rotary_factor`)."""
+    legacy_rope_keys: Mapping[str, str] = field(
+        default_factory=lambda: {"rope_theta": "rope_theta"}
+    )
+    """Key of `rope_parameters` -> key beside it under which transformers 4 reads the same."""
     divides_hidden: bool = False
     """transformers refuses a hidden size that is no multiple of the heads, despite `head_dim`."""
     norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
@@ -178,6 +182,7 @@ FAMILIES: dict[str, Family] = {
         fixed={"mlp_bias": True},
         activations=("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
         partial_rotary=True,
+        legacy_rope_keys={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
         norm="LayerNorm",
         block="trainer.models.gpt_neox:DecoderLayer",
     ),

@@ -4,57 +4,47 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.errors import InputError
+from data.errors import InputError, failure
 from data.files import follow_umask, partial_path, replace_file, replace_folder
+from data.records import read_json
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
+from trainer.models.export import copy_companions, widen
 from trainer.models.families import Role
-from trainer.models.sources import INDEX_FILE
+from trainer.models.weights import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    open_tensors,
+    original_dtype,
+    tensor_files,
+)
 from trainer.parallel import local_region
 
 SHARD_BYTES = 5 * 10**9
 """Largest safetensors file written, in bytes, as transformers does by default."""
-_COMPANIONS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 # Checkpoints of old transformers versions store these buffers; they follow from the config.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attention.bias", ".masked_bias")
 _COMPARED_ROWS = 4096
 """Rows of head and embedding that are read at once to compare them."""
-_SINGLE = "model.safetensors"
 
 
 def load_config(path: Path) -> ModelConfig:
     """The architecture described by the config.json in folder `path`.
 
     Raises:
-        InputError: the file is missing or not JSON, or the architecture is not supported.
+        InputError: the file is missing or not JSON, a value in it cannot be used, or the
+            architecture is not supported.
     """
     file = path / "config.json"
-    try:
-        values = json.loads(file.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}; give a model folder") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from error
+    values = read_json(file, "give a folder with a Hugging Face model, fetched whole")
     try:
         return ModelConfig.from_hf(values)
     except InputError as error:
@@ -103,50 +93,84 @@ def load_sharded(model: CausalLM, path: Path) -> None:
     """
     expected = dict(model.named_parameters())
     for file, names in _stored_tensors(model, path).items():
-        with _open(file) as stored:
-            for name in names:
+        with open_tensors(file) as stored:
+            for name, stored_name in names.items():
                 local, region = local_region(expected[name])
                 if local.numel():
-                    local.copy_(stored.get_slice(name)[region])
+                    local.copy_(stored.get_slice(stored_name)[region])
 
 
-def _stored_tensors(model: CausalLM, path: Path) -> dict[Path, list[str]]:
-    """The tensors of `model` that each file of folder `path` stores; all of them are there."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor is stored."""
+
+    file: Path
+    name: str
+    """Its name there."""
+
+
+def _stored_tensors(model: CausalLM, path: Path) -> dict[Path, dict[str, str]]:
+    """For each file of folder `path` that holds tensors of `model`, the model's name and the stored
+    name of each; all tensors are there, with the right shapes."""
     expected = dict(model.named_parameters())
-    locations = _tensor_files(path)
-    _require_same_tie(model, locations, path)
+    places = _places(model, path)
+    _require_same_tie(model, places, path)
     if model.config.tie_embeddings:
-        locations.pop(f"{model.names.head}.weight", None)
-    locations = {k: file for k, file in locations.items() if not k.endswith(_IGNORED_SUFFIXES)}
-    _require_same_names(expected, locations, path)
-    by_file: dict[Path, list[str]] = {}
-    for name, file in locations.items():
-        by_file.setdefault(file, []).append(name)
+        places.pop(f"{model.names.head}.weight", None)
+    _require_same_names(expected, places, path)
+    by_file: dict[Path, dict[str, str]] = {}
+    for name, place in places.items():
+        by_file.setdefault(place.file, {})[name] = place.name
     for file, names in by_file.items():
-        with _open(file) as stored:
-            for name in names:
-                shape, wanted = tuple(stored.get_slice(name).get_shape()), expected[name].shape
-                if shape != tuple(wanted):
+        with open_tensors(file) as stored:
+            for name, stored_name in names.items():
+                tensor, wanted = stored.get_slice(stored_name), tuple(expected[name].shape)
+                if tuple(tensor.get_shape()) != wanted:
                     raise InputError(
-                        f"{name} has shape {shape} in {file}, but config.json gives "
-                        f"{tuple(wanted)}; the folder mixes two models"
+                        f"{name} has shape {tuple(tensor.get_shape())} in {file}, but config.json "
+                        f"gives {wanted}; the folder mixes two models"
+                    )
+                if "F" not in tensor.get_dtype():
+                    raise InputError(
+                        f"{name} is of type {tensor.get_dtype()} in {file}, which holds no weights "
+                        "of an unquantized model; fetch the file again, or the original"
                     )
     return by_file
 
 
-def _require_same_tie(model: CausalLM, locations: dict[str, Path], path: Path) -> None:
+def _places(model: CausalLM, path: Path) -> dict[str, _Place]:
+    """Where folder `path` stores what, by the model's names.
+
+    A model that was saved without its head lacks the first part of every name ("model."), which
+    transformers adds too.
+    """
+    stored = tensor_files(path)
+    expected = {name for name, _ in model.named_parameters()}
+    prefix = f"{model.names.blocks.partition('.')[0]}."
+    places = {}
+    for name, file in stored.items():
+        if name.endswith(_IGNORED_SUFFIXES):
+            continue
+        bare = name not in expected and f"{prefix}{name}" in expected
+        full = f"{prefix}{name}" if bare and f"{prefix}{name}" not in stored else name
+        places[full] = _Place(file, name)
+    return places
+
+
+def _require_same_tie(model: CausalLM, places: dict[str, _Place], path: Path) -> None:
     """A stored head that differs from a tied embedding would be used by transformers, and a missing
     one drawn at random."""
     head, embedding = f"{model.names.head}.weight", f"{model.names.embedding}.weight"
-    stored, tied = head in locations, model.config.tie_embeddings
-    if not tied and not stored and embedding in locations:
+    stored, tied = head in places, model.config.tie_embeddings
+    if not tied and not stored and embedding in places:
         raise InputError(
             f"{path} stores no {head}, but its config.json does not tie it to the embedding: fetch "
             "the missing tensor, or set tie_word_embeddings to true there if the model shares them"
         )
-    if tied and stored and embedding in locations:
-        with _open(locations[head]) as first, _open(locations[embedding]) as second:
-            same = _same_values(first.get_slice(head), second.get_slice(embedding))
+    if tied and stored and embedding in places:
+        own, shared = places[head], places[embedding]
+        with open_tensors(own.file) as first, open_tensors(shared.file) as second:
+            same = _same_values(first.get_slice(own.name), second.get_slice(shared.name))
         if not same:
             raise InputError(
                 f"{path} stores a {head} other than {embedding}, but its config.json ties the two: "
@@ -161,39 +185,6 @@ def _same_values(first: Any, second: Any) -> bool:
     rows = first.get_shape()[0]
     parts = (slice(start, start + _COMPARED_ROWS) for start in range(0, rows, _COMPARED_ROWS))
     return all(bool((first[part] == second[part]).all()) for part in parts)
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    """A safetensors file; raises InputError for one that cannot be read."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            yield stored
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read {file}: {error}; fetch the file again") from error
-
-
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """The file that holds each tensor of folder `path`."""
-    index = path / INDEX_FILE
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        locations = {name: path / file for name, file in weight_map.items()}
-        missing = sorted({file.name for file in locations.values() if not file.is_file()})
-        if missing:
-            raise InputError(
-                f"{path} lacks {', '.join(missing)}, which {INDEX_FILE} names; "
-                "fetch the missing files"
-            )
-        return locations
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{path} holds no *.safetensors; give a Hugging Face model folder")
-    locations = {}
-    for file in files:
-        with _open(file) as stored:
-            locations |= dict.fromkeys(stored.keys(), file)
-    return locations
 
 
 def _require_same_names(expected: Iterable[str], found: Iterable[str], where: Path) -> None:
@@ -226,15 +217,16 @@ def save_model(
         state: full (not sharded) tensors by Hugging Face name; an iterator is consumed one tensor
             at a time, so that at most SHARD_BYTES are held.
         path: the folder, replaced if it exists.
-        tokenizer_from: a model folder whose tokenizer and generation config are copied.
-        dtype: dtype of the stored weights.
+        tokenizer_from: a model folder whose companions are copied (`export.companions`).
+        dtype: dtype of the stored weights. Where the original's is another, config.json keeps its
+            name as `original_dtype`.
 
     Returns:
         The config as derived from the tensors.
 
     Raises:
         InputError: blocks of different shapes, missing tensors, a shape that transformers cannot
-            express, or a failure to write.
+            express, values too large for `dtype`, or a failure to write.
     """
     path = path.absolute()
     temporary = path.with_name(f".{path.name}.partial")
@@ -243,18 +235,23 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot create {path}: {error}; choose another folder") from error
+        raise InputError(f"cannot create {path}: {failure(error)}") from error
     try:
         shapes = _write_tensors(pairs, temporary, dtype)
         derived = _config_from_shapes(config, shapes)
         hf_config = derived.to_hf()
         hf_config.dtype = dtype
+        original = original_dtype(config.hf, tokenizer_from)
+        if original is not None and f"torch.{original}" != str(dtype):
+            hf_config.original_dtype = original
         hf_config.save_pretrained(temporary)
-        for name in _COMPANIONS:
-            if tokenizer_from is not None and (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, temporary / name)
+        if tokenizer_from is not None:
+            copy_companions(tokenizer_from, temporary)
+        widen(temporary)
         replace_folder(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {failure(error)}") from error
+    except SafetensorError as error:
         raise InputError(f"cannot write {path}: {error}; free space or choose another") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -277,6 +274,10 @@ def _write_tensors(
 
     for name, tensor in pairs:
         stored = tensor.detach().to("cpu", dtype).contiguous()
+        if dtype is torch.float16 and not bool(stored.isfinite().all()):
+            raise InputError(
+                f"{name} has values beyond what float16 holds (65,504): use --save-dtype bfloat16"
+            )
         size = stored.numel() * stored.element_size()
         if pending and held + size > SHARD_BYTES:
             flush()
@@ -287,7 +288,7 @@ def _write_tensors(
         total += size
     flush()
     if len(shards) == 1:
-        (folder / "shard-0").rename(folder / _SINGLE)
+        (folder / "shard-0").rename(folder / SINGLE_FILE)
         return shapes
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):

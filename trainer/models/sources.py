@@ -1,24 +1,40 @@
 """Finds the folder of a model that the user named: a folder, a run, a GGUF file or a hub id."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from data.errors import InputError
+from data.errors import InputError, failure
 from data.files import follow_umask, sync_files
+from data.hub import is_offline
+from data.tokenizers import holds_tokenizer
+from trainer.models.export import widen
+from trainer.models.gguf_header import check_gguf
+from trainer.models.weights import weight_files
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
-INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_SMALL_FILES = (
+    "*.json",
+    "*.jinja",
+    "tokenizer.model*",
+    "*.tiktoken",
+    "merges.txt",
+    "vocab.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+# The same model in the layout of its makers' own programs.
+_OTHER_LAYOUTS = ("consolidated*", "original/*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_OTHER_CACHE = "set XDG_CACHE_HOME to a folder that can be written and has room"
 _LOCAL_PREFIXES = (".", "~", "runs/", "models/")
 
 
@@ -36,10 +52,10 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
         InputError: nothing is found; the message says what to fetch and how.
     """
     text = str(source)
-    path = Path(source).expanduser()
+    path = home_expanded(source, option)
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
-            _require_safetensors(folder)
+            weight_files(folder)
             return folder
     if path.is_file() and path.suffix == ".gguf":
         return convert_gguf(path, _gguf_cache(path))
@@ -54,10 +70,26 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
         )
     if is_hub_id(text):
         return _from_hub(text, weights, option)
+    if _HUB_ID.fullmatch(text) and Path(text).parent.is_dir():
+        raise InputError(
+            f"{option} {text}: no such model here, and the folder {Path(text).parent}/ in this "
+            "working folder keeps it from being taken for a hub id. Correct the path; or, if it is "
+            f"one, start from another working folder, or {_download(text, option)}"
+        )
     raise InputError(
         f"{option} {text}: no such model. Give a folder with config.json and *.safetensors, a "
         ".gguf file, a finished run's folder, or a hub id such as meta-llama/Llama-2-7b-hf"
     )
+
+
+def home_expanded(source: str | Path, option: str) -> Path:
+    """`source` with `~` written out; raises InputError where that folder is not known."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"{option} {source}: {error}; give the path without `~`, or set HOME"
+        ) from None
 
 
 def is_hub_id(text: str) -> bool:
@@ -68,12 +100,20 @@ def is_hub_id(text: str) -> bool:
 
 def fetch_advice(name: str, option: str) -> str:
     """How to get the model `name` of the hub into a local folder, and use it."""
-    folder = local_folder(name)
+    where = (
+        "on a machine that may use the network" if is_offline() else "here or on a machine that can"
+    )
     return (
         f"accept the licence at https://huggingface.co/{name} (if it asks for that), log in with "
-        f"`hf auth login`, and fetch it, here or on a machine that can:\n"
-        f"    hf download {name} --include '*.json' --include '*.safetensors' "
-        f"--include 'tokenizer.model' --local-dir {folder}\n"
+        f"`hf auth login`, and fetch it, {where}:\n    {_download(name, option)}"
+    )
+
+
+def _download(name: str, option: str) -> str:
+    folder = local_folder(name)
+    return (
+        f"hf download {name} --include '*.json' --include '*.safetensors' --include '*.jinja' "
+        f"--include 'LICENSE*' --include '*.txt' --include 'tokenizer.model' --local-dir {folder}\n"
         f"  then give {option} {folder}"
     )
 
@@ -98,27 +138,59 @@ def convert_gguf(path: Path, output: Path) -> Path:
         raise InputError(
             f"reading {path} needs {' and '.join(missing)}: pip install gguf accelerate"
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    check_gguf(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            # Without this the model counts as quantized and refuses to be saved.
-            quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
-            dtype=torch.float32,
-        )
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(temporary)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise InputError(_cannot_convert(path, output, failure(error, _OTHER_CACHE))) from None
+    try:
+        _convert(path, temporary)
         follow_umask(temporary)
         _publish(temporary, output)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise InputError(f"cannot convert {path} to {output}: {error}") from error
+    except OSError as error:
+        fix = _OTHER_CACHE if error.errno else None
+        raise InputError(_cannot_convert(path, output, failure(error, fix))) from error
+    except SafetensorError as error:
+        raise InputError(_cannot_convert(path, output, f"{error}; {_OTHER_CACHE}")) from error
+    except Exception as error:  # transformers raises many types for a file it cannot read
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise InputError(
+            _cannot_convert(path, output, f"{reason}; fetch the file again, or another conversion")
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return output
+
+
+def _convert(path: Path, output: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        # Without this the model counts as quantized and refuses to be saved.
+        quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
+        dtype=torch.float32,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    model, found = loaded
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        # transformers draws at random what is not there, and drops what it has no place for.
+        if found[problem]:
+            names = ", ".join(map(str, sorted(found[problem])[:3]))
+            raise ValueError(f"{problem.replace('_keys', '')} tensors: {names}")
+    model.save_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False
+    )
+    tokenizer.save_pretrained(output)
+    widen(output)
+
+
+def _cannot_convert(path: Path, output: Path, reason: str) -> str:
+    return f"cannot convert {path} to {output}: {reason}"
 
 
 def _publish(temporary: Path, output: Path) -> None:
@@ -132,42 +204,42 @@ def _publish(temporary: Path, output: Path) -> None:
 
 
 def _gguf_cache(path: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise InputError(
+            f"{path} is converted once into a folder in your home, and there is none (HOME is not "
+            f"set): {_OTHER_CACHE}"
+        ) from None
     stat = path.stat()
     identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return cache / "shorn" / f"{path.stem}-{digest}"
 
 
-def _require_safetensors(folder: Path) -> None:
-    if any(next(folder.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
-        return
-    other = next((p.name for p in sorted(folder.glob("*.bin"))), None)
-    reason = f"only {other}" if other else "no weights"
-    raise InputError(
-        f"{folder} has config.json but no *.safetensors ({reason}). Save the model once with "
-        "transformers' save_pretrained, or fetch a safetensors version"
-    )
-
-
 def _from_hub(name: str, weights: bool, option: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    patterns = [*_SMALL_FILES, *(("*.safetensors",) if weights else ())]
+    patterns: dict[str, Any] = {
+        "allow_patterns": [*_SMALL_FILES, *(("*.safetensors",) if weights else ())],
+        "ignore_patterns": list(_OTHER_LAYOUTS),
+    }
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        folder = Path(snapshot_download(name, local_files_only=True, **patterns))
         if _is_complete(folder, weights):
             return folder
     except OSError:
         pass
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, **patterns))
     except Exception as error:
         if isinstance(error, GatedRepoError):
             reason = "it is gated, and this login has no access"
         elif isinstance(error, RepositoryNotFoundError):
             reason = "the Hugging Face hub has no such model, or it is private"
+        elif is_offline():
+            reason = "HF_HUB_OFFLINE forbids to ask the hub (unset it to download)"
         else:
             text = (str(error).splitlines() or [type(error).__name__])[0]
             reason = f"it cannot be downloaded ({text})"
@@ -176,7 +248,7 @@ def _from_hub(name: str, weights: bool, option: str) -> Path:
             f"{reason}. To get it, {fetch_advice(name, option)}"
         ) from error
     if weights:
-        _require_safetensors(folder)
+        weight_files(folder)
     return folder
 
 
@@ -184,25 +256,28 @@ def _is_complete(folder: Path, weights: bool) -> bool:
     """Whether a cached folder has its config and all weights, or else config and tokenizer."""
     if not (folder / "config.json").is_file():
         return False
-    index = folder / INDEX_FILE
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    else:
-        files = {path.name for path in folder.glob("*.safetensors")}
-    if files and all((folder / file).is_file() for file in files):
-        return True
-    return not weights and any((folder / file).is_file() for file in TOKENIZER_FILES)
+    try:
+        weight_files(folder)
+    except InputError:
+        return not weights and holds_tokenizer(folder)
+    return True
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Hash of a model folder's safetensors files: sizes, headers and a few samples of each, so that
-    it is quick for any model."""
+    """Hash of a model folder's weights: sizes, headers and a few samples of each file, so that it
+    is quick for any model.
+
+    Raises InputError when `folder` holds no weights, or they cannot be read.
+    """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for position in range(0, size, max(1, size // 64)):
-                file.seek(position)
-                digest.update(file.read(4096))
+    for path in weight_files(folder):
+        try:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for position in range(0, size, max(1, size // 64)):
+                    file.seek(position)
+                    digest.update(file.read(4096))
+        except OSError as error:
+            raise InputError(f"{path}: {failure(error)}") from None
     return digest.hexdigest()[:16]

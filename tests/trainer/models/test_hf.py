@@ -97,13 +97,22 @@ def test_saving_replaces_a_folder_and_copies_the_tokenizer(tmp_path: Path) -> No
         folder.mkdir()
     (source / "tokenizer.json").write_text("{}")
     (source / "generation_config.json").write_text('{"eos_token_id": 3}')
-    (source / "notes.txt").write_text("not copied")
+    for name in ("LICENSE", "tekken.json", "additional_chat_templates/tool_use.jinja"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    for name in ("optimizer.pt", "README.md", "params.json", "trainer_state.json", "old/a.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("not copied")
     (target / "stale.txt").write_text("gone afterwards")
     save_model(model.config, model.state_dict(), target, tokenizer_from=source)
-    assert sorted(file.name for file in target.iterdir()) == [
+    assert sorted(str(file.relative_to(target)) for file in target.rglob("*")) == [
+        "LICENSE",
+        "additional_chat_templates",
+        "additional_chat_templates/tool_use.jinja",
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "tekken.json",
         "tokenizer.json",
     ]
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["model", "source"]

@@ -55,7 +55,8 @@ def test_a_hub_model_that_cannot_be_fetched_says_what_to_run(
     assert "hf auth login" in message
     assert (
         "hf download meta-llama/Llama-2-7b-hf --include '*.json' --include '*.safetensors' "
-        "--include 'tokenizer.model' --local-dir models/Llama-2-7b-hf\n" in message
+        "--include '*.jinja' --include 'LICENSE*' --include '*.txt' --include 'tokenizer.model' "
+        "--local-dir models/Llama-2-7b-hf\n" in message
     )
     assert message.endswith("then give --model models/Llama-2-7b-hf")
 
@@ -85,6 +86,35 @@ def test_what_looks_like_a_path_is_never_a_hub_id(
         monkeypatch.setattr("huggingface_hub.snapshot_download", None)
         with pytest.raises(InputError, match=f"{text}: no such model"):
             resolve_model(text)
+
+
+def test_a_folder_that_hides_the_hub_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "meta-llama").mkdir()
+    with pytest.raises(InputError) as caught:
+        resolve_model("meta-llama/Llama-2-7b-hf")
+    assert "the folder meta-llama/ in this working folder" in str(caught.value)
+    assert "hf download meta-llama/Llama-2-7b-hf" in str(caught.value)
+
+
+def test_offline_the_advice_is_not_to_download_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(InputError) as caught:
+        resolve_model("some/model")
+    message = str(caught.value)
+    assert "HF_HUB_OFFLINE forbids to ask the hub (unset it to download)" in message
+    assert "fetch it, on a machine that may use the network" in message
+
+
+def test_a_home_that_is_not_known_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="without `~`"):
+        resolve_model("~nobody-of-that-name/model")
 
 
 def test_without_weights_only_small_files_are_fetched(
