@@ -1,0 +1,61 @@
+"""Runs a command in a process forked from one that has imported everything already.
+
+Importing torch takes seconds of every start, and a disturbed run starts many times. What is forked
+is a process of its own with its own session, signals and descriptors; it runs the same `main` as
+the command line.
+"""
+
+import ctypes
+import importlib
+import os
+import resource
+import sys
+
+import torch
+import torch._dynamo  # the first step of an optimizer would import it, seconds per process
+import torch.distributed.checkpoint
+
+import data.tokenize
+import launch.cpt
+import pruner.run
+import pruner.shear
+import trainer.cpt
+from data import cli
+
+assert torch and data.tokenize and launch.cpt and pruner.run and pruner.shear and trainer.cpt
+MODULES = {"shear": "pruner.shear", "cpt": "launch.cpt", "tokenize": "data.tokenize"}
+
+
+def start(
+    command: str,
+    words: list[str],
+    environment: dict[str, str],
+    log: str,
+    disk: tuple[int, str] | None,
+    largest_file: int | None,
+) -> None:
+    """The whole life of the process; ends by SystemExit.
+
+    Args:
+        command: a key of MODULES.
+        words: its arguments.
+        environment: variables that are set besides.
+        log: file that stdout and stderr go to.
+        disk: bytes that may be written into a folder, and the folder.
+        largest_file: bytes of the largest file that may be written, as `ulimit -f` sets it.
+    """
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    sys.argv = [f"shorn {command}", *words]
+    torch.set_num_threads(1)
+    if disk is not None:
+        os.environ["CHAOS_DISK"] = f"{disk[0]}:{disk[1]}"  # for processes that this one starts
+        ctypes.CDLL(None).chaos_fill_disk(ctypes.c_long(disk[0]), disk[1].encode())
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    main = importlib.import_module(MODULES[command]).main
+    os.write(1, b"started\n")
+    cli.run(lambda: main(words))
