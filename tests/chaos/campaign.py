@@ -208,8 +208,7 @@ class Campaign:
         return started, met
 
     def _strike(self, started: Started, kind: str) -> bool:
-        steps = STEPS
-        moment = faults.moments(self.rng, started.command, steps)
+        moment = faults.moments(self.rng, started.command, STEPS)
         if kind not in (*SIGNALS, "double start", *LAUNCHED) and "of" not in kind:
             # Damage that found nothing to damage: the run is stopped, so that it does next time.
             kind = "SIGKILL"
@@ -223,7 +222,7 @@ class Campaign:
             self._count(kind, where)
             if wrong:
                 self._complain(wrong)
-            return False  # the first one goes on
+            return True
         if kind == "SIGKILL of a worker":
             struck = faults.kill_worker(started, self.rng)
         elif kind == "SIGKILL of a launched rank":

@@ -5,11 +5,11 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.processes import Command, Machine, Started, until
+from tests.chaos.processes import Command, Machine, Started, nobody_left, until
 
 STEP_FOLDER = "step-[0-9]*"
 SECONDS_FOR_A_MOMENT = 60.0
@@ -26,7 +26,9 @@ class Moment:
     def wait(self, started: Started) -> bool:
         """Whether the moment came before the command had ended."""
         output = started.command.output
-        came = until(lambda: self._is_now(started, output) or not started.running, 60.0)
+        came = until(
+            lambda: self._is_now(started, output) or not started.running, SECONDS_FOR_A_MOMENT
+        )
         time.sleep(self.delay)
         return came and started.running
 
@@ -37,14 +39,14 @@ class Moment:
         if kind == "step":
             return _lines(output / "metrics.jsonl") >= int(number)
         if kind == "save":
-            return any((output / "checkpoints").glob(".step-*"))
+            return _any_new((output / "checkpoints").glob(".step-*"), started)
         if kind == "export":
             names = ("masks.safetensors", "model*", ".model*")
-            return any(True for name in names for _ in output.glob(name))
+            return any(_any_new(output.glob(name), started) for name in names)
         if kind == "task":
             return len(list(output.glob(".partial/tasks/*.json"))) >= int(number)
         if kind == "shard":
-            return any((output / ".partial").rglob("*.tmp"))
+            return _any_new((output / ".partial").rglob("*.tmp"), started)
         return True
 
 
@@ -56,6 +58,14 @@ def moments(rng: random.Random, command: Command, steps: int) -> Moment:
     else:
         names = ["start", "save", "save", "export", f"step {rng.randrange(1, steps + 1)}"]
     return Moment(rng.choice(names), delay)
+
+
+def _any_new(paths: Iterator[Path], started: Started) -> bool:
+    """Whether one of the paths was made or changed since the command was started."""
+    try:
+        return any(path.lstat().st_mtime > started.at for path in paths)
+    except OSError:  # it was there a moment ago
+        return True
 
 
 def _lines(path: Path) -> int:
@@ -256,15 +266,18 @@ def _command_line(pid: int) -> bytes:
 
 
 def start_twice(machine: Machine, started: Started) -> str | None:
-    """Starts the same command beside the one that runs; what is wrong with its answer."""
+    """Starts the same command beside the one that runs, and waits for both; what is wrong with
+    their answers: one is refused, unless the other was over before it looked."""
     second = machine.start(started.command)
-    status = second.wait()
-    lines = [line for line in second.text.splitlines() if line.startswith("error")]
-    if not started.running:
-        return None  # it was over before the second one looked
-    if status == 0 or len(lines) != 1 or "another process" not in lines[0]:
-        return f"a second start ended with {status}: {second.text[-500:]}"
-    return None
+    with nobody_left(second):
+        status = second.wait()
+        late = not started.running
+    pair = [(started.wait(), started.text), (status, second.text)]
+    refused = [text for status, text in pair if status == 2 and "another process" in text]
+    done = [status for status, _ in pair if status == 0]
+    if (len(refused), len(done)) == (1, 1) or (late and len(done) == 2):
+        return None
+    return "\n".join(f"one of two starts ended with {s}:\n{t[-1500:]}" for s, t in pair)
 
 
 def is_json(path: Path) -> bool:

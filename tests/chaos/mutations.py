@@ -169,16 +169,12 @@ def _remove(path: Path) -> None:
 Mutation = tuple[str, Callable[[Path], Any]]
 
 
-def _mutations(
-    reader: Reader, content: bytes, rng: random.Random, most: int
-) -> list[Mutation]:
+def _mutations(reader: Reader, content: bytes, rng: random.Random, most: int) -> list[Mutation]:
     """The mutations of the whole file, and of the others up to `most`."""
     always = [*places(), *_writings(changed_whole(content))]
     keys: list[Mutation] = []
     if reader.form == "json":
-        keys += _writings(
-            (name, text.encode()) for name, text in changed_keys(json.loads(content))
-        )
+        keys += _writings((name, text.encode()) for name, text in changed_keys(json.loads(content)))
     if reader.form == "lines":
         keys += _writings(_changed_lines(content))
     number = max(0, most - len(always))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerProcess
@@ -24,7 +24,6 @@ TAG = "CHAOS_RUN"
 SECONDS_OF_A_RUN = 120.0
 SECONDS_TO_END = 40.0
 """What ranks take at most once one of them has died: as long as their launcher gives them."""
-FAULTY_DISK = {"tag": ""}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +44,8 @@ class Started:
     command: Command
     logs: list[Path]
     tag: str
+    at: float = field(default_factory=time.time)
+    """When, in seconds since 1970."""
     warm: list[ForkServerProcess] = field(default_factory=list)
     cold: subprocess.Popen[bytes] | None = None
     store: TCPStore | None = None
@@ -91,7 +92,9 @@ class Started:
             # A launcher asks the other ranks to end as soon as one of them has failed.
             if failed and not asked:
                 asked = True
-                self.send(signal.SIGTERM, [p.pid for p in self.warm if p.exitcode is None and p.pid])
+                self.send(
+                    signal.SIGTERM, [p.pid for p in self.warm if p.exitcode is None and p.pid]
+                )
             if now > min(deadline, ending or deadline):
                 self.kill()
                 raise AssertionError(f"{self.command.name} does not end:\n{self.text[-2000:]}")
@@ -262,8 +265,3 @@ def nobody_left(started: Started) -> Iterator[None]:
     finally:
         if started.running or started.descendants():
             started.kill()
-
-
-def environment_value(name: str, default: str, environment: Mapping[str, str] = os.environ) -> str:
-    """A variable that steers the tests."""
-    return environment.get(name) or default

@@ -543,4 +543,3 @@ def lock_readers(root: Path) -> list[Reader]:
 
     locked()
     return [Reader(name=".lock", file=folder / ".lock", read=locked, checked=True, form="json")]
-

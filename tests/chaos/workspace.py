@@ -79,9 +79,7 @@ def make_inputs(root: Path) -> Workspace:
     made.text.mkdir(parents=True)
     for number in range(FILES):
         records = [
-            record
-            for domain in ("alpha", "beta")
-            for record in documents(domain, 40, seed=number)
+            record for domain in ("alpha", "beta") for record in documents(domain, 40, seed=number)
         ]
         lines = "\n".join(json.dumps(record) for record in records)
         (made.text / f"{number}.jsonl").write_text(lines + "\n", encoding="utf-8")
