@@ -1,6 +1,7 @@
 """One reader for every JSON file and JSON line: what cannot be used is named with its place."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,21 @@ def read_text(path: Path, fix: str | None = None) -> str:
     Raises InputError naming the path, the cause and `fix` when it cannot be read.
     """
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with open(path, "rb", opener=_without_waiting) as file:
+            return file.read().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {failure(error, fix)}") from None
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 text (byte {error.start}); {fix or 'convert it to UTF-8'}"
         ) from None
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    """Opens a file; a pipe that nobody writes into is empty instead of being waited for."""
+    descriptor = os.open(name, flags | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def read_json(

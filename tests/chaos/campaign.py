@@ -14,7 +14,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,11 @@ class Scenario:
     """A command, what an undisturbed run of it comes to, and which faults it meets."""
 
     name: str
-    command: Callable[[Path], Command]
-    """The command for an output folder."""
+    command: Callable[..., Command]
+    """The command for an output folder, and another seed."""
     result: str
     """Hash of what it makes."""
     kinds: tuple[str, ...]
-    foreign: Path | None
-    """Output of another run, whose checkpoints are put in place."""
 
 
 @dataclass(slots=True)
@@ -115,19 +113,21 @@ class Campaign:
             kinds = tuple(kind for kind in kinds if kind != "SIGKILL of a worker")
         folder = self.workspace.root / "undisturbed" / name.replace(" ", "-")
         self._finish_undisturbed(make(folder))
-        foreign = None
-        if command != "tokenize":
-            foreign = folder.with_name(f"{folder.name}-foreign")
-            other = make(foreign, seed=1)
-            # Stopped before its end, where it may remove its checkpoints.
-            started = self.machine.start(other)
+        if command != "tokenize" and ranks > 1:
+            kinds = (*kinds, *LAUNCHED)
+        return Scenario(name, make, result_of(folder), kinds)
+
+    def _foreign(self, scenario: Scenario) -> Path:
+        """The output of an unfinished run of another seed."""
+        name = f"{scenario.name.replace(' ', '-')}-foreign"
+        folder = self.workspace.root / "undisturbed" / name
+        if not folder.exists():
+            started = self.machine.start(scenario.command(folder, seed=1))
             with nobody_left(started):
-                until(lambda: faults.newest_checkpoint(foreign) is not None, 60.0)
+                until(lambda: faults.newest_checkpoint(folder) is not None, 60.0)
                 started.send(signal.SIGKILL)
                 started.wait()
-            if ranks > 1:
-                kinds = (*kinds, *LAUNCHED)
-        return Scenario(name, make, result_of(folder), kinds, foreign)
+        return folder
 
     def _finish_undisturbed(self, command: Command) -> None:
         started = self.machine.start(command)
@@ -158,11 +158,10 @@ class Campaign:
                 self._follow(refused, output, backup)
             elif kind is None and not waiting and is_finished(command) and refused is None:
                 break
-            if is_finished(command) and waiting and kind is not None:
-                # The rest needs an unfinished run; half of the time it meets a finished one.
-                if self.rng.random() < 0.5:
-                    self._check(scenario, output)
-                    shutil.rmtree(output)
+            # Most faults need an unfinished run; half of the rest meets the finished one.
+            if is_finished(command) and waiting and kind is not None and self.rng.random() < 0.5:
+                self._check(scenario, output)
+                shutil.rmtree(output)
         else:
             self._complain("never finishes")
         self._check(scenario, output)
@@ -171,14 +170,35 @@ class Campaign:
         damages = dict(DAMAGES)
         damages["damaged shard"] = faults.damage_shard
         damages["half a shard"] = faults.leave_temporary_shard
-        if scenario.foreign is not None:
-            damages["foreign checkpoint"] = faults.put_foreign_checkpoint(scenario.foreign)
+        if kind == "foreign checkpoint":
+            damages[kind] = faults.put_foreign_checkpoint(self._foreign(scenario))
         if kind not in damages:
             return None
         struck = damages[kind](output, self.rng) if output.is_dir() else None
         if struck is not None:
             self._count(kind, struck.text)
+        if struck is not None and kind == "damaged shard" and (output / "manifest.json").is_file():
+            self._read_damaged(scenario, output, struck)
         return struck
+
+    def _read_damaged(self, scenario: Scenario, output: Path, struck: Struck) -> None:
+        """Whoever reads a finished folder whose shard is damaged learns it, and what helps."""
+        message = faults.reading_problem(output)
+        self.history.append(f"    read: {message}")
+        if message is None:
+            self._complain("a damaged shard is read without a word")
+        elif "--overwrite" in message:
+            command = scenario.command(output)
+            words = [*command.words, "--overwrite"]
+            started = self.machine.start(replace(command, words=words))
+            with nobody_left(started):
+                self.history.append(f"    --overwrite ended with {started.wait()}")
+        elif "tokenize again" in message:
+            return  # by the same command, which comes now
+        else:
+            self._complain("no remedy for a damaged shard")
+        for path, content in struck.backup.items():
+            path.write_bytes(content)
 
     def _run(self, command: Command, kind: str | None) -> tuple[Started, bool]:
         """Runs a command that meets a fault, or none; whether the fault struck."""

@@ -1,7 +1,5 @@
 """Inputs of the tests of damaged files and disturbed runs."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.chaos.workspace import Workspace, make_workspace

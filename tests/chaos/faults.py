@@ -9,6 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from data.errors import InputError
+from data.manifest import Manifest
+from data.reader import TokenReader
 from tests.chaos.processes import Command, Machine, Started, nobody_left, until
 
 STEP_FOLDER = "step-[0-9]*"
@@ -278,6 +283,20 @@ def start_twice(machine: Machine, started: Started) -> str | None:
     if (len(refused), len(done)) == (1, 1) or (late and len(done) == 2):
         return None
     return "\n".join(f"one of two starts ended with {s}:\n{t[-1500:]}" for s, t in pair)
+
+
+def reading_problem(tokens: Path) -> str | None:
+    """What a reader says that reads a whole token folder; None where it finds nothing wrong."""
+    try:
+        for split in Manifest.load(tokens).splits:
+            reader = TokenReader(tokens, 32, split)
+            for domain in reader.domains:
+                reader.read(domain, np.arange(reader.sizes[domain]))
+                for shard in reader._shards[domain]:
+                    shard.documents()
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def is_json(path: Path) -> bool:

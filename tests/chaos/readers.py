@@ -3,6 +3,7 @@
 The files of a model and its tokenizer are not here: tests/trainer/models has those.
 """
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -169,10 +170,8 @@ def job_readers(chaos: Workspace, root: Path) -> list[Reader]:
         raise _Stop
 
     job._manifest = stop  # type: ignore[method-assign]
-    try:
+    with contextlib.suppress(_Stop):
         job.run(1)
-    except _Stop:
-        pass
     place = unfinished / ".partial"
 
     def resumed() -> dict[str, bytes]:

@@ -5,6 +5,7 @@ is a process of its own with its own session, signals and descriptors; it runs t
 the command line.
 """
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -12,18 +13,24 @@ import resource
 import sys
 
 import torch
-import torch._dynamo  # the first step of an optimizer would import it, seconds per process
-import torch.distributed.checkpoint
 
-import data.tokenize
-import launch.cpt
-import pruner.run
-import pruner.shear
-import trainer.cpt
 from data import cli
 
-assert torch and data.tokenize and launch.cpt and pruner.run and pruner.shear and trainer.cpt
+EVERYTHING = (
+    *("data.tokenize", "launch.cpt", "pruner.run", "pruner.shear", "trainer.cpt"),
+    *("torch._dynamo", "torch.distributed.checkpoint", "torch.utils.tensorboard", "tyro"),
+    *("torch.distributed.fsdp", "pyarrow.parquet", "rich.progress", "sentencepiece", "tokenizers"),
+)
+"""Modules that commands import, most of them late."""
+CLASSES = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM")
+"""Those of transformers, which imports each when it is first asked for."""
 MODULES = {"shear": "pruner.shear", "cpt": "launch.cpt", "tokenize": "data.tokenize"}
+
+for _name in EVERYTHING:
+    with contextlib.suppress(ImportError):  # some are optional
+        importlib.import_module(_name)
+for _name in CLASSES:
+    getattr(importlib.import_module("transformers"), _name)
 
 
 def start(

@@ -44,3 +44,23 @@ def test_a_place_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "gone" / "far")
     with pytest.raises(InputError, match="dangling"), folder_lock(tmp_path / "dangling", "x"):
         pass
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from data.errors import InputError
+from data.locks import folder_lock
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    with folder_lock(Path(sys.argv[1]), "training"):
+        raise InputError("the run's own message")
+except InputError as error:
+    print(error)
+"""
+
+
+def test_without_room_for_the_owner_s_name_the_lock_holds_and_hides_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "the run's own message\n"

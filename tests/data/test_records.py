@@ -94,3 +94,14 @@ def test_a_line_is_read_like_a_file() -> None:
     assert parse_json("[1]", "a.jsonl:3", "x", kind=list) == [1]
     with pytest.raises(InputError, match=r"a\.jsonl:3: holds an object, not a list"):
         parse_json("{}", "a.jsonl:3", "x", kind=list)
+
+
+def test_a_pipe_is_read_and_one_that_nobody_writes_into_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: not valid JSON"):
+        read_json(tmp_path / "pipe", "x")
+    reading, writing = os.pipe()  # as the shell's <(...) gives
+    os.write(writing, b'{"a": 1}')
+    os.close(writing)
+    assert read_json(Path(f"/dev/fd/{reading}"), "x") == {"a": 1}
+    os.close(reading)
