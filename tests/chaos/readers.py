@@ -22,7 +22,7 @@ from data.job import Job, TokenizeConfig
 from data.locks import folder_lock
 from data.manifest import HELD_OUT, Manifest
 from data.reader import TokenReader
-from data.sources import Fields, find_files, iterate_documents
+from data.sources import Fields, iterate_documents
 from data.tasks import Report, Settings
 from data.tokenizers import load_tokenizer
 from launch.report.run_folder import facts, parameters, read_run, removed_layers, unit_counts
@@ -143,7 +143,7 @@ def _other_tokens(value: list[Any], sound: list[Any]) -> str | None:
 
 def job_readers(chaos: Workspace, root: Path) -> list[Reader]:
     """Readers of an unfinished tokenizing job, by way of the job that goes on with it."""
-    files = find_files([str(chaos.text)])
+    files = sorted(chaos.text.glob("*.jsonl"))
     tokenizer = load_tokenizer(str(chaos.tokenizer))
     settings = Settings(
         fields=Fields(),
