@@ -15,7 +15,7 @@ import binascii
 import json
 import zlib
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pruner.callback import ShearCallback
 from pruner.units import on_counts
-from trainer.callbacks.metrics import truncate_after
+from trainer.callbacks.metrics import StepLog
 from trainer.loop import Callback, Trainer
 
 FILE = "history.jsonl"
@@ -51,31 +51,24 @@ class HistoryCallback(Callback):
 
     def __init__(self, shear: ShearCallback, output: Path) -> None:
         self.shear = shear
-        self.path = output / FILE
-        self._file: IO[str] | None = None
+        self.log = StepLog(output / FILE)
 
     def on_train_start(self, trainer: Trainer) -> None:
-        if not trainer.context.is_main:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        truncate_after(self.path, trainer.step)
-        self._file = self.path.open("a", encoding="utf-8")
+        main = trainer.context.is_main
+        trainer.context.raise_on_any_rank(lambda: self.log.open(trainer.step) if main else None)
 
     def on_step_end(self, trainer: Trainer) -> None:
         steps = trainer.config.steps
         end = trainer.step in (1, steps)
-        if self._file is None or not (end or trainer.step % record_interval(steps) == 0):
+        if not self.log.is_open or not (end or trainer.step % record_interval(steps) == 0):
             return
         record = self._record(
             trainer.step, masks=end or trainer.step % snapshot_interval(steps) == 0
         )
-        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
-        self._file.flush()
+        self.log.write(record, separators=(",", ":"))
 
     def on_exit(self, trainer: Trainer) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self.log.close()
 
     def _record(self, step: int, *, masks: bool) -> dict[str, Any]:
         rule, z = self.shear.rule, self.shear.z

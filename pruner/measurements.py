@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.errors import InputError
+from data.log import logger
 from data.reader import TokenReader
 from pruner.config import ShearConfig
 from pruner.importance import measure
@@ -76,9 +77,42 @@ def load_kept(output: Path, key: str | None, context: DistributedContext) -> Mea
     return kept
 
 
-def keep(measurements: Measurements, output: Path, key: str, context: DistributedContext) -> None:
+def keep(
+    measurements: Measurements,
+    output: Path,
+    key: str,
+    context: DistributedContext,
+    config: ShearConfig,
+) -> None:
     """Writes the measurements for `load_kept`; collective. Raises InputError when it cannot."""
-    context.raise_first(_write(output / FILE, key, measurements) if context.is_main else None)
+    options = _options(config)
+    context.raise_first(
+        _write(output / FILE, key, measurements, options) if context.is_main else None
+    )
+
+
+def note_kept_options(output: Path, config: ShearConfig) -> None:
+    """Says which options change nothing any more, because they decided the kept measurements."""
+    try:
+        with safe_open(output / FILE, framework="pt") as stored:
+            kept = json.loads((stored.metadata() or {}).get("options", "{}"))
+    except (OSError, ValueError, SafetensorError):
+        return
+    for name, value in _options(config).items():
+        if name in kept and kept[name] != value:
+            flag = "--" + name.replace("_", "-")
+            logger.info(
+                f"note: {flag} {value}: the source was measured with {kept[name]} when this run "
+                "began, and is not measured again"
+            )
+
+
+def _options(config: ShearConfig) -> dict[str, int]:
+    """Options that may change on resume though they decide what is measured."""
+    return {
+        "reference_sequences": config.reference_sequences,
+        "eval_sequences": config.train.eval_sequences,
+    }
 
 
 def measure_source(
@@ -144,14 +178,18 @@ def _read(path: Path, key: str | None) -> Measurements | None:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
-    held_out, reference, importance = (json.loads(metadata[key]) for key in _KEYS)
+    try:
+        held_out, reference, importance = (json.loads(metadata[key]) for key in _KEYS)
+    except (KeyError, ValueError):
+        return None
     rotation = tensors.pop(ROTATION, None)
     return Measurements(held_out, reference, tensors if importance else None, rotation)
 
 
-def _write(path: Path, key: str, measurements: Measurements) -> str | None:
+def _write(path: Path, key: str, measurements: Measurements, options: dict[str, int]) -> str | None:
     metadata = {
         "key": key,
+        "options": json.dumps(options),
         "held_out": json.dumps(measurements.held_out),
         "reference": json.dumps(measurements.reference),
         "importance": json.dumps(measurements.importance is not None),

@@ -4,7 +4,6 @@ A run resolves its budget once. A resumed run takes the shape from its output fo
 speedup measured again might come to another one.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from rich.table import Table
 
 from data.errors import InputError
 from data.log import logger
+from data.records import read_json
 from pruner.budget import BLOCK_PARAMETERS, SHARE, SPEEDUP, Budget, Proposal, propose, smallest
 from pruner.latency import POSITIONS, Timer, decode_timer, measure_latency
 from pruner.shapes import Shape, config_of, shape_of, validate
-from trainer.checkpoint import latest_step
+from trainer.checkpoint_files import latest_step
 from trainer.memory import total_memory
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext
@@ -57,8 +57,8 @@ def resolve_together(
 def recorded(output: Path, budget: Budget, source: ModelConfig) -> dict[str, Any] | None:
     """What `resolve` returned for the same budget and source when the run in `output` began."""
     try:
-        record: dict[str, Any] = json.loads((output / TARGET_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record: dict[str, Any] = read_json(output / TARGET_FILE, "", keys={"shape": str})
+    except InputError:
         return None
     same = record.get("budget") == budget.text
     return record if same and record.get("source") == shape_of(source).describe() else None

@@ -16,6 +16,7 @@ from pruner.measurements import (
     load_kept,
     measure_source,
     measurements_key,
+    note_kept_options,
 )
 from pruner.proposal import TARGET_FILE, resolve_together
 from pruner.report import finish
@@ -26,7 +27,6 @@ from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
 from pruner.sheared_llama import require_reachable
 from pruner.units import unit_kinds
 from trainer import parallel
-from trainer.checkpoint import Checkpointer
 from trainer.config import check_layout
 from trainer.distillation import (
     Teacher,
@@ -44,6 +44,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import check_weights, load_config
 from trainer.models.sources import is_hub_id, local_folder, resolve_model, weights_fingerprint
+from trainer.output import owned, remove_checkpoints, require_apart, require_room, state_of
 from trainer.parallel import DistributedContext
 from trainer.run import build_model, build_trainer, choose_kernels, pretrained
 from trainer.saving import log_finished, publish, require_copy
@@ -69,7 +70,7 @@ def shear(config: ShearConfig) -> Trainer | None:
     """Prunes as `config` says and writes OUTPUT/model, masks.safetensors and shear.json.
 
     Resumes what OUTPUT holds; returns None when that run is finished. Raises InputError before any
-    weight is read for what cannot work.
+    weight is read for what cannot work, also when another process trains into OUTPUT.
     """
     check_layout(config.train, parallel.world_size())
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
@@ -78,20 +79,24 @@ def shear(config: ShearConfig) -> Trainer | None:
     config, proposal = _resolve_target(config, context)
     with context.rank_zero_first():
         inputs = open_inputs(config)
-    config, output = inputs.config, Path(config.output)
-    finished = context.broadcast((output / "shear.json").exists())
-    resuming = Checkpointer(output / "checkpoints", context).latest() is not None
+    with owned(Path(config.output), context):
+        return _prune(inputs, context, proposal)
+
+
+def _prune(
+    inputs: Inputs, context: DistributedContext, proposal: dict[str, Any] | None
+) -> Trainer | None:
+    config, output = inputs.config, Path(inputs.config.output)
+    state = state_of(output, "shear.json", context)
     fingerprint = weights_fingerprint(inputs.folder)
-    verify_run(
-        output,
-        _identity(inputs, fingerprint, context),
-        context,
-        started=finished or resuming,
-        resolve=resolve_identity,
-    )
-    if finished:
-        log_finished(context, output / "shear.json", config.json)
+    identity = _identity(inputs, fingerprint, context)
+    verify_run(output, identity, context, started=state.started, resolve=resolve_identity)
+    if state.report is not None:
+        log_finished(context, state.report, config.json)
         return None
+    resuming = state.resuming
+    pruned = config_of(inputs.target, inputs.model).num_parameters()
+    require_room(output, inputs.model.num_parameters(), config.train, context, saved=pruned)
     if proposal is not None:
         publish(context, proposal, output / TARGET_FILE)
     inputs.domains.log()
@@ -104,10 +109,11 @@ def shear(config: ShearConfig) -> Trainer | None:
     )
     measured = _measurements(inputs, context, fingerprint, None if resuming else model)
     reference = inputs.domains.reference or measured.reference
-    trainer, rule = _assemble(inputs, model, teacher, context, measured, reference)
+    trainer, rule = _assemble(inputs, model, teacher, context, measured, reference, identity)
     trainer.fit()
     if not trainer.stopping:
         finish(trainer, rule, config, inputs.folder, inputs.target, measured, reference)
+        remove_checkpoints(output, identity, config.train, context)
     return trainer
 
 
@@ -149,6 +155,7 @@ def open_inputs(config: ShearConfig) -> Inputs:
     require_reachable(unit_kinds(target, source), config.masks)
     config = resolve(config, model, target)
     reader, held_out = open_data(config.data, config.train, model, folder)
+    require_apart(Path(config.output), models={"--source": folder}, data=Path(config.data))
     check_teacher("the source", model, config.distillation, config.train, model)
     domains = starting_domains(
         reader.sizes,
@@ -207,12 +214,14 @@ def _measurements(
     config, output = inputs.config, Path(inputs.config.output)
     key = measurements_key(config, fingerprint, inputs.reader.fingerprint)
     measured = load_kept(output, None if model is None else key, context)
+    if model is None and context.is_main:
+        note_kept_options(output, config)
     if measured is None:
         assert model is not None
         logger.info("measuring the source: held-out loss and importance of its units")
         data = (inputs.reader, inputs.held_out, inputs.domains.weights)
         measured = measure_source(model, config, context, *data)
-        keep(measured, output, key, context)
+        keep(measured, output, key, context, config)
     elif model is not None and measured.rotation is not None:
         rotate(model, measured.rotation)
     if measured.rotation is not None:
@@ -232,6 +241,7 @@ def _assemble(
     context: DistributedContext,
     measured: Measurements,
     reference: dict[str, float],
+    identity: dict[str, Any],
 ) -> tuple[Trainer, Rule]:
     """The trainer with its newest checkpoint restored, and the rule that trains its masks."""
     config, output = inputs.config, Path(inputs.config.output)
@@ -252,6 +262,7 @@ def _assemble(
         weights=inputs.domains.weights,
         reference=reference,
         mixture=config.mixture,
+        identity=identity,
         teacher=teacher,
         callbacks=[shear_callback, HistoryCallback(shear_callback, output)],
         description="shear",

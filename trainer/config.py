@@ -86,7 +86,11 @@ class TrainConfig:
     """Steps between checkpoints; 0 saves at the end and on a stop signal only."""
 
     keep_checkpoints: int = 2
-    """Number of newest checkpoints kept."""
+    """Number of newest checkpoints kept while the run is unfinished."""
+
+    keep_last_checkpoint: bool = False
+    """Keep the last checkpoint of a finished run: its weights and Adam moments in fp32. Without it
+    a finished run's checkpoints are removed once model and report are written."""
 
     eval_interval: int = 0
     """Steps between held-out evaluations; 0 evaluates at the end only."""

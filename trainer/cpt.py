@@ -9,7 +9,6 @@ from data.log import logger
 from data.mixture import MixtureConfig
 from data.reader import TokenReader
 from trainer import parallel
-from trainer.checkpoint import Checkpointer
 from trainer.config import (
     MIN_LR_RATIO,
     CptConfig,
@@ -44,6 +43,15 @@ from trainer.models.sources import (
     local_folder,
     resolve_model,
     weights_fingerprint,
+)
+from trainer.output import (
+    REPORTS,
+    owned,
+    remove_checkpoints,
+    require_apart,
+    require_room,
+    run_of,
+    state_of,
 )
 from trainer.parallel import DistributedContext
 from trainer.run import (
@@ -85,7 +93,8 @@ class Inputs:
 def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trainer | None:
     """Trains as `config` says, writes OUTPUT/model and OUTPUT/cpt.json; resumes what OUTPUT holds.
 
-    Returns None when the run was finished before. Raises InputError before any weight is loaded.
+    Returns None when the run was finished before. Raises InputError before any weight is loaded,
+    also when another process trains into OUTPUT.
     """
     if config.train.min_lr_ratio is None:
         config = replace(config, train=replace(config.train, min_lr_ratio=MIN_LR_RATIO))
@@ -97,12 +106,22 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     with context.rank_zero_first():
         inputs = open_inputs(config)
     _require_one_teacher(inputs, context)
-    finished = context.broadcast((output / "cpt.json").exists())
-    resuming = Checkpointer(output / "checkpoints", context).latest() is not None
-    verify_run(output, _identity(config, inputs, context), context, started=finished or resuming)
-    if finished:
-        log_finished(context, output / "cpt.json", config.json)
+    with owned(output, context):
+        return _train(config, inputs, context, tensorboard)
+
+
+def _train(
+    config: CptConfig, inputs: Inputs, context: DistributedContext, tensorboard: bool
+) -> Trainer | None:
+    train, output = config.train, Path(config.output)
+    state = state_of(output, "cpt.json", context)
+    identity = _identity(config, inputs, context)
+    verify_run(output, identity, context, started=state.started)
+    if state.report is not None:
+        log_finished(context, state.report, config.json)
         return None
+    parameters, resuming = inputs.shape.num_parameters(), state.resuming
+    require_room(output, parameters, train, context, saved=parameters)
     _log_notes(inputs, config)
     teacher = load_teacher(inputs.teacher, inputs.distillation, train, inputs.shape, context)
     fresh = config.init == "random"
@@ -119,6 +138,7 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
         reference=_reference(inputs, config, None if resuming else model, context),
         mixture=inputs.mixture,
         used=inputs.used,
+        identity=identity,
         teacher=teacher,
         description="cpt",
         tensorboard=tensorboard,
@@ -126,6 +146,7 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     trainer.fit()
     if not trainer.stopping:
         finish(trainer, inputs.source, config)
+        remove_checkpoints(output, identity, train, context)
     return trainer
 
 
@@ -144,7 +165,7 @@ def open_inputs(config: CptConfig) -> Inputs:
     )
     shape = load_config(source)
     reader, held_out = open_data(config.data, train, shape, source)
-    sheared = sheared_report(source)
+    sheared = sheared_report(run_of(source) / source.name)
     # Only a model as it was pre-trained is its own reference: a sheared one starts too high.
     measurable = weights and sheared is None
     domains = starting_domains(
@@ -160,6 +181,8 @@ def open_inputs(config: CptConfig) -> Inputs:
         config.teacher, config.distillation, sheared if weights else None
     )
     teacher = open_teacher(name, distillation, train, shape, reader)
+    models = {"--model": source} | ({} if teacher is None else {"--teacher": teacher.folder})
+    require_apart(Path(config.output), models=models, data=Path(config.data))
     if weights:
         source = find_model(config.model)
         check_weights(source, shape)
@@ -230,9 +253,11 @@ def find_model(model: str, *, weights: bool = True) -> Path:
     """Resolves --model; raises InputError telling how to make or fetch one that is missing."""
     path = Path(model).expanduser()
     shear = f"python -m pruner.shear --source {local_folder(SOURCE)} --target 1.3b"
-    run = path.parent if path.name == "model" else path
-    reports = (run / "shear.json", run / "cpt.json")
-    if (run / "run.json").exists() and not any(report.exists() for report in reports):
+    run = run_of(path) if path.name == "model" or path.is_symlink() else path
+    run = path if (path / "run.json").exists() else run
+    # A report that was cut off before anything was in it counts for nothing.
+    whole = any((run / name).is_file() and (run / name).stat().st_size for name in REPORTS)
+    if (run / "run.json").exists() and not whole:
         raise InputError(
             f"--model {model}: that run has not finished; resume it with the command that started "
             f"it, for example {shear} --output {run}"
@@ -249,6 +274,10 @@ def finish(trainer: Trainer, source: Path, config: CptConfig) -> None:
     """Writes the model folder and then the report, whose presence marks the run as finished."""
     output = Path(config.output)
     save_pretrained(trainer.model, trainer.context, output / "model", tokenizer_from=source)
+    # Before the checkpoints go: what is there can be read again.
+    trainer.context.raise_on_any_rank(
+        lambda: check_weights(output / "model", load_config(output / "model"))
+    )
     report = training_report(trainer)
     publish(trainer.context, report, config.json, output / "cpt.json")
     logger.info(

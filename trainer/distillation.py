@@ -77,15 +77,25 @@ def resolve_teacher(
         config = replace(config, **{key: known[key] for key, v in options if v == default[key]})
     if config.weight is None:
         config = replace(config, weight=0.0 if name is None else DISTILL_WEIGHT)
+        if name is None and sheared and sheared.get("steps") == 0:
+            return None, config, _without_teacher(sheared["source"])
     if name is not None or not config.weight or not sheared:
         return name, config, None
     source = sheared["source"]
     if _holds(source, sheared.get("source_weights")):
-        return source, config, f"learns from {source} at weight {config.weight:g}, as in shearing"
+        before = ", as in shearing" if known.get("weight") else ""
+        return source, config, f"learns from {source} at weight {config.weight:g}{before}"
     if asked:
         return None, config, None
     note = f"note: the model that shearing learned from is no longer {source}; --teacher names it"
     return None, replace(config, weight=0.0), f"{note}. Training goes on without a teacher"
+
+
+def _without_teacher(source: str) -> str:
+    return (
+        "note: shearing at once (--steps 0) learned from nobody, and so does this training; "
+        f"--distill-weight {DISTILL_WEIGHT:g} makes it learn from {source}"
+    )
 
 
 def _holds(folder: str, fingerprint: str | None) -> bool:

@@ -1,20 +1,38 @@
 """What makes a run this run: only the configuration that started an output folder resumes it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError
+from data.errors import InputError, failure
 from data.files import write_json
 from data.log import logger
-from trainer.checkpoint import latest_step
-from trainer.config import TrainConfig
+from data.mixture import MixtureConfig
+from data.options import options_of
+from data.records import read_json
+from trainer.checkpoint_files import MARKER, committed, step_of
+from trainer.config import DistillationConfig, TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext
 
 FILE = "run.json"
+DIFFERENCES = "run.differences.json"
+"""Where everything is listed by which a refused run differs from the one in its output folder."""
+MOST = 3
+"""Differences that a message names."""
+WRITTEN = (
+    "model",
+    "model.unchecked",
+    "shear.json",
+    "cpt.json",
+    "masks.safetensors",
+    "source.safetensors",
+    "reference.json",
+    "target.json",
+)
+"""What runs write over in their output folder. Without run.json beside it, it is not a run's."""
 SCHEDULE_FIELDS = (
     "steps",
     "seq_len",
@@ -52,6 +70,12 @@ def run_identity(
     }
 
 
+def same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two identities, as JSON gives them back, are of one run, as far as both tell."""
+    names = (saved.keys() & wanted.keys()) - set(CHANGEABLE)
+    return all(saved[name] == wanted[name] for name in names)
+
+
 def verify_run(
     output: Path,
     identity: dict[str, Any],
@@ -61,73 +85,207 @@ def verify_run(
     resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> None:
     """Writes OUTPUT/run.json, or compares with the one there when the run has `started` (has state
-    worth keeping).
+    worth keeping), and with what the newest checkpoint says of its run.
 
     Changes of CHANGEABLE options are noted and kept while the run is unfinished. `resolve` brings a
-    saved identity that a former version wrote into today's form. Raises InputError naming the other
-    fields that differ.
+    saved identity that a former version wrote into today's form. A run.json that is lost is made
+    again from the checkpoint. Raises InputError on every rank: other fields differ, nothing says
+    which run it is, or OUTPUT holds what is not a run's.
     """
-    saved = context.raise_on_any_rank(lambda: read_identity(output) if started else None)
-    if saved is not None:
-        saved = resolve(saved)
-    problem = None
-    if context.is_main:
-        wanted = json.loads(json.dumps(identity))
-        changes: dict[str, Any] = {}
-        if saved is not None:
-            changes = _accepted_changes(output, saved, wanted)
-            problem = _difference(output, saved | changes, wanted)
-        if problem is None and (saved is None or changes):
-            problem = _write(output / FILE, wanted)
-        if problem is None and saved is not None:
-            first = (latest_step(output / "checkpoints") or 0) + 1
-            for name, value in changes.items():
-                logger.info(f"note: {name} {saved[name]} -> {value} from step {first}")
-    context.raise_first(problem)
+    wanted = json.loads(json.dumps(identity))
+
+    def verify() -> None:
+        if started:
+            _resume(output, wanted, lambda saved: _completed(resolve(saved)))
+        else:
+            _require_own(output)
+            _write(output / FILE, wanted)
+
+    context.raise_on_any_rank(verify if context.is_main else lambda: None)
+
+
+def _require_own(output: Path) -> None:
+    """Raises InputError when a new run would replace what no run wrote."""
+    found = [name for name in WRITTEN if (output / name).exists()]
+    if found and not (output / FILE).exists():
+        raise InputError(
+            f"--output {output}: holds {found[0]}, but no {FILE}, so it is not from a run here and "
+            "is not replaced; name another folder"
+        )
+
+
+def _resume(
+    output: Path,
+    wanted: dict[str, Any],
+    resolve: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    newest = next(iter(committed(output / "checkpoints")[-1:]), None)
+    own = _identity_of(newest)
+    written = _written(output, own)
+    if written is None and own is None:
+        raise InputError(
+            f"{output} holds a run, but no {FILE}, so nothing says which; put the file back (the "
+            "same command with another --output writes the same one), or name another --output"
+        )
+    saved = resolve(written or own or {})
+    changes = _accepted_changes(newest, saved, wanted)
+    _refuse_differences(output, str(output), saved | changes, wanted)
+    # What is changed holds from the newest checkpoint on, whatever run.json says by now.
+    before = saved if own is None else resolve(own)
+    changeable = {name: wanted[name] for name in CHANGEABLE}
+    if newest is not None:
+        foreign = f"It was put there from another run: move it out of {newest.parent}"
+        _refuse_differences(output, str(newest), before | changeable, wanted, foreign)
+    if changes or written is None:
+        _write(output / FILE, wanted)
+    if newest is not None and step_of(newest) < wanted["steps"]:
+        for name in CHANGEABLE:
+            if before.get(name) != wanted[name]:
+                change = f"{name} {before.get(name)} -> {wanted[name]}"
+                logger.info(f"note: {change} from step {step_of(newest) + 1}")
+
+
+def _identity_of(checkpoint: Path | None) -> dict[str, Any] | None:
+    """The identity in a checkpoint; former versions wrote none."""
+    if checkpoint is None:
+        return None
+    fix = f"restore it, or delete the folder {checkpoint} to resume from the one before it"
+    run = read_json(checkpoint / MARKER, fix).get("run")
+    return run if isinstance(run, dict) else None
+
+
+def _written(output: Path, own: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The identity in run.json; None where it is lost and a checkpoint holds it too (`own`)."""
+    try:
+        written = read_identity(output)
+    except InputError as error:
+        if own is None:
+            raise
+        logger.warning(f"{error}. It is written again from the newest checkpoint")
+        return None
+    if written is None and own is not None:
+        logger.warning(
+            f"{output / FILE} is missing: it is written again from the newest checkpoint"
+        )
+    return written
+
+
+def _completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """`saved` with the defaults of options that it is too old to know."""
+    mixture = saved.get("mixture")
+    if isinstance(mixture, dict):
+        return saved | {"mixture": asdict(MixtureConfig()) | mixture}
+    return saved
 
 
 def _accepted_changes(
-    output: Path, saved: dict[str, Any], wanted: dict[str, Any]
+    newest: Path | None, saved: dict[str, Any], wanted: dict[str, Any]
 ) -> dict[str, Any]:
     """New values of CHANGEABLE options; none when no steps are left that they could change."""
-    step = latest_step(output / "checkpoints")
-    if step is None or step >= wanted["steps"]:
+    if newest is None or step_of(newest) >= wanted["steps"]:
         return {}
-    return {name: wanted[name] for name in CHANGEABLE if saved[name] != wanted[name]}
+    return {name: wanted[name] for name in CHANGEABLE if saved.get(name) != wanted[name]}
 
 
-def _difference(output: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+def _refuse_differences(
+    output: Path,
+    place: str,
+    saved: dict[str, Any],
+    wanted: dict[str, Any],
+    fix: str = "",
+) -> None:
     names = [n for n in sorted(saved.keys() | wanted.keys()) if saved.get(n) != wanted.get(n)]
     if not names:
-        return None
-    changes = ", ".join(f"{n} was {saved.get(n)!r}, now {wanted.get(n)!r}" for n in names)
-    fix = "Repeat the old values to resume it, or choose another --output to start a new run"
-    if "steps" in names:
-        fix += (
-            ". Another number of steps is another learning-rate schedule; to train a finished "
-            f"model further, start a new run from it: --model {output / 'model'} "
-            "--output <new folder>"
-        )
-    return f"{output} holds a run of another configuration: {changes}. {fix}"
+        return
+    if "command" in names:
+        kinds = {"shear": "a shearing run", "cpt": "a run of continued pre-training"}
+        kind = kinds.get(str(saved.get("command")), "another kind of run")
+        raise InputError(f"{place} holds {kind}: {fix or 'name another --output'}")
+    told = _in_words(saved, wanted, names)
+    changes = ", ".join(told[:MOST])
+    if len(told) > MOST:
+        every = {name: {"was": saved.get(name), "now": wanted.get(name)} for name in names}
+        _write(output / DIFFERENCES, every)
+        changes += f" and {len(told) - MOST} more ({output / DIFFERENCES})"
+    if not fix:
+        fix = "Repeat the old values to resume it, or choose another --output to start a new run"
+        if names == ["steps"]:
+            fix += (
+                ". Another number of steps is another learning-rate schedule; to train a finished "
+                f"model further, start a new run from it: --model {output / 'model'} "
+                "--output <new folder>"
+            )
+    raise InputError(f"{place} holds a run of another configuration: {changes}. {fix}")
 
 
-def _write(path: Path, identity: dict[str, Any]) -> str | None:
+def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -> list[str]:
+    """Differences as flags, one for each thing that differs, the most telling first."""
+    told: dict[str, str] = {}
+    model = "--source" if wanted.get("command") == "shear" else "--model"
+    for name in names:
+        old, new = saved.get(name), wanted.get(name)
+        part, _, field = name.partition(".")
+        values = f"was {_short(old)}, now {_short(new)}"
+        if name == "initial_weights" and None in (old, new):
+            continue  # --init says it
+        if name in ("source", "initial_weights"):
+            told.setdefault(model, f"{model} is another model")
+        elif part == "model":
+            told.setdefault(model, f"{model} is another model ({field} {values})")
+        elif name == "data":
+            told["--data"] = "--data holds other tokens"
+        elif part == "distill" and (saved.get("distill.teacher") is None) != (
+            wanted.get("distill.teacher") is None
+        ):
+            had = "no teacher" if saved.get("distill.teacher") is None else "a teacher"
+            told["--teacher"] = f"--teacher, --distill-weight: it had {had}"
+        elif name == "distill.teacher":
+            told["--teacher"] = "--teacher is another model"
+        elif isinstance(old, dict) and isinstance(new, dict) and name == "mixture":
+            for key in (k for k in new | old if old.get(k) != new.get(k)):
+                flag = _flag(MixtureConfig, key, "mixture")
+                told[flag] = f"{flag} was {_short(old.get(key))}, now {_short(new.get(key))}"
+        else:
+            flag = "--" + (field or name).replace("_", "-")
+            if part == "distill":
+                flag = _flag(DistillationConfig, field, part)
+            told[flag] = f"{flag} {values}"
+    first = [model, "--data", "--target", "--steps"]
+    return [told[flag] for flag in sorted(told, key=lambda flag: (flag not in first, flag))]
+
+
+def _flag(config: type, field: str, prefix: str) -> str:
+    """The flag of a field of a nested config, which may be called like the field or not."""
+    names = {option.name for option in options_of(config)}
+    own = field if field in names else f"{prefix}_{field}"
+    return "--" + (own if own in names else prefix).replace("_", "-")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
     try:
-        write_json(path, identity)
+        write_json(path, content)
     except OSError as error:
-        return f"--output {path.parent} cannot be written: {error.strerror}; choose another folder"
-    return None
+        raise InputError(
+            f"--output {path.parent} cannot be written: {failure(error)}, or choose another folder"
+        ) from None
 
 
 def read_identity(output: Path) -> dict[str, Any] | None:
-    """The identity of the run in `output`, or None when there is no run."""
+    """The identity of the run in `output`, or None when there is no run.
+
+    Raises InputError when run.json cannot be read.
+    """
     path = output / FILE
     if not path.exists():
         return None
-    try:
-        identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}: not valid JSON ({error}); delete the folder to start over"
-        ) from None
+    identity: dict[str, Any] = read_json(
+        path,
+        "restore it: the checkpoints beside it are not touched (the same command with another "
+        "--output writes the same file)",
+    )
     return identity

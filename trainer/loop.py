@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from data.batches import Batch, BatchStream
+from data.errors import InputError
 from trainer.config import TrainConfig
 from trainer.distillation import Teacher
 from trainer.memory import explain_out_of_memory
@@ -73,6 +74,10 @@ class Callback:
     def on_train_end(self, trainer: "Trainer") -> None:
         """After the last step, or after a stop that was asked for (`trainer.stopping`)."""
 
+    def on_error(self, trainer: "Trainer") -> None:
+        """After an error on every rank alike that left everything as after step `trainer.step`:
+        save what would be lost. The error is raised afterwards."""
+
     def on_exit(self, trainer: "Trainer") -> None:
         """When the loop is left, also by an exception: release what is held, do not communicate."""
 
@@ -131,6 +136,10 @@ class Trainer:
         """Number of the step's target tokens per domain, over all ranks."""
         self.stopping = False
         """Set (on every rank) by a callback to leave the loop after the current step."""
+        self._changing = False
+        """Whether a step is under way whose gradients or updates are not complete."""
+        self._calling: Callback | None = None
+        """The callback that was called last."""
 
     @property
     def micro_batches(self) -> int:
@@ -143,10 +152,32 @@ class Trainer:
             with explain_out_of_memory(self.config):
                 self._call("on_train_start")
                 while self.step < self.config.steps and not self.stopping:
-                    self.train_step()
+                    self._train_or_save()
                 self._call("on_train_end")
         finally:
             self._call("on_exit")
+
+    def _train_or_save(self) -> None:
+        """One step. Lets callbacks save when it fails before its batch is there, as by a damaged
+        shard, or after its update."""
+        step, order = self.step, self.stream.state_dict()
+        try:
+            self.train_step()
+        except Exception as error:
+            # InputErrors are raised on all ranks together. Of others the peers may know nothing,
+            # and saving takes all of them.
+            together = isinstance(error, InputError) or self.context.world == 1
+            if together and not self._changing and (self.step == step or self._is_whole()):
+                if self.step == step:
+                    self.stream.load_state_dict(order)
+                self._call("on_error")
+            raise
+
+    def _is_whole(self) -> bool:
+        """Whether no callback's state misses a step at whose end one of them failed."""
+        assert self._calling is not None
+        rest = self.callbacks[self.callbacks.index(self._calling) :]
+        return all(callback.optional_state or not callback.state_dict() for callback in rest)
 
     def train_step(self) -> None:
         """One optimizer step on one global batch."""
@@ -154,6 +185,7 @@ class Trainer:
         self.record = {"step": self.step + 1}
         self._call("on_step_start")
         batch = self.context.raise_on_any_rank(self.stream.next)
+        self._changing = True
         self._forward_backward(batch)
         self._call("after_backward")
         norm = clip_gradients(self.model, self.config.clip, self.context.mesh)
@@ -168,6 +200,7 @@ class Trainer:
         self.tokens += step_tokens
         self.record["tokens"] = self.tokens
         self.record["tokens_per_second"] = self.throughput.end_step(step_tokens)
+        self._changing = False
         self._call("on_step_end")
 
     def _forward_backward(self, batch: Batch) -> None:
@@ -236,4 +269,5 @@ class Trainer:
 
     def _call(self, hook: str) -> None:
         for callback in self.callbacks:
+            self._calling = callback
             getattr(callback, hook)(self)

@@ -90,6 +90,7 @@ def build_trainer(
     reference: dict[str, float],
     mixture: MixtureConfig,
     used: Mapping[str, int] | None = None,
+    identity: Mapping[str, Any] | None = None,
     teacher: Teacher | None = None,
     callbacks: Sequence[Callback] = (),
     description: str,
@@ -99,12 +100,15 @@ def build_trainer(
 
     `callbacks` run before the standard ones. `weights` are the initial domain weights; `reference`
     the losses a dynamic mixture steers towards; `used` samples of each domain are passed over.
+    `identity` (trainer.identity) goes into the checkpoints.
     """
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
     sampler.start_after(used or {})
     stream = BatchStream(reader, sampler, config.global_batch, context.rank, context.world)
     horizon = max(1, config.steps) * config.global_batch * config.seq_len
-    checkpointer = Checkpointer(output / "checkpoints", context, keep=config.keep_checkpoints)
+    checkpointer = Checkpointer(
+        output / "checkpoints", context, keep=config.keep_checkpoints, identity=identity
+    )
     # The order counts. First what the caller adds: it may set the masks that evaluation uses.
     listed: list[Callback] = [
         *callbacks,
@@ -132,12 +136,17 @@ def build_trainer(
         callbacks=listed,
         teacher=teacher,
     )
+    _restore_newest(trainer, checkpointer)
+    return trainer
+
+
+def _restore_newest(trainer: Trainer, checkpointer: Checkpointer) -> None:
     checkpointer.clean()
     latest = checkpointer.latest()
     if latest is not None:
         checkpointer.restore(trainer, latest)
-        logger.info(f"resuming from {latest}: {trainer.step} of {config.steps} steps are done")
-    return trainer
+        done = f"{trainer.step} of {trainer.config.steps} steps are done"
+        logger.info(f"resuming from {latest}: {done}")
 
 
 def training_report(trainer: Trainer) -> dict[str, Any]:

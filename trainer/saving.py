@@ -1,15 +1,15 @@
 """What a run leaves behind: the model's folder and the report."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.errors import InputError
+from data.errors import InputError, failure
 from data.files import require_writable, write_json
 from data.log import logger
+from data.records import read_json
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import save_model
@@ -68,7 +68,7 @@ def publish(context: DistributedContext, report: dict[str, Any], *paths: Path | 
                 if path is not None:
                     write_json(Path(path), report)
         except OSError as error:
-            problem = f"cannot write {path}: {error.strerror}; free space or choose another file"
+            problem = f"cannot write {path}: {failure(error)}, or choose another file"
     context.raise_first(problem)
 
 
@@ -83,4 +83,5 @@ def require_copy(context: DistributedContext, path: Path | str | None) -> None:
 def log_finished(context: DistributedContext, report: Path, copy: str | None) -> None:
     """Says that the run of `report` is finished, and copies the report to `copy` (--json)."""
     logger.info(f"{report.parent}: this run is finished; its report is {report}")
-    publish(context, json.loads(report.read_text(encoding="utf-8")), copy)
+    content = context.raise_on_any_rank(lambda: read_json(report, "restore it from a copy"))
+    publish(context, content, copy)

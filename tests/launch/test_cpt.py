@@ -176,9 +176,9 @@ def test_a_finished_run_is_left_alone(
     assert (tmp_path / "copy.json").read_bytes() == (output / "cpt.json").read_bytes()
     assert "this run is finished" in capsys.readouterr().out
     assert (output / "cpt.json").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match=r"steps was 6, now 9.*schedule"):
+    with pytest.raises(InputError, match=r"--steps was 6, now 9.*schedule"):
         run(quick(steps=9))
-    with pytest.raises(InputError, match=r"seq_len was 32, now 16"):
+    with pytest.raises(InputError, match=r"--seq-len was 32, now 16"):
         run(quick(seq_len=16))
 
 

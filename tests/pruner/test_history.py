@@ -121,7 +121,7 @@ def test_one_of_several_ranks_writes(tmp_path: Path) -> None:
     def train(output: Path) -> bool:
         trainer, watch = recorded(output)
         wrote = []
-        watch.on_step_end = lambda trainer: wrote.append(trainer.callbacks[1]._file is not None)  # type: ignore[attr-defined, method-assign]
+        watch.on_step_end = lambda trainer: wrote.append(trainer.callbacks[1].log.is_open)  # type: ignore[attr-defined, method-assign]
         trainer.fit()
         return any(wrote)
 

@@ -243,7 +243,7 @@ def test_lost_measurements_are_refused_once_training_has_begun(
     inputs: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    shear(configure(inputs, output))
+    shear(configure(inputs, output, keep_last_checkpoint=True))
     (output / "shear.json").unlink()
     (output / "source.safetensors").unlink()
     with pytest.raises(InputError, match=r"source\.safetensors .* is missing or damaged"):
@@ -252,7 +252,7 @@ def test_lost_measurements_are_refused_once_training_has_begun(
 
 def test_a_run_cut_off_before_its_report_only_finishes(inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    shear(configure(inputs, output))
+    shear(configure(inputs, output, keep_last_checkpoint=True))
     before = json.loads((output / "shear.json").read_text())
     (output / "shear.json").unlink()
     shear(configure(inputs, output))
@@ -262,13 +262,18 @@ def test_a_run_cut_off_before_its_report_only_finishes(inputs: Path, tmp_path: P
     assert len(losses(output)) == 8
 
 
-def test_options_that_may_change_keep_the_first_measurements(inputs: Path, tmp_path: Path) -> None:
+def test_options_that_may_change_keep_the_first_measurements(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
-    shear(configure(inputs, output))
+    shear(configure(inputs, output, keep_last_checkpoint=True))
     before = json.loads((output / "shear.json").read_text())
     (output / "shear.json").unlink()
     changes = {"eval_sequences": 3, "reference_sequences": 5, "precision": "auto"}
     shear(configure(inputs, output, **changes))
+    printed = capsys.readouterr().out
+    assert "note: --reference-sequences 5: the source was measured with 32 when" in printed
+    assert "note: --eval-sequences 3: the source was measured with 2 when" in printed
     after = json.loads((output / "shear.json").read_text())
     for name in ("reference", "source_held_out"):
         assert after[name] == before[name], name
@@ -303,7 +308,7 @@ def test_kernels_that_cannot_run_here_are_refused(inputs: Path, tmp_path: Path) 
 
 def test_another_target_does_not_resume(inputs: Path, tmp_path: Path) -> None:
     shear(configure(inputs, tmp_path / "out"))
-    with pytest.raises(InputError, match=r"another configuration: target was .*ffn=20.*ffn=24"):
+    with pytest.raises(InputError, match=r"another configuration: --target was .*ffn=20.*ffn=24"):
         shear(configure(inputs, tmp_path / "out", target=TARGET.replace("ffn=20", "ffn=24")))
 
 
@@ -445,7 +450,9 @@ def test_a_budget_is_resolved_before_training_and_kept_for_resumes(
 ) -> None:
     source = load_config(inputs / "model")
     limit = source.num_parameters() // 2
-    output, options = tmp_path / "out", {"target": f"params={limit}", "steps": 2}
+    output = tmp_path / "out"
+    options: dict[str, Any] = {"target": f"params={limit}", "steps": 2}
+    options["keep_last_checkpoint"] = True
     shear(configure(inputs, output, **options))
     record = json.loads((output / "target.json").read_text())
     printed = capsys.readouterr().out
@@ -467,7 +474,7 @@ def test_a_budget_is_resolved_before_training_and_kept_for_resumes(
 
 def test_another_budget_does_not_resume(inputs: Path, tmp_path: Path) -> None:
     shear(configure(inputs, tmp_path / "out", target="params=20k", steps=1))
-    with pytest.raises(InputError, match=r"another configuration: target was .*, now "):
+    with pytest.raises(InputError, match=r"another configuration: --target was .*, now "):
         shear(configure(inputs, tmp_path / "out", target="params=12k", steps=1))
 
 

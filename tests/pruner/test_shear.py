@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from data.errors import InputError
+from data.locks import folder_lock
 from pruner import shear
 from pruner.config import ShearConfig
+from pruner.run import shear as run
+from tests.pruner.test_run import configure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,6 +78,17 @@ def test_two_ranks_print_that_error_once(tmp_path: Path) -> None:
     assert failed.returncode != 0
     check_both_halves(failed.stderr)
     assert "error (rank" not in failed.stderr
+
+
+def test_an_output_that_another_process_holds(inputs: Path, tmp_path: Path) -> None:
+    with (
+        folder_lock(tmp_path / "out", "training"),
+        pytest.raises(InputError, match=r"another process is training there"),
+    ):
+        run(configure(inputs, tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    with pytest.raises(InputError, match=r"--source .* is what --output .* would replace"):
+        run(configure(inputs, inputs))
 
 
 def test_documented_defaults() -> None:

@@ -64,7 +64,7 @@ def test_learning_rate_and_evaluation_may_change_on_resume(
     with monkeypatch.context() as patch:
         stop_during(4, patch)
         run(workspace, tmp_path)
-    with pytest.raises(InputError, match="seed was 0, now 1"):
+    with pytest.raises(InputError, match="--seed was 0, now 1"):
         run(workspace, tmp_path, seed=1)
     capsys.readouterr()
     trainer = run(workspace, tmp_path, lr=1e-3, weight_decay=0.0, eval_sequences=0)

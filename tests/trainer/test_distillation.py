@@ -218,10 +218,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         stopped = train(workspace, parts, teachers / "tied")
     assert stopped is not None and stopped.stopping
     for changes, message in (
-        ({"teacher": teachers / "untied"}, r"distill\.teacher was '\w+', now '\w+'\. Repeat"),
-        ({"distillation": replace(HALF, weight=0.25)}, r"distill\.weight was 0\.5, now 0\.25\. "),
-        ({"distillation": replace(HALF, temperature=1.0)}, r"distill\.temperature was 2\.0, now"),
-        ({"distillation": replace(HALF, top_k=5)}, r"distill\.top_k was 0, now 5"),
+        ({"teacher": teachers / "untied"}, r": --teacher is another model\. Repeat"),
+        ({"distillation": replace(HALF, weight=0.25)}, r"--distill-weight was 0\.5, now 0\.25\. "),
+        ({"distillation": replace(HALF, temperature=1.0)}, r"--distill-temperature was 2\.0, now"),
+        ({"distillation": replace(HALF, top_k=5)}, r"--distill-top-k was 0, now 5"),
     ):
         arguments: dict[str, Any] = {"teacher": teachers / "tied"} | changes
         with pytest.raises(InputError, match=message):
@@ -301,3 +301,15 @@ def test_an_unnamed_weight_depends_on_the_teacher() -> None:
         assert resolve_teacher(name, unnamed, None) == (name, replace(unnamed, weight=weight), None)
     off = DistillationConfig(weight=0.0)
     assert resolve_teacher("some/model", off, None) == ("some/model", off, None)
+
+
+def test_after_shearing_at_once_the_missing_teacher_is_said(teachers: Path) -> None:
+    source = str(teachers / "tied")
+    sheared = {"source": source, "steps": 0, "distillation": {"weight": 0.0}}
+    name, config, note = resolve_teacher(None, DistillationConfig(), sheared)
+    assert (name, config.weight) == (None, 0.0)
+    assert note is not None and f"--distill-weight 0.9 makes it learn from {source}" in note
+    # What the note says works, and who has chosen is not told.
+    assert resolve_teacher(None, DistillationConfig(weight=0.9), sheared)[0] == source
+    assert resolve_teacher(None, DistillationConfig(weight=0.0), sheared)[2] is None
+    assert resolve_teacher(None, DistillationConfig(), sheared | {"steps": 5})[2] is None

@@ -35,11 +35,11 @@ def test_the_same_run_is_accepted(tmp_path: Path) -> None:
 
 def test_differences_are_named(tmp_path: Path) -> None:
     verify(tmp_path, options(), started=False)
-    with pytest.raises(InputError, match=r"lr was 0\.01, now 0\.5, seed was 0, now 1\. Repeat"):
+    with pytest.raises(InputError, match=r"--lr was 0\.01, now 0\.5, --seed was 0, now 1\. Repeat"):
         verify(tmp_path, options(lr=0.5, seed=1))
-    with pytest.raises(InputError, match="data was 'abc', now 'def'"):
+    with pytest.raises(InputError, match="--data holds other tokens"):
         verify(tmp_path, options(), data="def")
-    with pytest.raises(InputError, match=r"model\.num_layers was 2, now 3"):
+    with pytest.raises(InputError, match=r"--model is another model \(num_layers was 2, now 3\)"):
         verify(tmp_path, options(), replace(SHAPE, num_layers=3))
 
 
@@ -61,7 +61,7 @@ def test_remedies_against_divergence_may_change(
     assert identity is not None and (identity["lr"], identity["clip"]) == (0.005, 0.5)
     verify(tmp_path, options(lr=0.005, clip=0.5, weight_decay=0.2, min_lr_ratio=0.2))
     assert capsys.readouterr().out == ""
-    with pytest.raises(InputError, match=r": seed was 0, now 1\. Repeat"):
+    with pytest.raises(InputError, match=r": --seed was 0, now 1\. Repeat"):
         verify(tmp_path, options(lr=0.001, clip=0.5, weight_decay=0.2, min_lr_ratio=0.2, seed=1))
     assert capsys.readouterr().out == "" and read_identity(tmp_path) == identity
 

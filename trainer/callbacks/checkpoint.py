@@ -1,10 +1,11 @@
-"""Checkpoints at intervals, at the end, and when the process is asked to stop."""
+"""Checkpoints at intervals, at the end, on errors, and when the process is asked to stop."""
 
 import signal
 import time
 from types import FrameType
 from typing import Any, ClassVar
 
+from data.errors import InputError
 from data.log import logger
 from trainer.checkpoint import Checkpointer
 from trainer.loop import Callback, Trainer
@@ -16,7 +17,8 @@ sent to every process."""
 
 
 class CheckpointCallback(Callback):
-    """Saves every `interval` steps (0: never in between), after the last and when told to stop.
+    """Saves every `interval` steps (0: never in between), after the last and when told to stop;
+    also once when the loop is left by an error that costs no finished step.
 
     SIGTERM, SIGINT or SIGUSR1 to any rank stops all of them after the current step; a second one
     some seconds later acts at once. It must be the last callback, so that the others' state is
@@ -30,8 +32,11 @@ class CheckpointCallback(Callback):
         self.interval = interval
         self._received_at: float | None = None
         self._previous: dict[int, Any] = {}
+        self._saved = 0
+        """The step that needs no saving: done, or tried in vain."""
 
     def on_train_start(self, trainer: Trainer) -> None:
+        self._saved = trainer.step
         if trainer.step < trainer.config.steps:
             self._previous = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
 
@@ -39,6 +44,7 @@ class CheckpointCallback(Callback):
         stop = trainer.context.any(self._received_at is not None)
         finished = trainer.step == trainer.config.steps
         if stop or finished or (self.interval and trainer.step % self.interval == 0):
+            self._saved = trainer.step
             path = self.checkpointer.save(trainer)
             if stop and trainer.context.is_main:
                 logger.info(f"stopped: saved {path}; run the same command again to resume")
@@ -46,6 +52,16 @@ class CheckpointCallback(Callback):
         if finished and not stop:
             # What follows needs no saving, so a signal may end it.
             self._restore_handlers()
+
+    def on_error(self, trainer: Trainer) -> None:
+        if self._saved == trainer.step:
+            return
+        try:
+            path = self.checkpointer.save(trainer)
+        except InputError as error:
+            logger.warning(f"step {trainer.step} could not be saved: {error}")
+        else:
+            logger.info(f"saved {path} before the error that follows")
 
     def on_exit(self, trainer: Trainer) -> None:
         self._restore_handlers()

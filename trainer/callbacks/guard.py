@@ -10,7 +10,7 @@ from trainer.loop import Callback, Trainer
 
 class GuardCallback(Callback):
     """Raises InputError when the loss or the gradient norm is not finite, before the optimizer uses
-    the gradient."""
+    the gradient. Finite ones prove that the checkpoint before the step is sound."""
 
     name: ClassVar[str] = "guard"
 
@@ -21,12 +21,17 @@ class GuardCallback(Callback):
         for name in ("loss", "grad_norm"):
             value = trainer.record[name]
             if not math.isfinite(value):
-                last = self.checkpointer.latest()
-                where = f"resumes from {last}" if last else "starts again: no checkpoint exists yet"
-                config = trainer.config
                 raise InputError(
                     f"{name} is {value} at step {trainer.step + 1} (it must be finite); nothing "
-                    f"was updated. Run the same command with a lower --lr or --clip (now "
-                    f"{config.lr:g} and {config.clip:g}), such as --lr {config.lr / 2:g}: it "
-                    f"{where}"
+                    f"was updated. {self._remedy(trainer)}"
                 )
+        self.checkpointer.prove(trainer.step)
+
+    def _remedy(self, trainer: Trainer) -> str:
+        if trainer.step == 0:
+            return (
+                "No step was made before it, so the learning rate has no part in it: the start "
+                "model's weights are damaged, or --precision does not suit them (--precision fp32 "
+                "is the safe one)"
+            )
+        return self.checkpointer.way_back(trainer)

@@ -1,0 +1,182 @@
+"""The output folder of a run: whose it is, what it holds already, what may go when it is done."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import InputError
+from data.locks import folder_lock
+from data.log import logger
+from data.records import read_json
+from trainer.checkpoint import Checkpointer
+from trainer.checkpoint_files import RECORD, committed, step_of
+from trainer.config import TrainConfig
+from trainer.disk import CHECKPOINT_BYTES, room_problem
+from trainer.identity import FILE
+from trainer.parallel import DistributedContext
+
+REPORTS = ("shear.json", "cpt.json")
+"""Reports of finished runs."""
+MODEL_BYTES = 2
+"""Per parameter of the final model, at least."""
+REPLACED = ("model", "model.unchecked", "checkpoints")
+"""Folders that a run replaces, or writes and removes, in its output folder."""
+
+
+@contextmanager
+def owned(output: Path, context: DistributedContext) -> Iterator[None]:
+    """Holds OUTPUT for one run of all ranks. Raises InputError on every rank when another process
+    holds it, or when it cannot be written."""
+    with ExitStack() as held:
+        lock = folder_lock(output, "training")
+        context.raise_on_any_rank(
+            lambda: held.enter_context(lock) if context.is_main else None,
+        )
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What an output folder holds of the run it is named for."""
+
+    report: Path | None
+    """The report of a finished run."""
+    resuming: bool
+    """Whether there is a checkpoint to go on from."""
+    written: bool
+    """Whether there is a model of a run."""
+
+    @property
+    def started(self) -> bool:
+        """Whether the folder belongs to a run already."""
+        return self.report is not None or self.resuming or self.written
+
+
+def state_of(output: Path, report: str, context: DistributedContext) -> State:
+    """Looks at OUTPUT, where a finished run leaves `report`; the same on every rank.
+
+    A report that was cut off does not count, where a checkpoint is there to finish from. Raises
+    InputError on every rank when checkpoints or report are lost or cannot be read.
+    """
+    newest = Checkpointer(output / "checkpoints", context).latest()
+
+    def look() -> State:
+        finished = _finished(output / report, newest is not None)
+        if newest is None and not finished:
+            _require_no_loss(output, report)
+        written = (output / "model").exists() and (output / FILE).exists()
+        return State(output / report if finished else None, newest is not None, written)
+
+    found = context.raise_on_any_rank(look if context.is_main else lambda: None)
+    state: State = context.broadcast(found)
+    return state
+
+
+def _finished(path: Path, resuming: bool) -> bool:
+    """Whether the report at `path` is there, and whole."""
+    if not path.exists():
+        return False
+    try:
+        read_json(path, "restore it from a copy, or name another --output", keys={"steps": int})
+    except InputError as error:
+        if not resuming:
+            raise
+        logger.warning(f"{error.args[0].partition(';')[0]}: it is written again")
+        return False
+    return True
+
+
+def _require_no_loss(output: Path, report: str) -> None:
+    """Raises InputError when the run had checkpoints, and neither one nor the report is left."""
+    record = output / RECORD
+    if record.exists():
+        raise InputError(
+            f"{output}: a run has trained there, but checkpoints/ holds no checkpoint and there is "
+            f"no {report}: put back one of them, or name another --output (to begin again in this "
+            f"folder all the same, delete {record})"
+        )
+
+
+def require_apart(output: Path, *, models: Mapping[str, Path], data: Path) -> None:
+    """Raises InputError when a run into `output` would replace what it reads, or mix with it.
+
+    Args:
+        output: the run's folder.
+        models: folders or files of models, by the option that names them.
+        data: the token folder.
+    """
+    place = output.resolve()
+    replaced = [(output / name).resolve() for name in REPLACED] + [place / n for n in REPLACED]
+    for option, path in {**models, "--data": data}.items():
+        read = path.resolve()
+        inside = [folder for folder in replaced if folder == read or folder in read.parents]
+        if inside or read == place:
+            what = f"is what --output {output} would replace" if inside else "is the --output too"
+            raise InputError(f"{option} {path}: {what}; name another --output")
+        # A run that was started so goes on.
+        if option != "--data" and place in read.parents and not (output / "run.json").exists():
+            raise InputError(f"{option} {path}: lies in --output {output}; name another --output")
+
+
+def require_room(
+    output: Path,
+    parameters: int,
+    train: TrainConfig,
+    context: DistributedContext,
+    *,
+    saved: int,
+) -> None:
+    """Raises InputError on every rank when the checkpoints to come and the final model do not fit.
+
+    Args:
+        output: the run's folder.
+        parameters: of the model that is trained.
+        train: steps, intervals and number of checkpoints.
+        context: the ranks.
+        saved: parameters of the final model.
+    """
+    context.raise_on_any_rank(
+        lambda: _check_room(output, parameters, train, saved) if context.is_main else None
+    )
+
+
+def _check_room(output: Path, parameters: int, train: TrainConfig, saved: int) -> None:
+    found = committed(output / "checkpoints")
+    done = step_of(found[-1]) if found else 0
+    every = train.save_interval or max(1, train.steps)
+    saves = -(-train.steps // every) - done // every if done < train.steps else 0
+    problem = room_problem(
+        output,
+        checkpoint=CHECKPOINT_BYTES * parameters,
+        saves=saves,
+        existing=len(found),
+        keep=train.keep_checkpoints,
+        model=MODEL_BYTES * saved,
+    )
+    if problem:
+        raise InputError(problem)
+
+
+def run_of(model: Path) -> Path:
+    """The folder of the run that wrote the model folder `model`, where its reports lie; `model` may
+    be a link to it."""
+    folders = (model.parent, model.resolve().parent)
+    for folder in folders if model.name == "model" else folders[::-1]:
+        if any((folder / name).exists() for name in (*REPORTS, "run.json")):
+            return folder
+    return model.parent
+
+
+def remove_checkpoints(
+    output: Path, identity: Mapping[str, Any], train: TrainConfig, context: DistributedContext
+) -> None:
+    """Removes the checkpoints of a run whose model and report are written, or all but the last
+    (--keep-last-checkpoint)."""
+    checkpointer = Checkpointer(output / "checkpoints", context, identity=identity)
+    if checkpointer.latest() is None:
+        return
+    checkpointer.remove_all(int(train.keep_last_checkpoint))
+    if not train.keep_last_checkpoint:
+        logger.info("its checkpoints are removed (--keep-last-checkpoint keeps the last one)")
