@@ -5,8 +5,6 @@ interrupted or failed job goes on where it stopped. The manifest appears last, b
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -16,16 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from data.errors import InputError, require_at_least
+from data.domain_names import DomainNames
+from data.errors import InputError, failure, is_full, require_at_least
 from data.files import sync_folder, write_text
+from data.locks import FILE_NAME as LOCK
+from data.locks import folder_lock
+from data.log import logger
 from data.manifest import (
-    DTYPES,
     FILE_NAME,
     HELD_OUT,
     TRAIN,
@@ -35,21 +36,15 @@ from data.manifest import (
     dtype_for,
 )
 from data.progress import Progress
-from data.sources import AUTO
-from data.tasks import (
-    REPORTS,
-    Report,
-    Settings,
-    Task,
-    TaskRun,
-    is_complete,
-    plan_tasks,
-    report_path,
-)
+from data.records import read_json
+from data.shards import SUFFIXES, ShardReader, check_shards
+from data.sources import AUTO, MAX_RECORD_MIB
+from data.tasks import REPORTS, Report, Settings, Task, TaskRun, finished_report, plan_tasks
 from data.tokenizers import Tokenizer
 
 PARTIAL = ".partial"
 SETTINGS = "settings.json"
+SETTINGS_FIX = "delete the file: finished parts with the same arguments are used all the same"
 SECONDS_BETWEEN_UPDATES = 0.2
 
 T = TypeVar("T")
@@ -60,15 +55,15 @@ class TokenizeConfig:
     """Turns text into token shards per domain.
 
     An output that exists is reused if it was made from the same files (by path and size) with the
-    same arguments. An interrupted run continues where it stopped. The result does not depend on the
-    number of workers.
+    same arguments. An interrupted run continues where it stopped, once it has checked what is
+    there. The result does not depend on the number of workers.
     """
 
     ESSENTIAL: ClassVar = "input tokenizer output seq-len workers domain-field"
 
     input: tuple[str, ...]
     """Files, folders or quoted globs ('**' crosses folders): .jsonl .parquet .txt, or any other
-    text suffix the glob ends with; .zst and .gz are decompressed."""
+    text suffix the glob ends with; .zst .gz .bz2 .xz .lz4 are decompressed."""
     tokenizer: str
     """A sentencepiece .model file, a folder with tokenizer.json or tokenizer.model, or a name on
     the Hugging Face hub."""
@@ -83,17 +78,28 @@ class TokenizeConfig:
     folder; or "auto", meta.redpajama_set_name for records and the folder for plain text."""
     text_field: str = "text"
     """Dotted field of a record that holds its text."""
+    skip_incomplete: bool = False
+    """Leave out, and count, records whose text or domain is absent or null."""
+    merge_domains: bool = False
+    """Take names that become one domain, such as "Common Crawl" and "common-crawl", as one; without
+    it they are an error."""
+    max_record_mib: int = MAX_RECORD_MIB
+    """Length, in MiB, above which a record or plain text file is refused. Tokenizing takes some
+    hundred times as much memory."""
     domains: tuple[str, ...] = ()
     """Domains to expect; any other is an error. Default: whatever the input holds."""
     held_out: float = 0.01
     """Fraction of documents set apart for evaluation, chosen by a hash of the text."""
     max_bytes_per_domain: int | None = None
-    """Stop each domain at the first document that brings it to this many bytes. Uses one
-    process."""
+    """Stop each domain at the first document that brings it to this many bytes. Uses one process.
+    All of the input is read, in case a domain comes late, unless --domains names all of them."""
     task_mib: int = 512
     """Input, in MiB, behind one shard per domain: the unit of work that a worker takes."""
     overwrite: bool = False
     """Replace an output made with other arguments."""
+    verify: bool = False
+    """Read all of an output that is there already and check it against its checksums, instead of
+    the sizes of its files alone."""
 
     def __post_init__(self) -> None:
         if not self.input:
@@ -101,6 +107,7 @@ class TokenizeConfig:
         if not 0 <= self.held_out < 1:
             raise InputError(f"--held-out {self.held_out} is a fraction: use 0 up to, not with, 1")
         require_at_least(self, 1, "workers", "seq_len", "task_mib", "max_bytes_per_domain")
+        require_at_least(self, 1, "max_record_mib")
 
 
 class Job:
@@ -128,32 +135,53 @@ class Job:
         self.output = output
         self.overwrite = overwrite
         self.partial = output / PARTIAL
+        self.dtype = dtype_for(tokenizer.vocab_size)
         # Through JSON once, so that it equals what a manifest gives back.
         self.arguments: dict[str, Any] = json.loads(
-            json.dumps(asdict(settings) | {"tokenizer": tokenizer.fingerprint})
+            json.dumps(settings.arguments() | {"tokenizer": tokenizer.fingerprint})
         )
 
-    def run(self, workers: int) -> tuple[Manifest, bool]:
+    def run(self, workers: int, verify: bool = False) -> tuple[Manifest, bool]:
         """Runs what is not done yet. Returns the manifest and whether there was anything to do.
 
+        Args:
+            workers: processes to run tasks on.
+            verify: read all of an output that is there already.
+
         Raises:
-            InputError: bad input, an output made with other arguments, a full disk.
+            InputError: bad input, an output made with other arguments or damaged, one that cannot
+                be written, a full disk, or another process at work there.
         """
-        self._refuse_foreign_folder()
-        self.partial.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            if (self.partial / FILE_NAME).is_file():
-                self._publish()
-            finished = self._finished()
-            if finished is not None:
-                self._drop_leftovers()
-                return finished, False
-            self._prepare()
-            with _full_disk_explained(self.output):
-                reports = self._run_tasks(workers)
-                self._manifest(reports).save(self.partial / FILE_NAME)
-                self._publish()
-            return Manifest.load(self.output), True
+        try:
+            self._refuse_foreign_folder()
+            with folder_lock(self.output, "tokenizing", remove=True):
+                try:
+                    return self._run(workers, verify)
+                finally:
+                    self._tidy()
+        except OSError as error:
+            raise InputError(_unwritable(self.output, error)) from None
+        except MemoryError:
+            raise InputError(
+                "not enough memory to tokenize; use fewer --workers, a lower --max-record-mib, or "
+                "a machine with more (finished parts are kept: run the same command again)"
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                self.output.rmdir()  # only if empty
+
+    def _run(self, workers: int, verify: bool) -> tuple[Manifest, bool]:
+        self.partial.mkdir(exist_ok=True)
+        self._publish_if_complete()
+        finished = self._finished(verify)
+        if finished is not None:
+            self._drop_leftovers()
+            return finished, False
+        self._prepare()
+        reports = self._run_tasks(workers)
+        self._manifest(reports).save(self.partial / FILE_NAME)
+        self._publish()
+        return Manifest.load(self.output), True
 
     def _refuse_foreign_folder(self) -> None:
         if not self.output.exists():
@@ -161,12 +189,12 @@ class Job:
         if not self.output.is_dir():
             raise InputError(f"--output {self.output} is not a folder; choose another path")
         ours = (self.output / FILE_NAME).is_file() or self.partial.is_dir()
-        if not ours and any(self.output.iterdir()):
+        if not ours and any(entry.name != LOCK for entry in self.output.iterdir()):
             raise InputError(
                 f"--output {self.output} holds files that are not tokens; choose a new folder"
             )
 
-    def _finished(self) -> Manifest | None:
+    def _finished(self, verify: bool) -> Manifest | None:
         """The manifest of an output made with the same arguments, None if there is work to do."""
         if not (self.output / FILE_NAME).is_file():
             return None
@@ -179,7 +207,7 @@ class Job:
         files = [(source.path, source.bytes) for source in manifest.sources]
         wanted_files = [file for task in self.tasks for file in task.files]
         if manifest.arguments == self.arguments and files == wanted_files:
-            return manifest
+            return manifest if self._is_sound(manifest, verify) else None
         wanted = self.arguments | {"files": _describe_files(wanted_files, files)}
         found = manifest.arguments | {"files": _describe_files(files, wanted_files)}
         if self.overwrite:
@@ -190,17 +218,39 @@ class Job:
             "replace it"
         )
 
+    def _is_sound(self, manifest: Manifest, verify: bool) -> bool:
+        """Whether the shards of a finished output are there, by their sizes or by every byte.
+
+        Raises InputError if they are not, unless they are to be replaced.
+        """
+        shards = [
+            shard for of in manifest.splits.values() for some in of.values() for shard in some
+        ]
+        try:
+            if verify:
+                total = sum(shard.tokens for shard in shards)
+                with Progress("verify", total=total, unit="token") as bar:
+                    check_shards(self.output, shards, manifest.dtype, bar.update)
+            else:
+                for shard in shards:
+                    ShardReader(self.output, shard, manifest.dtype, "never")
+        except InputError as error:
+            if self.overwrite:
+                return False
+            raise InputError(f"{error} with --overwrite") from None
+        return True
+
     def _drop_leftovers(self) -> None:
         """Removes reports that a crash right after publishing left."""
         path = self.partial / SETTINGS
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == self.arguments:
+        if path.is_file() and read_json(path, SETTINGS_FIX) == self.arguments:
             shutil.rmtree(self.partial / REPORTS, ignore_errors=True)
 
     def _prepare(self) -> None:
         """Clears what an unfinished job with other settings left; keeps what can be reused."""
         path = self.partial / SETTINGS
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path, SETTINGS_FIX)
             if found != self.arguments:
                 started = any(self.partial.glob(f"{REPORTS}/*.json"))
                 if started and not self.overwrite:
@@ -218,7 +268,7 @@ class Job:
         for entry in self.partial.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
-            elif entry.name != "lock":
+            else:
                 entry.unlink()
 
     def _run_tasks(self, workers: int) -> list[Report]:
@@ -232,44 +282,40 @@ class Job:
     def _run_here(self, bar: Progress) -> list[Report]:
         reports: list[Report] = []
         used: Counter[str] = Counter()
+        names = DomainNames(self.settings.merge_domains)
         limited = self.settings.max_bytes_per_domain is not None
         for task in self.tasks:
             before = bar.completed
             key = task.key(self.arguments | ({"used": used} if limited else {}))
-            report = self._reusable(task, key)
+            report = finished_report(task, key, self.partial, self.dtype, bar.update)
             if report is None:
                 run = TaskRun(task, self.settings, self.tokenizer, self.partial, bar.update, used)
                 report = run.run(key)
             used += report.text_bytes()
+            names.add_all(report.names)
             reports.append(report)
             bar.update(before + task.bytes - bar.completed)
         return reports
 
     def _run_on_workers(self, workers: int, bar: Progress) -> list[Report]:
-        keys = {task.index: task.key(self.arguments) for task in self.tasks}
         reports: dict[int, Report] = {}
-        for task in self.tasks:
-            report = self._reusable(task, keys[task.index])
-            if report is not None:
-                reports[task.index] = report
-                bar.update(task.bytes)
-        waiting = [task for task in self.tasks if task.index not in reports]
-        if not waiting:
-            return [reports[task.index] for task in self.tasks]
-        already = bar.completed
+        names = DomainNames(self.settings.merge_domains)
         context = multiprocessing.get_context("spawn")
         counter: Synchronized[int] = context.Value("q", 0)
         stop = context.Event()
         pool = ProcessPoolExecutor(
-            min(workers, len(waiting)),
+            min(workers, len(self.tasks)),
             mp_context=context,
             initializer=_start_worker,
             initargs=(self.settings, self.tokenizer, self.partial, counter, stop, os.getpid()),
         )
         try:
-            futures = {pool.submit(_run_on_worker, task, keys[task.index]) for task in waiting}
-            for future in _as_completed(futures, lambda: _show(bar, already, counter)):
+            futures = {
+                pool.submit(_run_on_worker, task, task.key(self.arguments)) for task in self.tasks
+            }
+            for future in _as_completed(futures, lambda: _show(bar, counter)):
                 index, report = future.result()
+                names.add_all(report.names)
                 reports[index] = report
         except BrokenProcessPool:
             raise InputError(
@@ -280,13 +326,6 @@ class Job:
             stop.set()
             pool.shutdown(cancel_futures=True)
         return [reports[task.index] for task in self.tasks]
-
-    def _reusable(self, task: Task, key: str) -> Report | None:
-        report = Report.load(report_path(self.partial, task.index))
-        itemsize = DTYPES[dtype_for(self.tokenizer.vocab_size)].itemsize
-        if report and report.key == key and is_complete(report, self.partial, itemsize):
-            return report
-        return None
 
     def _manifest(self, reports: list[Report]) -> Manifest:
         splits: dict[str, dict[str, list[ShardRecord]]] = {}
@@ -303,16 +342,31 @@ class Job:
         if not splits[TRAIN] and not splits[HELD_OUT]:
             raise InputError("the input holds no text at all; check --input and --text-field")
         return Manifest(
-            dtype=dtype_for(self.tokenizer.vocab_size),
+            dtype=self.dtype,
             tokenizer=self.tokenizer.record(),
             splits=splits,
             sources=[source for report in reports for source in report.sources],
             arguments=self.arguments,
         )
 
+    def _publish_if_complete(self) -> None:
+        """Goes on with publishing where a crash interrupted it."""
+        path = self.partial / FILE_NAME
+        if not path.is_file():
+            return
+        try:
+            Manifest.load(self.partial)
+        except InputError as error:
+            # It is made again from the reports, which go last.
+            logger.warning(f"finishing again: {error}")
+            path.unlink()
+            return
+        self._publish()
+
     def _publish(self) -> None:
         """Moves the finished shards into place, the manifest last; repeatable after a crash."""
         manifest = Manifest.load(self.partial)
+        self._drop_strays(manifest)
         (self.output / FILE_NAME).unlink(missing_ok=True)
         for split in (TRAIN, HELD_OUT):
             source, target = self.partial / split, self.output / split
@@ -324,27 +378,25 @@ class Job:
         sync_folder(self.output)
         shutil.rmtree(self.partial / REPORTS)
 
+    def _drop_strays(self, manifest: Manifest) -> None:
+        """Removes shards of parts that were made again and then had other domains."""
+        for split in (TRAIN, HELD_OUT):
+            wanted = {
+                self.partial / (shard.path + suffix)
+                for shards in manifest.splits[split].values()
+                for shard in shards
+                for suffix in SUFFIXES
+            }
+            for folder in (self.partial / split).glob("*"):
+                for path in set(folder.iterdir()) - wanted:
+                    path.unlink()
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # only if empty
+
     def _tidy(self) -> None:
         """Removes the working folder once nothing in it is of use."""
         if not any(self.partial.glob(f"{REPORTS}/*.json")):
             shutil.rmtree(self.partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self.output.rmdir()  # only if empty
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self.partial / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"another process is tokenizing into {self.output}; wait for it, or use "
-                    "another --output"
-                ) from None
-            try:
-                yield
-            finally:
-                self._tidy()
 
 
 def _describe_files(files: list[tuple[str, int]], others: list[tuple[str, int]]) -> str:
@@ -388,8 +440,14 @@ def _start_worker(
 
 
 def _run_on_worker(task: Task, key: str) -> tuple[int, Report]:
-    run = TaskRun(task, _Worker.settings, _Worker.tokenizer, _Worker.folder, _advance_worker)
-    return task.index, run.run(key)
+    settings, tokenizer, folder = _Worker.settings, _Worker.tokenizer, _Worker.folder
+    dtype = dtype_for(tokenizer.vocab_size)
+    report = finished_report(task, key, folder, dtype, _advance_worker)
+    if report is None:
+        report = TaskRun(task, settings, tokenizer, folder, _advance_worker).run(key)
+    else:
+        _advance_worker(task.bytes)
+    return task.index, report
 
 
 def _advance_worker(size: int) -> None:
@@ -399,8 +457,8 @@ def _advance_worker(size: int) -> None:
         _Worker.counter.value += size
 
 
-def _show(bar: Progress, already: float, counter: "Synchronized[int]") -> None:
-    bar.update(already + counter.value - bar.completed)
+def _show(bar: Progress, counter: "Synchronized[int]") -> None:
+    bar.update(counter.value - bar.completed)
 
 
 def _as_completed(futures: set[Future[T]], tick: Callable[[], None]) -> Iterator[Future[T]]:
@@ -411,14 +469,10 @@ def _as_completed(futures: set[Future[T]], tick: Callable[[], None]) -> Iterator
         yield from done
 
 
-@contextlib.contextmanager
-def _full_disk_explained(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(
-            f"no space left on the disk of {output}; free some, then run the same command again "
-            "(finished parts are kept)"
-        ) from None
+def _unwritable(output: Path, error: OSError) -> str:
+    """What to say of a write that failed, or a read of what was written."""
+    kept = "then run the same command again (finished parts are kept)"
+    if is_full(error):
+        return f"no space left on the disk of {output}; free some, {kept}"
+    place = f" ({error.filename})" if error.filename else ""
+    return f"--output {output}{place}: {failure(error)}, {kept}"

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from data.errors import InputError, failure
 from data.log import logger
@@ -19,7 +20,9 @@ _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, doing: str, option: str = "--output") -> Iterator[None]:
+def folder_lock(
+    folder: Path, doing: str, option: str = "--output", *, remove: bool = False
+) -> Iterator[None]:
     """Holds FOLDER/.lock while the block runs; makes the folder where it is missing.
 
     The system frees the lock when the process ends, however it ends. It holds between the machines
@@ -30,6 +33,7 @@ def folder_lock(folder: Path, doing: str, option: str = "--output") -> Iterator[
         folder: what the block writes into.
         doing: what the owner does there, for the message to others: "training".
         option: the flag that names the folder.
+        remove: leave no .lock behind where the block ends in the ordinary way or by an exception.
 
     Raises InputError when another process holds it, naming that process, or when the folder cannot
     be written.
@@ -54,12 +58,28 @@ def folder_lock(folder: Path, doing: str, option: str = "--output") -> Iterator[
             if error.errno not in _CANNOT_LOCK:
                 raise InputError(f"{path}: {failure(error)}") from None
             logger.warning(f"{folder}: this file system has no locks; start no second run there")
+        if not _is_there(path, file):
+            # Its owner removed it after we had opened it: whoever comes now makes another one.
+            raise InputError(f"{option} {folder}: another process has just left; try again")
         with contextlib.suppress(OSError):
             file.truncate(0)
             owner = {"host": socket.gethostname(), "process": os.getpid(), "command": sys.argv[0]}
             # Not by way of the file's buffer, whose rest would fail again when the file is closed.
             os.write(file.fileno(), json.dumps(owner | {"rank": rank()}).encode() + b"\n")
-        yield
+        try:
+            yield
+        finally:
+            if remove:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def _is_there(path: Path, file: IO[str]) -> bool:
+    """Whether an open file is the one that lies at `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except OSError:
+        return False
 
 
 def _owner(path: Path) -> str:

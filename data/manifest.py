@@ -1,20 +1,26 @@
 """The manifest: what a folder of tokens holds, and the identity of its data."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from data.errors import InputError
+from data.errors import InputError, failure
 from data.files import write_json
+from data.records import is_kind, read_json, word_for, words_for
 
 VERSION = 1
 FILE_NAME = "manifest.json"
+DAMAGED = "copy it again, or tokenize again with --overwrite"
 TRAIN = "train"
 HELD_OUT = "held_out"
 # 32-bit ids are signed because the index format has no unsigned 32-bit type.
@@ -63,6 +69,9 @@ class SourceRecord:
     path: str
     bytes: int
     documents: int
+    """Those that have text and were taken."""
+    incomplete: int = 0
+    """Records that --skip-incomplete left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,49 +121,38 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """Writes the manifest atomically."""
-        write_json(path, dataclasses.asdict(self))
+        content = dataclasses.asdict(self)
+        for source in content["sources"]:
+            # Versions that do not know the key refuse it.
+            if not source["incomplete"]:
+                del source["incomplete"]
+        write_json(path, content)
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest":
         """Reads and checks `directory`/manifest.json.
 
         Raises:
-            InputError: the folder or file is missing, unreadable, or of another version.
+            InputError: the folder or file is missing, unreadable, damaged, or of another version.
         """
         path = directory / FILE_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            found = path.exists()
+        except OSError as error:
+            raise InputError(f"{path}: {failure(error)}") from None
+        if not found:
+            raise InputError(_why_no_tokens(directory))
+        content = read_json(path, DAMAGED, keys={"version": (int, str, float)})
+        if content["version"] != VERSION:
             raise InputError(
-                f"no tokens at {directory}: {path} does not exist; make them with "
-                f"`python -m data.tokenize --input ... --tokenizer ... --output {directory}` "
-                "or correct the folder"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read: {error}; tokenize again") from None
-        if not isinstance(content, dict) or content.get("version") != VERSION:
-            found = content.get("version") if isinstance(content, dict) else None
-            raise InputError(
-                f"{path} has version {found!r}, this program reads {VERSION}; tokenize again"
+                f"{path} has version {content['version']!r}, this program reads {VERSION}; "
+                "tokenize again"
             )
         try:
-            manifest = cls(
-                **content
-                | {
-                    "tokenizer": TokenizerRecord(**content["tokenizer"]),
-                    "sources": [SourceRecord(**source) for source in content["sources"]],
-                    "splits": {
-                        split: {
-                            domain: [ShardRecord(**shard) for shard in shards]
-                            for domain, shards in domains.items()
-                        }
-                        for split, domains in content["splits"].items()
-                    },
-                }
-            )
+            manifest = from_json(cls, content)
             manifest.validate()
-        except (KeyError, TypeError, AttributeError, InputError) as error:
-            raise InputError(f"{path} is damaged: {error}; copy or tokenize it again") from None
+        except InputError as error:
+            raise InputError(f"{path} is damaged: {error}; {DAMAGED}") from None
         return manifest
 
     def validate(self) -> None:
@@ -172,6 +170,79 @@ class Manifest:
                         raise InputError(f"shard {shard.path} of {domain} is empty")
                     if shard.path.startswith("/") or ".." in shard.path.split("/"):
                         raise InputError(f"shard path {shard.path!r} leaves the folder")
+
+
+def from_json(kind: type[R], content: Any) -> R:
+    """A dataclass of this file from what JSON gives back.
+
+    Raises InputError naming a field that is missing, unknown or of another type.
+    """
+    return cast(R, _converted(kind, content, kind.__name__))
+
+
+def _converted(hint: Any, value: Any, place: str) -> Any:
+    """`value` as what the annotation `hint` says."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise InputError(f"{place} is {word_for(value)}, not {word_for({})}")
+        known = _annotations(hint)
+        unknown = value.keys() - known.keys()
+        if unknown:
+            raise InputError(f"{place} has an unknown key {min(unknown)!r}")
+        given = {
+            name: _converted(of, value[name], f"{place}.{name}")
+            for name, of in known.items()
+            if name in value
+        }
+        missing = [
+            field.name
+            for field in dataclasses.fields(hint)
+            if field.name not in given
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise InputError(f"{place} has no {missing[0]!r}")
+        return hint(**given)
+    allowed = {list: list, dict: dict}.get(origin) or (parts if origin is UnionType else hint)
+    if hint is not Any and not is_kind(value, allowed):
+        raise InputError(f"{place} is {word_for(value)}, not {words_for(allowed)}")
+    if origin is list:
+        return [_converted(parts[0], entry, place) for entry in value]
+    if origin is dict:
+        return {key: _converted(parts[1], entry, f"{place}.{key}") for key, entry in value.items()}
+    return value
+
+
+@cache
+def _annotations(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _why_no_tokens(directory: Path) -> str:
+    """What to say of a folder without a manifest: what it is instead, where that shows."""
+    make = f"`python -m data.tokenize --input ... --tokenizer ... --output {directory}`"
+    indexes = [directory.with_name(directory.name + ".idx")]
+    with contextlib.suppress(OSError):
+        indexes += sorted(directory.glob("*.idx"))[:1]
+        if directory.is_file():
+            return f"no tokens at {directory}: it is a file; name the folder that holds {FILE_NAME}"
+        if any((directory / ".partial").iterdir()):
+            return (
+                f"no tokens at {directory} yet: tokenizing was not finished there; run the same "
+                "command again, it goes on where it stopped"
+            )
+    if any(index.is_file() for index in indexes):
+        return (
+            f"no tokens at {directory}: it holds Megatron's .bin and .idx files without the "
+            f"{FILE_NAME} that names their tokenizer, domains and checksums; tokenize the text with"
+            f" {make.replace(str(directory), 'FOLDER')}"
+        )
+    return (
+        f"no tokens at {directory}: {directory / FILE_NAME} does not exist; make them with {make} "
+        "or correct the folder"
+    )
 
 
 def dtype_for(vocab_size: int) -> str:

@@ -14,13 +14,14 @@ import struct
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
 
-from data.errors import InputError
-from data.files import sync_folder
+from data.errors import InputError, failure
+from data.files import sync_file, sync_folder
 from data.manifest import DTYPES, ShardRecord
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -30,9 +31,10 @@ INDEX_HEADER = struct.Struct("<9sQBQQ")
 CHECKSUM_MAGIC = b"SHORNCRC"
 CHECKSUM_HEADER = struct.Struct("<8sIQ")
 BLOCK_BYTES = 1 << 20
+AGAIN = "copy it again or tokenize again"
 SUFFIXES = (".bin", ".idx", ".crc")
 MAX_OPEN = 1 << 14
-"""Mapped files per reader; Linux allows a process 65,530 mappings."""
+"""Open files per reader."""
 
 Verify = Literal["once", "always", "never"]
 
@@ -56,7 +58,7 @@ class ShardWriter:
         self._checksums = array.array("I")
         self._pending = bytearray()
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = self._temporary(".bin").open("wb")
+        self._temporary(".bin").write_bytes(b"")
 
     def append(self, ids: np.ndarray, text_bytes: int) -> None:
         """Adds one document.
@@ -81,14 +83,13 @@ class ShardWriter:
     def commit(self) -> ShardRecord:
         """Makes the shard durable and visible under its final name."""
         self._write_blocks(len(self._pending))
-        _finish(self._file)
+        sync_file(self._temporary(".bin"))
         checksums = CHECKSUM_HEADER.pack(CHECKSUM_MAGIC, BLOCK_BYTES, self._bytes())
         checksums += np.asarray(self._checksums, "<u4").tobytes()
         index = self._index()
         for suffix, content in ((".idx", index), (".crc", checksums)):
-            with self._temporary(suffix).open("wb") as file:
-                file.write(content)
-                _finish(file)
+            self._temporary(suffix).write_bytes(content)
+            sync_file(self._temporary(suffix))
         for suffix in SUFFIXES:
             self._temporary(suffix).replace(self._final(suffix))
         sync_folder(self._final(".bin").parent)
@@ -103,11 +104,10 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Removes everything this writer wrote, committed or not."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-        for suffix in SUFFIXES:
-            self._temporary(suffix).unlink(missing_ok=True)
-            self._final(suffix).unlink(missing_ok=True)
+        for path in (*map(self._temporary, SUFFIXES), *map(self._final, SUFFIXES)):
+            # What made us give up may stand in the way here too, and is the one to report.
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def _bytes(self) -> int:
         return sum(self._lengths) * self._dtype.itemsize
@@ -116,7 +116,9 @@ class ShardWriter:
         for start in range(0, size, BLOCK_BYTES):
             block = self._pending[start : min(start + BLOCK_BYTES, size)]
             self._checksums.append(zlib.crc32(block))
-            self._file.write(block)
+        # Opened each time: a task may have more domains than a process may have open files.
+        with self._temporary(".bin").open("ab") as file:
+            file.write(self._pending[:size])
         del self._pending[:size]
 
     def _index(self) -> bytes:
@@ -185,10 +187,11 @@ def allow_open_files(count: int) -> int:
 
 
 class ShardReader:
-    """Memory-mapped tokens of one shard, checked block by block as they are touched.
+    """Tokens of one shard, checked block by block as they are touched.
 
     Threads may share a reader. Files are opened at the first read, and again at the first one after
-    `close`; only the size of `.bin` is looked at before.
+    `close`; only the sizes of `.bin` and `.idx` are looked at before. The tokens are read, not
+    mapped: of a file that shrinks or a disk that fails, a mapping tells by killing the process.
 
     Args:
         root: folder of the manifest.
@@ -198,7 +201,7 @@ class ShardReader:
         opened: told of every read, so that it can close this shard; None leaves it open.
 
     Raises:
-        InputError: `.bin` is missing or has another size than the record says.
+        InputError: `.bin` or `.idx` is missing or has another size than the record says.
     """
 
     def __init__(
@@ -215,10 +218,10 @@ class ShardReader:
         self._dtype = DTYPES[dtype]
         self._verify = verify
         self._lock = threading.Lock()
-        self._tokens: np.ndarray | None = None
+        self._file: IO[bytes] | None = None
         self._checksums: np.ndarray | None = None
         self._checked: np.ndarray | None = None
-        self._check_size()
+        self._check_sizes()
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Copies tokens [start, start + len(out)) into `out`, an int64 array.
@@ -226,29 +229,36 @@ class ShardReader:
         Raises:
             InputError: a block's checksum does not match.
         """
-        # Another thread may close the shard; this reference keeps it mapped until the read is over.
-        tokens = self._tokens
-        if tokens is None:
+        # Another thread may close the shard; this reference keeps it open until the read is over.
+        file = self._file
+        if file is None:
             with self._lock:
-                tokens = self._tokens
-                if tokens is None:
-                    tokens = self._tokens = self._open()
+                file = self._file
+                if file is None:
+                    file = self._file = self._open()
         if self._opened is not None:
             self._opened.touch(self)
-        assert start >= 0 and start + len(out) <= len(tokens)
+        assert start >= 0 and start + len(out) <= self.record.tokens
+        size = self._dtype.itemsize
         if self._verify != "never":
             assert self._checked is not None
-            size = self._dtype.itemsize
             first = start * size // BLOCK_BYTES
             last = ((start + len(out)) * size - 1) // BLOCK_BYTES
             for block in range(first, last + 1):
                 if self._verify == "always" or not self._checked[block]:
-                    self._check_block(tokens, block)
-        out[:] = tokens[start : start + len(out)]
+                    self._check_block(file, block)
+        out[:] = np.frombuffer(self._read(file, start * size, len(out) * size), self._dtype)
+
+    def check(self) -> None:
+        """Reads the whole shard. Raises InputError unless all of it is as it was written."""
+        self.documents()
+        file = self._open()
+        for block in range(-(-self._bytes // BLOCK_BYTES)):
+            self._check_block(file, block)
 
     def close(self) -> None:
-        """Gives the mapped file back; which blocks are checked is remembered."""
-        self._tokens = None
+        """Gives the open file back; which blocks are checked is remembered."""
+        self._file = None
 
     def documents(self) -> np.ndarray:
         """Start of each document and the end of the last, in tokens: int64 [documents + 1].
@@ -261,60 +271,97 @@ class ShardReader:
         lengths = np.frombuffer(content, "<i4", count, INDEX_HEADER.size)
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
-    def _check_size(self) -> None:
-        path = self._base + ".bin"
-        expected = self.record.tokens * self._dtype.itemsize
-        try:
-            # A folder may hold thousands of shards; pathlib would dominate the time to open it.
-            found = os.stat(path).st_size  # noqa: PTH116
-        except FileNotFoundError:
-            raise InputError(f"shard {path} is missing; copy it again or tokenize again") from None
-        if found != expected:
-            raise InputError(
-                f"shard {path} has {found:,} bytes, the manifest says {expected:,}; "
-                "copy it again or tokenize again"
-            )
+    @property
+    def _bytes(self) -> int:
+        return self.record.tokens * self._dtype.itemsize
 
-    def _open(self) -> np.ndarray:
-        if self._verify != "never" and self._checked is None:
+    def _check_sizes(self) -> None:
+        documents = self.record.documents
+        index = INDEX_HEADER.size + 20 * documents + 8
+        for suffix, expected in ((".bin", self._bytes), (".idx", index)):
+            path = self._base + suffix
+            try:
+                # A folder may hold thousands of shards; pathlib would dominate the time to open it.
+                found = os.stat(path).st_size  # noqa: PTH116
+            except FileNotFoundError:
+                raise InputError(f"shard {path} is missing; {AGAIN}") from None
+            except OSError as error:
+                raise InputError(f"shard {path}: {failure(error)}") from None
+            if found != expected:
+                raise InputError(
+                    f"shard {path} has {found:,} bytes, the manifest says {expected:,}; {AGAIN}"
+                )
+
+    def _open(self) -> IO[bytes]:
+        if self._checked is None:
             content = self._read_checked(".crc", self.record.crc_sha256)
             self._checksums = np.frombuffer(content, "<u4", offset=CHECKSUM_HEADER.size)
             self._checked = np.zeros(len(self._checksums), np.bool_)
-        # Mapping a file that shrank since it was first looked at would crash at the first access.
-        self._check_size()
-        return np.memmap(self._base + ".bin", self._dtype, "r")
+        self._check_sizes()
+        try:
+            return open(self._base + ".bin", "rb", buffering=0)  # noqa: PTH123
+        except OSError as error:
+            raise InputError(f"shard {self._base}.bin: {failure(error)}") from None
+
+    def _read(self, file: IO[bytes], start: int, size: int) -> bytes:
+        """Bytes [start, start + size) of `.bin`."""
+        try:
+            content = os.pread(file.fileno(), size, start)
+            while content and len(content) < size:
+                more = os.pread(file.fileno(), size - len(content), start + len(content))
+                if not more:
+                    break
+                content += more
+        except OSError as error:
+            raise InputError(f"shard {self._base}.bin: {failure(error)}") from None
+        if len(content) < size:
+            raise InputError(
+                f"shard {self._base}.bin ends at byte {start + len(content):,}, but had "
+                f"{self._bytes:,} when it was opened; {AGAIN}"
+            )
+        return content
 
     def _read_checked(self, suffix: str, sha256: str) -> bytes:
         path = self._base + suffix
         try:
             content = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise InputError(f"shard {path} is missing; {AGAIN}") from None
         except OSError as error:
-            raise InputError(f"{path} cannot be read: {error}; copy it again") from None
+            raise InputError(f"shard {path}: {failure(error)}") from None
         found = hashlib.sha256(content).hexdigest()
         if found != sha256:
             raise InputError(
                 f"{path} is not the file the manifest describes (sha256 {found[:12]}..., expected "
-                f"{sha256[:12]}...); copy it again or tokenize again"
+                f"{sha256[:12]}...); {AGAIN}"
             )
         return content
 
-    def _check_block(self, tokens: np.ndarray, block: int) -> None:
+    def _check_block(self, file: IO[bytes], block: int) -> None:
         assert self._checksums is not None and self._checked is not None
-        size = self._dtype.itemsize
         start = block * BLOCK_BYTES
-        end = min(start + BLOCK_BYTES, len(tokens) * size)
-        found = zlib.crc32(tokens[start // size : end // size].data)
+        end = min(start + BLOCK_BYTES, self._bytes)
+        found = zlib.crc32(self._read(file, start, end - start))
         expected = int(self._checksums[block])
         if found != expected:
             raise InputError(
                 f"shard {self._base}.bin is damaged: block {block}, bytes {start:,} to "
-                f"{end:,}, has CRC-32 {found:08x}, expected {expected:08x}; copy it again or "
-                "tokenize again"
+                f"{end:,}, has CRC-32 {found:08x}, expected {expected:08x}; {AGAIN}"
             )
         self._checked[block] = True
 
 
-def _finish(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+def check_shards(
+    root: Path, shards: Iterable[ShardRecord], dtype: str, advance: Callable[[int], None]
+) -> None:
+    """Reads whole shards. Raises InputError naming the first that is not as it was written.
+
+    Args:
+        root: what the records' paths are relative to.
+        shards: the records.
+        dtype: token dtype.
+        advance: told the tokens read since the last call.
+    """
+    for shard in shards:
+        ShardReader(root, shard, dtype, "once").check()
+        advance(shard.tokens)

@@ -1,26 +1,39 @@
 """Documents from text files: JSON Lines, parquet, and plain text, compressed or not."""
 
-import glob
-import io
-import json
-import re
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from data.domain_names import LONGEST, domain_name
 from data.errors import InputError
+from data.formats import Format, format_of
+from data.records import parse_json, word_for
+from data.streams import (
+    ONE_A_LINE,
+    damaged,
+    head_of,
+    is_wide,
+    read_blocks,
+    read_lines,
+    read_whole,
+    reading,
+    refuse_pointer,
+    too_large,
+    true_content,
+)
 
-COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-KNOWN_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".txt")
 REDPAJAMA_FIELD = "meta.redpajama_set_name"
-REDPAJAMA_PREFIX = "RedPajama"
 FOLDER = "folder"
 AUTO = "auto"
-READ_BYTES = 1 << 20
-GLOB_CHARACTERS = frozenset("*?[")
+MAX_RECORD_MIB = 64
+ROWS = 1024
+"""Rows of a parquet file that are held at once, fewer where they are large."""
+BYTES_OF_ROWS = 64 << 20
+ABSENT = object()
+"""What a lookup finds where there is nothing, which null is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,79 +45,56 @@ class Document:
     path: Path
     row: int
     """Line of a JSON Lines file or row of a parquet file, from 1."""
+    name: str = field(default="", compare=False)
+    """What the input calls the domain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fields:
-    """Where records keep their text and domain."""
+    """Where records keep their text and domain, and what to do with those that do not fit."""
 
     text: str = "text"
-    """Dotted path of the text in a record."""
+    """Dotted path of the text in a record; a key with this very name, dots and all, comes first."""
     domain: str = AUTO
     """Dotted path of the domain's name in a record; "folder": the name of the file's folder;
     "auto": meta.redpajama_set_name in records, the folder for plain text files."""
-
-
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Files that match any of the patterns, sorted by path, each once.
-
-    A pattern is a file, a glob (`**` crosses folders) or a folder (all its files of known
-    formats). A suffix of no known format counts as plain text if the pattern itself ends with it.
-
-    Raises:
-        InputError: a pattern matches nothing, or files of unknown format.
-    """
-    found: set[Path] = set()
-    for pattern in patterns:
-        expanded = str(Path(pattern).expanduser())
-        paths = [Path(name) for name in glob.glob(expanded, recursive=True)]  # noqa: PTH207
-        if Path(expanded).is_dir():
-            paths = [path for path in Path(expanded).rglob("*") if _is_known(path)]
-        paths = [path for path in paths if path.is_file()]
-        if not paths:
-            raise InputError(
-                f"--input {pattern!r} matches no files; correct it (quote globs: '**' crosses "
-                f"folders; a folder is searched for {', '.join(KNOWN_SUFFIXES)})"
-            )
-        literal = Path(pattern).suffix
-        if not literal or GLOB_CHARACTERS & set(literal):
-            unknown = sorted(path for path in paths if not _is_known(path))
-            if unknown:
-                raise InputError(
-                    f"--input {pattern!r} matches {len(unknown)} files of unknown format, such as "
-                    f"{unknown[0]}; end the pattern with the wanted suffix ('**/*.md' reads each "
-                    "file as one document)"
-                )
-        found.update(paths)
-    return sorted(found, key=str)
+    skip_incomplete: bool = False
+    """Leave out records whose text or domain is absent or null, instead of refusing them."""
+    max_bytes: int = MAX_RECORD_MIB << 20
+    """Length, in bytes, above which a record is refused: a line of JSON Lines, the text of a row, a
+    plain text file."""
 
 
 def iterate_documents(
-    path: Path, fields: Fields, advance: Callable[[int], None] = lambda _: None
+    path: Path,
+    fields: Fields,
+    advance: Callable[[int], None] = lambda _: None,
+    left_out: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Document]:
     """Yields the documents of one file in order; empty texts and blank lines are left out.
 
     Args:
-        path: .jsonl, .parquet, or any other suffix for a text file that is one document; JSON and
-            text may be compressed (.zst, .gz).
+        path: JSON Lines, parquet, or any other suffix for a text file that is one document; JSON
+            and text may be compressed (data/formats.py).
         fields: where the text and the domain are.
         advance: told the bytes of the file (as stored) read since the last call.
+        left_out: told the row of each record that `fields.skip_incomplete` leaves out.
 
     Raises:
-        InputError: the file is empty, truncated or not what its suffix says, or a record lacks its
-            text or domain. The message names path and line.
+        InputError: the file is unreadable, empty, truncated or not what its suffix says, or a
+            record lacks its text or domain or is too large. The message names path and line. A
+            parquet file without rows is sound.
     """
-    if format_suffix(path) == ".parquet":
-        documents = _parquet_documents(path, fields, advance)
-    elif format_suffix(path) in JSON_SUFFIXES:
-        documents = _json_documents(path, fields, advance)
-    else:
+    if format_of(path) is Format.TEXT:
         yield from _text_document(path, fields, advance)
         return
-    empty = True
-    for document in documents:
+    rows = _parquet_documents if format_of(path) is Format.PARQUET else _json_documents
+    empty = format_of(path) is Format.JSON
+    for row, document in rows(path, fields, advance):
         empty = False
-        if document.text:
+        if document is None:
+            left_out(row)
+        elif document.text:
             yield document
     if empty:
         raise InputError(
@@ -113,127 +103,280 @@ def iterate_documents(
         )
 
 
-def format_suffix(path: Path) -> str:
-    """The suffix that tells the format, compression left out."""
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes = suffixes[:-1]
-    return suffixes[-1] if suffixes else ""
+def holds_nothing(path: Path) -> bool:
+    """Whether a file of JSON Lines, as stored or unpacked, holds blanks alone. False where it
+    cannot be read."""
+    try:
+        return not any(block.strip() for block in itertools.islice(read_blocks(path), 2))
+    except InputError:
+        return False
 
 
-def domain_name(name: str) -> str:
-    """A name fit for folders and flags: "RedPajamaC4" is "c4", "Wikipedia (en)" "wikipedia-en"."""
-    name = name.removeprefix(REDPAJAMA_PREFIX) or name
-    return re.sub(r"[^a-z0-9._+-]+", "-", name.lower()).strip("-.")
+Rows = Iterator[tuple[int, Document | None]]
+"""Rows from 1, each with its document, or None where it is to be left out."""
 
 
-def _is_known(path: Path) -> bool:
-    return path.is_file() and format_suffix(path) in KNOWN_SUFFIXES
-
-
-def _json_documents(
-    path: Path, fields: Fields, advance: Callable[[int], None]
-) -> Iterator[Document]:
-    for number, line in enumerate(_lines(path, advance), start=1):
+def _json_documents(path: Path, fields: Fields, advance: Callable[[int], None]) -> Rows:
+    for number, line in enumerate(read_lines(path, fields.max_bytes, advance), start=1):
         if not line.strip():
             continue
+        place = f"{path}:{number}"
+        fix = "repair or remove the line, or download the file again"
+        if number == 1:
+            fix += f"; {ONE_A_LINE}; what holds no documents, leave out of --input"
         try:
-            record = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path}:{number}: not a JSON record: {error}; repair or remove the line, or "
-                "download the file again"
-            ) from None
-        yield _document(record, fields, path, number)
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            _refuse_foreign(path, number)
+            raise InputError(f"{place}: not UTF-8 text (byte {error.start:,}); {fix}") from None
+        try:
+            record = parse_json(text, place, fix, kind=(object, bool))
+        except InputError:
+            _refuse_foreign(path, number)
+            raise
+        yield number, _document(record, fields, path, number)
 
 
-def _parquet_documents(
-    path: Path, fields: Fields, advance: Callable[[int], None]
-) -> Iterator[Document]:
+def _parquet_documents(path: Path, fields: Fields, advance: Callable[[int], None]) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
     size, reported, row = path.stat().st_size, 0, 0
+    head = head_of(path)
+    refuse_pointer(path, head)
+    if not head.startswith(b"PAR1"):
+        _refuse_foreign(path, 1, head)
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with reading(path), path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             total = file.metadata.num_rows
-            wanted = {dotted.split(".")[0] for dotted in (fields.text, _domain_field(fields))}
+            wanted = {
+                prefix
+                for dotted in (fields.text, _domain_field(fields))
+                for prefix in itertools.accumulate(dotted.split("."), "{}.{}".format)
+            }
             columns = [name for name in file.schema_arrow.names if name in wanted]
             others = [name for name in file.schema_arrow.names if name not in wanted]
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for batch in file.iter_batches(batch_size=_rows_at_once(file), columns=columns):
                 for record in batch.to_pylist():
                     row += 1
-                    yield _document(record, fields, path, row, others)
+                    yield row, _document(record, fields, path, row, others)
                 done = size * row // total
                 advance(done - reported)
                 reported = done
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(_unreadable(path, error)) from None
+    except NotImplementedError as error:
+        raise InputError(
+            f"{path}: pyarrow cannot read this kind of parquet file ({error}); upgrade pyarrow, or "
+            "write the file again with other settings"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: a text behind row {row:,} is not UTF-8 ({error.reason}); convert it"
+        ) from None
+    # ValueError is what a value without a counterpart in Python raises.
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise InputError(damaged(path, str(error))) from None
     advance(size - reported)
+
+
+def _rows_at_once(file: Any) -> int:
+    """Rows to hold at once: fewer than usual where those of some group are large."""
+    groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
+    largest = max((g.total_byte_size // max(g.num_rows, 1) for g in groups), default=0)
+    return max(1, min(ROWS, BYTES_OF_ROWS // max(largest, 1)))
 
 
 def _text_document(
     path: Path, fields: Fields, advance: Callable[[int], None]
 ) -> Iterator[Document]:
-    content = b"".join(_blocks(path, advance)) if path.stat().st_size else b""
+    with reading(path):
+        size = path.stat().st_size
+    content = read_whole(path, fields.max_bytes, advance) if size else b""
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        _refuse_foreign(path, 1, content)
         raise InputError(
             f"{path}: not UTF-8 text (byte {error.start:,}: {error.reason}); convert it or leave "
             "it out of --input"
         ) from None
+    if is_wide(content):
+        _refuse_foreign(path, 1, content)
+    _refuse_records(path, text, fields)
     if fields.domain not in (AUTO, FOLDER):
         raise InputError(
             f"{path}: a plain text file has no field {fields.domain!r}; use --domain-field folder"
         )
     if text:
-        yield Document(text=text, domain=_folder_domain(path), path=path, row=1)
+        name, domain = _folder_domain(path)
+        yield Document(text=text, domain=domain, path=path, row=1, name=name)
+
+
+def _refuse_foreign(path: Path, number: int, content: bytes | None = None) -> None:
+    """Raises InputError if a file, at fault in line `number`, holds something else altogether.
+
+    `content` is how it starts; None reads that.
+    """
+    if number != 1:
+        return
+    found = true_content(next(read_blocks(path), b"") if content is None else content)
+    if found:
+        raise InputError(f"{path} holds {found[0]}, not {format_of(path)}; {found[1]}")
+
+
+def _refuse_records(path: Path, text: str, fields: Fields) -> None:
+    """Raises InputError if a plain text file is JSON Lines under another suffix."""
+    line = text[: fields.max_bytes].lstrip().partition("\n")[0]
+    if not line.startswith("{"):
+        return
+    try:
+        record = parse_json(line, str(path), "")
+    except InputError:
+        return
+    if isinstance(_lookup(record, fields.text), str):
+        raise InputError(
+            f"{path} holds JSON records, which its suffix does not say; rename it, or link to it, "
+            f"as {path.name.partition('.')[0]}.jsonl"
+        )
 
 
 def _document(
     record: Any, fields: Fields, path: Path, row: int, other_keys: Sequence[str] = ()
-) -> Document:
+) -> Document | None:
+    """The document of a record; None for one to be left out."""
     where = f"{path}:{row}"
     if not isinstance(record, dict):
-        raise InputError(f"{where}: expected a record {{...}}, found {type(record).__name__}")
+        raise InputError(
+            f"{where}: expected a record {{...}}, found {word_for(record)}; {ONE_A_LINE}"
+        )
     text = _lookup(record, fields.text)
+    name = "" if fields.domain == FOLDER else _lookup(record, _domain_field(fields))
+    if _is_nothing(text) or _is_nothing(name):
+        if fields.skip_incomplete:
+            return None
+        what, dotted = "text", fields.text
+        if not _is_nothing(text):
+            what, dotted = "domain", _domain_field(fields)
+        raise InputError(
+            f"{where}: no {what} under {_why_nothing(record, dotted, what, other_keys)}"
+        )
+    text = _text(text, fields, where)
+    if fields.domain == FOLDER:
+        name, domain = _folder_domain(path)
+    else:
+        name, domain = _named_domain(name, _domain_field(fields), where)
+    return Document(text=_valid_unicode(text), domain=domain, path=path, row=row, name=name)
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is ABSENT
+
+
+def _why_nothing(record: dict[str, Any], dotted: str, what: str, others: Sequence[str]) -> str:
+    """Whether `dotted` is null or absent in a record, and what helps."""
+    if _lookup(record, dotted) is None:
+        return (
+            f"{dotted!r}, which is null; leave such records out with --skip-incomplete, or name "
+            f"another field with --{what}-field"
+        )
+    folder = ", or use --domain-field folder to take the name of each file's folder"
+    return (
+        f"{dotted!r}{_beside(record, dotted)}; keys present: {_keys(record, others)}; name the "
+        f"right one with --{what}-field{folder if what == 'domain' else ''}, or leave such records "
+        "out with --skip-incomplete"
+    )
+
+
+def _text(value: Any, fields: Fields, where: str) -> str:
+    text = _decoded(value, fields.text, where)
     if not isinstance(text, str):
         raise InputError(
-            f"{where}: no text under {fields.text!r}; keys present: "
-            f"{_keys(record, other_keys)}; name the right one with --text-field"
+            f"{where}: no text under {fields.text!r}, which is {word_for(value)}; name another "
+            "field with --text-field, or make it text"
         )
-    if fields.domain == FOLDER:
-        domain = _folder_domain(path)
-    else:
-        name = _lookup(record, _domain_field(fields))
-        domain = domain_name(name) if isinstance(name, str) else ""
-        if not domain:
-            raise InputError(
-                f"{where}: no domain under {_domain_field(fields)!r}; keys present: "
-                f"{_keys(record, other_keys)}; name the right one with --domain-field, or use "
-                "--domain-field folder to take the name of each file's folder"
-            )
-    return Document(text=_valid_unicode(text), domain=domain, path=path, row=row)
+    if len(text) > fields.max_bytes:
+        raise too_large(where, fields.max_bytes)
+    return text
+
+
+def _named_domain(value: Any, dotted: str, where: str) -> tuple[str, str]:
+    """What a record calls its domain, as text, and the domain."""
+    value = _decoded(value, dotted, where)
+    if isinstance(value, bool):
+        value = str(value).lower()
+    elif isinstance(value, int) or (isinstance(value, float) and isfinite(value)):
+        value = str(value)
+    if not isinstance(value, str):
+        raise InputError(
+            f"{where}: no domain under {dotted!r}, which is {word_for(value)}; name another field "
+            "with --domain-field, or use --domain-field folder"
+        )
+    domain = domain_name(value)
+    if not domain:
+        raise InputError(
+            f"{where}: no domain under {dotted!r}: {value!r} holds no letter or digit to name it "
+            "by; correct it, or use --domain-field folder"
+        )
+    if len(domain.encode()) > LONGEST:
+        raise InputError(
+            f"{where}: the domain under {dotted!r} has {len(domain):,} letters, more than a folder "
+            f"can be named by ({domain[:40]}...); name another field with --domain-field"
+        )
+    return value, domain
+
+
+def _decoded(value: Any, dotted: str, where: str) -> Any:
+    """`value`, as text where it is bytes, as some writers of parquet store text."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: {dotted!r} is bytes that are not UTF-8 text (byte {error.start:,}); convert "
+            "it, or name another field"
+        ) from None
 
 
 def _domain_field(fields: Fields) -> str:
     return REDPAJAMA_FIELD if fields.domain == AUTO else fields.domain
 
 
-def _folder_domain(path: Path) -> str:
-    domain = domain_name(path.resolve().parent.name)
+def _folder_domain(path: Path) -> tuple[str, str]:
+    """The name of a file's folder, as the path is written, and the domain it makes."""
+    # Not resolved: a link stands where its user put it, its target lies in some store.
+    name = path.absolute().parent.name
+    if name == "..":
+        name = path.absolute().parent.resolve().name
+    domain = domain_name(name)
     if not domain:
         raise InputError(f"{path}: its folder's name cannot serve as a domain; rename the folder")
-    return domain
+    return name, domain
 
 
 def _lookup(record: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        if not isinstance(record, dict):
-            return None
-        record = record.get(part)
-    return record
+    """What a record holds under `dotted`: a key of that very name, or one inside another."""
+    if isinstance(record, list) and record and all(isinstance(pair, tuple) for pair in record):
+        record = dict(record)  # a parquet map
+    if not isinstance(record, dict):
+        return ABSENT
+    if dotted in record:
+        return record[dotted]
+    parts = dotted.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        outer = ".".join(parts[:count])
+        if outer in record:
+            found = _lookup(record[outer], ".".join(parts[count:]))
+            if found is not ABSENT:
+                return found
+    return ABSENT
+
+
+def _beside(record: dict[str, Any], dotted: str) -> str:
+    """Says what stands where an object would hold the rest of a dotted name."""
+    outer = dotted.partition(".")[0]
+    if outer == dotted or isinstance(record.get(outer, {}), dict):
+        return ""
+    return f", for {outer!r} is {word_for(record[outer])}, not an object"
 
 
 def _keys(record: dict[str, Any], others: Sequence[str]) -> str:
@@ -250,56 +393,3 @@ def _valid_unicode(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
-
-
-def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
-    rest = io.BytesIO()
-    for block in _blocks(path, advance):
-        *complete, last = block.split(b"\n")
-        for line in complete:
-            rest.write(line)
-            yield rest.getvalue()
-            rest = io.BytesIO()
-        rest.write(last)
-    if rest.getvalue():
-        yield rest.getvalue()
-
-
-def _blocks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
-    """Decompressed content in blocks.
-
-    pyarrow's streams are used because, unlike zstandard's, they raise on a truncated file.
-    """
-    import pyarrow
-
-    if path.stat().st_size == 0:
-        raise InputError(
-            f"{path} is empty (0 bytes); download it again or remove it from the input"
-        )
-    reported = 0
-    with _readable(path), pyarrow.OSFile(str(path)) as raw:
-        compression = COMPRESSIONS.get(path.suffix)
-        stream = pyarrow.CompressedInputStream(raw, compression) if compression else raw
-        while True:
-            block = stream.read(READ_BYTES)
-            position = raw.tell()
-            advance(position - reported)
-            reported = position
-            if not block:
-                return
-            yield block
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(_unreadable(path, error)) from None
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    return (
-        f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {error}; download it "
-        "again"
-    )

@@ -6,33 +6,38 @@ when, so any scheduler may run tasks in any order.
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.domain_names import DomainNames, Original
 from data.errors import InputError
 from data.files import write_text
-from data.manifest import HELD_OUT, TRAIN, ShardRecord, SourceRecord, dtype_for
-from data.shards import SUFFIXES, ShardWriter
-from data.sources import (
-    JSON_SUFFIXES,
-    Document,
-    Fields,
-    format_suffix,
-    iterate_documents,
-)
+from data.formats import Format, format_of
+from data.log import logger
+from data.manifest import HELD_OUT, TRAIN, ShardRecord, SourceRecord, dtype_for, from_json
+from data.records import read_json
+from data.shards import ShardWriter, check_shards
+from data.sources import Document, Fields, holds_nothing, iterate_documents
+from data.streams import reading
 from data.tokenizers import Tokenizer
 
+READING = 2
+"""Raised when the same input would give other tokens than before: parts that an older version
+finished are then made again, and finished outputs stay as they are."""
 REPORTS = "tasks"
 HELD_OUT_KEY = b"held-out"
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 512
-SMALLEST_FILE = {"": 2, ".zst": 20, ".gz": 30, ".parquet": 12}
-"""Bytes, by last suffix, below which a file of records cannot hold one."""
+SMALLEST_FILE = {".zst": 20, ".gz": 30, ".parquet": 12}
+"""Bytes, by last suffix, below which a file of records cannot hold one; 2 for others."""
+SMALL_FILE = 512
+"""Bytes of a file that is opened to see whether it holds anything: what packs nothing is small."""
 FILES_NAMED = 20
 
 
@@ -48,6 +53,22 @@ class Settings:
     max_bytes_per_domain: int | None
     bytes_per_task: int
     """Input, in bytes, behind one shard per domain."""
+    merge_domains: bool = False
+    """Take names that become one domain as one. Where it is not set, they are an error."""
+
+    def arguments(self) -> dict[str, Any]:
+        """What determines the output, as a manifest keeps it: an option that only refuses or lets
+        pass is not in it, and one of later versions only where it is set."""
+        fields: dict[str, Any] = {"text": self.fields.text, "domain": self.fields.domain}
+        if self.fields.skip_incomplete:
+            fields["skip_incomplete"] = True
+        return {
+            "fields": fields,
+            "domains": list(self.domains),
+            "held_out": self.held_out,
+            "max_bytes_per_domain": self.max_bytes_per_domain,
+            "bytes_per_task": self.bytes_per_task,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +85,7 @@ class Task:
     def key(self, arguments: Mapping[str, Any]) -> str:
         """Identity of the task's output: a finished report with the same key can be reused."""
         return hashlib.sha256(
-            json.dumps([self.files, arguments], sort_keys=True).encode()
+            json.dumps([READING, self.files, arguments], sort_keys=True).encode()
         ).hexdigest()
 
 
@@ -76,6 +97,8 @@ class Report:
     shards: dict[str, dict[str, ShardRecord]] = field(default_factory=dict)
     """By split, then domain."""
     sources: list[SourceRecord] = field(default_factory=list)
+    names: dict[str, Original] = field(default_factory=dict)
+    """By domain, what the input calls it."""
 
     def text_bytes(self) -> Counter[str]:
         """UTF-8 bytes of text per domain, both splits together."""
@@ -91,19 +114,18 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> "Report | None":
-        """The report, or None where the task has not finished."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        """The report, or None where the task has not finished.
+
+        Raises InputError when it is damaged.
+        """
+        if not path.exists():
             return None
-        return cls(
-            key=content["key"],
-            shards={
-                split: {domain: ShardRecord(**shard) for domain, shard in shards.items()}
-                for split, shards in content["shards"].items()
-            },
-            sources=[SourceRecord(**source) for source in content["sources"]],
-        )
+        keys = {"key": str, "shards": dict, "sources": list}
+        content = read_json(path, "delete it", keys=keys)
+        try:
+            return from_json(cls, content)
+        except InputError as error:
+            raise InputError(f"{path}: {error}; delete it") from None
 
 
 def report_path(folder: Path, index: int) -> Path:
@@ -113,11 +135,25 @@ def report_path(folder: Path, index: int) -> Path:
 def plan_tasks(files: list[Path], bytes_per_task: int) -> list[Task]:
     """Groups files, in their order, into tasks of about `bytes_per_task` bytes of input.
 
-    Raises InputError naming all files that are too small to hold a record: each one that is left
-    out later moves the files behind it into other tasks.
+    Raises InputError naming all files that cannot be read, or all those of records that hold none:
+    each one that is left out later moves the files behind it into other tasks.
     """
-    sized = [(path, path.stat().st_size) for path in files]
-    _refuse_empty_files(sized)
+    sized = []
+    for path in files:
+        with reading(path):
+            sized.append((path, path.stat().st_size))
+    denied = [str(path) for path, _ in sized if not os.access(path, os.R_OK)]
+    if denied:
+        raise InputError(
+            f"{len(denied)} of {len(files)} input files cannot be read: {_some(denied)}; permission"
+            " denied: change their permissions, or remove them from the input"
+        )
+    empty = [f"{path} ({size} bytes)" for path, size in sized if _is_empty(path, size)]
+    if empty:
+        raise InputError(
+            f"{len(empty)} of {len(files)} input files are empty: {_some(empty)}; download them "
+            "again or remove them from the input"
+        )
     groups: list[list[tuple[str, int]]] = []
     filled = 0
     for path, size in sized:
@@ -129,19 +165,17 @@ def plan_tasks(files: list[Path], bytes_per_task: int) -> list[Task]:
     return [Task(index, tuple(group)) for index, group in enumerate(groups)]
 
 
-def _refuse_empty_files(files: list[tuple[Path, int]]) -> None:
-    empty = []
-    for path, size in files:
-        of_records = format_suffix(path) in (*JSON_SUFFIXES, ".parquet")
-        if of_records and size < SMALLEST_FILE.get(path.suffix, SMALLEST_FILE[""]):
-            empty.append(f"{path} ({size} bytes)")
-    if empty:
-        more = f" and {len(empty) - FILES_NAMED} more" if len(empty) > FILES_NAMED else ""
-        raise InputError(
-            f"{len(empty)} of {len(files)} input files are empty: "
-            f"{', '.join(empty[:FILES_NAMED])}{more}; download them again or remove them from the "
-            "input"
-        )
+def _is_empty(path: Path, size: int) -> bool:
+    if format_of(path) is Format.TEXT:
+        return False
+    if size < SMALLEST_FILE.get(path.suffix.lower(), 2):
+        return True
+    return format_of(path) is Format.JSON and size <= SMALL_FILE and holds_nothing(path)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - FILES_NAMED} more" if len(names) > FILES_NAMED else ""
+    return ", ".join(names[:FILES_NAMED]) + more
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:
@@ -177,6 +211,7 @@ class TaskRun:
         self._folder = folder
         self._advance = advance
         self._used: Counter[str] = Counter(used or {})
+        self._names = DomainNames(settings.merge_domains)
         self._writers: dict[tuple[str, str], ShardWriter] = {}
         self._batch: list[tuple[str, str, str, int]] = []
         self._characters = 0
@@ -191,8 +226,9 @@ class TaskRun:
         report = Report(key)
         try:
             for name, size in self._task.files:
-                documents = 0 if self._all_full() else self._read(Path(name))
-                report.sources.append(SourceRecord(name, size, documents))
+                documents, incomplete = (0, 0) if self._all_full() else self._read(Path(name), size)
+                report.sources.append(SourceRecord(name, size, documents, incomplete))
+            report.names = self._names.known
             self._flush()
             for (split, domain), writer in sorted(self._writers.items()):
                 report.shards.setdefault(split, {})[domain] = writer.commit()
@@ -203,9 +239,13 @@ class TaskRun:
             raise
         return report
 
-    def _read(self, path: Path) -> int:
+    def _read(self, path: Path, size: int) -> tuple[int, int]:
+        """Numbers of documents taken and of records left out."""
         documents = 0
-        for document in iterate_documents(path, self._settings.fields, self._advance):
+        incomplete: list[int] = []
+        fields = self._settings.fields
+        for document in iterate_documents(path, fields, self._advance, incomplete.append):
+            self._names.add(document.domain, document.name, path, document.row)
             self._refuse_unknown(document)
             if self._all_full():
                 break
@@ -213,7 +253,14 @@ class TaskRun:
                 continue
             self._add(document)
             documents += 1
-        return documents
+        with reading(path):
+            found = path.stat().st_size
+        if found != size:
+            raise InputError(
+                f"{path} has {found:,} bytes and had {size:,} when the command started; run it "
+                "again once nobody writes to the file"
+            )
+        return documents, len(incomplete)
 
     def _add(self, document: Document) -> None:
         encoded = document.text.encode("utf-8")
@@ -257,13 +304,33 @@ class TaskRun:
         return bool(allowed) and all(self._is_full(domain) for domain in allowed)
 
 
-def is_complete(report: Report, folder: Path, itemsize: int) -> bool:
-    """Whether every file of a finished task is still there."""
-    for shards in report.shards.values():
-        for shard in shards.values():
-            paths = [folder / (shard.path + suffix) for suffix in SUFFIXES]
-            if not all(path.is_file() for path in paths):
-                return False
-            if paths[0].stat().st_size != shard.tokens * itemsize:
-                return False
-    return True
+def finished_report(
+    task: Task, key: str, folder: Path, dtype: str, advance: Callable[[int], None]
+) -> Report | None:
+    """The report of a finished task with this key, once all it wrote is checked; else None.
+
+    Args:
+        task: the task.
+        key: what its report must have.
+        folder: root of the shards.
+        dtype: token dtype.
+        advance: told, after a shard that was checked, that no bytes were read.
+    """
+    path = report_path(folder, task.index)
+    try:
+        report = Report.load(path)
+        if report is None:
+            return None
+        if report.key != key:
+            raise InputError("it is of other input or of another version")
+        if tuple((source.path, source.bytes) for source in report.sources) != task.files:
+            raise InputError(f"{path} names other files than its part")
+        check_shards(folder, shards_of(report), dtype, lambda _: advance(0))
+    except InputError as error:
+        logger.warning(f"part {task.index} is made again: {str(error).partition('; ')[0]}")
+        return None
+    return report
+
+
+def shards_of(report: Report) -> Iterable[ShardRecord]:
+    return (shard for shards in report.shards.values() for shard in shards.values())

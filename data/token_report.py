@@ -1,5 +1,6 @@
 """What a token folder holds, as a table."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -7,6 +8,9 @@ from rich.table import Table
 
 from data.log import logger
 from data.manifest import HELD_OUT, TRAIN, Manifest
+
+NAMED = 20
+"""How many files or domains a message names."""
 
 
 def print_report(manifest: Manifest, output: Path, seq_len: int, worked: bool) -> None:
@@ -35,19 +39,65 @@ def print_report(manifest: Manifest, output: Path, seq_len: int, worked: bool) -
             f"{held_out.get(domain, 0):,}",
         )
     Console().print(table)
-    without = [domain for domain in train if domain not in held_out]
-    if without:
-        logger.warning(
-            f"no held-out documents in {', '.join(without)}; evaluation leaves these domains out "
-            "(raise --held-out or add documents)"
-        )
-    only = [domain for domain in held_out if domain not in train]
-    if only:
-        logger.warning(
-            f"only held-out documents in {', '.join(only)}; training leaves these domains out"
-        )
-    short = [domain for domain, tokens in train.items() if tokens < seq_len]
-    if short:
-        logger.warning(f"less than one sample of {seq_len:,} training tokens in {', '.join(short)}")
+    for text in _warnings(manifest, seq_len):
+        logger.warning(text)
     state = "tokens in" if worked else "already tokenized with these arguments, nothing to do:"
     print(f"{state} {output}")
+
+
+def _warnings(manifest: Manifest, seq_len: int) -> Iterator[str]:
+    """What of the input is not in the tokens, and which domains cannot serve."""
+    incomplete = [source for source in manifest.sources if source.incomplete]
+    if incomplete:
+        yield (
+            "left out records without text or domain: "
+            f"{sum(source.incomplete for source in incomplete):,}, in "
+            f"{_some([source.path for source in incomplete])}"
+        )
+    # Where a limit applies, files behind it are not even opened.
+    if not manifest.arguments.get("max_bytes_per_domain"):
+        empty = [source.path for source in manifest.sources if not source.documents]
+        if empty:
+            yield f"{len(empty)} of {len(manifest.sources)} files hold no text: {_some(empty)}"
+    train, held_out = manifest.tokens(TRAIN), manifest.tokens(HELD_OUT)
+    absent = [
+        name
+        for name in manifest.arguments.get("domains", [])
+        if name not in train and name not in held_out
+    ]
+    if absent:
+        yield f"no documents in {_some(absent)}, which --domains names"
+    yield from _held_out_warnings(manifest)
+    only = [domain for domain in held_out if domain not in train]
+    if only:
+        yield f"only held-out documents in {_some(only)}; training leaves these domains out"
+    short = [domain for domain, tokens in train.items() if tokens < seq_len]
+    if short:
+        yield f"less than one sample of {seq_len:,} training tokens in {_some(short)}"
+
+
+def _held_out_warnings(manifest: Manifest) -> Iterator[str]:
+    documents = {
+        domain: sum(shard.documents for shard in shards)
+        for domain, shards in manifest.splits.get(TRAIN, {}).items()
+        if domain not in manifest.splits.get(HELD_OUT, {})
+    }
+    if not documents:
+        return
+    fraction = manifest.arguments.get("held_out", 0)
+    counts = _some(list(documents))
+    fix = "raise --held-out"
+    if fraction:
+        counts = _some([f"{domain} ({count:,})" for domain, count in documents.items()])
+        fewest = min(documents.values())
+        fix = (
+            f"--held-out {fraction:g} takes one document in {1 / fraction:,.0f} or so: "
+            f"use --held-out {max(fraction, min(0.5, 3 / fewest)):.2g}, or split long files into "
+            "several documents"
+        )
+    yield f"no held-out documents in {counts}; evaluation leaves these domains out ({fix})"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

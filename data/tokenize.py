@@ -1,9 +1,11 @@
 """`python -m data.tokenize`: text files to checksummed token shards per domain, with a manifest."""
 
 from data.cli import parse, run
+from data.domain_names import chosen_domains
+from data.find import find_files
 from data.job import Job, TokenizeConfig
 from data.machine import available_cores
-from data.sources import Fields, domain_name, find_files
+from data.sources import Fields
 from data.tasks import Settings
 from data.token_report import print_report
 from data.tokenizers import load_tokenizer
@@ -14,24 +16,32 @@ python -m data.tokenize --input 'SlimPajama-627B/train/**/*.jsonl.zst' \\
 python -m data.tokenize --input 'notes/**/*.md' 'src/**/*.py' \\
     --domain-field folder --tokenizer tokenizer.model
 python -m data.tokenize --input pile.jsonl.zst --tokenizer models/small \\
-    --domain-field meta.pile_set_name --max-bytes-per-domain 10000000
+    --domain-field meta.pile_set_name --domains Pile-CC Github --max-bytes-per-domain 10000000
 """
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command with `argv` (default: the process's arguments)."""
     config = parse(TokenizeConfig, section="tokenize", argv=argv, examples=EXAMPLES)
-    files = find_files(config.input)
+    domains = chosen_domains(config.domains)
+    files = find_files(config.input, config.output)
     tokenizer = load_tokenizer(config.tokenizer)
+    fields = Fields(
+        text=config.text_field,
+        domain=config.domain_field,
+        skip_incomplete=config.skip_incomplete,
+        max_bytes=config.max_record_mib << 20,
+    )
     settings = Settings(
-        fields=Fields(text=config.text_field, domain=config.domain_field),
-        domains=tuple(domain_name(domain) for domain in config.domains),
+        fields=fields,
+        domains=domains,
         held_out=config.held_out,
         max_bytes_per_domain=config.max_bytes_per_domain,
         bytes_per_task=config.task_mib << 20,
+        merge_domains=config.merge_domains,
     )
     job = Job(files, settings, tokenizer, config.output, config.overwrite)
-    manifest, worked = job.run(config.workers or available_cores())
+    manifest, worked = job.run(config.workers or available_cores(), config.verify)
     print_report(manifest, config.output, config.seq_len, worked)
 
 

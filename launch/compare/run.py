@@ -4,7 +4,7 @@ import shutil
 from typing import Any
 
 from data.files import require_writable, write_copy
-from data.sources import find_files
+from data.find import find_files
 from launch.compare.config import CompareConfig
 from launch.compare.dead_units import dead_units_plan
 from launch.compare.losses import losses_plan

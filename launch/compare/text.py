@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from data.errors import InputError
-from data.sources import Document, Fields, find_files, iterate_documents
+from data.find import find_files
+from data.sources import Document, Fields, iterate_documents
 
 
 def split_documents(

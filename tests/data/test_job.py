@@ -1,7 +1,7 @@
 """A tokenization job ends with the same output for any number of workers and interruptions."""
 
 import errno
-import fcntl
+import json
 import signal
 import subprocess
 import sys
@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from data.errors import InputError
+from data.find import find_files
 from data.job import Job, TokenizeConfig
+from data.locks import folder_lock
 from data.manifest import Manifest
-from data.sources import Fields, find_files
+from data.sources import Fields
 from data.tasks import Settings, TaskRun
 from data.tokenizers import Tokenizer, load_tokenizer
 from tests.factories import write_documents
@@ -92,7 +94,7 @@ def test_output_does_not_depend_on_the_number_of_workers(make_job: Callable[...,
 def test_worker_error_reaches_the_user(make_job: Callable[..., Job], source: Path) -> None:
     (source / "3.jsonl").write_text("{broken")
     job = make_job()
-    with pytest.raises(InputError, match=r"3\.jsonl:1: not a JSON record"):
+    with pytest.raises(InputError, match=r"3\.jsonl:1: not valid JSON"):
         job.run(2)
     assert not list(job.output.glob("train")) and not (job.output / "manifest.json").exists()
 
@@ -237,11 +239,16 @@ def test_folder_of_something_else_is_refused(make_job: Callable[..., Job]) -> No
 
 def test_second_process_on_the_same_output_is_refused(make_job: Callable[..., Job]) -> None:
     job = make_job()
-    job.partial.mkdir(parents=True)
-    with (job.partial / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process is tokenizing"):
+    with folder_lock(job.output, "training"):
+        with pytest.raises(InputError, match=r"--output .*another process is tokenizing"):
             job.run(1)
+        assert (job.output / ".lock").exists()
+    # What a killed run or an older version left there is in nobody's way, and goes.
+    job.partial.mkdir(parents=True)
+    (job.partial / "lock").write_text("")
+    make_job("whole").run(1)
+    job.run(1)
+    assert files_of(job.output) == files_of(make_job("whole").output)
 
 
 def test_full_disk_is_explained(
@@ -273,7 +280,8 @@ def test_kill_at_any_moment_then_rerun_gives_the_same_output(
         "    return run(self, key)\n"
         "t.TaskRun.run = patched\n"
         "import data.job as j; from data.tokenizers import load_tokenizer\n"
-        "from data.sources import Fields, find_files; from pathlib import Path\n"
+        "from data.sources import Fields; from data.find import find_files\n"
+        "from pathlib import Path\n"
         "s = t.Settings(fields=Fields(), domains=(), held_out=.1, max_bytes_per_domain=None, "
         "bytes_per_task=1)\n"
         "files, tokenizer = find_files([sys.argv[1]]), load_tokenizer(sys.argv[2])\n"
@@ -283,10 +291,165 @@ def test_kill_at_any_moment_then_rerun_gives_the_same_output(
     arguments = [sys.executable, "-c", code, str(source), str(sentencepiece_model), str(output)]
     killed = subprocess.run(arguments, cwd=root, check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in output.iterdir()] == [".partial"]
+    assert {path.name for path in output.iterdir()} == {".lock", ".partial"}
     assert len(list((output / ".partial/tasks").iterdir())) == 3
     make_job().run(1)
     assert files_of(output) == files_of(make_job("whole").output)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_names_that_become_one_domain_are_refused_over_all_parts(
+    make_job: Callable[..., Job], source: Path, workers: int
+) -> None:
+    for name, domain in (("a", "Common Crawl"), ("z", "common-crawl")):
+        record = {"text": "some words", "meta": {"redpajama_set_name": domain}}
+        (source / f"{name}.jsonl").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"'[Cc]ommon.*a\.jsonl:1.*z\.jsonl:1|z\.jsonl.*a\.jsonl"):
+        make_job().run(workers)
+    manifest, _ = make_job(merge_domains=True).run(workers)
+    assert "common-crawl" in manifest.splits["train"] | manifest.splits["held_out"]
+    # The option lets pass and changes nothing else: an output made with it is made without it too.
+    assert not make_job().run(workers)[1]
+
+
+def test_output_of_an_older_version_is_reused(make_job: Callable[..., Job]) -> None:
+    """Its manifest has the arguments that were there before, and no other keys."""
+    job = make_job()
+    job.run(1)
+    content = json.loads((job.output / "manifest.json").read_text())
+    assert content["arguments"].keys() == {
+        *("fields", "domains", "held_out", "max_bytes_per_domain", "bytes_per_task", "tokenizer")
+    }
+    assert content["arguments"]["fields"] == {"text": "text", "domain": "auto"}
+    assert content["sources"][0].keys() == {"path", "bytes", "documents"}
+    assert not make_job().run(1)[1]
+    with pytest.raises(InputError, match=r"fields: .* there, .*skip_incomplete"):
+        make_job(fields=Fields(skip_incomplete=True)).run(1)
+
+
+def test_parts_of_an_older_version_are_made_again(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("data.tasks.READING", 1)
+        patch.setattr("data.sources.domain_name", lambda name: f"old-{name}")
+        stop_after(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make_job().run(1)
+    ran = stop_after(monkeypatch, 2 * FILES, AssertionError())
+    make_job().run(1)
+    assert ran == list(range(FILES))
+    make_job("whole").run(1)
+    assert files_of(make_job().output) == files_of(make_job("whole").output)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_finished_parts_are_checked_before_they_are_used_again(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make_job().run(1)
+    shard = make_job().partial / "train/beta/00002.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    ran = stop_after(monkeypatch, 2 * FILES, AssertionError())
+    make_job().run(workers)
+    assert workers == 2 or ran == [2, 4, 5]
+    make_job("whole").run(1)
+    assert files_of(make_job().output) == files_of(make_job("whole").output)
+
+
+def test_a_damaged_output_is_not_taken_for_finished(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    job.run(1)
+    sound = files_of(job.output)
+    shard = job.output / "train/beta/00002.bin"
+    flipped = bytearray(shard.read_bytes())
+    flipped[100] ^= 1
+    shard.write_bytes(flipped)
+    assert not make_job().run(1)[1]
+    with pytest.raises(InputError, match=r"00002\.bin is damaged: block 0.*with --overwrite"):
+        make_job().run(1, verify=True)
+    shard.unlink()
+    with pytest.raises(InputError, match=r"00002\.bin is missing.*with --overwrite"):
+        make_job().run(1)
+    assert make_job(overwrite=True).run(1)[1]
+    assert files_of(job.output) == sound
+    assert not make_job().run(1, verify=True)[1]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "\xff"])
+def test_damaged_settings_and_manifests_of_a_job_name_themselves(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "_publish", stop_publishing)
+        with pytest.raises(KeyboardInterrupt):
+            make_job().run(1)
+    partial = make_job().partial
+    settings = (partial / "settings.json").read_text()
+    (partial / "manifest.json").write_text(content, encoding="latin-1")
+    (partial / "settings.json").write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=r"settings\.json: .*; delete the file"):
+        make_job().run(1)
+    (partial / "settings.json").unlink()
+    ran = stop_after(monkeypatch, FILES, AssertionError())
+    make_job().run(1)
+    assert not ran and settings
+    make_job("whole").run(1)
+    assert files_of(make_job().output) == files_of(make_job("whole").output)
+
+
+def test_an_output_that_cannot_be_written_is_named(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone" / "far")
+    for output in ("file", "file/tokens", "dangling", "x" * 300):
+        with pytest.raises(InputError, match=rf"--output .*{output}"):
+            make_job(output).run(1)
+    stop_after(monkeypatch, 2, OSError(errno.EROFS, "Read-only file system", "/t/a.bin.tmp"))
+    with pytest.raises(InputError, match=r"--output .*\(/t/a\.bin\.tmp\): read-only file system"):
+        make_job().run(1)
+
+
+def test_an_input_that_changes_meanwhile_is_named(
+    make_job: Callable[..., Job], source: Path
+) -> None:
+    job = make_job()
+    (source / "3.jsonl").rename(source / "3.bak")
+    with pytest.raises(InputError, match=r"3\.jsonl: no such file; .*put it back"):
+        job.run(1)
+    (source / "3.jsonl").write_text((source / "3.bak").read_text() * 2)
+    with pytest.raises(InputError, match=r"3\.jsonl has .* bytes and had .* when the command"):
+        job.run(1)
+    (source / "3.bak").replace(source / "3.jsonl")
+    assert job.run(1)[1]
+
+
+def test_more_domains_than_open_files(tmp_path: Path, sentencepiece_model: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": "some words", "d": f"d{number}"}) for number in range(150)]
+    path.write_text("\n".join(lines))
+    command = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "from data.tokenize import main; main(sys.argv[1:])"
+    )
+    arguments = ["--input", path, "--tokenizer", sentencepiece_model, "--domain-field", "d"]
+    arguments += ["--held-out", 0, "--workers", 1, "--output", tmp_path / "tokens"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *map(str, arguments)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(Manifest.load(tmp_path / "tokens").splits["train"]) == 150
 
 
 @pytest.mark.parametrize(
@@ -299,6 +462,7 @@ def test_kill_at_any_moment_then_rerun_gives_the_same_output(
         ({"seq_len": 0}, "--seq-len 0"),
         ({"task_mib": 0}, "--task-mib 0"),
         ({"max_bytes_per_domain": 0}, "--max-bytes-per-domain 0"),
+        ({"max_record_mib": 0}, "--max-record-mib 0"),
     ],
 )
 def test_bad_options_are_refused(change: dict[str, Any], named: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data import locks
 from data.errors import InputError
 from data.locks import folder_lock
 
@@ -64,3 +65,29 @@ def test_without_room_for_the_owner_s_name_the_lock_holds_and_hides_nothing(tmp_
     command = [sys.executable, "-c", FULL, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "the run's own message\n"
+
+
+def test_a_lock_that_is_not_to_stay_goes_with_its_block(tmp_path: Path) -> None:
+    folder = tmp_path / "tokens"
+    with folder_lock(folder, "tokenizing", remove=True):
+        assert (folder / ".lock").exists()
+        with pytest.raises(InputError, match="another process"), folder_lock(folder, "tokenizing"):
+            pass
+    assert not list(folder.iterdir())
+    with pytest.raises(ZeroDivisionError), folder_lock(folder, "tokenizing", remove=True):
+        raise ZeroDivisionError
+    assert not list(folder.iterdir())
+
+
+def test_a_lock_removed_before_it_was_held_holds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = locks.fcntl.flock
+
+    def removed_first(file: int, operation: int) -> None:
+        (tmp_path / ".lock").unlink(missing_ok=True)
+        original(file, operation)
+
+    monkeypatch.setattr(locks.fcntl, "flock", removed_first)
+    with pytest.raises(InputError, match="has just left; try again"), folder_lock(tmp_path, "x"):
+        pass

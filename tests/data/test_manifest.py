@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,3 +86,52 @@ def test_dtype_is_the_narrowest_that_fits() -> None:
     assert dtype_for(65_537) == dtype_for(1 << 31) == "int32"
     with pytest.raises(InputError, match="limit"):
         dtype_for((1 << 31) + 1)
+
+
+SHARD: tuple[Any, ...] = ("splits", "train", "c4", 0)
+REQUIRED: list[tuple[Any, ...]] = [
+    *((name,) for name in ("dtype", "tokenizer", "splits", "sources", "arguments", "version")),
+    *(("tokenizer", name) for name in ("kind", "vocab_size", "eos_id", "adds_bos", "probe")),
+    *((*SHARD, name) for name in ("path", "tokens", "documents", "text_bytes", "idx_sha256")),
+]
+
+
+@pytest.mark.parametrize("path", [*REQUIRED, SHARD[:2], SHARD[:3], SHARD], ids=str)
+def test_values_of_another_type_are_refused(
+    tmp_path: Path, manifest: Manifest, path: tuple[Any, ...]
+) -> None:
+    file = tmp_path / "manifest.json"
+    sound = file.read_text()
+    for value in (..., None, "5", 5, 5.5, True, [5.5], {"a": [1]}):
+        content = parent = json.loads(sound)
+        for key in path[:-1]:
+            parent = parent[key]
+        if value is ...:
+            if path not in REQUIRED:
+                continue
+            del parent[path[-1]]
+        elif type(parent[path[-1]]) is type(value) and value not in ("5", [5.5]):
+            continue  # merely another value
+        elif path[-1] in ("kind", "path", "idx_sha256") and value == "5":
+            continue
+        else:
+            parent[path[-1]] = value
+        file.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"manifest\.json.*again"):
+            Manifest.load(tmp_path)
+    file.write_text(sound)
+    assert Manifest.load(tmp_path) == manifest
+
+
+def test_a_folder_without_manifest_is_called_what_it_is(tmp_path: Path) -> None:
+    megatron = tmp_path / "megatron"
+    megatron.mkdir()
+    (megatron / "text_document.idx").write_bytes(b"MMIDIDX")
+    for directory in (megatron, megatron / "text_document"):
+        with pytest.raises(InputError, match=r"holds Megatron's \.bin and \.idx .*data\.tokenize"):
+            Manifest.load(directory)
+    with pytest.raises(InputError, match="is a file; name the folder"):
+        Manifest.load(megatron / "text_document.idx")
+    (tmp_path / "job" / ".partial" / "tasks").mkdir(parents=True)
+    with pytest.raises(InputError, match="not finished there; run the same command again"):
+        Manifest.load(tmp_path / "job")

@@ -153,7 +153,7 @@ def test_a_shard_that_was_closed_is_checked_once(tmp_path: Path) -> None:
     first._opened.limit = 1
     expected = reader.read("c4", np.array([0]))
     reader.read("c4", np.array([4]))
-    assert first._tokens is None and second._tokens is not None and len(first._opened) == 1
+    assert first._file is None and second._file is not None and len(first._opened) == 1
     first._check_block = None  # type: ignore[assignment, method-assign]
     assert np.array_equal(reader.read("c4", np.array([0])), expected)
     (tmp_path / "train/c4/00001.bin").write_bytes(b"")

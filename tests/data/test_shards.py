@@ -8,7 +8,7 @@ import pytest
 
 from data.errors import InputError
 from data.manifest import dtype_for
-from data.shards import BLOCK_BYTES, ShardReader, ShardWriter
+from data.shards import BLOCK_BYTES, ShardReader, ShardWriter, Verify
 from tests.data.helpers import random_documents, write_shard
 
 BLOCK_TOKENS = BLOCK_BYTES // 2
@@ -129,6 +129,32 @@ def test_truncated_or_missing_shard_is_refused_at_open(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(InputError, match="missing"):
         ShardReader(tmp_path, record, "uint16", "once")
+
+
+def test_index_of_another_size_is_refused_at_open(tmp_path: Path) -> None:
+    record = write_shard(tmp_path, "a", random_documents([1000]), "uint16")
+    path = tmp_path / "a.idx"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(InputError, match=r"a\.idx has 54 bytes, the manifest says 62"):
+        ShardReader(tmp_path, record, "uint16", "once")
+    path.unlink()
+    with pytest.raises(InputError, match=r"a\.idx is missing"):
+        ShardReader(tmp_path, record, "uint16", "once")
+
+
+@pytest.mark.parametrize("verify", ["once", "always", "never"])
+def test_shard_that_shrinks_while_it_is_read_is_an_error_not_a_crash(
+    tmp_path: Path, verify: Verify
+) -> None:
+    record = write_shard(tmp_path, "a", random_documents([2 * BLOCK_TOKENS]), "uint16")
+    reader = ShardReader(tmp_path, record, "uint16", verify)
+    read_all(reader)
+    with (tmp_path / "a.bin").open("r+b") as file:
+        file.truncate(BLOCK_BYTES + 20)
+    out = np.empty(20, np.int64)
+    reader.read_into(10, out if verify != "always" else out[:0])
+    with pytest.raises(InputError, match=r"a\.bin ends at byte 1,048,596, but had 2,097,152"):
+        reader.read_into(BLOCK_TOKENS, out)
 
 
 def test_shard_that_shrinks_after_open_is_an_error_not_a_crash(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -11,7 +12,7 @@ import pytest
 import zstandard
 
 from data.errors import InputError
-from data.sources import Document, Fields, domain_name, find_files, iterate_documents
+from data.sources import Document, Fields, iterate_documents
 
 Compress = Callable[[bytes], bytes]
 
@@ -25,7 +26,7 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def read(path: Path, **fields: str) -> list[Document]:
+def read(path: Path, **fields: Any) -> list[Document]:
     return list(iterate_documents(path, Fields(**fields)))
 
 
@@ -86,28 +87,16 @@ def test_domain_rules(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "domain"),
-    [
-        ("RedPajamaC4", "c4"),
-        ("RedPajamaCommonCrawl", "commoncrawl"),
-        ("RedPajamaStackExchange", "stackexchange"),
-        ("Pile-CC", "pile-cc"),
-        ("RedPajama", "redpajama"),
-        ("../x", "x"),
-        ("...", ""),
-    ],
-)
-def test_domain_names(name: str, domain: str) -> None:
-    assert domain_name(name) == domain
-
-
-@pytest.mark.parametrize(
     ("record", "fields", "named"),
     [
         ({"text": "t", "meta": {"x": 1}, "y": 2}, {}, "keys present: text, meta.x, y; .*--domain-"),
         ({"text": "t", "meta": {"redpajama_set_name": None}}, {}, "no domain under"),
         ({"text": "t", "meta": {"redpajama_set_name": "??"}}, {}, "no domain under"),
-        ({"body": "t", "meta": META}, {}, "no text under 'text'; keys present: body.*--text-field"),
+        (
+            {"body": "t", "meta": META},
+            {},
+            "no text under 'text'; keys present: body.*--text-field",
+        ),
         ({"text": 5, "meta": META}, {}, "no text under 'text'"),
         ({"text": "t"}, {"domain": "a.b"}, "no domain under 'a.b'"),
         ([1, 2], {}, "expected a record"),
@@ -125,7 +114,7 @@ def test_record_without_text_or_domain_names_line_keys_and_flag(
 @pytest.mark.parametrize("line", [b'{"text": ', b"not json", b'{"text": "\xff"}', b"[" * 100_000])
 def test_bad_line_names_path_and_line(tmp_path: Path, line: bytes) -> None:
     path = write(tmp_path / "a.jsonl", LINE + b"\n" + line + b"\n" + LINE)
-    with pytest.raises(InputError, match=r"a\.jsonl:2: not a JSON record"):
+    with pytest.raises(InputError, match=r"a\.jsonl:2: not (valid JSON|UTF-8)"):
         read(path)
 
 
@@ -178,7 +167,7 @@ def test_progress_adds_up_to_the_size_of_the_file(tmp_path: Path, name: str) -> 
         texts = [str(i) for i in range(3000)]
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
     else:
-        lines = b"\n".join([LINE] * 50_000)
+        lines = b"\n".join([b"prose" if name.endswith("txt") else LINE] * 50_000)
         path.write_bytes(zstandard.compress(lines) if name.endswith("zst") else lines)
     steps: list[int] = []
     for _ in iterate_documents(path, Fields(domain="folder"), steps.append):
@@ -186,19 +175,185 @@ def test_progress_adds_up_to_the_size_of_the_file(tmp_path: Path, name: str) -> 
     assert sum(steps) == path.stat().st_size and min(steps) >= 0
 
 
-def test_find_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("b/2.jsonl", "b/1.jsonl.zst", "a/x.md", "a/y.txt", "a/z.bin"):
-        write(tmp_path / name, b"x")
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("name", ["A.JSONL", "b.jl", "c.jsonlines", "d.NdJson", "e.JSONL.GZ"])
+def test_json_lines_under_any_of_its_suffixes(tmp_path: Path, name: str) -> None:
+    content = gzip.compress(LINE) if name.endswith("GZ") else LINE
+    assert [document.text for document in read(write(tmp_path / name, content))] == ["one two"]
 
-    def names(*patterns: str) -> list[str]:
-        return [str(path) for path in find_files(patterns)]
 
-    assert names("b/*", "**/*.jsonl") == ["b/1.jsonl.zst", "b/2.jsonl"]
-    assert names(".") == ["a/y.txt", "b/1.jsonl.zst", "b/2.jsonl"]
-    assert names("**/*.md") == ["a/x.md"]
-    assert names("a/z.bin") == ["a/z.bin"]
-    with pytest.raises(InputError, match=r"'\*\.jsonl' matches no files"):
-        names("*.jsonl")
-    with pytest.raises(InputError, match=r"2 files of unknown format, such as a/x\.md"):
-        names("a/*")
+@pytest.mark.parametrize("name", ["a.bak", "a.txt", "part-00000", "a.jsonl.1"])
+def test_json_lines_under_a_suffix_of_plain_text_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, b"\n" + LINE + b"\n" + LINE)
+    with pytest.raises(InputError, match=r"holds JSON records.*as (a|part-00000)\.jsonl"):
+        read(path)
+    # Braces alone do not make records.
+    assert read(write(tmp_path / "x.json5", b'{"a": 1}\n'))[0].text == '{"a": 1}\n'
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    # The second one comes of two files that were joined.
+    path = write(tmp_path / "a.jsonl", mark + LINE + b"\n" + mark + LINE)
+    assert [document.text for document in read(path)] == ["one two"] * 2
+    assert read(write(tmp_path / "d" / "a.txt", mark + b"x\r\n"))[0].text == "x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b'[{"text": "a"}]', "expected a record .* a list; .*jq -c"),
+        (b'[\n{"text": "a"}\n]', "jq -c"),
+        (b'{\n "text": "a"\n}', "jq -c"),
+        (b"true", "true or false"),
+        (b"<!DOCTYPE html><html>", "holds a web page, not JSON Lines"),
+        (gzip.compress(b"x"), r"holds gzip data, not JSON Lines; give it the suffix \.gz"),
+        ('{"text": "a"}'.encode("utf-16"), "UTF-16.*iconv"),
+        ('{"text": "a"}'.encode("utf-16-be"), "UTF-16.*iconv"),
+    ],
+)
+def test_what_is_no_json_lines_is_called_what_it_is(
+    tmp_path: Path, content: bytes, named: str
+) -> None:
+    with pytest.raises(InputError, match=rf"a\.jsonl.*{named}"):
+        read(write(tmp_path / "a.jsonl", content))
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_wide_text_is_refused_even_where_it_is_valid_utf_8(tmp_path: Path, codec: str) -> None:
+    with pytest.raises(InputError, match=r"a\.txt holds UTF-16 text, not plain text; .*iconv"):
+        read(write(tmp_path / "a.txt", "plain words".encode(codec)))
+    assert read(write(tmp_path / "zeros.txt", b"\0" * 100))[0].text == "\0" * 100
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "named"),
+    [
+        ({"text": None}, {}, "'text', which is null; .*--skip-incomplete"),
+        ({"text": ["a"]}, {}, "'text', which is a list"),
+        ({"text": 5}, {}, "'text', which is a whole number"),
+        ({"text": "a", "k": None}, {"domain": "k"}, "'k', which is null"),
+        ({"text": "a", "k": {}}, {"domain": "k"}, "'k', which is an object"),
+        ({"text": "a", "k": float("nan")}, {"domain": "k"}, "'k', which is a number"),
+        ({"text": "a", "k": "??"}, {"domain": "k"}, r"'\?\?' holds no letter"),
+        ({"text": "a", "k": "x" * 300}, {"domain": "k"}, "300 letters"),
+        ({"text": "a", "meta": "{}"}, {"domain": "meta.x"}, "'meta' is text, not an object"),
+    ],
+)
+def test_unfit_values_are_told_from_absent_ones(
+    tmp_path: Path, record: dict[str, Any], fields: dict[str, str], named: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps(record).encode())
+    with pytest.raises(InputError, match=rf"a\.jsonl:1: no (text|domain) under .*{named}|{named}"):
+        read(path, **({"domain": "folder"} | fields))
+
+
+@pytest.mark.parametrize(
+    ("value", "domain"),
+    [(3, "3"), (-1, "minus-1"), (2.0, "2.0"), (True, "true"), ("Новости", "новости")],
+)
+def test_labels_become_domains(tmp_path: Path, value: object, domain: str) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps({"text": "t", "label": value}).encode())
+    assert read(path, domain="label")[0].domain == domain
+
+
+def test_a_dotted_name_is_a_key_or_a_path(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {"a.b.c": "whole", "a": {"b": {"c": "inner"}}},
+        {"a": {"b.c": "half"}},
+        {"a.b": {"c": "other half"}, "a": {}},
+        {"a": {"b": {"c": "path"}}},
+    ]
+    lines = "\n".join(json.dumps(record | {"d.e": "D"}) for record in records)
+    documents = read(write(tmp_path / "a.jsonl", lines.encode()), text="a.b.c", domain="d.e")
+    assert [document.text for document in documents] == ["whole", "half", "other half", "path"]
+    assert {document.domain for document in documents} == {"d"}
+
+
+def test_incomplete_records_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
+    lines = [
+        {"text": None, "meta": META},
+        {"text": "kept", "meta": META},
+        {"meta": META},
+        {"text": "x", "meta": {}},
+        {"text": "", "meta": META},
+    ]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    left_out: list[int] = []
+    fields = Fields(skip_incomplete=True)
+    documents = list(iterate_documents(path, fields, left_out=left_out.append))
+    assert [document.text for document in documents] == ["kept"] and left_out == [1, 3, 4]
+    # A value that is there and is no text stays an error.
+    wrong = write(tmp_path / "b.jsonl", b'{"text": 5}')
+    with pytest.raises(InputError, match="a whole number"):
+        read(wrong, domain="folder", skip_incomplete=True)
+
+
+def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_values_of_parquet_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    meta = [META]
+    for columns in (
+        {"text": ["é"], "meta": meta},
+        {"text": ["é".encode()], "meta": meta},
+        {"text": ["é"], "meta.redpajama_set_name": ["RedPajamaC4"]},
+        {"text": ["é"], "meta.redpajama_set_name": [b"RedPajamaC4"], "meta": [{"x": 1}]},
+        {
+            "text": pyarrow.array(["é"]).dictionary_encode(),
+            "meta": pyarrow.array(
+                [list(META.items())], pyarrow.map_(pyarrow.string(), pyarrow.string())
+            ),
+        },
+    ):
+        assert read(write_parquet(path, columns)) == [Document("é", "c4", path, 1)]
+    with pytest.raises(InputError, match=r"a\.parquet:1: 'text' is bytes that are not UTF-8"):
+        read(write_parquet(path, {"text": [b"\xff"], "meta": meta}))
+    broken = pyarrow.StringArray.from_buffers(
+        1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")
+    )
+    with pytest.raises(InputError, match=r"a\.parquet: a text behind row 0 is not UTF-8"):
+        read(write_parquet(path, {"text": broken, "meta": meta}))
+
+
+def test_parquet_without_rows_is_sound(tmp_path: Path) -> None:
+    assert read(write_parquet(tmp_path / "a.parquet", {"text": pyarrow.array([], "string")})) == []
+    (tmp_path / "b.parquet").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(InputError, match="holds gzip data, not parquet"):
+        read(tmp_path / "b.parquet")
+
+
+def test_a_record_above_the_limit_is_refused_before_it_is_held(tmp_path: Path) -> None:
+    # 3 GB of one line, in 300 kB.
+    frame = zstandard.compress(b"x" * (30 << 20))
+    path = write(tmp_path / "a.jsonl.zst", zstandard.compress(LINE + b"\n") + frame * 100)
+    with pytest.raises(InputError, match=r"a\.jsonl\.zst:2: one record of more than 64 MiB"):
+        read(path)
+    long = write(tmp_path / "b.jsonl", LINE + b"\n" + LINE + b" " * 2_000_000)
+    with pytest.raises(InputError, match=r"b\.jsonl:2: .* 1 MiB.*--max-record-mib"):
+        read(long, max_bytes=1 << 20)
+    assert len(read(long)) == 2
+    array = write(tmp_path / "array.json", b"[" + LINE * 20_000 + b"]")
+    with pytest.raises(InputError, match=r"array\.json is one JSON array; .*jq -c"):
+        read(array, max_bytes=1 << 20)
+    with pytest.raises(InputError, match=r"c\.txt: one record of more than 1 MiB"):
+        read(write(tmp_path / "c.txt", b"x" * 1_100_000), max_bytes=1 << 20)
+    rows = {"text": ["a", "x" * 1_100_000], "meta": [META] * 2}
+    with pytest.raises(InputError, match=r"d\.parquet:2: one record of more than 1 MiB"):
+        read(write_parquet(tmp_path / "d.parquet", rows), max_bytes=1 << 20)
+
+
+def test_the_domain_of_a_link_is_the_folder_it_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = write(tmp_path / "blobs" / "aa", b"words")
+    link = tmp_path / "snap" / "News" / "a.txt"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    (tmp_path / "all").symlink_to(tmp_path / "blobs")
+    assert read(link)[0].domain == "news" and read(link)[0].name == "News"
+    assert read(tmp_path / "all" / "aa")[0].domain == "all"
+    monkeypatch.chdir(link.parent)
+    assert read(Path("a.txt"))[0].domain == "news"

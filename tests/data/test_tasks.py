@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from data.errors import InputError
 from data.manifest import HELD_OUT, TRAIN
 from data.shards import ShardReader
 from data.sources import Fields
-from data.tasks import Report, Settings, Task, TaskRun, is_complete, is_held_out, plan_tasks
+from data.tasks import Report, Settings, Task, TaskRun, finished_report, is_held_out, plan_tasks
 from data.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -195,14 +196,51 @@ def test_all_empty_files_are_named_before_any_work(tmp_path: Path) -> None:
     assert len(plan_tasks(files[3:], 1 << 20)) == 1
 
 
-def test_incomplete_output_of_a_finished_task_is_noticed(
-    tmp_path: Path, tokenizer: Tokenizer
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".bin", lambda content: content[:-2]),
+        (".bin", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+        (".idx", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+        (".crc", lambda content: content[:-1]),
+        (".bin", None),
+        (".idx", None),
+        (".crc", None),
+    ],
+)
+def test_output_of_a_finished_task_is_used_only_if_all_of_it_is_sound(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    suffix: str,
+    damage: Callable[[bytes], bytes] | None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = write_records(tmp_path / "a.jsonl", [("c4", "some text")])
     report = run_task(path, tokenizer, tmp_path)
-    assert is_complete(report, tmp_path, 2)
-    shard = tmp_path / "train/c4/00000.bin"
-    shard.write_bytes(shard.read_bytes()[:-2])
-    assert not is_complete(report, tmp_path, 2)
-    (tmp_path / "train/c4/00000.crc").unlink()
-    assert not is_complete(report, tmp_path, 2)
+    (task,) = plan_tasks([path], 1 << 30)
+
+    def found(key: str = "key") -> Report | None:
+        return finished_report(task, key, tmp_path, "uint16", lambda _: None)
+
+    assert found() == report and found("other") is None
+    shard = tmp_path / f"train/c4/00000{suffix}"
+    if damage is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(damage(shard.read_bytes()))
+    assert found() is None
+    assert "part 0 is made again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"key": "key"}', '{"key": 3, "shards": {}, "sources": []}', "\xff"]
+)
+def test_damaged_report_means_the_part_is_made_again(
+    tmp_path: Path, tokenizer: Tokenizer, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_records(tmp_path / "a.jsonl", [("c4", "some text")])
+    run_task(path, tokenizer, tmp_path)
+    (tmp_path / "tasks/00000.json").write_text(content, encoding="latin-1")
+    (task,) = plan_tasks([path], 1 << 30)
+    assert finished_report(task, "key", tmp_path, "uint16", lambda _: None) is None
+    assert "00000.json" in capsys.readouterr().err

@@ -5,13 +5,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 
 from data.errors import InputError
+from data.find import find_files
 from data.manifest import Manifest
 from data.reader import TokenReader
-from data.sources import Fields, find_files, iterate_documents
+from data.sources import Fields, iterate_documents
 from data.tasks import is_held_out
 from data.tokenize import main
 
@@ -70,6 +73,32 @@ def test_report_names_samples_and_warns(
     assert "less than one sample of 100 training tokens in short" in printed.err
     tokenize(*arguments)
     assert "already tokenized with these arguments" in capsys.readouterr().out
+
+
+def test_report_says_what_is_missing(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_text("word " * 100)
+    (folder / "empty.txt").write_text("")
+    (folder / "d.jsonl").write_text('{"text": null}\n{"text": "x"}\n')
+    table = pyarrow.table({"text": pyarrow.array([], "string")})
+    pyarrow.parquet.write_table(table, folder / "part.parquet")
+    arguments = [
+        *("--input", folder, "--tokenizer", tiny_tokenizer, "--output", tmp_path / "tokens"),
+        *("--seq-len", 10, "--held-out", 1e-9, "--workers", 1, "--domain-field", "folder"),
+        *("--domains", "notes", "githbu", "--skip-incomplete"),
+    ]
+    for _ in range(2):  # also where the folder is there already
+        tokenize(*arguments)
+        printed = capsys.readouterr().err
+        assert "left out records without text or domain: 1, in " in printed
+        assert "2 of 6 files hold no text: " in printed and "part.parquet" in printed
+        assert "no documents in githbu, which --domains names" in printed
+        assert "no held-out documents in notes (4); " in printed
+        assert "use --held-out 0.5, or split long files into several documents" in printed
 
 
 def run_command(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
