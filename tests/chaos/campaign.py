@@ -162,7 +162,7 @@ class Campaign:
                     tried.add(kind)
                     waiting.insert(0, kind)
             started, met = self._run(command, kind)
-            self._look_at(started)
+            self._look_at(started, met)
             refused = _error(started)
             if refused is not None and not met:
                 self._follow(refused, output, backup)
@@ -271,14 +271,14 @@ class Campaign:
     def _complain(self, text: str) -> None:
         self.problems.append("\n".join([*self.history, f"  !! {text}"]))
 
-    def _look_at(self, started: Started) -> None:
+    def _look_at(self, started: Started, met: bool) -> None:
         """What may never be printed."""
         text = started.text
         if "Traceback (most recent call last)" in text:
             self._complain(f"a traceback:\n{text[-3000:]}")
         first = started.logs[0].read_text(errors="replace").splitlines()
         errors = [line for line in first if line.startswith("error")]
-        if len(errors) > 1:
+        if len(errors) > 1 and not met:
             self._complain("several errors:\n" + "\n".join(errors))
 
     def _follow(self, message: str, output: Path, backup: dict[Path, bytes]) -> None:
@@ -354,25 +354,28 @@ def follow(message: str, output: Path, backup: dict[Path, bytes]) -> str | None:
     away where the message names them after that word.
     """
     places = [Path(text.rstrip(".,;:)")) for text in re.findall(r"/[^\s,;()]+", message)]
-    inside = [place for place in places if place.is_relative_to(output)]
-    # A checkpoint folder has no copy; a small file of the run does.
+    inside = [place for place in places if place.is_relative_to(output) and place != output]
     if re.search(r"restore|put back|copy it", message):
-        put = [path for path in backup if any(path == p or p in path.parents for p in inside)]
-        put = put or [path for path in backup if path.name in message]
+        put = [path for path in backup if path in inside or path.parent in inside]
         for path in put:
-            if path.parent.is_dir():
-                path.unlink(missing_ok=True)
-                path.write_bytes(backup.pop(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            path.write_bytes(backup.pop(path))
         if put:
             return f"restored {', '.join(path.name for path in put)}"
-    deleted = []
-    for part in re.findall(r"(?:delete|remove|move)[^;.]*?(/[^;]*)", message):
-        for text in re.findall(r"/[^\s,;()]+", part):
-            place = Path(text.rstrip(".,;:)"))
-            if place.is_relative_to(output) and _delete(place):
-                deleted.append(place)
-    if not deleted and "move it away" in message:
-        deleted = [place for place in inside[:1] if _delete(place)]
+    renamed = re.search(r"call it (\S+) again", message)
+    if renamed and inside:
+        inside[0].rename(inside[0].with_name(renamed[1]))
+        return f"renamed to {renamed[1]}"
+    named = re.search(r"(?:delete|remove)(?: the (?:folder|file))? (/.*)", message)
+    words = re.findall(r"/[^\s,;()]+", named[1]) if named else []
+    doomed = [place for place in inside if any(word.startswith(str(place)) for word in words)]
+    if not doomed and re.search(r"delete (?:the file|the folder|it)|move it", message):
+        doomed = inside[:1]
+    deleted = [place for place in doomed if _delete(place)]
+    for place in deleted:
+        for path in [path for path in backup if path.is_relative_to(place)]:
+            del backup[path]
     if deleted:
         return f"deleted {', '.join(str(place.relative_to(output)) for place in deleted)}"
     if "--overwrite" in message or "tokenize it again" in message or "tokenize again" in message:

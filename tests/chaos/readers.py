@@ -35,7 +35,8 @@ from tests.chaos.workspace import Workspace
 from tests.trainer.tiny import make_trainer, options, weights
 from trainer import parallel
 from trainer.callbacks.metrics import truncate_after
-from trainer.checkpoint import Checkpointer, latest_step
+from trainer.checkpoint import Checkpointer
+from trainer.checkpoint_files import latest_step
 from trainer.domains import (
     DomainOptions,
     samples_used,
