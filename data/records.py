@@ -27,8 +27,7 @@ def read_text(path: Path, fix: str | None = None) -> str:
     Raises InputError naming the path, the cause and `fix` when it cannot be read.
     """
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            return file.read().decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {failure(error, fix)}") from None
     except UnicodeDecodeError as error:
@@ -37,8 +36,16 @@ def read_text(path: Path, fix: str | None = None) -> str:
         ) from None
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; a pipe that nobody writes into is empty instead of being waited for.
+
+    Raises OSError.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        return file.read()
+
+
 def _without_waiting(name: str, flags: int) -> int:
-    """Opens a file; a pipe that nobody writes into is empty instead of being waited for."""
     descriptor = os.open(name, flags | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     return descriptor

@@ -20,7 +20,7 @@ from data.errors import InputError
 SECONDS_UNTIL_HUNG = 2.0
 OTHER_VALUES: tuple[Any, ...] = (
     *(None, True, 0, -1, 7, 0.5, 10**30, float("nan"), float("inf")),
-    *("", "x", "../../x", "\ud800", [], [1], ["x"], {}, {"x": 1}, {"x": {"x": [None]}}),
+    *("", "x", "../../x", "\ud800", "\0", [], [1], ["x"], {}, {"x": 1}, {"x": {"x": [None]}}),
 )
 """What a value of a JSON file is replaced by."""
 DEEP = "[" * 20_000 + "]" * 20_000
@@ -43,6 +43,8 @@ class Reader:
     """Whether a checksum covers the content, so that no other value may come out."""
     form: str = "bytes"
     """"json" and "lines" are mutated key by key too."""
+    pipes: bool = True
+    """Whether a pipe may stand in its place; those of --input are left out where it is listed."""
     share: float = 1.0
     """Of the number of mutations of others; less for what takes long to read."""
 
@@ -171,7 +173,7 @@ Mutation = tuple[str, Callable[[Path], Any]]
 
 def _mutations(reader: Reader, content: bytes, rng: random.Random, most: int) -> list[Mutation]:
     """The mutations of the whole file, and of the others up to `most`."""
-    always = [*places(), *_writings(changed_whole(content))]
+    always = [*places(reader.pipes), *_writings(changed_whole(content))]
     keys: list[Mutation] = []
     if reader.form == "json":
         keys += _writings((name, text.encode()) for name, text in changed_keys(json.loads(content)))
@@ -190,7 +192,7 @@ def _writing(content: bytes) -> Callable[[Path], Any]:
     return lambda path: path.write_bytes(content)
 
 
-def places() -> Iterator[Mutation]:
+def places(pipes: bool = True) -> Iterator[Mutation]:
     """Something else than a readable file."""
 
     def replaced(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
@@ -205,7 +207,8 @@ def places() -> Iterator[Mutation]:
     yield "a folder with a file", replaced(_folder_with_a_file)
     yield "a dangling link", replaced(lambda path: path.symlink_to(path.with_name("nowhere")))
     yield "a link to itself", replaced(lambda path: path.symlink_to(path.name))
-    yield "a FIFO", replaced(_fifo)
+    if pipes:
+        yield "a FIFO", replaced(_fifo)
     if os.geteuid() != 0:  # root may read everything
         yield "permission denied", lambda path: path.chmod(0)
 
