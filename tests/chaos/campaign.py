@@ -415,6 +415,8 @@ def _last_line(started: Started) -> str:
 
 
 def _steps(path: Path) -> list[Any]:
+    if not path.exists():
+        return []
     try:
         return [json.loads(line).get("step") for line in path.read_text().splitlines()]
     except (OSError, ValueError, AttributeError) as error:

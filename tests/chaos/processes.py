@@ -160,14 +160,14 @@ class Machine:
             assert disk is None and largest_file is None
             words = [sys.executable, "-m", "launch.shorn", command.name, *command.words]
             words += ["--ranks", str(command.ranks)] if command.ranks > 1 else []
-            with logs[0].open("wb") as log:
+            with logs[0].open("wb") as written:
                 started.cold = subprocess.Popen(
                     words,
                     cwd=ROOT,
                     env=_environment() | {TAG: tag},
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
+                    stdout=written,
+                    stderr=written,
                     start_new_session=True,
                 )
             return started

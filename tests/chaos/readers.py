@@ -167,10 +167,10 @@ def job_readers(chaos: Workspace, root: Path) -> list[Reader]:
     class _Stop(Exception):
         pass
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any) -> Any:
         raise _Stop
 
-    job._manifest = stop  # type: ignore[method-assign]
+    job._manifest = stop  # type: ignore[assignment, method-assign]
     with contextlib.suppress(_Stop):
         job.run(1)
     place = unfinished / ".partial"
