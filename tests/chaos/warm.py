@@ -7,6 +7,7 @@ the command line.
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import resource
@@ -31,6 +32,10 @@ for _name in EVERYTHING:
         importlib.import_module(_name)
 for _name in CLASSES:
     getattr(importlib.import_module("transformers"), _name)
+# What importing left behind would be collected in the forked process, where destructors swallow a
+# Ctrl-C.
+gc.collect()
+gc.freeze()
 
 
 def start(
