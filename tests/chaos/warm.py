@@ -35,7 +35,6 @@ for _name in CLASSES:
 # What importing left behind would be collected in the forked process, where destructors swallow a
 # Ctrl-C.
 gc.collect()
-gc.freeze()
 
 
 def start(
