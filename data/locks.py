@@ -64,8 +64,8 @@ def folder_lock(
         with contextlib.suppress(OSError):
             file.truncate(0)
             owner = {"host": socket.gethostname(), "process": os.getpid(), "command": sys.argv[0]}
-            file.write(json.dumps(owner | {"rank": rank()}) + "\n")
-            file.flush()
+            # Not by way of the file's buffer, whose rest would fail again when the file is closed.
+            os.write(file.fileno(), json.dumps(owner | {"rank": rank()}).encode() + b"\n")
         try:
             yield
         finally:

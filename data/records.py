@@ -1,7 +1,7 @@
 """One reader for every JSON file and JSON line: what cannot be used is named with its place."""
 
 import json
-import stat
+import os
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
@@ -28,17 +28,28 @@ def read_text(path: Path, fix: str | None = None) -> str:
     Raises InputError naming the path, the cause and `fix` when it cannot be read.
     """
     try:
-        mode = path.stat().st_mode
-        # A pipe that nobody writes to would be waited for without end.
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise InputError(f"{path}: not a regular file; {fix or 'give one'}")
-        return path.read_bytes().decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {failure(error, fix)}") from None
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 text (byte {error.start}); {fix or 'convert it to UTF-8'}"
         ) from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; a pipe that nobody writes into is empty instead of being waited for.
+
+    Raises OSError.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        return file.read()
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    descriptor = os.open(name, flags | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def read_json(

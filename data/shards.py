@@ -23,6 +23,7 @@ import numpy as np
 from data.errors import InputError, failure
 from data.files import sync_file, sync_folder
 from data.manifest import DTYPES, ShardRecord
+from data.records import read_bytes
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
@@ -31,7 +32,7 @@ INDEX_HEADER = struct.Struct("<9sQBQQ")
 CHECKSUM_MAGIC = b"SHORNCRC"
 CHECKSUM_HEADER = struct.Struct("<8sIQ")
 BLOCK_BYTES = 1 << 20
-AGAIN = "copy it again or tokenize again"
+AGAIN = "copy it again, or tokenize again with --overwrite"
 SUFFIXES = (".bin", ".idx", ".crc")
 MAX_OPEN = 1 << 14
 """Open files per reader."""
@@ -287,6 +288,8 @@ class ShardReader:
                 raise InputError(f"shard {path} is missing; {AGAIN}") from None
             except OSError as error:
                 raise InputError(f"shard {path}: {failure(error)}") from None
+            except ValueError:
+                raise InputError(f"shard path {path!r} cannot be one; {AGAIN}") from None
             if found != expected:
                 raise InputError(
                     f"shard {path} has {found:,} bytes, the manifest says {expected:,}; {AGAIN}"
@@ -324,7 +327,7 @@ class ShardReader:
     def _read_checked(self, suffix: str, sha256: str) -> bytes:
         path = self._base + suffix
         try:
-            content = Path(path).read_bytes()
+            content = read_bytes(Path(path))
         except FileNotFoundError:
             raise InputError(f"shard {path} is missing; {AGAIN}") from None
         except OSError as error:

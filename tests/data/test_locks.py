@@ -47,6 +47,26 @@ def test_a_place_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
         pass
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from data.errors import InputError
+from data.locks import folder_lock
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    with folder_lock(Path(sys.argv[1]), "training"):
+        raise InputError("the run's own message")
+except InputError as error:
+    print(error)
+"""
+
+
+def test_without_room_for_the_owner_s_name_the_lock_holds_and_hides_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "the run's own message\n"
+
+
 def test_a_lock_that_is_not_to_stay_goes_with_its_block(tmp_path: Path) -> None:
     folder = tmp_path / "tokens"
     with folder_lock(folder, "tokenizing", remove=True):

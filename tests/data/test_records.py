@@ -74,9 +74,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_text(tmp_path / "none", "make it")
     with pytest.raises(InputError, match="is a folder, not a file"):
         read_text(tmp_path)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="not a regular file"):
-        read_text(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(InputError, match="round in a circle"):
         read_text(tmp_path / "loop")
@@ -120,3 +117,14 @@ def test_a_line_is_read_like_a_file() -> None:
 )
 def test_forms(value: object, form: object, expected: bool) -> None:
     assert fits(value, form) == expected
+
+
+def test_a_pipe_is_read_and_one_that_nobody_writes_into_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: not valid JSON"):
+        read_json(tmp_path / "pipe", "x")
+    reading, writing = os.pipe()  # as the shell's <(...) gives
+    os.write(writing, b'{"a": 1}')
+    os.close(writing)
+    assert read_json(Path(f"/dev/fd/{reading}"), "x") == {"a": 1}
+    os.close(reading)

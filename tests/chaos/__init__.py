@@ -1,0 +1,1 @@
+"""Disturbed runs and damaged files: nothing is lost, doubled or read wrong, and refusals help."""

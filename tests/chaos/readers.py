@@ -1,0 +1,559 @@
+"""The readers of files that Shorn writes or a user gives, each with what may come out of it.
+
+The files of a model and its tokenizer are not here: tests/trainer/models has those.
+"""
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import tempfile
+import types
+import typing
+from collections.abc import Callable
+from math import isclose, isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.cli import parse
+from data.job import Job, TokenizeConfig
+from data.locks import folder_lock
+from data.manifest import HELD_OUT, Manifest
+from data.reader import TokenReader
+from data.sources import Fields, iterate_documents
+from data.tasks import Report, Settings
+from data.tokenizers import load_tokenizer
+from launch.report.run_folder import facts, parameters, read_run, removed_layers, unit_counts
+from pruner.budget import parse_budget
+from pruner.history import read_records
+from pruner.measurements import load_kept
+from pruner.proposal import recorded
+from tests.chaos.mutations import Reader
+from tests.chaos.workspace import Workspace
+from tests.trainer.tiny import make_trainer, options, weights
+from trainer import parallel
+from trainer.callbacks.metrics import truncate_after
+from trainer.checkpoint import Checkpointer
+from trainer.checkpoint_files import latest_step
+from trainer.domains import (
+    DomainOptions,
+    samples_used,
+    sheared_report,
+    start_reference,
+    starting_domains,
+)
+from trainer.identity import CHANGEABLE, read_identity, verify_run
+from trainer.models.hf import load_config
+from trainer.saving import log_finished
+from trainer.scaling import fitted_reference
+
+FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "parquet")
+
+
+def conforms(value: Any, kind: Any) -> str | None:
+    """Where `value` is not of the type `kind` says, dataclasses field by field."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return None
+    if origin in (types.UnionType, typing.Union):
+        wrong = [conforms(value, one) for one in arguments]
+        return None if None in wrong else wrong[0]
+    if origin in (dict, list, tuple):
+        if not isinstance(value, origin):
+            return f"no {origin.__name__}"
+        inner = value.values() if isinstance(value, dict) else value
+        return next(filter(None, (conforms(one, arguments[-1]) for one in inner)), None)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            wrong_field = conforms(getattr(value, field.name), hints[field.name])
+            if wrong_field:
+                return f"{field.name}: {wrong_field}"
+        return None
+    if isinstance(value, bool) and kind is not bool:
+        return f"no {kind.__name__}"
+    return None if isinstance(value, kind) else f"no {kind.__name__}"
+
+
+def finite(value: Any) -> str | None:
+    """Where a number in nested dictionaries and lists is not finite."""
+    if isinstance(value, dict | list | tuple):
+        inner = value.values() if isinstance(value, dict) else value
+        return next(filter(None, map(finite, inner)), None)
+    wrong = isinstance(value, float) and not isfinite(value)
+    return f"{value} is not finite" if wrong else None
+
+
+def token_readers(chaos: Workspace) -> list[Reader]:
+    """Readers of a token folder."""
+
+    def manifest() -> Manifest:
+        return Manifest.load(chaos.tokens)
+
+    def content() -> list[Any]:
+        found: list[Any] = []
+        for split in ("train", HELD_OUT):
+            reader = TokenReader(chaos.tokens, 32, split)
+            for domain in reader.domains:
+                tokens = reader.read(domain, np.arange(reader.sizes[domain]))
+                bounds = [shard.documents().tolist() for shard in reader._shards[domain]]
+                found.append([split, domain, tokens.tolist(), bounds])
+        return found
+
+    shard = next((chaos.tokens / "train" / "alpha").glob("*.bin"))
+    shard_readers = [
+        Reader(name=f"shard {suffix}", file=shard.with_suffix(suffix), read=content, checked=True)
+        for suffix in (".bin", ".idx", ".crc")
+    ]
+    return [
+        Reader(
+            name="manifest.json",
+            file=chaos.tokens / "manifest.json",
+            read=manifest,
+            form="json",
+            flaw=manifest_flaw,
+        ),
+        Reader(
+            name="manifest.json and tokens",
+            file=chaos.tokens / "manifest.json",
+            read=content,
+            form="json",
+            flaw=lambda value: _other_tokens(value, sound),
+        )
+        if (sound := content())
+        else shard_readers[0],
+        *shard_readers,
+    ]
+
+
+def manifest_flaw(manifest: Manifest) -> str | None:
+    """What cannot be right about a manifest."""
+    wrong = conforms(manifest, Manifest)
+    if wrong is None and not 0 <= manifest.tokenizer.eos_id < manifest.tokenizer.vocab_size:
+        wrong = "EOS is no id of the tokenizer"
+    return wrong
+
+
+def _other_tokens(value: list[Any], sound: list[Any]) -> str | None:
+    """A manifest may name a domain otherwise; the tokens and bounds of documents stay."""
+    parts = [part[2:] for part in sound]
+    return None if all(part[2:] in parts for part in value) else "other tokens than were written"
+
+
+def job_readers(chaos: Workspace, root: Path) -> list[Reader]:
+    """Readers of an unfinished tokenizing job, by way of the job that goes on with it."""
+    files = sorted(chaos.text.glob("*.jsonl"))
+    tokenizer = load_tokenizer(str(chaos.tokenizer))
+    settings = Settings(
+        fields=Fields(),
+        domains=(),
+        held_out=0.1,
+        max_bytes_per_domain=None,
+        bytes_per_task=30_000,
+    )
+
+    def tree(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in ("lock", ".lock")
+        }
+
+    unfinished = root / "unfinished"
+    job = Job(files, settings, tokenizer, unfinished)
+
+    class _Stop(Exception):
+        pass
+
+    def stop(*_: Any) -> Any:
+        raise _Stop
+
+    job._manifest = stop  # type: ignore[assignment, method-assign]
+    with contextlib.suppress(_Stop):
+        job.run(1)
+    place = unfinished / ".partial"
+
+    def resumed() -> dict[str, bytes]:
+        """What the job makes of a copy of the unfinished one."""
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            copy = Path(folder) / "copy"
+            subprocess.run(["cp", "-a", unfinished, copy], check=True)
+            Job(files, settings, tokenizer, copy).run(1)
+            return tree(copy)
+
+    sound = resumed()
+    return [
+        Reader(
+            name=f"tokenizing's {file}",
+            file=place / file,
+            read=resumed,
+            flaw=lambda value: _other_shards(value, sound),
+            form="json",
+            share=0.3,
+        )
+        for file in ("settings.json", "tasks/00000.json")
+    ] + [
+        Reader(
+            name="a task's report",
+            file=place / "tasks/00000.json",
+            read=lambda: Report.load(place / "tasks/00000.json"),
+            form="json",
+            flaw=lambda value: None if value is None else conforms(value, Report),
+        )
+    ]
+
+
+def _other_shards(value: dict[str, bytes], sound: dict[str, bytes]) -> str | None:
+    """Counts that nothing covers may differ in the manifest; shards and their hashes do not."""
+    differ = [name for name in sound.keys() | value.keys() if value.get(name) != sound.get(name)]
+    differ = [name for name in differ if name != "manifest.json"]
+    return f"{sorted(differ)[:3]} differ" if differ else None
+
+
+def text_readers(root: Path) -> list[Reader]:
+    """Readers of text files in every format."""
+    return [_text_reader(root, suffix) for suffix in FORMATS]
+
+
+def _text_reader(root: Path, suffix: str) -> Reader:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = root / "texts" / f"text.{suffix}"
+    file.parent.mkdir(exist_ok=True, parents=True)
+    records = [
+        {"text": f"{number} naïve 文字 😀 text", "meta": {"redpajama_set_name": "alpha"}}
+        for number in range(12)
+    ]
+    if suffix == "parquet":
+        table = pyarrow.Table.from_pylist(records)
+        pyarrow.parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
+    else:
+        lines = [
+            json.dumps(record, ensure_ascii=False) if "json" in suffix else record["text"]
+            for record in records
+        ]
+        _compress(file, "".join(f"{line}\n" for line in lines).encode())
+
+    def read() -> list[tuple[str, str, int]]:
+        found = list(iterate_documents(file, Fields()))
+        return [(document.text, document.domain, document.row) for document in found]
+
+    def flaw(value: list[tuple[str, str, int]]) -> str | None:
+        return conforms(value, list[Any]) or next(
+            (f"domain {domain!r}" for _, domain, _ in value if "/" in domain or not domain), None
+        )
+
+    return Reader(
+        name=f"text.{suffix}",
+        file=file,
+        read=read,
+        flaw=flaw,
+        form="lines" if suffix == "jsonl" else "bytes",
+        pipes=False,
+    )
+
+
+def _compress(file: Path, content: bytes) -> None:
+    import gzip
+
+    if file.suffix == ".gz":
+        content = gzip.compress(content)
+    elif file.suffix == ".zst":
+        import zstandard
+
+        content = zstandard.ZstdCompressor(write_checksum=True).compress(content)
+    file.write_bytes(content)
+
+
+def checkpoint_readers(chaos: Workspace, root: Path) -> list[Reader]:
+    """Readers of a checkpoint, by way of the run that resumes from it."""
+    output = root / "checkpointed"
+    trainer = make_trainer(chaos.root, output, options(steps=4, seq_len=32, save_interval=2))
+    trainer.fit()
+    checkpointer = Checkpointer(output / "checkpoints", trainer.context)
+    (newest,) = sorted((output / "checkpoints").glob("step-*"))[-1:]
+
+    def restored() -> Any:
+        path = checkpointer.latest()
+        number = latest_step(output / "checkpoints")
+        if path is None or path.name != newest.name:
+            return ("older", number)
+        checkpointer.restore(trainer, path)
+        state = {name: tensor.numpy().tobytes() for name, tensor in weights(trainer).items()}
+        return (number, trainer.step, trainer.tokens, state)
+
+    def flaw(value: Any) -> str | None:
+        return None if value[0] == "older" else "another state than was saved"
+
+    return [
+        Reader(
+            name=f"checkpoint {file}",
+            file=newest / file,
+            read=restored,
+            flaw=flaw,
+            form="json" if file == "COMMITTED" else "bytes",
+            share=0.5,
+        )
+        for file in ("COMMITTED", ".metadata", "state.pt", "__0_0.distcp")
+    ]
+
+
+def run_readers(chaos: Workspace) -> list[Reader]:
+    """Readers of the JSON files of runs."""
+    context = parallel.init(threads=1)
+    reader = TokenReader(chaos.tokens, 32)
+    sheared, trained = chaos.sheared, chaos.trained
+    identity = json.loads((trained / "run.json").read_text())
+
+    def verified() -> Any:
+        verify_run(trained, json.loads(json.dumps(identity)), context, started=True)
+        return json.loads((trained / "run.json").read_bytes())
+
+    def verified_flaw(value: Any) -> str | None:
+        differ = {name for name in identity if value.get(name) != identity[name]}
+        # Options of the mixture that a record lacks are those that were the only ones once.
+        differ -= {*CHANGEABLE, "mixture"}
+        return f"{sorted(differ)[:3]} differ" if differ else None
+
+    def start() -> Any:
+        report = sheared_report(sheared / "model")
+        found = starting_domains(
+            reader.sizes, DomainOptions(), parameters=1000, sheared=report, needs_reference=True
+        )
+        return [found.weights, found.reference, samples_used(report, reader, 0)]
+
+    def start_flaw(value: Any) -> str | None:
+        chosen, reference, used = value
+        wrong = conforms(chosen, dict[str, float | int]) or finite(value)
+        wrong = wrong or conforms(reference, dict[str, float | int])
+        wrong = wrong or conforms(used, dict[str, int])
+        if wrong is None and not isclose(sum(chosen.values()), 1.0, abs_tol=1e-9):
+            wrong = "the weights do not add up to 1"
+        if wrong is None and min([*chosen.values(), *used.values()]) < 0:
+            wrong = "a negative weight or number of samples"
+        return wrong
+
+    def reported(folder: Path) -> Callable[[], Any]:
+        def read() -> Any:
+            run = read_run(folder)
+            if run.command == "shear":
+                unit_counts(run)
+            return json.dumps([facts(run), removed_layers(run), parameters(run), run.steps])
+
+        return read
+
+    def finished(folder: Path, name: str) -> Callable[[], Any]:
+        return lambda: log_finished(context, folder / name, None)
+
+    found = [
+        Reader(
+            name="run.json",
+            file=trained / "run.json",
+            read=verified,
+            flaw=verified_flaw,
+            form="json",
+        ),
+        Reader(
+            name="run.json, read alone",
+            file=trained / "run.json",
+            read=lambda: read_identity(trained),
+            flaw=lambda value: None if value is None else conforms(value, dict[str, Any]),
+            form="json",
+        ),
+        Reader(
+            name="shear.json as the start of cpt",
+            file=sheared / "shear.json",
+            read=start,
+            flaw=start_flaw,
+            form="json",
+        ),
+    ]
+    for folder, report in ((sheared, "shear.json"), (trained, "cpt.json")):
+        found.append(
+            Reader(
+                name=f"{report} of a finished run",
+                file=folder / report,
+                read=finished(folder, report),
+                form="json",
+            )
+        )
+        for file in ("run.json", report, "metrics.jsonl"):
+            found.append(
+                Reader(
+                    name=f"{file} in the page of {report.removesuffix('.json')}",
+                    file=folder / file,
+                    read=reported(folder),
+                    form="lines" if file.endswith("jsonl") else "json",
+                )
+            )
+    for file in ("history.jsonl", "masks.safetensors"):
+        found.append(
+            Reader(
+                name=f"{file} in the page of shear",
+                file=sheared / file,
+                read=reported(sheared),
+                form="lines" if file.endswith("jsonl") else "bytes",
+            )
+        )
+    return found
+
+
+def kept_readers(chaos: Workspace, root: Path) -> list[Reader]:
+    """Readers of what a run keeps of its start, and of its metrics."""
+    context = parallel.init(threads=1)
+    reader = TokenReader(chaos.tokens, 32)
+    kept = root / "kept"
+    kept.mkdir()
+    reference = {"reference": dict.fromkeys(reader.domains, 2.5), "sequences": 32}
+    (kept / "reference.json").write_text(json.dumps(reference))
+    model = load_config(chaos.model)
+    budget = parse_budget("params=20k")
+    assert budget is not None
+    record = {
+        "budget": budget.text,
+        "source": "layers=2,hidden=32,heads=4,kv-heads=2,ffn=48",
+        "shape": "layers=1,hidden=32,heads=2,kv-heads=1,ffn=24",
+        "parameters": {"source": 20000, "target": 10000},
+        "used": 0.97,
+        "latency": None,
+    }
+    (kept / "target.json").write_text(json.dumps(record))
+    metrics = kept / "metrics.jsonl"
+    metrics.write_bytes((chaos.trained / "metrics.jsonl").read_bytes())
+    source = metrics.read_bytes()
+
+    def truncated() -> Any:
+        try:
+            truncate_after(metrics, 4)
+            return metrics.read_bytes() if metrics.exists() else b""
+        finally:
+            if metrics.is_file() and not metrics.is_symlink():
+                metrics.write_bytes(source)
+
+    def metrics_flaw(value: bytes) -> str | None:
+        steps = []
+        for line in value.splitlines():
+            try:
+                steps.append(json.loads(line)["step"])
+            except (ValueError, TypeError, KeyError):
+                return f"a line that is no record stays: {line[:60]!r}"
+        wrong = [step for step in steps if isinstance(step, bool) or not isinstance(step, int)]
+        if wrong:
+            return f"step {wrong[0]!r} stays"
+        return None if max(steps, default=0) <= 4 else f"step {max(steps)} stays"
+
+    def measured() -> Any:
+        found = load_kept(chaos.sheared, None, context)
+        assert found is not None
+        tensors = {n: v.numpy().tobytes() for n, v in (found.importance or {}).items()}
+        rotation = None if found.rotation is None else found.rotation.numpy().tobytes()
+        return [found.held_out, found.reference, tensors, rotation]
+
+    def measured_flaw(value: Any) -> str | None:
+        held_out, losses, importance, _ = value
+        wrong = conforms(losses, dict[str, float]) or finite(held_out) or finite(losses)
+        arrays = [np.frombuffer(data, np.float32) for data in importance.values()]
+        if wrong is None and not all(np.isfinite(array).all() for array in arrays):
+            wrong = "importance is not finite"
+        return wrong
+
+    return [
+        Reader(
+            name="reference.json",
+            file=kept / "reference.json",
+            read=lambda: start_reference(kept, None, reader, 2, context),
+            flaw=lambda value: conforms(value, dict[str, float]) or finite(value),
+            form="json",
+        ),
+        Reader(
+            name="target.json",
+            file=kept / "target.json",
+            read=lambda: recorded(kept, budget, model),
+            flaw=_target_flaw,
+            form="json",
+        ),
+        Reader(
+            name="metrics.jsonl of a resumed run",
+            file=metrics,
+            read=truncated,
+            flaw=metrics_flaw,
+            form="lines",
+        ),
+        Reader(
+            name="metrics.jsonl, read",
+            file=metrics,
+            read=lambda: read_records(metrics),
+            flaw=lambda value: conforms(value, list[dict[str, Any]]),
+            form="lines",
+        ),
+        Reader(
+            name="source.safetensors",
+            file=chaos.sheared / "source.safetensors",
+            read=measured,
+            flaw=measured_flaw,
+        ),
+    ]
+
+
+def _target_flaw(value: Any) -> str | None:
+    from pruner.shapes import parse_target, shape_of  # noqa: F401
+
+    if value is None:
+        return None
+    return None if isinstance(value.get("shape"), str) else f"shape {value.get('shape')!r}"
+
+
+def user_readers(chaos: Workspace, root: Path, monkeypatch: Any) -> list[Reader]:
+    """Readers of what a user writes: shorn.toml, and the file of --reference-fit."""
+    folder = root / "user"
+    folder.mkdir()
+    toml = folder / "shorn.toml"
+    toml.write_text(
+        '[tokenize]\nseq-len = 128\nheld_out = 0.2\nworkers = 2\ninput = ["a", "b"]\n'
+        'tokenizer = "t"\noverwrite = true\n[shear]\nsteps = 3\n'
+    )
+    monkeypatch.setenv("SHORN_CONFIG", str(toml))
+    fit = folder / "fit.json"
+    sizes = {
+        str(size): {"alpha": 2 + 40 / size**0.3, "beta": 1 + 30 / size**0.25}
+        for size in (10**6, 10**7, 10**8, 10**9)
+    }
+    fit.write_text(json.dumps({"sizes": sizes}))
+
+    def parsed() -> TokenizeConfig:
+        # What the command line gives is right; so all that can be wrong is in the file.
+        return parse(TokenizeConfig, section="tokenize", argv=["--input", "x", "--tokenizer", "y"])
+
+    def fitted() -> Any:
+        found = fitted_reference(fit, {"alpha", "beta"}, 5 * 10**7)
+        return found.losses
+
+    def fit_flaw(value: Any) -> str | None:
+        wrong = conforms(value, dict[str, float]) or finite(value)
+        return wrong or (None if min(value.values()) > 0 else f"losses {value}")
+
+    return [
+        Reader(
+            name="shorn.toml",
+            file=toml,
+            read=parsed,
+            flaw=lambda value: conforms(value, TokenizeConfig) or finite(value.held_out),
+        ),
+        Reader(name="--reference-fit", file=fit, read=fitted, flaw=fit_flaw, form="json"),
+    ]
+
+
+def lock_readers(root: Path) -> list[Reader]:
+    """The lock of an output folder, whose content is only for people."""
+    folder = root / "locked"
+    folder.mkdir()
+
+    def locked() -> str:
+        with folder_lock(folder, "training"):
+            return "locked"
+
+    locked()
+    return [Reader(name=".lock", file=folder / ".lock", read=locked, checked=True, form="json")]
