@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from io import BufferedReader
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,20 @@ def read_bytes(path: Path) -> bytes:
 
     Raises OSError.
     """
-    with open(path, "rb", opener=_without_waiting) as file:
+    with open_bytes(path) as file:
         return file.read()
+
+
+def open_bytes(path: Path) -> BufferedReader:
+    """As `read_bytes`, for a file that need not be held whole."""
+    return open(path, "rb", opener=_without_waiting)
+
+
+def require_regular(path: Path, fix: str) -> None:
+    """Raises InputError naming `fix` where something else than a file lies at `path`, such as a
+    pipe: a library that opens it would wait without end. A missing file is nobody's fault here."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file; {fix}")
 
 
 def _without_waiting(name: str, flags: int) -> int:

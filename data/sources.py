@@ -141,8 +141,10 @@ def _parquet_documents(path: Path, fields: Fields, advance: Callable[[int], None
     import pyarrow
     import pyarrow.parquet
 
-    size, reported, row = path.stat().st_size, 0, 0
+    reported, row = 0, 0
     head = head_of(path)
+    with reading(path):
+        size = path.stat().st_size
     refuse_pointer(path, head)
     if not head.startswith(b"PAR1"):
         _refuse_foreign(path, 1, head)

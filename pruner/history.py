@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data.errors import InputError, failure
 from data.log import logger
-from data.records import is_kind
+from data.records import is_kind, read_bytes
 from pruner.callback import ShearCallback
 from pruner.units import on_counts
 from trainer.callbacks.metrics import StepLog
@@ -165,7 +165,7 @@ def read_records(
     if not path.exists():
         return []
     try:
-        lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+        lines = read_bytes(path).decode("utf-8", errors="replace").splitlines(keepends=True)
     except OSError as error:
         raise InputError(f"{path}: {failure(error)}") from None
     records, odd = [], []

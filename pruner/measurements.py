@@ -96,6 +96,8 @@ def keep(
 
 def note_kept_options(output: Path, config: ShearConfig) -> None:
     """Says which options change nothing any more, because they decided the kept measurements."""
+    if not (output / FILE).is_file():
+        return
     try:
         with safe_open(output / FILE, framework="pt") as stored:
             kept = json.loads((stored.metadata() or {}).get("options", "{}"))
@@ -174,6 +176,8 @@ def calibration_set(reader: TokenReader, weights: dict[str, float], count: int) 
 
 def _read(path: Path, key: str | None) -> Measurements | None:
     """The measurements in `path`, unless they are kept under another key than `key`."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
@@ -189,7 +193,8 @@ def _read(path: Path, key: str | None) -> Measurements | None:
         )
     except InputError:
         return None
-    if not fits(held_out, _LOSSES) or not fits(reference, {"*": float}):
+    finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    if not finite or not fits(held_out, _LOSSES) or not fits(reference, {"*": float}):
         return None
     rotation = tensors.pop(ROTATION, None)
     return Measurements(held_out, reference, tensors if importance else None, rotation)

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from data.errors import InputError, failure
 from data.files import sync_file, sync_folder, write_json
 from data.log import logger
+from data.records import open_bytes
 from trainer.checkpoint_files import (
     MARKER,
     RECORD,
@@ -437,5 +438,5 @@ def _disk_full(directory: Path, reason: str) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

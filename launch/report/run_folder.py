@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from data.errors import InputError
-from data.records import fits, word_for
+from data.records import fits, require_regular, word_for
 from launch.report.forms import read_history, read_metrics, read_report, require_masks
 from pruner.history import FILE as HISTORY
 from pruner.history import decode_mask
@@ -149,6 +149,7 @@ def _newest_masks(
 ) -> tuple[dict[str, np.ndarray], int | None]:
     path = folder / "masks.safetensors"
     if report is not None and path.exists():
+        require_regular(path, "move it away")
         tensors = load_file(path)
         found = {n.removeprefix("z."): v for n, v in tensors.items() if n.startswith("z.")}
         require_masks(found, model, path)

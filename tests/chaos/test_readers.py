@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.log import set_level
-from tests.chaos import readers
+from tests.chaos import data_readers, run_readers
 from tests.chaos.mutations import Reader, try_all
 from tests.chaos.workspace import Workspace
 
@@ -15,14 +15,14 @@ MUTATIONS = 200
 """Of each file; `python -m tests.chaos` tries more."""
 
 GROUPS: dict[str, Callable[[Workspace, Path, pytest.MonkeyPatch], list[Reader]]] = {
-    "tokens": lambda chaos, root, patch: readers.token_readers(chaos),
-    "job": lambda chaos, root, patch: readers.job_readers(chaos, root),
-    "text": lambda chaos, root, patch: readers.text_readers(root),
-    "checkpoint": lambda chaos, root, patch: readers.checkpoint_readers(chaos, root),
-    "run": lambda chaos, root, patch: readers.run_readers(chaos),
-    "kept": lambda chaos, root, patch: readers.kept_readers(chaos, root),
-    "user": readers.user_readers,
-    "lock": lambda chaos, root, patch: readers.lock_readers(root),
+    "tokens": lambda chaos, root, patch: data_readers.token_readers(chaos),
+    "job": lambda chaos, root, patch: data_readers.job_readers(chaos, root),
+    "text": lambda chaos, root, patch: data_readers.text_readers(root),
+    "checkpoint": lambda chaos, root, patch: run_readers.checkpoint_readers(chaos, root),
+    "run": lambda chaos, root, patch: run_readers.run_readers(chaos),
+    "kept": lambda chaos, root, patch: run_readers.kept_readers(chaos, root),
+    "user": run_readers.user_readers,
+    "lock": lambda chaos, root, patch: run_readers.lock_readers(root),
 }
 
 

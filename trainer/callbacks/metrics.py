@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from data.errors import InputError, failure
 from data.files import write_bytes
 from data.log import logger
+from data.records import is_kind, read_bytes, require_regular
 from trainer.loop import Callback, Trainer
 
 
@@ -28,6 +29,7 @@ class StepLog:
     def open(self, step: int) -> None:
         """Opens the file after `step` steps, without lines of later ones; a run that begins keeps
         what is there under another name. Raises InputError when that fails."""
+        require_regular(self.path, "move it away")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if step == 0 and self.path.is_file() and self.path.stat().st_size:
@@ -140,9 +142,10 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().splitlines():
+    for line in read_bytes(path).splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            own = json.loads(line)["step"]
+            if is_kind(own, int) and own <= step:
                 kept.append(line + b"\n")
         # Not UTF-8, not JSON, too deep, or no record.
         except (ValueError, RecursionError, KeyError, TypeError, IndexError):
@@ -159,6 +162,10 @@ def _open_board(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
+        return None
+    # A package that is broken, as by another version of protobuf, must not end the run.
+    except Exception as error:
+        _warn_of_board(error)
         return None
     try:
         return SummaryWriter(str(folder), purge_step=first_step)

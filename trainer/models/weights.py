@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from data.errors import InputError, failure
 from data.log import logger
-from data.records import is_kind, read_json, word_for
+from data.records import is_kind, read_json, require_regular, word_for
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -78,6 +78,7 @@ def original_dtype(config: dict[str, Any], folder: Path | None) -> str | None:
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
     """A safetensors file; raises InputError for one that cannot be read."""
+    require_regular(file, _FETCH_AGAIN)
     try:
         with safe_open(file, framework="pt") as stored:
             yield stored
