@@ -44,7 +44,7 @@ from data.tokenizers import Tokenizer
 
 PARTIAL = ".partial"
 SETTINGS = "settings.json"
-SETTINGS_FIX = "delete the file: finished parts with the same arguments are used all the same"
+SETTINGS_FIX = "it is written again; finished parts with the same arguments are used all the same"
 SECONDS_BETWEEN_UPDATES = 0.2
 
 T = TypeVar("T")
@@ -246,27 +246,38 @@ class Job:
 
     def _drop_leftovers(self) -> None:
         """Removes reports that a crash right after publishing left."""
-        path = self.partial / SETTINGS
-        if path.is_file() and read_json(path, SETTINGS_FIX) == self.arguments:
+        if self._former_arguments() in (None, self.arguments):
             shutil.rmtree(self.partial / REPORTS, ignore_errors=True)
 
     def _prepare(self) -> None:
         """Clears what an unfinished job with other settings left; keeps what can be reused."""
-        path = self.partial / SETTINGS
-        if path.is_file():
-            found = read_json(path, SETTINGS_FIX)
-            if found != self.arguments:
-                started = any(self.partial.glob(f"{REPORTS}/*.json"))
-                if started and not self.overwrite:
-                    raise InputError(
-                        f"--output {self.output} holds an unfinished job with other arguments: "
-                        f"{'; '.join(differences(self.arguments, found))}. Use those to finish it, "
-                        "another --output, or --overwrite to drop it"
-                    )
-                self._clear()
+        found = self._former_arguments()
+        if found not in (None, self.arguments):
+            started = any(self.partial.glob(f"{REPORTS}/*.json"))
+            if started and not self.overwrite:
+                raise InputError(
+                    f"--output {self.output} holds an unfinished job with other arguments: "
+                    f"{'; '.join(differences(self.arguments, found))}. Use those to finish it, "
+                    "another --output, or --overwrite to drop it"
+                )
+            self._clear()
         for leftover in self.partial.rglob("*.tmp"):
             leftover.unlink(missing_ok=True)
-        write_text(path, json.dumps(self.arguments))
+        write_text(self.partial / SETTINGS, json.dumps(self.arguments))
+
+    def _former_arguments(self) -> Any:
+        """Those of the job that left the working folder; None where nothing tells."""
+        path = self.partial / SETTINGS
+        if not path.exists():
+            return None
+        try:
+            return read_json(path, SETTINGS_FIX)
+        except InputError as error:
+            # Each part says by a key of its own what it was made with.
+            logger.warning(str(error))
+            if path.is_dir():
+                shutil.rmtree(path)
+            return None
 
     def _clear(self) -> None:
         for entry in self.partial.iterdir():

@@ -54,8 +54,9 @@ def open_bytes(path: Path) -> BufferedReader:
 
 def require_regular(path: Path, fix: str) -> None:
     """Raises InputError naming `fix` where something else than a file lies at `path`, such as a
-    pipe: a library that opens it would wait without end. A missing file is nobody's fault here."""
-    if path.exists() and not path.is_file():
+    pipe: a library that opens it would wait without end. Folders and missing files it refuses
+    itself."""
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{path}: not a regular file; {fix}")
 
 

@@ -16,7 +16,8 @@ python -m data.tokenize --input 'SlimPajama-627B/train/**/*.jsonl.zst' \\
 python -m data.tokenize --input 'notes/**/*.md' 'src/**/*.py' \\
     --domain-field folder --tokenizer tokenizer.model
 python -m data.tokenize --input pile.jsonl.zst --tokenizer models/small \\
-    --domain-field meta.pile_set_name --domains Pile-CC Github --max-bytes-per-domain 10000000
+    --domain-field meta.pile_set_name --domains Pile-CC Github \\
+    --max-bytes-per-domain 10000000
 """
 
 

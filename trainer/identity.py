@@ -251,7 +251,7 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
             if part == "distill":
                 flag = _flag(DistillationConfig, field, part)
             told[flag] = f"{flag} {values}"
-    first = [model, "--data", "--target", "--steps"]
+    first = [model, "--data", "--target", "--rule", "--steps"]
     return [told[flag] for flag in sorted(told, key=lambda flag: (flag not in first, flag))]
 
 

@@ -60,7 +60,8 @@ def state_of(output: Path, report: str, context: DistributedContext) -> State:
     A report that was cut off does not count, where a checkpoint is there to finish from. Raises
     InputError on every rank when checkpoints or report are lost or cannot be read.
     """
-    newest = Checkpointer(output / "checkpoints", context).latest()
+    checkpointer = Checkpointer(output / "checkpoints", context)
+    newest = checkpointer.latest()
 
     def look() -> State:
         finished = _finished(output / report, newest is not None)
@@ -71,6 +72,8 @@ def state_of(output: Path, report: str, context: DistributedContext) -> State:
 
     found = context.raise_on_any_rank(look if context.is_main else lambda: None)
     state: State = context.broadcast(found)
+    if state.report is not None:
+        checkpointer.clean()
     return state
 
 

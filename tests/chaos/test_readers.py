@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data.log import set_level
 from tests.chaos import data_readers, run_readers
 from tests.chaos.mutations import Reader, try_all
-from tests.chaos.workspace import Workspace
+from tests.chaos.workspace import Workspace, quiet
 
 MUTATIONS = 200
 """Of each file; `python -m tests.chaos` tries more."""
@@ -30,9 +29,8 @@ GROUPS: dict[str, Callable[[Workspace, Path, pytest.MonkeyPatch], list[Reader]]]
 def test_damaged_files_are_refused_or_read_right(
     group: str, chaos: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_level("error")
     failures = []
-    try:
+    with quiet():
         for reader in GROUPS[group](chaos, tmp_path, monkeypatch):
             began = time.monotonic()
             outcome = try_all(reader, seed=0, most=MUTATIONS)
@@ -43,6 +41,4 @@ def test_damaged_files_are_refused_or_read_right(
             )
             if outcome.failures:
                 failures.append(f"{reader.name}:\n{outcome.describe()}")
-    finally:
-        set_level("info")
     assert not failures, "\n\n".join(failures)

@@ -3,10 +3,12 @@
 import contextlib
 import io
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.log import set_level
+from data.log import LEVEL_VARIABLE, set_level
 from tests.factories import documents, write_model, write_tokenizer, write_tokens
 
 FILES = 6
@@ -96,10 +98,18 @@ def make_workspace(root: Path) -> Workspace:
     from pruner.shear import main as shear
 
     made = make_inputs(root)
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+        shear(made.shear_words(made.sheared, 6, 2))
+        cpt(made.cpt_words(made.trained, 6, 2))
+    return made
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Shows errors only while the block runs."""
+    set_level("error")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            shear([*made.shear_words(made.sheared, 6, 2), "--log-level", "error"])
-            cpt([*made.cpt_words(made.trained, 6, 2), "--log-level", "error"])
+        yield
     finally:
         set_level("info")
-    return made
+        del os.environ[LEVEL_VARIABLE]

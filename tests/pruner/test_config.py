@@ -159,11 +159,11 @@ def test_a_run_that_saved_unresolved_options_is_resumed(rule: Any, tmp_path: Pat
     model = write_model(tmp_path / "model", num_hidden_layers=3)
     write_tokens(tmp_path / "tokens", model, number=40)
     output = tmp_path / "out"
-    shear(configure(tmp_path, output, rule=rule))
+    shear(configure(tmp_path, output, rule=rule, keep_last_checkpoint=True))
     identity = json.loads((output / "run.json").read_text())
     (output / "run.json").write_text(json.dumps(identity | SAVED[rule]))
     (output / "shear.json").unlink()
     shear(configure(tmp_path, output, rule=rule))
     assert (output / "shear.json").exists()
-    with pytest.raises(InputError, match=r"masks\.mask_lr was .*, now 0\.3\. Repeat"):
+    with pytest.raises(InputError, match=r"--mask-lr was .*, now 0\.3\. Repeat"):
         shear(configure(tmp_path, output, rule=rule, mask_lr=0.3))

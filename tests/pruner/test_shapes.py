@@ -118,7 +118,7 @@ def test_preset_larger_than_the_source() -> None:
 def test_the_shape_an_error_proposes_is_valid(source: Shape) -> None:
     with pytest.raises(InputError) as error:
         parse_target("370m", source)
-    proposal = str(error.value).rpartition("--target ")[2]
+    proposal = str(error.value).partition("for example --target ")[2].partition(", or ")[0]
     target = parse_target(proposal, source)
     assert target != source
     if source.hidden == source.heads * source.head_dim:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from data.errors import InputError
+from data.mixture import MixtureConfig
 from data.reader import TokenReader
 from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokenizer
@@ -182,6 +183,7 @@ def test_student_and_teacher_must_fit_together(
 
 def train(workspace: Path, output: Path, teacher: Path, **changes: Any) -> Trainer | None:
     distillation = changes.pop("distillation", HALF)
+    mixture = changes.pop("mixture", MixtureConfig())
     return pretrain(
         options(**({"steps": 8, "save_interval": 2} | changes)),
         model=workspace / "model",
@@ -190,6 +192,7 @@ def train(workspace: Path, output: Path, teacher: Path, **changes: Any) -> Train
         reference_losses="alpha=2.0,beta=5.0",
         teacher=str(teacher),
         distillation=distillation,
+        mixture=mixture,
     )
 
 
@@ -203,7 +206,8 @@ def test_training_approaches_the_teacher(
     workspace: Path, teachers: Path, tmp_path: Path, top_k: int
 ) -> None:
     config = DistillationConfig(weight=1.0, top_k=top_k)
-    train(workspace, tmp_path, teachers / "untied", steps=12, distillation=config)
+    fixed = MixtureConfig(kind="fixed")
+    train(workspace, tmp_path, teachers / "untied", steps=12, distillation=config, mixture=fixed)
     found = divergences(tmp_path)
     assert found[0] > 0.1 and found[-1] < 0.8 * found[0]
 
