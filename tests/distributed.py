@@ -9,13 +9,15 @@ import gc
 import importlib
 import os
 import pickle
-import socket
+import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,14 +42,15 @@ def run_ranks(
     # Destroying a process group left in a reference cycle joins its threads, which a fork lacks.
     gc.collect()
     context = get_context("fork")
-    port = _free_port()
+    # No port to meet at: another process may take it between the search and its use.
+    meeting = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
     processes: list[BaseProcess] = []
     readers: list[Connection] = []
     try:
         for rank in range(world):
             reader, writer = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(writer, function, rank, world, port, args), daemon=True
+                target=_rank_main, args=(writer, function, rank, world, meeting, args), daemon=True
             )
             process.start()
             writer.close()
@@ -63,13 +66,7 @@ def run_ranks(
             started.join()
         for reader in readers:
             reader.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+        shutil.rmtree(meeting.parent, ignore_errors=True)
 
 
 def _rank_main(
@@ -77,7 +74,7 @@ def _rank_main(
     function: Callable[..., Any],
     rank: int,
     world: int,
-    port: int,
+    meeting: Path,
     args: tuple[Any, ...],
 ) -> None:
     gc.freeze()
@@ -90,9 +87,10 @@ def _rank_main(
             WORLD_SIZE=str(world),
             LOCAL_WORLD_SIZE=str(world),
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
+            MASTER_PORT="1",
         )
-        dist.init_process_group("gloo", rank=rank, world_size=world)
+        store = dist.FileStore(str(meeting), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         answer = (True, function(*args))
     except BaseException:
         answer = (False, traceback.format_exc())

@@ -1,6 +1,7 @@
 """Tiny Hugging Face configs that together use every feature of the supported families."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -71,7 +72,9 @@ CASES = LLAMA_CASES | NEOX_CASES
 def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Any]:
     """Our model and transformers' with the same weights, gains and biases not at their defaults."""
     torch.manual_seed(0)
-    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CASES[name]), dtype=dtype)
+    reference = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**deepcopy(CASES[name])), dtype=dtype
+    )
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.normal_(std=0.3)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ torch.save(found, sys.argv[1])
 
 def written(name: str, source: Path, path: Path, dtype: torch.dtype) -> Path:
     """The folder of a model of one of CASES, from a config.json as transformers 4 writes it."""
-    values = CASES[name] | BASES.get(name, {"rope_theta": 500_000})
+    values = deepcopy(CASES[name]) | BASES.get(name, {"rope_theta": 500_000})
     model = CausalLM(ModelConfig.from_hf(values))
     init_weights(model, std=0.3, seed=1)
     save_model(model.config, model.state_dict(), path, tokenizer_from=source, dtype=dtype)
