@@ -1,6 +1,7 @@
 """What a terminal or pipe cannot show is escaped there instead of ending the command."""
 
 import io
+import os
 import sys
 
 
@@ -8,8 +9,12 @@ def escape_what_streams_lack() -> None:
     """From now on prints letters that the encoding of stdout or stderr lacks as \\u1234.
 
     Names of domains and files may hold any: also in an ASCII terminal, and where a file's name is
-    no UTF-8.
+    no UTF-8. A stream that was closed before the command started takes all and shows nothing.
     """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -276,6 +276,9 @@ def test_help_shows_the_essential_options_and_help_all_every_one(
     assert full.startswith(short.rpartition("\n--help-all")[0].rstrip())
     assert "\nInner options:\n  --steps INT " in full and "--inputs TEXT ..." in full
     assert max(map(len, full.splitlines())) <= 60
+    for columns in ("1", "26"):  # too narrow for the texts of options
+        monkeypatch.setenv("COLUMNS", columns)
+        assert "--log-level" in shown("--help-all")
 
 
 def test_log_level(
