@@ -140,7 +140,7 @@ def require_writable(name: str | Path | None, option: str) -> None:
 
 def _leads_to_a_stream(path: Path) -> bool:
     """Whether a path is a link such as /dev/stdout, whichever file the stream goes to."""
-    return path.is_symlink() and os.readlink(path).startswith("/proc/")
+    return path.is_symlink() and path.readlink().is_relative_to("/proc")
 
 
 def require_apart(files: Mapping[str, str | Path | None]) -> None:

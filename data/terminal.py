@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from pathlib import Path
 
 
 def escape_what_streams_lack() -> None:
@@ -12,9 +13,9 @@ def escape_what_streams_lack() -> None:
     no UTF-8. A stream that was closed before the command started takes all and shows nothing.
     """
     if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115, open to the end
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, open to the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -281,6 +281,21 @@ def test_help_shows_the_essential_options_and_help_all_every_one(
         assert "--log-level" in shown("--help-all")
 
 
+def test_settings_that_are_no_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shorn.toml").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"^shorn\.toml: not a regular file, .* or move it away"):
+        get("--data", "d")
+    (tmp_path / "shorn.toml").unlink()
+    (tmp_path / "shorn.toml").mkdir()
+    with pytest.raises(InputError, match=r"^shorn\.toml: not a regular file"):
+        get("--data", "d")
+    monkeypatch.setenv("SHORN_CONFIG", "/dev/null")
+    with pytest.raises(InputError, match=r"^/dev/null: not a regular file, .* unset SHORN_CONFIG"):
+        get("--data", "d")
+
+
 def test_log_level(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

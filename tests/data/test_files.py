@@ -86,5 +86,5 @@ def test_two_options_name_two_files(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("text")
     require_apart({"--text": tmp_path / "text", "--json": tmp_path / "json", "--csv": None})
     for other in (tmp_path / "text", tmp_path / "link", f"{tmp_path}/x/../text"):
-        with pytest.raises(InputError, match="^--text and --json name one file"):
+        with pytest.raises(InputError, match=r"^--text and --json name one file"):
             require_apart({"--text": tmp_path / "text", "--json": other})
