@@ -130,7 +130,7 @@ def _json_documents(path: Path, fields: Fields, advance: Callable[[int], None]) 
             _refuse_foreign(path, number)
             raise InputError(f"{place}: not UTF-8 text (byte {error.start:,}); {fix}") from None
         try:
-            record = parse_json(text, place, fix, kind=(object, bool))
+            record = parse_json(text, place, fix, kind=(object, bool), long_numbers=True)
         except InputError:
             _refuse_foreign(path, number)
             raise

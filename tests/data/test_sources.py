@@ -160,6 +160,15 @@ def test_half_surrogate_pairs_become_replacement_characters(tmp_path: Path) -> N
     assert read(path, domain="folder")[0].text == "a\ufffdb \U0001f642"
 
 
+def test_a_long_number_in_another_field_is_no_matter(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "kept", "n": 1%s, "d": 7}\n' % ("0" * 5000))
+    (document,) = iterate_documents(path, Fields(domain="d"))
+    assert (document.text, document.domain) == ("kept", "7")
+    with pytest.raises(InputError, match=r"a\.jsonl:1: no domain under 'n', which is a number"):
+        list(iterate_documents(path, Fields(domain="n")))
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     columns = [pyarrow.array([text]) for text in ("first", "second", "x")]
     for names in (["text", "text", "kind"], ["kind", "text", "kind"]):
