@@ -312,6 +312,11 @@ def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Overr
     named = os.environ.get(CONFIG_VARIABLE)
     path = Path(named or DEFAULT_FILE)
     if not path.is_file():
+        if path.exists() or path.is_symlink():
+            raise InputError(
+                f"{path}: not a regular file, or a link to none; write the options into a file, or "
+                + (f"unset {CONFIG_VARIABLE}" if named else "move it away")
+            )
         if named:
             raise InputError(f"{CONFIG_VARIABLE}={named}: no such file; correct it or unset it")
         return {}

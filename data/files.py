@@ -7,10 +7,18 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+
+RECORDS = frozenset(
+    "config.json generation_config.json tokenizer.json tokenizer_config.json "
+    "model.safetensors.index.json manifest.json run.json shear.json cpt.json metrics.jsonl "
+    "history.jsonl mixture.jsonl".split()
+)
+"""Names in folders of models, tokens and runs that no option may put another file in place of."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -101,7 +109,9 @@ def sync_folder(path: Path) -> None:
 def require_writable(name: str | Path | None, option: str) -> None:
     """Raises InputError, naming `option`, when `write_text` could not write the file `name`.
 
-    None is an option left out. Leaves nothing behind; a file that exists stays as it is.
+    None is an option left out. Leaves nothing behind; a file that exists stays as it is. Refused
+    too: what is no regular file, such as /dev/stdout, for `write_text` would put a file in its
+    place; and a record that a model, tokens or a run cannot be read without.
     """
     if name is None:
         return
@@ -109,6 +119,16 @@ def require_writable(name: str | Path | None, option: str) -> None:
     try:
         if path.is_dir():
             raise InputError(f"{option} {path} is a folder; name a file in it")
+        if (path.exists() and not path.is_file()) or _leads_to_a_stream(path):
+            raise InputError(
+                f"{option} {path} is a device or a pipe, which a file would replace; name a regular"
+                " file, and read that afterwards"
+            )
+        if path.name in RECORDS and path.exists():
+            raise InputError(
+                f"{option} {path} would replace a record of a model, of tokens or of a run; name "
+                "another file"
+            )
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -116,6 +136,26 @@ def require_writable(name: str | Path | None, option: str) -> None:
         raise InputError(
             f"{option} {path}: cannot write there: {error.strerror}; name a file in another folder"
         ) from None
+
+
+def _leads_to_a_stream(path: Path) -> bool:
+    """Whether a path is a link such as /dev/stdout, whichever file the stream goes to."""
+    return path.is_symlink() and path.readlink().is_relative_to("/proc")
+
+
+def require_apart(files: Mapping[str, str | Path | None]) -> None:
+    """Raises InputError when two options, by flag, name one file: the last writer would win.
+
+    None is an option left out.
+    """
+    known: dict[Path, str] = {}
+    for option, name in files.items():
+        if name is None:
+            continue
+        path = Path(name).resolve()
+        if path in known:
+            raise InputError(f"{known[path]} and {option} name one file, {name}; name two")
+        known[path] = option
 
 
 def follow_umask(path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import MISSING
 
 from data.options import Option, describe
 
-WIDEST = 110
+NARROWEST, WIDEST = 50, 110
 COLUMN = 26
 """Where the texts of options begin."""
 
@@ -32,7 +32,7 @@ def help_page(
         description: paragraphs.
         examples: command lines, each with its remarks below it, indented.
     """
-    width = min(shutil.get_terminal_size().columns, WIDEST)
+    width = max(NARROWEST, min(shutil.get_terminal_size().columns, WIDEST))
     by_name = {option.name: option for option in options}
     first = [by_name[name] for name in essential]
     others = [option for option in options if option.name not in essential]

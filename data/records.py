@@ -91,11 +91,21 @@ def parse_json(
     kind: Kind = dict,
     keys: Mapping[str, Kind] | None = None,
     unique: bool = False,
+    long_numbers: bool = False,
 ) -> Any:
     """As `read_json`, of a text that came from `place`; `unique` refuses a name given twice, of
-    which JSON keeps the last."""
+    which JSON keeps the last; `long_numbers` takes whole numbers of thousands of digits, which
+    Python does not convert, as infinite."""
+    hook = _unique if unique else None
     try:
-        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+        try:
+            value = json.loads(text, object_pairs_hook=hook)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:
+            if not long_numbers:
+                raise
+            value = json.loads(text, object_pairs_hook=hook, parse_int=_number)
     # Deeply nested brackets end in RecursionError, a number of 5,000 digits in ValueError.
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid JSON ({error}); {fix}") from None
@@ -109,6 +119,13 @@ def parse_json(
                 f"{place}: `{name}` is {word_for(value[name])}, not {words_for(wanted)}; {fix}"
             )
     return value
+
+
+def _number(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

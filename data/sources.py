@@ -130,7 +130,7 @@ def _json_documents(path: Path, fields: Fields, advance: Callable[[int], None]) 
             _refuse_foreign(path, number)
             raise InputError(f"{place}: not UTF-8 text (byte {error.start:,}); {fix}") from None
         try:
-            record = parse_json(text, place, fix, kind=(object, bool))
+            record = parse_json(text, place, fix, kind=(object, bool), long_numbers=True)
         except InputError:
             _refuse_foreign(path, number)
             raise
@@ -158,6 +158,7 @@ def _parquet_documents(path: Path, fields: Fields, advance: Callable[[int], None
             }
             columns = [name for name in file.schema_arrow.names if name in wanted]
             others = [name for name in file.schema_arrow.names if name not in wanted]
+            _refuse_twins(path, columns)
             for batch in file.iter_batches(batch_size=_rows_at_once(file), columns=columns):
                 for record in batch.to_pylist():
                     row += 1
@@ -178,6 +179,16 @@ def _parquet_documents(path: Path, fields: Fields, advance: Callable[[int], None
     except (pyarrow.ArrowException, ValueError) as error:
         raise InputError(damaged(path, str(error))) from None
     advance(size - reported)
+
+
+def _refuse_twins(path: Path, columns: Sequence[str]) -> None:
+    """Raises InputError if two columns have one name: a record would keep the last alone."""
+    for name in columns:
+        if columns.count(name) > 1:
+            raise InputError(
+                f"{path}: {columns.count(name)} columns are named {name!r}; rename or drop all but "
+                "one, for a record can hold one alone"
+            )
 
 
 def _rows_at_once(file: Any) -> int:

@@ -1,15 +1,21 @@
 """What a terminal or pipe cannot show is escaped there instead of ending the command."""
 
 import io
+import os
 import sys
+from pathlib import Path
 
 
 def escape_what_streams_lack() -> None:
     """From now on prints letters that the encoding of stdout or stderr lacks as \\u1234.
 
     Names of domains and files may hold any: also in an ASCII terminal, and where a file's name is
-    no UTF-8.
+    no UTF-8. A stream that was closed before the command started takes all and shows nothing.
     """
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115, open to the end
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, open to the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -276,6 +276,24 @@ def test_help_shows_the_essential_options_and_help_all_every_one(
     assert full.startswith(short.rpartition("\n--help-all")[0].rstrip())
     assert "\nInner options:\n  --steps INT " in full and "--inputs TEXT ..." in full
     assert max(map(len, full.splitlines())) <= 60
+    for columns in ("1", "26"):  # too narrow for the texts of options
+        monkeypatch.setenv("COLUMNS", columns)
+        assert "--log-level" in shown("--help-all")
+
+
+def test_settings_that_are_no_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shorn.toml").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"^shorn\.toml: not a regular file, .* or move it away"):
+        get("--data", "d")
+    (tmp_path / "shorn.toml").unlink()
+    (tmp_path / "shorn.toml").mkdir()
+    with pytest.raises(InputError, match=r"^shorn\.toml: not a regular file"):
+        get("--data", "d")
+    monkeypatch.setenv("SHORN_CONFIG", "/dev/null")
+    with pytest.raises(InputError, match=r"^/dev/null: not a regular file, .* unset SHORN_CONFIG"):
+        get("--data", "d")
 
 
 def test_log_level(

@@ -224,3 +224,13 @@ def test_an_error_with_a_process_group_skips_the_interpreters_teardown() -> None
     )
     assert (result.returncode, result.stdout) == (2, "buffered\n")
     assert result.stderr.endswith("error: bad\n")
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "0 1 2"])
+def test_streams_closed_before_the_start_do_not_decide_the_status(closed: str) -> None:
+    program = "from data.cli import run; from data.log import logger\n"
+    program += "run(lambda: (print(5), logger.info('said'), logger.warning('warned')))"
+    command = " ".join([f"{sys.executable} -c '{program.replace(chr(39), chr(34))}'"])
+    command += "".join(f" {stream}>&-" for stream in closed.split())
+    ended = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.errors import InputError
-from data.files import follow_umask, replace_folder, require_writable
+from data.files import follow_umask, replace_folder, require_apart, require_writable
 from trainer.models.hf import save_tensors
 
 
@@ -64,3 +64,27 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         require_writable(tmp_path / ("x" * 300), "--json")
     with pytest.raises(InputError, match="cannot write there"):
         require_writable(Path("/proc/report.json"), "--json")
+
+
+def test_no_file_takes_the_place_of_a_device_or_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "stream").symlink_to("/proc/self/fd/1")
+    for path in (tmp_path / "pipe", tmp_path / "stream", Path("/dev/null"), Path("/dev/stdout")):
+        with pytest.raises(InputError, match="is a device or a pipe, which a file would replace"):
+            require_writable(path, "--json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "manifest.json"])
+def test_no_file_takes_the_place_of_a_record(name: str, tmp_path: Path) -> None:
+    require_writable(tmp_path / name, "--json")
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=f"^--json .*{name} would replace a record of a model"):
+        require_writable(tmp_path / name, "--json")
+
+
+def test_two_options_name_two_files(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("text")
+    require_apart({"--text": tmp_path / "text", "--json": tmp_path / "json", "--csv": None})
+    for other in (tmp_path / "text", tmp_path / "link", f"{tmp_path}/x/../text"):
+        with pytest.raises(InputError, match=r"^--text and --json name one file"):
+            require_apart({"--text": tmp_path / "text", "--json": other})

@@ -160,6 +160,28 @@ def test_half_surrogate_pairs_become_replacement_characters(tmp_path: Path) -> N
     assert read(path, domain="folder")[0].text == "a\ufffdb \U0001f642"
 
 
+def test_a_long_number_in_another_field_is_no_matter(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "kept", "n": 1%s, "d": 7}\n' % ("0" * 5000))
+    (document,) = iterate_documents(path, Fields(domain="d"))
+    assert (document.text, document.domain) == ("kept", "7")
+    with pytest.raises(InputError, match=r"a\.jsonl:1: no domain under 'n', which is a number"):
+        list(iterate_documents(path, Fields(domain="n")))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    columns = [pyarrow.array([text]) for text in ("first", "second", "x")]
+    for names in (["text", "text", "kind"], ["kind", "text", "kind"]):
+        table = pyarrow.Table.from_arrays(columns, names=names)
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(InputError, match=r"a\.parquet: 2 columns are named .*; rename"):
+            list(iterate_documents(tmp_path / "a.parquet", Fields(domain="kind")))
+    table = pyarrow.Table.from_arrays(columns, names=["other", "other", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    documents = iterate_documents(tmp_path / "a.parquet", Fields(domain="folder"))
+    assert [document.text for document in documents] == ["x"]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl", "a.txt", "a.parquet"])
 def test_progress_adds_up_to_the_size_of_the_file(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
