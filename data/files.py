@@ -12,6 +12,29 @@ from typing import Any
 
 from data.errors import InputError
 
+NEEDED = (
+    "run.json",
+    "metrics.jsonl",
+    "mixture.jsonl",
+    "history.jsonl",
+    "target.json",
+    "reference.json",
+    "shear.json",
+    "cpt.json",
+    "masks.safetensors",
+    "source.safetensors",
+    ".checkpointed",
+    ".lock",
+    "manifest.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+"""Files of runs, token folders and models, which no report may replace."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file, and its folder where that is missing. Raises OSError when that fails."""
@@ -99,7 +122,8 @@ def sync_folder(path: Path) -> None:
 
 
 def require_writable(name: str | Path | None, option: str) -> None:
-    """Raises InputError, naming `option`, when `write_text` could not write the file `name`.
+    """Raises InputError, naming `option`, when `write_text` could not write the file `name`, or
+    would replace what a run, a model or a token folder cannot do without.
 
     None is an option left out. Leaves nothing behind; a file that exists stays as it is.
     """
@@ -109,6 +133,11 @@ def require_writable(name: str | Path | None, option: str) -> None:
     try:
         if path.is_dir():
             raise InputError(f"{option} {path} is a folder; name a file in it")
+        if path.exists() and path.resolve().name in NEEDED:
+            raise InputError(
+                f"{option} {path}: would replace a file that a run, a model or a token folder "
+                "needs; name another file"
+            )
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         with tempfile.TemporaryFile(dir=folder):
             pass
