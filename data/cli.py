@@ -117,6 +117,7 @@ def parse(
         sys.exit(0)
     _refuse_repeated_lists(given, options)
     values = _parse_words(options, words)
+    _refuse_empty(values, options)
     if values["log_level"] != level():
         set_level(values["log_level"])
     _say_origins(overrides, given)
@@ -281,6 +282,16 @@ def _refuse_repeated_lists(given: Sequence[str], options: Sequence[Option]) -> N
             raise InputError(
                 f"{option.flag} is given {given.count(option.flag)} times; "
                 f"give all values after one: {option.flag} A B"
+            )
+
+
+def _refuse_empty(values: Mapping[str, Any], options: Sequence[Option]) -> None:
+    """An empty folder's name would stand for the working folder, and be written into."""
+    for option in options:
+        if option.type is str and option.default != "" and not values[option.name].strip():
+            raise InputError(
+                f"{option.flag} {values[option.name]!r}: is empty, perhaps by a variable that is "
+                "not set; give a value, or leave the option out"
             )
 
 

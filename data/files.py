@@ -11,14 +11,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError
+from data.errors import InputError, failure
 
-RECORDS = frozenset(
-    "config.json generation_config.json tokenizer.json tokenizer_config.json "
-    "model.safetensors.index.json manifest.json run.json shear.json cpt.json metrics.jsonl "
-    "history.jsonl mixture.jsonl".split()
+NEEDED = (
+    "run.json",
+    "metrics.jsonl",
+    "mixture.jsonl",
+    "history.jsonl",
+    "target.json",
+    "reference.json",
+    "shear.json",
+    "cpt.json",
+    "masks.safetensors",
+    "source.safetensors",
+    ".checkpointed",
+    ".lock",
+    "manifest.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
 )
-"""Names in folders of models, tokens and runs that no option may put another file in place of."""
+"""Files of runs, token folders and models, which no report may replace."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,7 +69,7 @@ def write_copy(path: str | None, content: dict[str, Any]) -> None:
         write_json(Path(path), content)
     except OSError as error:
         raise InputError(
-            f"--json {path}: cannot be written: {error.strerror}; free space or name another file"
+            f"--json {path}: cannot be written: {failure(error, 'name another file')}"
         ) from None
 
 
@@ -107,7 +123,8 @@ def sync_folder(path: Path) -> None:
 
 
 def require_writable(name: str | Path | None, option: str) -> None:
-    """Raises InputError, naming `option`, when `write_text` could not write the file `name`.
+    """Raises InputError, naming `option`, when `write_text` could not write the file `name`, or
+    would replace what a run, a model or a token folder cannot do without.
 
     None is an option left out. Leaves nothing behind; a file that exists stays as it is. Refused
     too: what is no regular file, such as /dev/stdout, for `write_text` would put a file in its
@@ -124,17 +141,17 @@ def require_writable(name: str | Path | None, option: str) -> None:
                 f"{option} {path} is a device or a pipe, which a file would replace; name a regular"
                 " file, and read that afterwards"
             )
-        if path.name in RECORDS and path.exists():
+        if path.exists() and path.resolve().name in NEEDED:
             raise InputError(
-                f"{option} {path} would replace a record of a model, of tokens or of a run; name "
-                "another file"
+                f"{option} {path}: would replace a file that a run, a model or a token folder "
+                "needs; name another file"
             )
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(
-            f"{option} {path}: cannot write there: {error.strerror}; name a file in another folder"
+            f"{option} {path}: cannot write there: {failure(error, 'name another file')}"
         ) from None
 
 
@@ -143,7 +160,7 @@ def _leads_to_a_stream(path: Path) -> bool:
     return path.is_symlink() and path.readlink().is_relative_to("/proc")
 
 
-def require_apart(files: Mapping[str, str | Path | None]) -> None:
+def require_distinct(files: Mapping[str, str | Path | None]) -> None:
     """Raises InputError when two options, by flag, name one file: the last writer would win.
 
     None is an option left out.

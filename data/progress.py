@@ -3,7 +3,8 @@
 import sys
 import time
 from collections import deque
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from logging import INFO
 from typing import IO, Any
 
@@ -28,7 +29,8 @@ REFRESHES_PER_SECOND = 4
 class Progress(AbstractContextManager["Progress"]):
     """Progress of one activity on stderr: on rank 0 only, and not at log level warning or above.
 
-    An activity within another takes its place on the terminal until it ends.
+    An activity within another takes its place on the terminal until it ends. What cannot be
+    written (a terminal that was closed, a full disk) ends no work: nothing more is shown.
 
     Args:
         description: what is being done, e.g. "shear".
@@ -87,14 +89,15 @@ class Progress(AbstractContextManager["Progress"]):
         """Prints a line above the bar."""
         if not self.enabled:
             return
-        if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=self._stream, flush=True)
+        with self._writing():
+            if self._live is not None:
+                self._live.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the display; further calls do nothing."""
-        if self.enabled and self in _shown:
+        if self in _shown:
             self._hide(last=True)
             _shown.remove(self)
             if _shown:
@@ -153,13 +156,24 @@ class Progress(AbstractContextManager["Progress"]):
             # Output that the user pipes elsewhere must not be drawn on the terminal instead.
             redirect_stdout=sys.stdout.isatty(),
         )
-        self._live.start()
+        with self._writing():
+            self._live.start()
 
     def _hide(self, *, last: bool = False) -> None:
         assert self._live is not None
         self._live.transient = self.transient or not last
-        self._live.stop()
+        with self._writing():
+            self._live.stop()
         self._live = None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError:
+            self.enabled = False
 
     def _worth_a_line(self) -> bool:
         return not self.transient or self._printed is not None
@@ -188,7 +202,8 @@ class Progress(AbstractContextManager["Progress"]):
         left = self._seconds_left(now)
         if left is not None and self.total is not None and self.completed < self.total:
             parts.append(f"ETA {_format_seconds(left)}")
-        print("  ".join([*parts, *_format_fields(self.fields)]), file=self._stream, flush=True)
+        with self._writing():
+            print("  ".join([*parts, *_format_fields(self.fields)]), file=self._stream, flush=True)
 
 
 _shown: list[Progress] = []

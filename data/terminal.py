@@ -1,8 +1,10 @@
-"""What a terminal or pipe cannot show is escaped there instead of ending the command."""
+"""What a terminal or pipe cannot show is escaped or passed over instead of ending the command."""
 
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,3 +21,15 @@ def escape_what_streams_lack() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def passing_over_what_is_not_shown() -> Iterator[None]:
+    """Around the tables of what is done and written already: that a terminal was closed, or a log
+    is on a full disk, makes no failure of it. Whoever reads a pipe may still end the command."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass

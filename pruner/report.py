@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.files import replace_folder
 from data.log import logger
+from data.terminal import passing_over_what_is_not_shown
 from pruner.config import ShearConfig
 from pruner.extract import Extraction
 from pruner.measurements import Measurements
@@ -239,6 +240,7 @@ def _show_verdict(report: dict[str, Any], config: ShearConfig) -> None:
         show(conclude(stages, report["weights"]), [shlex.join(["shorn", "cpt", *words])])
 
 
+@passing_over_what_is_not_shown()
 def print_units(report: dict[str, Any]) -> None:
     """Prints what was kept."""
     shapes = Table(title="kept units per row")

@@ -83,11 +83,11 @@ def shear(config: ShearConfig) -> Trainer | None:
     check_layout(config.train, parallel.world_size())
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
     kernels = choose_kernels(config.train.kernels, context)
-    require_copy(context, config.json)
+    require_copy(context, config.json, Path(config.output) / "shear.json")
     config, proposal = _resolve_target(config, context, kernels)
     with context.rank_zero_first():
         inputs = open_inputs(config)
-    with owned(Path(config.output), context):
+    with owned(Path(config.output), "shear.json", context):
         return _prune(inputs, context, proposal, kernels)
 
 
@@ -106,7 +106,7 @@ def _prune(
         resolve=lambda saved: resolve_mixture(resolve_identity(saved), config.mixture),
     )
     if state.report is not None:
-        log_finished(context, state.report, config.json)
+        log_finished(context, state.report, config.json, config.save_dtype)
         return None
     resuming = state.resuming
     pruned = config_of(inputs.target, inputs.model).num_parameters()

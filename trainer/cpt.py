@@ -108,11 +108,11 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     _check_steps(train)
     context = parallel.init(replicas=train.replicas, threads=train.threads)
     kernels = choose_kernels(train.kernels, context)
-    require_copy(context, config.json)
+    require_copy(context, config.json, output / "cpt.json")
     with context.rank_zero_first():
         inputs = open_inputs(config)
     _require_one_teacher(inputs, context)
-    with owned(output, context):
+    with owned(output, "cpt.json", context):
         return _train(config, inputs, context, kernels, tensorboard)
 
 
@@ -134,7 +134,7 @@ def _train(
         resolve=lambda saved: resolve_mixture(saved, config.mixture),
     )
     if state.report is not None:
-        log_finished(context, state.report, config.json)
+        log_finished(context, state.report, config.json, config.save_dtype)
         return None
     parameters, resuming = inputs.shape.num_parameters(), state.resuming
     require_room(output, parameters, train, context, saved=parameters)

@@ -1,5 +1,6 @@
 """The output folder of a run: whose it is, what it holds already, what may go when it is done."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,14 +27,17 @@ REPLACED = ("model", "model.unchecked", "checkpoints")
 
 
 @contextmanager
-def owned(output: Path, context: DistributedContext) -> Iterator[None]:
-    """Holds OUTPUT for one run of all ranks. Raises InputError on every rank when another process
-    holds it, or when it cannot be written."""
+def owned(output: Path, report: str, context: DistributedContext) -> Iterator[None]:
+    """Holds OUTPUT, where a finished run leaves `report`, for one run of all ranks. Raises
+    InputError on every rank when another process holds it, or when it cannot be written."""
     with ExitStack() as held:
-        lock = folder_lock(output, "training")
-        context.raise_on_any_rank(
-            lambda: held.enter_context(lock) if context.is_main else None,
-        )
+
+        def hold() -> None:
+            # A finished run may lie where nobody can write: nothing is left to write there.
+            if os.access(output, os.W_OK) or not _finished(output / report, resuming=True):
+                held.enter_context(folder_lock(output, "training"))
+
+        context.raise_on_any_rank(hold if context.is_main else lambda: None)
         yield
 
 

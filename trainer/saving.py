@@ -7,13 +7,15 @@ from typing import Any
 import torch
 
 from data.errors import InputError, failure
-from data.files import require_writable, write_json
+from data.files import NEEDED, require_writable, write_json
 from data.log import logger
 from data.records import read_json
+from trainer.checkpoint_files import committed
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import save_model
 from trainer.models.weights import original_dtype
+from trainer.output import REPLACED
 from trainer.parallel import DistributedContext, full_tensor
 
 
@@ -83,16 +85,54 @@ def publish(context: DistributedContext, report: dict[str, Any], *paths: Path | 
     context.raise_first(problem)
 
 
-def require_copy(context: DistributedContext, path: Path | str | None) -> None:
-    """Raises InputError on every rank when rank 0 could not write the report's copy (--json)."""
+def require_copy(context: DistributedContext, path: Path | str | None, report: Path) -> None:
+    """Raises InputError on every rank when rank 0 could not write the copy of `report` (--json), or
+    would replace what the run itself writes beside the report."""
     if path is not None:
         context.raise_on_any_rank(
-            lambda: require_writable(Path(path), "--json") if context.is_main else None
+            lambda: _check_copy(Path(path), report) if context.is_main else None
         )
 
 
-def log_finished(context: DistributedContext, report: Path, copy: str | None) -> None:
-    """Says that the run of `report` is finished, and copies the report to `copy` (--json)."""
+def _check_copy(path: Path, report: Path) -> None:
+    copy, output = path.resolve(), report.parent.resolve()
+    if copy == report.resolve():
+        return
+    own = copy.is_relative_to(output) and copy.relative_to(output).parts[0]
+    if own and (own in REPLACED or own in NEEDED):
+        raise InputError(f"--json {path}: the run itself writes {own} there; name another file")
+    require_writable(path, "--json")
+
+
+def log_finished(
+    context: DistributedContext, report: Path, copy: str | None, dtype: str | None = None
+) -> None:
+    """Says that the run of `report` is finished, and copies the report to `copy` (--json).
+
+    Warns where its model is in another type than `dtype`. Raises InputError on every rank when the
+    model is gone.
+    """
     logger.info(f"{report.parent}: this run is finished; its report is {report}")
     content = context.raise_on_any_rank(lambda: read_json(report, "restore it from a copy"))
+    written = context.raise_on_any_rank(lambda: _written_dtype(report))
+    if dtype is not None and written not in (None, dtype):
+        logger.warning(
+            f"--save-dtype {dtype} changes nothing: {report.parent / 'model'} is written, in "
+            f"{written}; name another --output to have it in {dtype}"
+        )
     publish(context, content, copy)
+
+
+def _written_dtype(report: Path) -> str | None:
+    """The type of a finished run's model, by name. Raises InputError when the model is gone."""
+    config = report.parent / "model" / "config.json"
+    if not config.exists():
+        again = ""
+        if committed(report.parent / "checkpoints"):
+            again = f"delete {report} to have the same command write it from the last checkpoint, "
+        raise InputError(
+            f"{report.parent}: this run is finished, but its model/ is gone: put it back from a "
+            f"copy, {again}or name another --output"
+        )
+    dtype = read_json(config, "restore it from a copy").get("dtype")
+    return dtype if isinstance(dtype, str) else None

@@ -13,6 +13,7 @@ from rich.table import Table
 from data.errors import InputError
 from data.log import logger
 from data.records import fits, read_json
+from data.terminal import passing_over_what_is_not_shown
 from trainer.evaluate import DomainLoss, overall, report
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
@@ -316,6 +317,7 @@ def _sizes(stages: Sequence[Stage]) -> list[str]:
     return lines
 
 
+@passing_over_what_is_not_shown()
 def show(verdict: Verdict, commands: Sequence[str] = ()) -> None:
     """Prints a verdict and the commands that may come next, unless the log level leaves out what is
     no warning."""

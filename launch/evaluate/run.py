@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data.errors import InputError
-from data.files import require_apart, require_writable, write_copy
+from data.files import require_distinct, require_writable, write_copy
 from data.log import logger
 from data.manifest import TRAIN
 from data.progress import Progress
@@ -66,7 +66,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
     Everything that can be refused without the weights is refused before they are read.
     """
-    require_apart({"--text": config.text, "--json": config.json})
+    require_distinct({"--text": config.text, "--json": config.json})
     require_writable(config.json, "--json")
     text = _read_text(Path(config.text)) if config.text is not None else None
     reader = _open_tokens(config) if config.data is not None else None

@@ -17,7 +17,7 @@ from string import Template
 from typing import Any
 
 from data.errors import InputError
-from data.files import require_apart, require_writable, write_bytes, write_copy, write_text
+from data.files import require_distinct, require_writable, write_bytes, write_copy, write_text
 from data.log import logger
 from launch.report.config import ReportConfig
 from launch.report.curves import training_groups
@@ -53,7 +53,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the page's pictures need matplotlib: pip install -e '.[demo]'")
     path = Path(config.output) if config.output else runs[0].folder / "report.html"
-    require_apart({"--output": path, "--json": config.json})
+    require_distinct({"--output": path, "--json": config.json})
     require_writable(path, "--output")
     require_writable(config.json, "--json")
     if config.figures is not None:

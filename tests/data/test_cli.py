@@ -160,6 +160,24 @@ def test_the_configs_own_refusal_comes_through() -> None:
         get("--data", "d", "--lr", "-1")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """What the program does."""
+
+    output: str = "runs/here"
+    """Where it writes."""
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_name_of_a_folder_is_not_the_working_folder(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"^--output '.*': is empty, perhaps by a variable"):
+        parse(Place, section="prune", argv=["--output", text])
+    monkeypatch.setenv("SHORN_OUTPUT", text)
+    assert parse(Place, section="prune", argv=["--output", "d"]).output == "d"
+
+
 @pytest.mark.parametrize("parser", ["tyro", "argparse"])
 @pytest.mark.parametrize(
     "words",

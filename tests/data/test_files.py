@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.errors import InputError
-from data.files import follow_umask, replace_folder, require_apart, require_writable
+from data.files import follow_umask, replace_folder, require_distinct, require_writable
 from trainer.models.hf import save_tensors
 
 
@@ -56,11 +56,11 @@ def test_a_writable_file_is_accepted_and_nothing_is_left_behind(tmp_path: Path) 
 
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"^--json .*: cannot write there: Not a directory; name"):
+    with pytest.raises(InputError, match=r"^--json .*: cannot write there: part of the path is a file"):
         require_writable(tmp_path / "file" / "below" / "report.json", "--json")
     with pytest.raises(InputError, match=r"^--copy .* is a folder; name a file in it"):
         require_writable(tmp_path, "--copy")
-    with pytest.raises(InputError, match="cannot write there: File name too long"):
+    with pytest.raises(InputError, match="cannot write there: the name is too long"):
         require_writable(tmp_path / ("x" * 300), "--json")
     with pytest.raises(InputError, match="cannot write there"):
         require_writable(Path("/proc/report.json"), "--json")
@@ -78,13 +78,13 @@ def test_no_file_takes_the_place_of_a_device_or_pipe(tmp_path: Path) -> None:
 def test_no_file_takes_the_place_of_a_record(name: str, tmp_path: Path) -> None:
     require_writable(tmp_path / name, "--json")
     (tmp_path / name).write_text("{}")
-    with pytest.raises(InputError, match=f"^--json .*{name} would replace a record of a model"):
+    with pytest.raises(InputError, match=f"^--json .*{name}: would replace a file that a run"):
         require_writable(tmp_path / name, "--json")
 
 
 def test_two_options_name_two_files(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("text")
-    require_apart({"--text": tmp_path / "text", "--json": tmp_path / "json", "--csv": None})
+    require_distinct({"--text": tmp_path / "text", "--json": tmp_path / "json", "--csv": None})
     for other in (tmp_path / "text", tmp_path / "link", f"{tmp_path}/x/../text"):
         with pytest.raises(InputError, match=r"^--text and --json name one file"):
-            require_apart({"--text": tmp_path / "text", "--json": other})
+            require_distinct({"--text": tmp_path / "text", "--json": other})

@@ -1,6 +1,8 @@
 """What progress prints in a terminal, elsewhere, and on other ranks."""
 
+import errno
 import io
+import os
 import re
 from typing import Any
 
@@ -180,3 +182,34 @@ def test_terminal_gets_a_bar() -> None:
     printed = stream.getvalue()
     assert "shear" in printed and "2/4 step" in printed and "loss 1.5" in printed
     assert "[note] kept as it is" in printed
+
+
+class Closed(io.StringIO):
+    """A stream as a terminal that was closed, or a log on a full disk, leaves it."""
+
+    def __init__(self, number: int, terminal: bool) -> None:
+        super().__init__()
+        self.number, self.terminal, self.open = number, terminal, True
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        if not self.open:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_stream_that_takes_nothing_more_ends_no_work(number: int, terminal: bool) -> None:
+    stream = Closed(number, terminal)
+    with Progress("outer", total=2, stream=stream) as outer:
+        with Progress("inner", total=2, stream=stream) as inner:
+            inner.update()
+            stream.open = False
+            inner.update()
+            inner.message("text")
+        outer.update(2)
+    assert outer.completed == 2
+    assert not progress._shown

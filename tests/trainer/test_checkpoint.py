@@ -113,6 +113,25 @@ def test_twenty_steps_equal_ten_and_ten(
         assert_same(second[rank], expected[rank])
 
 
+def test_a_closed_terminal_stops_a_run_unless_it_is_under_nohup(
+    workspace: Path, tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, stopped in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
+            signal.signal(signal.SIGHUP, handler)
+            output = tmp_path / handler.name
+            trainer = make_trainer(
+                workspace, output, callbacks=[SignalAt(2, signal.SIGHUP, rank=0)]
+            )
+            trainer.fit()
+            assert (trainer.stopping, trainer.step == 2) == (stopped, stopped)
+            assert (output / "checkpoints" / "step-00000002").exists() == stopped
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_handlers_are_put_back(workspace: Path, tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     trainer = make_trainer(workspace, tmp_path, callbacks=[SignalAt(2, signal.SIGINT, rank=0)])

@@ -2,6 +2,7 @@
 silence."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from tests.conftest import ROOT
 from tests.distributed import run_ranks
 from tests.factories import write_model
 from tests.trainer.tiny import losses, options, pretrain
-from trainer import cpt, disk
+from trainer import cpt, disk, output, parallel
 from trainer.callbacks.checkpoint import CheckpointCallback
 from trainer.checkpoint_files import MARKER, RECORD
 from trainer.disk import room_problem, size_text
 from trainer.loop import Trainer
 from trainer.output import require_apart, run_of
+from trainer.saving import log_finished, require_copy
 
 HOLD = """
 import sys
@@ -35,7 +37,7 @@ with folder_lock(Path(sys.argv[1]), "training"):
 
 def run(workspace: Path, place: Path, **changes: Any) -> Trainer | None:
     given = {"model": workspace / "model", "data": workspace / "tokens"}
-    given |= {name: changes.pop(name) for name in ("model", "data") if name in changes}
+    given |= {name: changes.pop(name) for name in ("model", "data", "json") if name in changes}
     return pretrain(
         options(**({"steps": 6, "save_interval": 2} | changes)),
         output=place,
@@ -109,6 +111,86 @@ def test_a_finished_run_leaves_its_model_and_no_checkpoints(
         assert run(workspace, tmp_path / place) is None
         assert "this run is finished" in capsys.readouterr().out
         assert sorted((tmp_path / place).rglob("*")) == before
+
+
+def test_a_finished_run_without_its_model_is_not_passed_over(
+    workspace: Path, tmp_path: Path
+) -> None:
+    run(workspace, tmp_path, keep_last_checkpoint=True)
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(InputError, match=r"its model/ is gone.*delete .*cpt\.json"):
+        run(workspace, tmp_path)
+    (tmp_path / "cpt.json").unlink()
+    run(workspace, tmp_path)
+    assert (tmp_path / "model" / "config.json").exists()
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(InputError, match="put it back from a copy, or name another --output"):
+        run(workspace, tmp_path)
+
+
+def test_a_finished_run_where_nothing_can_be_written_is_reported(
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise InputError("no lock on a read-only mount")
+
+    run(workspace, tmp_path, keep_last_checkpoint=True)
+    monkeypatch.setattr(output, "folder_lock", refuse)
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: path.parent != tmp_path.parent and access(path, mode)
+    )
+    assert run(workspace, tmp_path) is None
+    assert "this run is finished" in capsys.readouterr().out
+    # What would have to train is refused before it starts.
+    (tmp_path / "cpt.json").write_text("")
+    with pytest.raises(InputError, match="no lock"):
+        run(workspace, tmp_path)
+
+
+def test_another_type_asked_of_a_finished_run_is_said_to_change_nothing(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = {"steps": 1}
+    write_model(tmp_path / "model")
+    (tmp_path / "cpt.json").write_text(json.dumps(report))
+    context = parallel.init(threads=1)
+    for dtype in (None, "float32"):
+        log_finished(context, tmp_path / "cpt.json", None, dtype)
+    assert "warning" not in capsys.readouterr().err
+    log_finished(context, tmp_path / "cpt.json", None, "float16")
+    assert "--save-dtype float16 changes nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "metrics.jsonl", ".lock", "model/config.json", "checkpoints/report.json"]
+)
+def test_a_copy_of_the_report_replaces_nothing_of_the_run(
+    name: str, workspace: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "out"
+    with pytest.raises(InputError, match="the run itself writes"):
+        run(workspace, place, json=str(place / name))
+    assert not place.exists()
+
+
+def test_a_copy_of_the_report_replaces_nothing_that_a_run_reads(
+    workspace: Path, tmp_path: Path
+) -> None:
+    for path in (workspace / "tokens" / "manifest.json", workspace / "model" / "config.json"):
+        before = path.read_bytes()
+        with pytest.raises(InputError, match="would replace a file that"):
+            run(workspace, tmp_path / "out", json=str(path))
+        assert path.read_bytes() == before
+    # Its own report is what it would copy, and any other name is free.
+    context = parallel.init(threads=1)
+    for free in (tmp_path / "cpt.json", tmp_path / "evaluation.json", tmp_path / "run" / "r.json"):
+        free.parent.mkdir(exist_ok=True)
+        free.write_text("{}")
+        require_copy(context, free, tmp_path / "cpt.json")
 
 
 def test_a_model_that_cannot_be_read_again_costs_no_checkpoint(

@@ -131,11 +131,11 @@ def test_random_weights_do_not_depend_on_ranks(shape: ModelConfig) -> None:
 
 def refused_copy(good: Path, bad: Path) -> str:
     """The error on this rank when rank 0 cannot write its copy; other ranks' files do not count."""
-    context = parallel.init(threads=1)
-    require_copy(context, None)
-    require_copy(context, good if context.is_main else bad)
+    context, report = parallel.init(threads=1), Path("out/cpt.json")
+    require_copy(context, None, report)
+    require_copy(context, good if context.is_main else bad, report)
     with pytest.raises(InputError) as error:
-        require_copy(context, bad if context.is_main else good)
+        require_copy(context, bad if context.is_main else good, report)
     return str(error.value)
 
 

@@ -1,6 +1,9 @@
 """Verdicts compare equal text only, and say what they leave out."""
 
+import errno
+import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 from tests.factories import write_model
 from tests.trainer.tiny import options, pretrain
 from trainer.evaluate import DomainLoss
-from trainer.verdict import Stage, conclude, read_stage, show, stages_of
+from trainer.verdict import Stage, Verdict, conclude, read_stage, show, stages_of
 
 ON = {"data": "f", "seq_len": 32}
 
@@ -138,3 +141,15 @@ def test_training_carries_what_came_before(
     shown = capsys.readouterr().out
     assert shown.count("measured on other sequences") == 3
     assert [s.name for s in stages_of(third)] == ["source", "sheared", "trained", "trained"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_verdict_that_nobody_can_read_fails_no_run(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    show(Verdict(["domain"], [["mean"]], ["line"]), ["next"])

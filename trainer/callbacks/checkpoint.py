@@ -10,7 +10,8 @@ from data.log import logger
 from trainer.checkpoint import Checkpointer
 from trainer.loop import Callback, Trainer
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""The last comes from a terminal that is closed; a run under nohup ignores it and goes on."""
 SECONDS_OF_ONE_REQUEST = 5.0
 """Signals this close together are one request: torchrun repeats a Ctrl-C that the terminal already
 sent to every process."""
@@ -20,8 +21,8 @@ class CheckpointCallback(Callback):
     """Saves every `interval` steps (0: never in between), after the last and when told to stop;
     also once when the loop is left by an error that costs no finished step.
 
-    SIGTERM, SIGINT or SIGUSR1 to any rank stops all of them after the current step; a second one
-    some seconds later acts at once. It must be the last callback, so that the others' state is
+    One of STOP_SIGNALS to any rank stops all of them after the current step; a second one some
+    seconds later acts at once. It must be the last callback, so that the others' state is
     complete when it saves.
     """
 
@@ -38,7 +39,9 @@ class CheckpointCallback(Callback):
     def on_train_start(self, trainer: Trainer) -> None:
         self._saved = trainer.step
         if trainer.step < trainer.config.steps:
-            self._previous = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
+            nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            heeded = [s for s in STOP_SIGNALS if s != signal.SIGHUP or not nohup]
+            self._previous = {s: signal.signal(s, self._on_signal) for s in heeded}
 
     def on_step_end(self, trainer: Trainer) -> None:
         stop = trainer.context.any(self._received_at is not None)

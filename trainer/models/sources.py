@@ -63,6 +63,11 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return convert_gguf(files[0], _gguf_cache(files[0]))
+        if not files and (path / "adapter_config.json").is_file():
+            raise InputError(
+                f"{path} holds an adapter (adapter_config.json) and no model: merge it into its "
+                "base once, with peft's merge_and_unload and save_pretrained, and name that folder"
+            )
         found = f"{len(files)} .gguf files; name one of them" if files else "no config.json"
         raise InputError(
             f"{path} is not a model folder: it holds {found}. Expected config.json with "

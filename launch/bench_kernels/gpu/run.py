@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data.errors import InputError
-from data.files import require_apart, require_writable, write_copy
+from data.files import require_distinct, require_writable, write_copy
 from data.log import logger
 from data.progress import Progress
 from launch.bench_kernels.config import BenchKernelsConfig
@@ -37,7 +37,7 @@ def run(config: BenchKernelsConfig) -> None:
         InputError: there is no GPU.
         SystemExit: status 1; an operator failed.
     """
-    require_apart({"--json": config.json, "--csv": config.csv})
+    require_distinct({"--json": config.json, "--csv": config.csv})
     require_writable(config.json, "--json")
     require_writable(config.csv, "--csv")
     if not torch.cuda.is_available():

@@ -31,6 +31,9 @@ def test_what_is_not_a_model_is_refused_with_a_remedy(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"no config\.json"):
         resolve_model(str(tmp_path))
+    _touch(tmp_path / "lora" / "adapter_config.json", tmp_path / "lora" / "adapter.safetensors")
+    with pytest.raises(InputError, match=r"an adapter.*merge_and_unload"):
+        resolve_model(str(tmp_path / "lora"))
     _touch(tmp_path / "config.json", tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pytorch_model.bin.*save_pretrained"):
         resolve_model(str(tmp_path))
