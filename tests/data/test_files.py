@@ -56,7 +56,9 @@ def test_a_writable_file_is_accepted_and_nothing_is_left_behind(tmp_path: Path) 
 
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"^--json .*: cannot write there: part of the path is a file"):
+    with pytest.raises(
+        InputError, match=r"^--json .*: cannot write there: part of the path is a file"
+    ):
         require_writable(tmp_path / "file" / "below" / "report.json", "--json")
     with pytest.raises(InputError, match=r"^--copy .* is a folder; name a file in it"):
         require_writable(tmp_path, "--copy")
