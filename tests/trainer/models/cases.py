@@ -69,12 +69,15 @@ NEOX_CASES = {name: _SIZES | values for name, values in NEOX_CASES.items()}
 CASES = LLAMA_CASES | NEOX_CASES
 
 
+def hf_config(name: str) -> Any:
+    """transformers' config of a case; it fills in the nested dictionaries it is given."""
+    return AutoConfig.for_model(**deepcopy(CASES[name]))
+
+
 def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Any]:
     """Our model and transformers' with the same weights, gains and biases not at their defaults."""
     torch.manual_seed(0)
-    reference = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**deepcopy(CASES[name])), dtype=dtype
-    )
+    reference = AutoModelForCausalLM.from_config(hf_config(name), dtype=dtype)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.normal_(std=0.3)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from data.errors import InputError
 from data.tokenizers import load_tokenizer
 from tests.factories import write_tokenizer
-from tests.trainer.models.cases import CASES
+from tests.trainer.models.cases import hf_config
 from tests.trainer.models.mutations import mutate_file
 from trainer.models.export import require_loadable
 from trainer.models.hf import check_weights, load_config, load_model, save_model
@@ -49,7 +49,7 @@ def read(path: Path) -> Tensor:
 def check_damages(name: str, file: str, path: Path, seeds: range) -> dict[str, int]:
     """How many damages of `file` were refused, and how many read."""
     torch.manual_seed(0)
-    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CASES[name])).eval()
+    reference = AutoModelForCausalLM.from_config(hf_config(name)).eval()
     reference.save_pretrained(path, max_shard_size=FILES[file])
     (path / "generation_config.json").write_text('{"eos_token_id": 2, "top_p": 0.9}')
     write_tokenizer(path)

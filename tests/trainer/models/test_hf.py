@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from data.errors import InputError
 from tests.distributed import run_ranks
-from tests.trainer.models.cases import CASES, NEOX_CASES, random_masks
+from tests.trainer.models.cases import CASES, NEOX_CASES, hf_config, random_masks
 from trainer.models import hf
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
@@ -33,7 +33,7 @@ def _folder(
     name: str, path: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB"
 ) -> tuple[Path, Any]:
     torch.manual_seed(0)
-    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CASES[name])).to(dtype)
+    reference = AutoModelForCausalLM.from_config(hf_config(name)).to(dtype)
     reference.save_pretrained(path, max_shard_size=shard)
     return path, reference
 

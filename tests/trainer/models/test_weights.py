@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from data.errors import InputError
 from data.log import logger
-from tests.trainer.models.cases import CASES
+from tests.trainer.models.cases import hf_config
 from trainer.models.hf import check_weights, load_config, load_model, save_model
 from trainer.models.sources import resolve_model, weights_fingerprint
 from trainer.models.weights import INDEX_FILE, weight_files
@@ -22,7 +22,7 @@ IDS = torch.arange(40).reshape(2, 20)
 
 def folder_of(path: Path, name: str = "llama", shard: str = "5GB") -> Path:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CASES[name]))
+    model = AutoModelForCausalLM.from_config(hf_config(name))
     model.save_pretrained(path, max_shard_size=shard)
     return path
 
@@ -155,13 +155,13 @@ def test_shards_in_a_folder_and_links_are_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["qwen2-tied", "gpt_neox-sequential"])
 def test_a_model_saved_without_its_head_is_read(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    AutoModel.from_config(AutoConfig.for_model(**CASES[name])).save_pretrained(tmp_path)
+    AutoModel.from_config(hf_config(name)).save_pretrained(tmp_path)
     assert "layers.0." in " ".join(load_file(tmp_path / "model.safetensors"))
     assert same_as_transformers(tmp_path)
 
 
 def test_without_its_head_an_untied_model_is_refused(tmp_path: Path) -> None:
-    AutoModel.from_config(AutoConfig.for_model(**CASES["llama"])).save_pretrained(tmp_path)
+    AutoModel.from_config(hf_config("llama")).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"stores no lm_head\.weight"):
         check_weights(tmp_path, load_config(tmp_path))
 
