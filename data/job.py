@@ -5,6 +5,7 @@ interrupted or failed job goes on where it stopped. The manifest appears last, b
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -370,7 +371,11 @@ class Job:
         if not path.is_file():
             return
         try:
-            Manifest.load(self.partial)
+            manifest = Manifest.load(self.partial)
+            for split, domains in manifest.splits.items():
+                if (self.partial / split).exists():  # not moved yet, and perhaps changed meanwhile
+                    shards = itertools.chain(*domains.values())
+                    check_shards(self.partial, shards, manifest.dtype, lambda _: None)
         except InputError as error:
             # It is made again from the reports, which go last.
             logger.warning(f"finishing again: {error}")

@@ -200,6 +200,32 @@ def test_interrupted_publishing_is_completed(
     assert not ran and files_of(job.output) == files_of(make_job("whole").output)
 
 
+@pytest.mark.parametrize(("split", "suffix"), [("held_out", ".idx"), ("train", ".bin")])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_part_damaged_before_it_is_published_is_made_again(
+    make_job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    split: str,
+    suffix: str,
+    moved: bool,
+) -> None:
+    make_job("whole").run(1)
+    job = make_job()
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "_publish", stop_publishing)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(1)
+    other = {"train": "held_out", "held_out": "train"}[split]
+    if moved:
+        (job.partial / other).replace(job.output / other)
+    shard = next((job.partial / split).rglob(f"*{suffix}"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    make_job().run(1)
+    assert files_of(job.output) == files_of(make_job("whole").output)
+
+
 def test_crash_right_after_publishing_leaves_nothing_in_the_end(
     make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
