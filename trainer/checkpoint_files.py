@@ -94,9 +94,11 @@ def read_marker(path: Path) -> dict[str, Any]:
     keys: dict[str, Any] = {"step": int, "sha256": dict}
     marker: dict[str, Any] = read_json(path / MARKER, way_around(path), keys=keys)
     if marker["step"] != step_of(path):
+        name = folder_name(marker["step"])
+        again = "" if (path.parent / name).exists() else f"call it {name} again, or "
         raise InputError(
-            f"{path}: holds the state after step {marker['step']}; call it "
-            f"{folder_name(marker['step'])} again, or move it out of {path.parent}"
+            f"{path}: holds the state after step {marker['step']}; {again}move it out of "
+            f"{path.parent}"
         )
     return marker
 

@@ -225,6 +225,9 @@ def test_a_renamed_checkpoint_is_named(workspace: Path, place: Path) -> None:
     folder(place).rename(folder(place, 99))
     with pytest.raises(InputError, match=r"step-00000099: holds the state after step 4; call it "):
         resume(workspace, place)
+    shutil.copytree(folder(place, 99), folder(place))
+    with pytest.raises(InputError, match=r"holds the state after step 4; move it out of "):
+        resume(workspace, place)
 
 
 def test_what_is_not_ours_is_never_removed(workspace: Path, place: Path) -> None:
