@@ -14,6 +14,7 @@ from typing import IO
 from data.errors import InputError, failure
 from data.log import logger
 from data.machine import rank
+from data.records import read_json
 
 FILE_NAME = ".lock"
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -84,7 +85,7 @@ def _is_there(path: Path, file: IO[str]) -> bool:
 
 def _owner(path: Path) -> str:
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-        return f" (process {owner['process']} on {owner['host']})"
-    except (OSError, ValueError, TypeError, KeyError):
+        owner = read_json(path, "", keys={"process": int, "host": str})
+    except InputError:
         return ""
+    return f" (process {owner['process']} on {owner['host']})"

@@ -100,8 +100,9 @@ def note_kept_options(output: Path, config: ShearConfig) -> None:
         return
     try:
         with safe_open(output / FILE, framework="pt") as stored:
-            kept = json.loads((stored.metadata() or {}).get("options", "{}"))
-    except (OSError, ValueError, SafetensorError):
+            text = (stored.metadata() or {}).get("options", "{}")
+        kept = parse_json(text, f"{output / FILE}, options", "")
+    except (OSError, InputError, SafetensorError):
         return
     for name, value in _options(config).items():
         if name in kept and kept[name] != value:
