@@ -1,0 +1,388 @@
+"""Refitting a pruned model in closed form, so that its residual stream follows the source's.
+
+The source's and the pruned model's streams over the same calibration text are carried from block to
+block. Matrices that read the stream are refitted to the source's own outputs of the kept rows,
+given what the pruned model reads; matrices that write to it, to the source's stream in the kept
+dimensions. Each is a ridge regression towards the weights that pruning left:
+
+    min over D of  |A (W + D)^T - R|^2 + ridge * mean(diag(A^T A)) * |D|^2
+
+A are the matrix's inputs in the pruned model, so that each block answers for what the blocks before
+it got wrong (as in OSSCAR, arXiv 2403.12983, and ZipLM, arXiv 2302.04089; those fit a layer's own
+output). The last writer in front of removed blocks is fitted to the stream behind them.
+
+Only weights that were not trained since they were cut gain by it.
+"""
+
+import pkgutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pruner.extract import Extraction
+from trainer.models.config import ModelConfig
+from trainer.models.families import Role
+from trainer.models.masks import LayerMasks
+from trainer.models.rope import inverse_frequencies, rotary_tables
+from trainer.parallel import DistributedContext
+
+_UNMASKED = LayerMasks()
+
+
+class Half(NamedTuple):
+    """Attention or feed-forward layer of a block, by the names of its modules."""
+
+    norm: str
+    module: str
+    readers: tuple[str, ...]
+    """What reads the normed stream; all get the same inputs."""
+    writer: str
+    """What writes to the stream."""
+    attends: bool
+
+
+def halves(config: ModelConfig) -> tuple[Half, Half]:
+    """The attention and the feed-forward half of a block."""
+    modules = config.traits.names.modules
+    norms = [name for name, role in modules.items() if role is Role.NORM]
+
+    def half(norm: str, writer: Role, *readers: Role) -> Half:
+        own = tuple(name for name, role in modules.items() if role in readers)
+        output = config.traits.names.with_role(writer)
+        attends = writer is Role.ATTENTION_OUTPUT
+        return Half(norm, output.rpartition(".")[0], own, output, attends)
+
+    attention = half(norms[0], Role.ATTENTION_OUTPUT, Role.QUERIES, Role.KEYS, Role.FUSED)
+    return attention, half(norms[1], Role.FEED_FORWARD_OUTPUT, Role.CHANNELS)
+
+
+class Block:
+    """One block in fp32, run half by half.
+
+    `tensors` are its parameters by their names inside the block.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tensors: dict[str, Tensor], device: torch.device
+    ) -> None:
+        self.config = config
+        with torch.device("meta"):
+            self.module: nn.Module = pkgutil.resolve_name(config.traits.block)(config)
+        values = {name: t.to(device, torch.float32) for name, t in tensors.items()}
+        self.module.load_state_dict(values, assign=True)
+        self.frequencies = inverse_frequencies(config).to(device)
+
+    def update(self, half: Half, stream: Tensor) -> Tensor:
+        """What a half adds to the stream [B, S, d] that it reads."""
+        normed = self.normed(half, stream)
+        module = self.module.get_submodule(half.module)
+        arguments: tuple[Any, ...] = (_UNMASKED,)
+        if half.attends:
+            tables = rotary_tables(self.frequencies, stream.shape[1], stream.dtype)
+            arguments = (*tables, _UNMASKED)
+        update: Tensor = module(normed, *arguments)
+        return update
+
+    def normed(self, half: Half, stream: Tensor) -> Tensor:
+        """What the readers of a half get, [B, S, d]."""
+        normed: Tensor = self.module.get_submodule(half.norm)(stream)
+        return normed
+
+    def linear(self, name: str) -> nn.Linear:
+        """The matrix called `name` inside the block."""
+        module = self.module.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The block's parameters on the CPU, by their names inside it."""
+        return {name: p.detach().cpu() for name, p in self.module.named_parameters()}
+
+    @contextmanager
+    def watch(self, *names: str) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Fills a dictionary with (input, output) of the matrices called `names` as they run."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def hook(name: str) -> Any:
+            def keep(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+                # The rotation of positions works in place.
+                seen[name] = (inputs[0], output.clone())
+
+            return keep
+
+        handles = [self.linear(name).register_forward_hook(hook(name)) for name in names]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Ridge:
+    """The normal equations of matrices that share their inputs; fp64, summed over ranks.
+
+    With a bias, a column of ones that costs nothing stands behind the inputs.
+    """
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        self.linears = linears
+        self.biased = linears[0].bias is not None
+        weight = linears[0].weight
+        inputs = weight.shape[1] + self.biased
+        outputs = sum(linear.weight.shape[0] for linear in linears)
+        self.gram = self._zeros(weight, inputs, inputs)
+        """[in, in]"""
+        self.moment = self._zeros(weight, inputs, outputs)
+        """[in, all outputs]"""
+
+    def _zeros(self, like: Tensor, *size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64, device=like.device)
+
+    def add(self, inputs: Tensor, residual: Tensor) -> None:
+        """Adds tokens: inputs [n, in] and what is missing from the outputs [n, all outputs]."""
+        if self.biased:
+            inputs = F.pad(inputs, (0, 1), value=1.0)
+        self.gram += (inputs.t() @ inputs).double()
+        self.moment += (inputs.t() @ residual).double()
+
+    def solve(self, ridge: float, context: DistributedContext) -> None:
+        """Changes the matrices in place, equally on every rank; collective."""
+        context.all_reduce_sum(self.gram)
+        context.all_reduce_sum(self.moment)
+        diagonal = self.gram.diagonal()
+        size = len(diagonal) - self.biased
+        # A dimension that is 0 everywhere must not make the matrix singular.
+        penalty = ridge * float(diagonal[:size].mean()) or 1.0
+        diagonal[:size] += penalty
+        if self.biased:
+            diagonal[size:] += 1e-9 * penalty
+        change = torch.cholesky_solve(self.moment, torch.linalg.cholesky(self.gram)).t()
+        parts = change.split([linear.weight.shape[0] for linear in self.linears])
+        for linear, part in zip(self.linears, parts, strict=True):
+            linear.weight.copy_((linear.weight.double() + part[:, :size]).float())
+            if self.biased:
+                linear.bias.copy_((linear.bias.double() + part[:, size]).float())
+
+
+@dataclass(slots=True)
+class Streams:
+    """A batch of sequences on its way through both models; tensors [B, S, d] on the host."""
+
+    source: Tensor
+    pruned: Tensor
+    source_read: Tensor
+    """What the next half of the source reads; in blocks whose halves run in parallel, the stream in
+    front of the block."""
+    pruned_read: Tensor
+
+
+class Refit:
+    """Carries streams from block to block and refits the pruned one's matrices on the way.
+
+    Args:
+        extraction: what is kept of the source.
+        ids: [n, S] this rank's calibration sequences, on the CPU. The first position of each is
+            left out of the fits: its stream is many times longer than the others'.
+        ridge: weight of the penalty, relative to the mean square of a matrix's inputs.
+        batch: sequences that are computed at once.
+
+    The host holds the two streams of all `ids` in fp32: n * S * (d + d') * 4 bytes, twice that for
+    parallel blocks; the device one block of each model and one batch.
+    """
+
+    def __init__(
+        self,
+        extraction: Extraction,
+        ids: Tensor,
+        *,
+        ridge: float,
+        batch: int,
+        context: DistributedContext,
+    ) -> None:
+        self.extraction = extraction
+        self.ids = ids
+        self.ridge = ridge
+        self.batch = batch
+        self.context = context
+        self.device = context.device
+        self.attention, self.feed_forward = halves(extraction.source)
+        self.parallel = extraction.source.parallel_residual
+        self.streams: list[Streams] = []
+        self.pending: Block | None = None
+        """The last kept block, whose feed-forward layer has not written yet."""
+
+    @torch.no_grad()
+    def embed(self, embedding: Tensor) -> None:
+        """Starts the streams from the source's embedding [V, d]."""
+        weight = embedding.float()
+        for ids in self.ids.split(self.batch):
+            source = F.embedding(ids, weight)
+            pruned = self._kept(source).contiguous()
+            self.streams.append(Streams(source, pruned, source, pruned))
+
+    def _kept(self, stream: Tensor) -> Tensor:
+        """The source's stream in the dimensions that are kept, as the pruned model has it."""
+        masks = self.extraction.stream
+        if masks.mask is not None:
+            stream = stream * masks.mask.to(stream)
+        return stream if masks.units is None else stream[..., masks.units.to(stream.device)]
+
+    def _to_device(self, *tensors: Tensor) -> list[Tensor]:
+        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+
+    @torch.no_grad()
+    def keep(self, index: int, source: Block, pruned: Block) -> None:
+        """Passes block `index` of the source, which is kept as `pruned`; its writer waits."""
+        assert self.pending is None
+        units = self.extraction.blocks[index].units
+        rows = {
+            name: {
+                Role.QUERIES: units.queries,
+                Role.KEYS: units.keys,
+                Role.FUSED: units.fused,
+                Role.CHANNELS: units.channels,
+            }[self.extraction.names.modules[name]]
+            for name in (*self.attention.readers, *self.feed_forward.readers)
+        }
+        self._fit_readers(self.attention, source, pruned, rows)
+        self._fit_writer(self.attention, pruned)
+        self._advance(self.attention, pruned)
+        self._fit_readers(self.feed_forward, source, pruned, rows)
+        self.pending = pruned
+
+    @torch.no_grad()
+    def skip(self, source: Block) -> None:
+        """Passes a block of the source that is removed."""
+        for streams in self.streams:
+            for half in (self.attention, self.feed_forward):
+                self._advance_source(half, source, streams)
+
+    @torch.no_grad()
+    def finish_pending(self) -> Block | None:
+        """Refits the writer that waits to the source's stream as it is now; returns its block."""
+        block, self.pending = self.pending, None
+        if block is not None:
+            self._fit_writer(self.feed_forward, block)
+            self._advance(self.feed_forward, block)
+        return block
+
+    def _fit_readers(
+        self, half: Half, source: Block, pruned: Block, rows: dict[str, Tensor | None]
+    ) -> None:
+        """Refits what reads in a half, and moves the source's streams past that half."""
+        linears = [pruned.linear(name) for name in half.readers]
+        equations = Ridge(linears)
+        for streams in self.streams:
+            with source.watch(*half.readers) as seen:
+                self._advance_source(half, source, streams)
+            inputs = self._tokens(pruned.normed(half, *self._to_device(streams.pruned_read)))
+            missing = []
+            for name, linear in zip(half.readers, linears, strict=True):
+                wanted, own = seen[name][1], rows[name]
+                if own is not None:
+                    wanted = wanted[..., own.to(wanted.device)]
+                missing.append(self._tokens(wanted) - linear(inputs))
+            equations.add(inputs, torch.cat(missing, dim=-1))
+        equations.solve(self.ridge, self.context)
+
+    def _fit_writer(self, half: Half, block: Block) -> None:
+        """Refits what writes in a half to the source's stream."""
+        linear = block.linear(half.writer)
+        equations = Ridge([linear])
+        for streams in self.streams:
+            read, own, wanted = self._to_device(streams.pruned_read, streams.pruned, streams.source)
+            with block.watch(half.writer) as seen:
+                update = block.update(half, read)
+            missing = self._kept(wanted) - own - update
+            equations.add(self._tokens(seen[half.writer][0]), self._tokens(missing))
+        equations.solve(self.ridge, self.context)
+
+    def _advance(self, half: Half, block: Block) -> None:
+        """Moves the pruned model's streams past a half."""
+        for streams in self.streams:
+            read, own = self._to_device(streams.pruned_read, streams.pruned)
+            streams.pruned = (own + block.update(half, read)).cpu()
+            if self._moves_on(half):
+                streams.pruned_read = streams.pruned
+
+    def _advance_source(self, half: Half, source: Block, streams: Streams) -> None:
+        read, own = self._to_device(streams.source_read, streams.source)
+        streams.source = (own + source.update(half, read)).cpu()
+        if self._moves_on(half):
+            streams.source_read = streams.source
+
+    def _moves_on(self, half: Half) -> bool:
+        """Whether what comes behind `half` reads the stream with its update."""
+        return not (self.parallel and half.attends)
+
+    def _tokens(self, values: Tensor) -> Tensor:
+        """[B, S, n] -> [B * (S - 1), n], without the first position of each sequence."""
+        return values[:, 1:].flatten(0, 1)
+
+
+def refit(
+    extraction: Extraction,
+    tensors: Iterable[tuple[str, Tensor]],
+    ids: Tensor,
+    *,
+    ridge: float,
+    batch: int,
+    context: DistributedContext,
+) -> Iterator[tuple[str, Tensor]]:
+    """The pruned model's (name, tensor), refitted; collective. See `Refit`.
+
+    `tensors` are the source's, whose blocks come in order behind the embedding.
+    """
+    work = Refit(extraction, ids, ridge=ridge, batch=batch, context=context)
+    prefix = f"{extraction.names.blocks}."
+    numbers = {index: number for number, index in enumerate(extraction.blocks)}
+    waiting: dict[str, Tensor] = {}
+    kept: int | None = None
+
+    def finished() -> Iterator[tuple[str, Tensor]]:
+        block = work.finish_pending()
+        if block is not None:
+            assert kept is not None
+            for name, tensor in block.tensors().items():
+                yield f"{prefix}{numbers[kept]}.{name}", tensor
+
+    for index, group in _by_block(tensors, prefix):
+        if index is None:
+            waiting |= group
+            if f"{extraction.names.embedding}.weight" in group:
+                work.embed(group[f"{extraction.names.embedding}.weight"])
+            continue
+        inner = {name.removeprefix(f"{prefix}{index}."): t for name, t in group.items()}
+        source = Block(extraction.source, inner, work.device)
+        if index not in numbers:
+            work.skip(source)
+            continue
+        yield from finished()
+        own = dict(extraction.tensors(group.items()))
+        inner = {name.removeprefix(f"{prefix}{numbers[index]}."): t for name, t in own.items()}
+        work.keep(index, source, Block(extraction.config, inner, work.device))
+        kept = index
+    yield from finished()
+    yield from extraction.tensors(waiting.items())
+
+
+def _by_block(
+    tensors: Iterable[tuple[str, Tensor]], prefix: str
+) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+    """Neighbouring tensors of the same block together; None for those outside the blocks."""
+    group: dict[str, Tensor] = {}
+    last: int | None = None
+    for name, tensor in tensors:
+        inside = name.startswith(prefix)
+        index = int(name.removeprefix(prefix).partition(".")[0]) if inside else None
+        if group and index != last:
+            yield last, group
+            group = {}
+        group[name], last = tensor, index
+    if group:
+        yield last, group

@@ -1,0 +1,149 @@
+"""Refitting brings the pruned model's stream closer to the source's, and leaves alone what fits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruner.extract import Extraction
+from pruner.refit import Ridge, refit
+from pruner.shapes import Shape, shape_of
+from pruner.units import to_masks, unit_sizes
+from tests.distributed import run_ranks
+from tests.pruner.test_extract import BASE, MODELS, NEOX_MODELS
+from trainer import parallel
+from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
+from trainer.models.masks import Masks
+
+CASES = {name: BASE | values for name, values in MODELS.items()} | NEOX_MODELS
+
+
+def build(name: str) -> CausalLM:
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig.from_hf(CASES[name]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.3)
+    return model
+
+
+def half_masks(shape: Shape, *, layers: tuple[int, ...] = (0, 2)) -> Masks:
+    """Keeps a random half of the units of each kind and the named blocks."""
+    draw = torch.Generator().manual_seed(1)
+    z = {}
+    for name, (rows, units) in unit_sizes(shape).items():
+        keep = max(1, units // 2)
+        z[name] = torch.zeros(rows, units)
+        for row in z[name]:
+            row[torch.randperm(units, generator=draw)[:keep]] = 1.0
+    z["layer"] = torch.zeros(1, shape.layers)
+    z["layer"][0, list(layers)] = 1.0
+    return to_masks(z, shape, hold_scale=True)
+
+
+def tokens(number: int = 24) -> Tensor:
+    return torch.randint(0, 53, (number, 16), generator=torch.Generator().manual_seed(2))
+
+
+def stream_error(model: CausalLM, pruned: dict[str, Tensor], extraction: Extraction) -> float:
+    """Relative distance of the last stream from the source's in the kept dimensions."""
+    student = CausalLM(extraction.config)
+    student.load_state_dict(pruned)
+    found: list[Tensor] = []
+    for network in (model, student):
+        final = network.get_submodule(network.names.final_norm)
+        handle = final.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        with torch.no_grad():
+            network(tokens(440)[400:])
+        handle.remove()
+    wanted = found[0]
+    if extraction.stream.units is not None:
+        wanted = wanted[..., extraction.stream.units]
+    wanted, own = wanted[:, 1:], found[1][:, 1:]
+    return float((own - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_stream_comes_closer(name: str) -> None:
+    model = build(name)
+    extraction = Extraction(model.config, half_masks(shape_of(model.config)))
+    source = [(key, value.detach()) for key, value in model.named_parameters()]
+    plain = dict(extraction.tensors(source))
+    fitted = dict(refit(extraction, source, tokens(400), ridge=0.01, batch=90, context=alone()))
+    assert fitted.keys() == plain.keys()
+    assert all(fitted[key].shape == plain[key].shape for key in plain)
+    before, after = (stream_error(model, tensors, extraction) for tensors in (plain, fitted))
+    assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3", "pythia"])
+def test_what_lost_nothing_stays(name: str) -> None:
+    """Blocks that change nothing are removed, so that the weights fit already."""
+    model = build(name)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".1." in key and ("o_proj" in key or "down_proj" in key or "dense" in key):
+                parameter.zero_()
+    ones = {key: torch.ones(size) for key, size in unit_sizes(shape_of(model.config)).items()}
+    ones["layer"][0, 1] = 0.0
+    extraction = Extraction(model.config, to_masks(ones, shape_of(model.config)))
+    source = [(key, value.detach()) for key, value in model.named_parameters()]
+    plain = dict(extraction.tensors(source))
+    fitted = dict(refit(extraction, source, tokens(), ridge=0.1, batch=7, context=alone()))
+    for key, value in plain.items():
+        torch.testing.assert_close(fitted[key], value, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_ridge_is_the_minimum(biased: bool) -> None:
+    """Against the same problem as one least-squares system in fp64."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 4, bias=biased)
+    before = linear.weight.detach().double()
+    inputs, residual = torch.randn(50, 6), torch.randn(50, 4)
+    equations = Ridge([linear])
+    with torch.no_grad():
+        for part in range(0, 50, 20):
+            equations.add(inputs[part : part + 20], residual[part : part + 20])
+        equations.solve(0.3, alone())
+    a = torch.nn.functional.pad(inputs.double(), (0, int(biased)), value=1.0)
+    penalty = 0.3 * inputs.double().square().sum(0).mean()
+    rows = penalty.sqrt() * torch.eye(6, 6 + biased, dtype=torch.float64)
+    wanted = torch.linalg.lstsq(
+        torch.cat([a, rows]), torch.cat([residual.double(), torch.zeros(6, 4)])
+    ).solution
+    torch.testing.assert_close(
+        linear.weight.double() - before, wanted[:6].t(), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_ranks_share_the_sequences(tmp_path: Path) -> None:
+    expected = fitted_on(1, tmp_path)
+    found = fitted_on(2, tmp_path)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
+
+
+def fitted_on(world: int, folder: Path) -> dict[str, Tensor]:
+    path = folder / f"{world}.pt"
+    run_ranks(_fit_own_share, world, path)
+    found: dict[str, Tensor] = torch.load(path)
+    return found
+
+
+def _fit_own_share(path: Path) -> None:
+    context = parallel.init(threads=1)
+    model = build("llama")
+    extraction = Extraction(model.config, half_masks(shape_of(model.config)))
+    source = [(key, value.detach()) for key, value in model.named_parameters()]
+    own = tokens()[context.rank :: context.world]
+    found = dict(refit(extraction, source, own, ridge=0.1, batch=4, context=context))
+    if context.is_main:
+        torch.save(found, path)
+
+
+def alone() -> Any:
+    return parallel.init(threads=1)
