@@ -44,7 +44,7 @@ AT_ONCE = {"train": {"min_lr_ratio": MIN_LR_RATIO}, "distillation": {"weight": 0
 ALIASES: dict[str, Literal["sheared-llama"]] = {"paper": "sheared-llama"}
 """Former names of rules."""
 
-Part = TypeVar("Part", "MaskConfig", TrainConfig, DistillationConfig)
+Part = TypeVar("Part", "MaskConfig", "RefitConfig", TrainConfig, DistillationConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +78,7 @@ class MaskConfig:
     Default: 0.5 for projection, 0.2 for sheared-llama."""
     harden: float = 0.75
     """Fraction of the steps after which masks are exactly 0 or 1 and only weights train
-    (projection)."""
+    (projection); without effect under --freeze-weights."""
     temperature: float = 0.5
     """Initial width of the masks' transition, in units of the scores (projection)."""
     final_temperature: float = 0.02
@@ -94,6 +94,10 @@ class MaskConfig:
     implicit_gradient: bool = True
     """Differentiate through the threshold, so that the gradient cannot change the count
     (projection)."""
+    freeze_weights: bool = False
+    """Train the masks alone, on the source's own weights, without gradients or optimizer state of
+    weights; a few steps select the units. The source, cut to the selection, is refitted, and
+    `shorn cpt` trains it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rule", ALIASES.get(self.rule, self.rule))
@@ -104,7 +108,7 @@ class MaskConfig:
             warmup = DEFAULTS[self.rule]["masks"]["target_warmup"]
         require(0 < warmup <= 1, "target_warmup", warmup, "in (0, 1]; use for example 0.5")
         require(
-            self.rule != "projection" or warmup <= self.harden,
+            self.rule != "projection" or self.freeze_weights or warmup <= self.harden,
             "target_warmup",
             warmup,
             f"at most --harden {self.harden}, because the count must reach the target before masks "
@@ -126,6 +130,28 @@ class MaskConfig:
             self.calibration_sequences,
             "at least 1; use for example 32, or --init flat for no calibration pass",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefitConfig:
+    """How the kept weights are refitted before the model is saved (pruner.refit)."""
+
+    refit: bool | None = None
+    """Refit the kept weights in closed form, so that the pruned model reproduces the source's
+    residual stream; held-out text decides whether the result is kept. Default: on where no weight
+    was trained (--steps 0, --freeze-weights); it cannot be had after training."""
+    refit_sequences: int = 256
+    """Sequences the weights are refitted on: those that training would draw next."""
+    refit_held_out: int = 32
+    """Sequences after those, on which the refitted model must be better."""
+    refit_ridge: float = 0.1
+    """Weight of the penalty on changes, relative to the mean square of a matrix's inputs; with few
+    sequences use more (0.3 for 64)."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        require_at_least(self, 1, "refit_sequences", "refit_held_out", why="; use for example 32")
+        require(self.refit_ridge > 0, "refit_ridge", self.refit_ridge, "above 0; use 0.1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +191,7 @@ class ShearConfig:
     masks: MaskConfig = field(default_factory=MaskConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    refit: RefitConfig = field(default_factory=RefitConfig)
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             steps=3200,
@@ -178,6 +205,16 @@ class ShearConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "reference_sequences", why="; use for example 32")
+        if self.refit.refit and self.trains_weights:
+            raise InputError(
+                f"--refit: needs the source's own weights, and --steps {self.train.steps} trains "
+                "them; add --freeze-weights, use --steps 0, or leave --refit out"
+            )
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the run changes weights before they are cut."""
+        return self.train.steps > 0 and not self.masks.freeze_weights
 
 
 def resolve(config: ShearConfig, model: ModelConfig, target: Shape) -> ShearConfig:
@@ -187,8 +224,10 @@ def resolve(config: ShearConfig, model: ModelConfig, target: Shape) -> ShearConf
     """
     defaults = DEFAULTS[config.masks.rule] | ({} if config.train.steps else AT_ONCE)
     masks = replace(config.masks, basis=_basis(config.masks, model, target))
+    refit = {"refit": not config.trains_weights}
     return replace(
         config,
+        refit=_fill(config.refit, refit),
         masks=_fill(masks, defaults["masks"]),
         train=_fill(config.train, defaults["train"]),
         distillation=_fill(config.distillation, defaults["distillation"]),
@@ -211,6 +250,7 @@ def resolve_identity(saved: dict[str, Any]) -> dict[str, Any]:
         # Another command's run.
         return saved
     defaults = {f"masks.{name}": value for name, value in DEFAULTS[rule]["masks"].items()}
+    defaults["masks.freeze_weights"] = False
     missing = {name: value for name, value in defaults.items() if saved.get(name) is None}
     return saved | missing | {"masks.rule": rule}
 

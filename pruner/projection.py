@@ -15,7 +15,13 @@ class Projection(Rule):
     row such that the masks without noise sum to the current target exactly: t is the Lagrange
     multiplier of the row's count. T falls geometrically and the noise scale s falls to 0 with it;
     from `harden` on, z marks the top-k scores.
+    Under --freeze-weights nothing is left to train then, so they harden behind the last step.
     """
+
+    @property
+    def hard_from(self) -> float:
+        """Number of steps after which masks are exactly 0 or 1."""
+        return self.steps + 1 if self.config.freeze_weights else self.steps * self.config.harden
 
     def masks(self, step: int, draw: int | None = 0) -> dict[str, Tensor]:
         thresholds = self.thresholds(step)
@@ -53,10 +59,10 @@ class Projection(Rule):
 
     def hardened(self, step: int) -> bool:
         """True once masks are exactly 0 or 1."""
-        return (step + 1) / self.steps >= self.config.harden
+        return step + 1 >= self.hard_from
 
     def temperature(self, step: int) -> float:
-        progress = min(1.0, (step + 1) / (self.steps * self.config.harden))
+        progress = min(1.0, (step + 1) / self.hard_from)
         ratio = self.config.final_temperature / self.config.temperature
         return self.config.temperature * ratio**progress
 

@@ -14,19 +14,24 @@ output). The last writer in front of removed blocks is fitted to the stream behi
 Only weights that were not trained since they were cut gain by it.
 """
 
+import itertools
 import pkgutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pruner.extract import Extraction
 from trainer.models.config import ModelConfig
 from trainer.models.families import Role
+from trainer.models.hf import save_tensors
 from trainer.models.masks import LayerMasks
 from trainer.models.rope import inverse_frequencies, rotary_tables
 from trainer.parallel import DistributedContext
@@ -68,9 +73,16 @@ class Block:
     """
 
     def __init__(
-        self, config: ModelConfig, tensors: dict[str, Tensor], device: torch.device
+        self,
+        config: ModelConfig,
+        tensors: dict[str, Tensor],
+        device: torch.device,
+        *,
+        fitted: bool = False,
     ) -> None:
         self.config = config
+        self.fitted = fitted
+        """Whether its matrices are what a refit made of them."""
         with torch.device("meta"):
             self.module: nn.Module = pkgutil.resolve_name(config.traits.block)(config)
         values = {name: t.to(device, torch.float32) for name, t in tensors.items()}
@@ -161,7 +173,13 @@ class Ridge:
         diagonal[:size] += penalty
         if self.biased:
             diagonal[size:] += 1e-9 * penalty
-        change = torch.cholesky_solve(self.moment, torch.linalg.cholesky(self.gram)).t()
+        factor, failed = torch.linalg.cholesky_ex(self.gram)
+        while failed:
+            # Less than the rounding of the fp32 products that were summed.
+            diagonal[:size] += 9 * penalty
+            penalty *= 10
+            factor, failed = torch.linalg.cholesky_ex(self.gram)
+        change = torch.cholesky_solve(self.moment, factor).t()
         parts = change.split([linear.weight.shape[0] for linear in self.linears])
         for linear, part in zip(self.linears, parts, strict=True):
             linear.weight.copy_((linear.weight.double() + part[:, :size]).float())
@@ -220,7 +238,8 @@ class Refit:
     def embed(self, embedding: Tensor) -> None:
         """Starts the streams from the source's embedding [V, d]."""
         weight = embedding.float()
-        for ids in self.ids.split(self.batch):
+        # Of no sequences, split makes one empty part.
+        for ids in self.ids.split(self.batch) if len(self.ids) else ():
             source = F.embedding(ids, weight)
             pruned = self._kept(source).contiguous()
             self.streams.append(Streams(source, pruned, source, pruned))
@@ -249,10 +268,14 @@ class Refit:
             }[self.extraction.names.modules[name]]
             for name in (*self.attention.readers, *self.feed_forward.readers)
         }
-        self._fit_readers(self.attention, source, pruned, rows)
-        self._fit_writer(self.attention, pruned)
-        self._advance(self.attention, pruned)
-        self._fit_readers(self.feed_forward, source, pruned, rows)
+        for half in (self.attention, self.feed_forward):
+            if pruned.fitted:
+                for streams in self.streams:
+                    self._advance_source(half, source, streams)
+            else:
+                self._fit_readers(half, source, pruned, rows)
+            if half is self.attention:
+                self._write(half, pruned)
         self.pending = pruned
 
     @torch.no_grad()
@@ -267,9 +290,14 @@ class Refit:
         """Refits the writer that waits to the source's stream as it is now; returns its block."""
         block, self.pending = self.pending, None
         if block is not None:
-            self._fit_writer(self.feed_forward, block)
-            self._advance(self.feed_forward, block)
+            self._write(self.feed_forward, block)
         return block
+
+    def _write(self, half: Half, block: Block) -> None:
+        """Refits what writes in a half, and moves the pruned model's streams past that half."""
+        if not block.fitted:
+            self._fit_writer(half, block)
+        self._advance(half, block)
 
     def _fit_readers(
         self, half: Half, source: Block, pruned: Block, rows: dict[str, Tensor | None]
@@ -333,27 +361,39 @@ def refit(
     ridge: float,
     batch: int,
     context: DistributedContext,
+    kept: Path | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The pruned model's (name, tensor), refitted; collective. See `Refit`.
 
-    `tensors` are the source's, whose blocks come in order behind the embedding.
+    Args:
+        extraction: what is kept of the source.
+        tensors: the source's, whose blocks come in order behind the embedding.
+        ids: [n, S] this rank's calibration sequences.
+        ridge: weight of the penalty.
+        batch: sequences computed at once.
+        context: the ranks.
+        kept: folder of the blocks that are refitted already, by an interrupted refit of the same
+            model on the same sequences; their streams are carried on without fitting.
     """
     work = Refit(extraction, ids, ridge=ridge, batch=batch, context=context)
+    files = KeptBlocks(kept, context)
     prefix = f"{extraction.names.blocks}."
     numbers = {index: number for number, index in enumerate(extraction.blocks)}
-    waiting: dict[str, Tensor] = {}
-    kept: int | None = None
+    outer: dict[str, Tensor] = {}
+    last = -1
 
     def finished() -> Iterator[tuple[str, Tensor]]:
         block = work.finish_pending()
         if block is not None:
-            assert kept is not None
-            for name, tensor in block.tensors().items():
-                yield f"{prefix}{numbers[kept]}.{name}", tensor
+            found = block.tensors()
+            if not block.fitted:
+                files.keep(numbers[last], found)
+            for name, tensor in found.items():
+                yield f"{prefix}{numbers[last]}.{name}", tensor
 
     for index, group in _by_block(tensors, prefix):
         if index is None:
-            waiting |= group
+            outer |= group
             if f"{extraction.names.embedding}.weight" in group:
                 work.embed(group[f"{extraction.names.embedding}.weight"])
             continue
@@ -363,12 +403,54 @@ def refit(
             work.skip(source)
             continue
         yield from finished()
-        own = dict(extraction.tensors(group.items()))
-        inner = {name.removeprefix(f"{prefix}{numbers[index]}."): t for name, t in own.items()}
-        work.keep(index, source, Block(extraction.config, inner, work.device))
-        kept = index
+        own = files.read(numbers[index])
+        fitted = own is not None
+        if own is None:
+            start = f"{prefix}{numbers[index]}."
+            own = {n.removeprefix(start): t for n, t in extraction.tensors(group.items())}
+        work.keep(index, source, Block(extraction.config, own, work.device, fitted=fitted))
+        last = index
     yield from finished()
-    yield from extraction.tensors(waiting.items())
+    yield from extraction.tensors(outer.items())
+
+
+class KeptBlocks:
+    """The refitted blocks of an interrupted refit, one file each; None keeps nothing."""
+
+    def __init__(self, folder: Path | None, context: DistributedContext) -> None:
+        self.folder = folder
+        self.context = context
+        numbers = itertools.count() if folder is not None and context.is_main else ()
+        whole = itertools.takewhile(lambda number: _is_whole(self._path(number)), numbers)
+        self.count: int = context.broadcast(len(list(whole)))
+        """Blocks that are there from the first one on."""
+
+    def _path(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"block-{number:05d}.safetensors"
+
+    def read(self, number: int) -> dict[str, Tensor] | None:
+        """The parameters of block `number` by their names inside it, if they are kept."""
+        return load_file(self._path(number)) if number < self.count else None
+
+    def keep(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Writes the parameters of block `number`; collective. Raises InputError on every rank."""
+        problem = None
+        if self.folder is not None and self.context.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_tensors(tensors, self._path(number))
+            except (OSError, SafetensorError) as error:
+                problem = f"{self.folder} cannot be written ({error}); free space, and run it again"
+        self.context.raise_first(problem)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _by_block(

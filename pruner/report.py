@@ -1,6 +1,7 @@
 """The end of a shearing run: extraction, the saved model, its check, and the report."""
 
 import shlex
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pruner.config import ShearConfig
 from pruner.extract import Extraction
 from pruner.measurements import Measurements
 from pruner.proposal import measured_seconds
+from pruner.repair import FOLDER, repair
 from pruner.rules import Rule
 from pruner.shapes import Shape, shape_of
 from pruner.units import kept_indices, label, on_counts, polarised, span, to_masks
@@ -82,15 +84,12 @@ def finish(
     )
     extraction = Extraction(trainer.model.config, masks)
     assert shape_of(extraction.config) == target, extraction.config
-    unchecked = output / UNCHECKED
-    whole = full_tensors(trainer.model, needed=context.is_main)
-    # Only rank 0 cuts and writes; the others take part in gathering.
-    pairs = extraction.tensors(whole) if context.is_main else whole
-    dtype = getattr(torch, config.save_dtype)
-    save_tensors_of(pairs, extraction.config, context, unchecked, source, dtype)
-    require_same_constants(load_config(unchecked), trainer.model.config)
-    difference = reload_difference(trainer, masks, unchecked)
-    _require_same_function(difference, config)
+    difference = _save_checked(trainer, extraction, masks, config, source)
+    refitted = None
+    if config.refit.refit:
+        dtype = getattr(torch, config.save_dtype)
+        unchecked = output / UNCHECKED
+        refitted = repair(trainer, extraction, config.refit, unchecked, source=source, dtype=dtype)
     report = {
         "source": str(source.absolute()),
         "source_weights": weights_fingerprint(source),
@@ -105,16 +104,36 @@ def finish(
         **_before(trainer, source, measured, output),
         "basis": config.masks.basis,
         "reload_difference": difference,
+        "selection": _selection(config),
+        "refit": refitted,
     }
     context.raise_first(_put_in_place(z, measured.rotation, output) if context.is_main else None)
     publish(context, report, config.json, output / "shear.json")
     if context.is_main:
+        shutil.rmtree(output / FOLDER, ignore_errors=True)
         print_units(report)
         _show_verdict(report, config)
     if not report["polarised"]:
         _warn_unpolarised(report)
     logger.info(f"model: {output / 'model'}  report: {output / 'shear.json'}")
     return report
+
+
+def _save_checked(
+    trainer: Trainer, extraction: Extraction, masks: Masks, config: ShearConfig, source: Path
+) -> float:
+    """Writes the model that `masks` leave to OUTPUT/UNCHECKED; the difference of its logits from
+    the masked model's. Collective; raises RuntimeError where that is too large."""
+    context, path = trainer.context, Path(config.output) / UNCHECKED
+    whole = full_tensors(trainer.model, needed=context.is_main)
+    # Only rank 0 cuts and writes; the others take part in gathering.
+    pairs = extraction.tensors(whole) if context.is_main else whole
+    dtype = getattr(torch, config.save_dtype)
+    save_tensors_of(pairs, extraction.config, context, path, source, dtype)
+    require_same_constants(load_config(path), trainer.model.config)
+    difference = reload_difference(trainer, masks, path)
+    _require_same_function(difference, config)
+    return difference
 
 
 @torch.no_grad()
@@ -177,6 +196,15 @@ def _units(rule: Rule, z: dict[str, Tensor]) -> dict[str, Any]:
         "alive": {name: counts.tolist() for name, counts in on.items()},
         "kept_not_alive": {name: int((kept[name] - on[name]).sum()) for name in z},
         "polarised": polarised(z, rule.kinds),
+    }
+
+
+def _selection(config: ShearConfig) -> dict[str, Any]:
+    """How the kept units were found."""
+    return {
+        "init": config.masks.init,
+        "mask_steps": config.train.steps,
+        "weights": "trained" if config.trains_weights else "frozen",
     }
 
 

@@ -121,7 +121,11 @@ def _prune(
         _teacher(inputs), config.distillation, config.train, inputs.model, context
     )
     model = build_model(
-        inputs.model, config.train, context, load=None if resuming else pretrained(inputs.folder)
+        inputs.model,
+        config.train,
+        context,
+        load=None if resuming else pretrained(inputs.folder),
+        frozen=config.masks.freeze_weights,
     )
     measured = _measurements(inputs, context, fingerprint, None if resuming else model)
     reference = inputs.domains.reference or measured.reference
@@ -268,7 +272,8 @@ def _assemble(
     scores = initial_scores(kinds, config.masks, measured.importance, seed, context.device)
     rule = make_rule(kinds, scores, config.masks, train.steps, seed)
     teacher_config = None if teacher is None else inputs.model
-    headroom = headroom_bytes(inputs.model, train, context, teacher_config)
+    frozen = config.masks.freeze_weights
+    headroom = headroom_bytes(inputs.model, train, context, teacher_config, frozen=frozen)
     shear_callback = ShearCallback(rule, inputs.source, headroom)
     trainer = build_trainer(
         model,

@@ -17,6 +17,8 @@ HEADROOM_SHARE = 0.7
 """Share of a device's memory that may be filled before activations by what merely saves time."""
 STATE_BYTES = 16
 """Per parameter: weight, gradient and both Adam moments in fp32, divided over the shards."""
+FROZEN_BYTES = 4
+"""Per parameter of a frozen model: the weight in fp32."""
 
 
 def memory_problem(
@@ -27,6 +29,7 @@ def memory_problem(
     gathered_bytes: int,
     device: str,
     teacher: int = 0,
+    frozen: bool = False,
 ) -> str | None:
     """What to say when a rank's part of the model alone exceeds its memory; None when it fits.
 
@@ -38,13 +41,15 @@ def memory_problem(
             pass, 0 with --reshard-after-forward.
         device: what the memory belongs to, for the message.
         teacher: bytes of a teacher's weights on the rank.
+        frozen: whether the weights are not trained.
     """
-    state = parameters * STATE_BYTES // shards
+    state = parameters * (FROZEN_BYTES if frozen else STATE_BYTES) // shards
     gathered = parameters * gathered_bytes
     needed = state + gathered + teacher
     if needed <= total:
         return None
-    parts = f"{state / 1e9:.1f} GB of weights, gradients and Adam moments over {shards} shard(s)"
+    what = "weights" if frozen else "weights, gradients and Adam moments"
+    parts = f"{state / 1e9:.1f} GB of {what} over {shards} shard(s)"
     if gathered:
         parts += f", {gathered / 1e9:.1f} GB of gathered weights"
     fixes = ["start more ranks (and fewer --replicas)", "train a smaller model"]
@@ -65,9 +70,11 @@ def check_memory(
     config: TrainConfig,
     context: DistributedContext,
     teacher: ModelConfig | None = None,
+    *,
+    frozen: bool = False,
 ) -> None:
-    """Raises InputError on every rank when `model`, with its `teacher` if there is one, cannot fit
-    the memory of one of them."""
+    """Raises InputError on every rank when `model` (`frozen`: not trained), with its `teacher` if
+    there is one, cannot fit the memory of one of them."""
     shards = context.mesh.get_group("shard").size()
     _, owner = _memory_and_owner(context.device)
     dtype = compute_dtype(config.precision, context.device)
@@ -79,6 +86,7 @@ def check_memory(
             shards=shards,
             gathered_bytes=0 if in_place else dtype.itemsize,
             device=owner,
+            frozen=frozen,
             teacher=teacher_bytes(
                 teacher, dtype.itemsize, shards, whole=not config.reshard_after_forward
             ),
@@ -91,6 +99,8 @@ def headroom_bytes(
     config: TrainConfig,
     context: DistributedContext,
     teacher: ModelConfig | None = None,
+    *,
+    frozen: bool = False,
 ) -> float:
     """Bytes that every rank can spare for weights kept from one micro-batch to the next; 0 where
     memory is to be saved (--reshard-after-forward). Collective."""
@@ -98,7 +108,8 @@ def headroom_bytes(
         return 0.0
     shards = context.mesh.get_group("shard").size()
     itemsize = compute_dtype(config.precision, context.device).itemsize
-    held = model.num_parameters() * (STATE_BYTES / shards + itemsize)
+    state = FROZEN_BYTES if frozen else STATE_BYTES
+    held = model.num_parameters() * (state / shards + itemsize)
     held += teacher_bytes(teacher, itemsize, shards, whole=True)
     return min(context.gather(HEADROOM_SHARE * total_memory(context.device) - held))
 

@@ -38,7 +38,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return LocalAdamW(
-        [group for group in groups if group["params"]],
+        # Of a frozen model nothing is left; the optimizer wants a group all the same.
+        [group for group in groups if group["params"]] or groups[:1],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

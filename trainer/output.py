@@ -22,7 +22,7 @@ REPORTS = ("shear.json", "cpt.json")
 """Reports of finished runs."""
 MODEL_BYTES = 2
 """Per parameter of the final model, at least."""
-REPLACED = ("model", "model.unchecked", "checkpoints")
+REPLACED = ("model", "model.unchecked", "model.refitted", "refit", "checkpoints")
 """Folders that a run replaces, or writes and removes, in its output folder."""
 
 

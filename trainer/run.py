@@ -47,15 +47,18 @@ def build_model(
     context: DistributedContext,
     *,
     load: Callable[[CausalLM], None] | None,
+    frozen: bool = False,
 ) -> CausalLM:
     """A sharded model on `context.device`, filled by `load`; None leaves that to a checkpoint.
+
+    Weights of a `frozen` one need no gradients, so no optimizer trains them.
 
     Nothing is ever allocated whole: the model is made on the meta device, sharded, and only then
     given memory. Raises InputError before that when it cannot fit.
     """
-    check_memory(model, config, context)
+    check_memory(model, config, context, frozen=frozen)
     with torch.device("meta"):
-        network = CausalLM(model)
+        network = CausalLM(model).requires_grad_(not frozen)
     network.checkpoint_activations = config.activation_checkpointing
     shard(
         network,

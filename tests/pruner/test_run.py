@@ -16,7 +16,7 @@ from data.errors import InputError
 from data.mixture import MixtureConfig
 from pruner import run as run_module
 from pruner.callback import ShearCallback
-from pruner.config import MaskConfig, ShearConfig
+from pruner.config import MaskConfig, RefitConfig, ShearConfig
 from pruner.report import require_same_constants
 from pruner.run import shear
 from pruner.shapes import config_of
@@ -32,6 +32,7 @@ TARGET = "layers=2,hidden=24,heads=2,kv-heads=1,ffn=20"
 
 
 def configure(inputs: Path, output: Path, **options: Any) -> ShearConfig:
+    refit = {name: options.pop(name) for name in list(options) if name.startswith("refit")}
     train: dict[str, Any] = {"steps": 8, "seq_len": 32, "global_batch": 4, "micro_batch": 2}
     train |= {
         "min_lr_ratio": None,
@@ -54,6 +55,7 @@ def configure(inputs: Path, output: Path, **options: Any) -> ShearConfig:
             "target": TARGET,
             "masks": MaskConfig(**masks),
             "train": TrainConfig(**train),
+            "refit": RefitConfig(**refit),
             **options,
         }
     )
@@ -115,7 +117,7 @@ def test_no_steps_prune_at_once_by_the_initial_scores(
     init: str, basis: str, inputs: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    trainer = shear(configure(inputs, output, steps=0, init=init, basis=basis))
+    trainer = shear(configure(inputs, output, steps=0, init=init, basis=basis, refit=False))
     assert trainer is not None and not trainer.optimizer.state
     text = (output / "shear.json").read_text()
     report = json.loads(text, parse_constant=reject_nan)
@@ -200,7 +202,7 @@ def test_continued_training_goes_on_after_the_samples_of_shearing(
 
 def test_whole_blocks_are_removed_at_once(inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    shear(configure(inputs, output, steps=0, target="layers=1"))
+    shear(configure(inputs, output, steps=0, target="layers=1", refit=False))
     (kept,) = load_file(output / "masks.safetensors")["kept.layer"][0].tolist()
     source = load_file(inputs / "model" / "model.safetensors")
     for name, tensor in load_file(output / "model" / "model.safetensors").items():

@@ -65,7 +65,7 @@ def test_a_teacher_needs_its_shard_and_what_stays_gathered() -> None:
 def test_a_teacher_is_named_when_it_is_too_much() -> None:
     def with_teacher(teacher: int) -> str | None:
         sizes = {"total": 80 * GIB, "shards": 2, "gathered_bytes": 2, "teacher": teacher}
-        return memory_problem(LLAMA_7B, **sizes, device="the GPU")
+        return memory_problem(LLAMA_7B, device="the GPU", frozen=False, **sizes)
 
     assert with_teacher(15 * 10**9) is None
     text = with_teacher(20 * 10**9)

@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 from data.reader import TokenReader
 from trainer.evaluate import DomainLoss, evaluate, report
 from trainer.loop import Callback, Trainer
+from trainer.models.decoder import CausalLM
+from trainer.models.masks import Masks
 
 
 class EvaluateCallback(Callback):
@@ -35,16 +37,20 @@ class EvaluateCallback(Callback):
         if self._step != trainer.step and not trainer.stopping:
             self._evaluate(trainer)
 
-    def _evaluate(self, trainer: Trainer) -> None:
+    def measure(self, trainer: Trainer, model: CausalLM, masks: Masks | None = None) -> None:
+        """Makes `results` those of `model`; collective."""
         self.results = evaluate(
-            trainer.model,
+            model,
             self.reader,
             self.reader.domains,
             self.sequences,
             trainer.config.micro_batch,
             trainer.context,
-            trainer.masks,
+            masks,
         )
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        self.measure(trainer, trainer.model, trainer.masks)
         self._step = trainer.step
         trainer.record["held_out"] = report(self.results)
 
