@@ -141,8 +141,8 @@ class DistillationConfig:
     """T: above 1 the teacher's unlikely ids count for more."""
 
     top_k: Annotated[int, Name("distill-top-k")] = 0
-    """Compare only the teacher's K likeliest ids of each token, both distributions renormalised
-    over them; 0 compares the whole vocabulary."""
+    """Tell only the teacher's K likeliest ids of each token apart and count all others as one; 0
+    compares the whole vocabulary."""
 
     def __post_init__(self) -> None:
         require(

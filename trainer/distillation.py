@@ -172,6 +172,9 @@ def teacher_identity(config: DistillationConfig, source: TeacherSource | None) -
     if source is None:
         return {}
     options = {f"distill.{name}": value for name, value in asdict(config).items()}
+    if config.top_k:
+        # Former versions left the others out, which trains another model.
+        options["distill.top_k"] = f"{config.top_k} and the others as one"
     return options | {"distill.teacher": weights_fingerprint(source.folder)}
 
 

@@ -71,11 +71,13 @@ def single_process_step(folder: Path, config: DistillationConfig) -> tuple[Gradi
     with torch.no_grad():
         teacher_logits = load_model(folder)(ids)[valid]
     cross_entropy = F.cross_entropy(logits, targets[valid])
-    if config.top_k:
-        teacher_logits, top_ids = teacher_logits.topk(config.top_k, dim=1)
-        logits = logits.gather(1, top_ids)
     student = (logits / config.temperature).log_softmax(1)
     teacher = (teacher_logits / config.temperature).softmax(1)
+    if config.top_k:
+        teacher, ids = teacher.topk(config.top_k, dim=1)
+        own = student.gather(1, ids)
+        student = torch.cat([own, (1 - own.exp().sum(1, keepdim=True)).log()], dim=1)
+        teacher = torch.cat([teacher, 1 - teacher.sum(1, keepdim=True)], dim=1)
     divergence = F.kl_div(student, teacher, reduction="batchmean")
     assert config.weight is not None
     factor = config.weight * config.temperature**2
@@ -225,7 +227,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         ({"teacher": teachers / "untied"}, r": --teacher is another model\. Repeat"),
         ({"distillation": replace(HALF, weight=0.25)}, r"--distill-weight was 0\.5, now 0\.25\. "),
         ({"distillation": replace(HALF, temperature=1.0)}, r"--distill-temperature was 2\.0, now"),
-        ({"distillation": replace(HALF, top_k=5)}, r"--distill-top-k was 0, now 5"),
+        ({"distillation": replace(HALF, top_k=5)}, r"--distill-top-k was 0, now '5 and"),
     ):
         arguments: dict[str, Any] = {"teacher": teachers / "tied"} | changes
         with pytest.raises(InputError, match=message):

@@ -112,17 +112,33 @@ def _to_gradient(
     teacher_logits: Tensor | None,
     inputs: Inputs,
 ) -> tuple[Tensor, Tensor]:
-    """`cross_entropy_`, with the divergence over the teacher's `top_k` likeliest ids, if not 0."""
+    """`cross_entropy_`, with the divergence over the teacher's `top_k` likeliest ids and all others
+    as one outcome; over all ids where `top_k` is 0, or leaves no others."""
     alpha, temperature, top_k = inputs.alpha, inputs.temperature, inputs.top_k
     tokens = (logits, targets, token_weights)
-    if teacher_logits is None or not top_k:
+    if teacher_logits is None or top_k in (0, logits.shape[1]):
         return cross_entropy_(*tokens, teacher_logits, alpha, temperature)
-    best, ids = teacher_logits.topk(top_k, dim=1, sorted=False)
-    divergences, difference = divergence(logits.gather(1, ids), best, temperature)
+    ids = teacher_logits.topk(top_k, dim=1, sorted=False).indices
+    teacher, _ = _outcomes(teacher_logits, ids, temperature)
+    student, others = _outcomes(logits, ids, temperature)
+    divergences, difference = divergence(student, teacher, 1.0)
+    # By the logit of one of the others: what the outcome gets, times the id's share in it.
+    shares = others.sub_(student[:, top_k:]).exp_().mul_(difference[:, top_k:])
+    gradient = shares.scatter_(1, ids, difference[:, :top_k])
     losses, _ = cross_entropy_(*tokens, None, alpha, temperature)
-    difference.mul_(divergence_scale(token_weights, alpha, temperature))
-    logits.scatter_add_(1, ids, difference.to(logits.dtype))
+    scale = divergence_scale(token_weights, alpha, temperature)
+    logits.add_(gradient.mul_(scale).to(logits.dtype))
     return losses, divergences
+
+
+def _outcomes(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Of logits [t, V]: those of `ids` [t, K] and, behind them, the logarithm of what all others
+    add up to, [t, K + 1]; and the others', [t, V] with -inf at `ids`. All divided by the
+    temperature, in the wide dtype."""
+    others = logits.to(wide_dtype(logits), copy=True).div_(temperature)
+    likeliest = others.gather(1, ids)
+    others.scatter_(1, ids, -torch.inf)
+    return torch.cat([likeliest, others.logsumexp(1, keepdim=True)], dim=1), others
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
@@ -251,7 +267,7 @@ class TeacherOutput(NamedTuple):
     temperature: float = 1.0
     """Divides both models' logits in the divergence."""
     top_k: int = 0
-    """Ids per token over which the divergence is taken: the teacher's likeliest; 0 for all."""
+    """Ids per token that the divergence tells apart: the teacher's likeliest; 0 for all."""
 
 
 def linear_cross_entropy(
@@ -300,9 +316,8 @@ def linear_distillation(
 
     a is `teacher_output.alpha`, T its temperature: both models' logits are divided by T before the
     softmax of the divergence, and T^2 keeps its gradient's size independent of T (Hinton et al.,
-    arXiv 1503.02531, section 2). With `teacher_output.top_k` = K > 0 both distributions are those
-    over the teacher's K likeliest ids, renormalised: the divergence then says nothing about the
-    probability of the other ids, the cross-entropy still does. One pass serves both terms: as in
+    arXiv 1503.02531, section 2). With `teacher_output.top_k` = K > 0 the distributions have K + 1
+    outcomes: the teacher's K likeliest ids, and any other id. One pass serves both terms: as in
     linear_cross_entropy, gradients are computed chunk by chunk in the forward pass, and logits,
     the student's and the teacher's, exist for one chunk at a time. The teacher gets no gradients.
 

@@ -176,17 +176,28 @@ def _distillation_reference(
     logits = h @ w.t()
     teacher_logits = teacher_output.states.double() @ teacher_output.head_weight.double().t()
     losses = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-    if teacher_output.top_k:
-        teacher_logits, ids = teacher_logits.topk(teacher_output.top_k, dim=1)
-        logits = logits.gather(1, ids)
     student = (logits / teacher_output.temperature).log_softmax(1)
     teacher = (teacher_logits / teacher_output.temperature).softmax(1)
+    if teacher_output.top_k:
+        student, teacher = _with_others_joined(student, teacher, teacher_output.top_k)
     divergences = F.kl_div(student, teacher, reduction="none").sum(1) * (weights != 0)
     factor = teacher_output.alpha * teacher_output.temperature**2
     loss = (((1 - teacher_output.alpha) * losses + factor * divergences) * weights.double()).sum()
     loss.backward()
     assert h.grad is not None and w.grad is not None
     return loss.detach(), losses.detach(), divergences.detach(), h.grad, w.grad
+
+
+def _with_others_joined(student: Tensor, teacher: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Log probabilities and probabilities of the teacher's likeliest ids and of all others."""
+    likeliest, ids = teacher.topk(top_k, dim=1)
+    if top_k == teacher.shape[1]:
+        return student.gather(1, ids), likeliest
+    own = student.gather(1, ids)
+    others = torch.ones_like(student).scatter(1, ids, 0.0).bool()
+    rest = student.masked_fill(~others, -torch.inf).logsumexp(1, keepdim=True)
+    tail = (teacher * others).sum(1, keepdim=True)
+    return torch.cat([own, rest], dim=1), torch.cat([likeliest, tail], dim=1)
 
 
 def _compare_distillation(
