@@ -19,6 +19,9 @@ TARGETS = {
 OURS = "ours"
 _AT_ONCE = ("blocks", "blocks+kl", "activation", "activation+kl", "magnitude")
 METHODS = (OURS, "paper", *_AT_ONCE, "random")
+REFITTED = ("principal+kl", "principal+refit+kl", "activation+refit+kl", "blocks+refit+kl")
+"""Known as well, but not run unless they are named."""
+_PUBLISHED = ("--basis", "source", "--norm-scale", "live")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 _EQUAL_FLAGS = (
     *("source", "target", "model", "data", "output", "domain-weights", "seed", "precision"),
@@ -47,7 +50,10 @@ class CompareConfig:
     """ours: masks learned by projection with all defaults, so distilled from the source; paper: by
     Sheared LLaMA's rule; blocks: whole blocks removed at once; activation, magnitude: the same
     shape cut at once, by strength of activations or norm of weights; random: that shape trained
-    from scratch; blocks+kl, activation+kl: those distilled from the source as ours is."""
+    from scratch; blocks+kl, activation+kl: those distilled from the source as ours is;
+    principal+kl: cut at once in ours' basis, and then trained as ours is; principal+refit+kl,
+    activation+refit+kl, blocks+refit+kl: cut at once, refitted on the sequences they are then
+    trained on, and trained as ours is."""
     variant: tuple[str, ...] = ()
     """Further methods as NAME=FLAGS: ours with these flags of pruner.shear and, after a |, of
     launch/cpt.py; --steps N leaves the other steps to training, and {seed} stands for the seed."""
@@ -141,7 +147,7 @@ def methods_of(config: CompareConfig) -> list[Method]:
     """The methods that `config` names. Raises InputError for unknown, repeated or bad ones."""
     rate = ("--lr", str(config.ours_lr))
     ours = Method(OURS, config.shear_steps, rate, (*rate, "--warmup-ratio", "0.03"))
-    known = {method.name: method for method in (ours, *_peers(config))}
+    known = {method.name: method for method in (ours, *_peers(config), *_refitted(config, ours))}
     found: list[Method] = []
     for name in config.methods:
         if name not in known:
@@ -160,8 +166,8 @@ def methods_of(config: CompareConfig) -> list[Method]:
 def _peers(config: CompareConfig) -> list[Method]:
     """The other methods, as they were published, and two of them distilled."""
     distilled = ("--teacher", config.source)
-    blocks = Method("blocks", 0, seeded=False, whole_blocks=True)
-    published = ("--basis", "source", "--norm-scale", "live")
+    blocks = Method("blocks", 0, ("--no-refit",), seeded=False, whole_blocks=True)
+    published = (*_PUBLISHED, "--no-refit")
     activation = Method("activation", 0, ("--init", "importance", *published), seeded=False)
     return [
         Method("paper", config.shear_steps, ("--rule", "paper")),
@@ -172,6 +178,19 @@ def _peers(config: CompareConfig) -> list[Method]:
         Method("magnitude", 0, ("--init", "magnitude", *published), seeded=False),
         replace(activation, name="random", random=True, prunes_as="activation"),
     ]
+
+
+def _refitted(config: CompareConfig, ours: Method) -> list[Method]:
+    """What a plain cut becomes with ours' basis, repair and training. A refit depends on the seed,
+    because it reads the sequences that training draws."""
+    training = (*ours.cpt_flags, "--teacher", config.source)
+    known = [
+        Method(REFITTED[0], 0, ("--no-refit",), seeded=False),
+        Method(REFITTED[1], 0),
+        Method(REFITTED[2], 0, ("--init", "importance", *_PUBLISHED)),
+        Method(REFITTED[3], 0, whole_blocks=True),
+    ]
+    return [replace(method, cpt_flags=training) for method in known]
 
 
 def _variant(text: str, ours: Method, steps: int) -> Method:

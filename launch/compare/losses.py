@@ -9,7 +9,15 @@ from rich.table import Table
 
 from data.errors import InputError
 from data.log import logger
-from launch.compare.config import METHODS, OURS, CompareConfig, Method, methods_of, targets_of
+from launch.compare.config import (
+    METHODS,
+    OURS,
+    REFITTED,
+    CompareConfig,
+    Method,
+    methods_of,
+    targets_of,
+)
 from launch.compare.stages import EVALUATION, StageMaker, read_result
 from launch.stages import Plan, Task, announce
 from pruner.shapes import Shape, config_of, parse_target, shape_of
@@ -222,6 +230,7 @@ def _numbers(config: CompareConfig, row: Row) -> dict[str, Any]:
         "shear_steps": learned,
         "cpt_steps": trained["steps"],
         "tokens": tokens,
+        "refit": report.get("refit"),
         "distill_weight": trained_as.get("distill.weight", 0.0),
         "kept_not_alive": None if row.method.random else report["kept_not_alive"],
         "pruned": None if row.pruned is None else _losses(row.pruned),
@@ -270,7 +279,9 @@ def leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for target in dict.fromkeys(row["target"] for row in rows):
         ours = grouped.get((target, OURS), {})
-        others = {name: grouped.get((target, name), {}) for name in METHODS if name != OURS}
+        others = {
+            name: grouped.get((target, name), {}) for name in (*METHODS, *REFITTED) if name != OURS
+        }
         shared = {name: theirs for name, theirs in others.items() if theirs.keys() & ours.keys()}
         for domain in next(iter(ours.values())) if shared else ():
             compared = [_lead(ours, theirs, domain) for theirs in shared.values()]

@@ -12,6 +12,8 @@ from launch.compare.config import CompareConfig, Method
 from launch.compare.text import split_documents
 from launch.stages import Task
 
+REFIT_SEQUENCES, REFIT_HELD_OUT = 256, 32
+"""At most as many sequences are refitted on, and held out of that."""
 EVALUATION = "evaluation.json"
 """File of held-out losses in the folder of a measuring stage."""
 
@@ -87,10 +89,18 @@ class StageMaker:
         flags = ["--target", target, "--steps", method.shear_steps, "--lr", config.shear_lr]
         # A fixed mixture steers towards no losses, so measuring them would be lost time.
         flags += [*self._training_flags(seed), "--reference-sequences", 1]
-        flags += ["--no-activation-checkpointing"]
+        flags += ["--no-activation-checkpointing", *self._refit_flags(method)]
         flags += [word.replace("{seed}", str(seed)) for word in method.shear_flags]
         words = ["-m", "pruner.shear", "--source", config.source, *flags]
         return self._training_task(name, words, flags, "tokens", "shear.json", kind)
+
+    def _refit_flags(self, method: Method) -> list[object]:
+        """A refit may read only what is trained on afterwards, or it would have more tokens."""
+        config = self.config
+        sequences = (config.steps - method.shear_steps) * config.batch
+        held_out = max(1, min(REFIT_HELD_OUT, sequences // 8))
+        fitted = max(1, min(REFIT_SEQUENCES, sequences - held_out))
+        return ["--refit-sequences", fitted, "--refit-held-out", held_out]
 
     def train(self, name: str, pruned: Task, method: Method, seed: int, kind: str) -> Task:
         """Continued pre-training of a pruned model, or from scratch in its shape."""

@@ -31,7 +31,7 @@ def test_every_method_trains_for_the_same_number_of_steps() -> None:
     for name, start in (("activation+kl", "activation"), ("random", "activation")):
         assert methods[name].prunes_as == start
         assert methods[name].shear_flags == methods[start].shear_flags
-        assert methods[name].shear_flags == ("--init", "importance", *published)
+        assert methods[name].shear_flags == ("--init", "importance", *published, "--no-refit")
     with_teacher = {name for name, method in methods.items() if "--teacher" in method.cpt_flags}
     assert with_teacher == {"blocks+kl", "activation+kl"}
     assert methods["ours"].shear_flags == ("--lr", "0.0008")
