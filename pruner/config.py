@@ -54,8 +54,9 @@ class MaskConfig:
     rule: Literal["projection", "sheared-llama", "paper"] = "projection"
     """projection meets the target count at every step; sheared-llama is the published penalty,
     whose masks may end between 0 and 1 (paper: its former name)."""
-    init: Literal["importance", "taylor", "magnitude", "flat"] | None = None
-    """Initial scores: by the strength of activations (importance) or by gradients of the loss
+    init: Literal["importance", "second-order", "taylor", "magnitude", "flat"] | None = None
+    """Initial scores: by the strength of activations (importance), by what removing heads and
+    channels costs once the others make up for it (second-order), or by gradients of the loss
     (taylor) in one calibration pass, by the norm of the weights (magnitude), or flat. Default:
     importance for projection, flat (as published) for sheared-llama."""
     basis: Literal["principal", "source"] | None = None

@@ -22,6 +22,7 @@ from data.records import fits, parse_json
 from pruner.config import ShearConfig
 from pruner.importance import measure
 from pruner.rotation import measure_rotation, rotate
+from pruner.second_order import second_order
 from trainer.domains import measured_reference
 from trainer.evaluate import evaluate, report
 from trainer.models.decoder import CausalLM
@@ -149,7 +150,10 @@ def measure_source(
         rotate(model, rotation)
     importance = None
     if masks.init is not None and masks.init != "flat":
-        importance = measure(masks.init, model, sequences, context, batch)
+        if masks.init == "second-order":
+            importance = second_order(model, sequences, context, batch)
+        else:
+            importance = measure(masks.init, model, sequences, context, batch)
         reshard(model)
         _require_finite(importance)
     return Measurements(losses, reference, importance, rotation)
