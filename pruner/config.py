@@ -171,6 +171,10 @@ class ShearConfig:
     budget, which proposes the sizes and says why before anything starts: params=70m or 70m (all
     parameters), params-non-embedding=46m, or speedup=2 (decoding at batch 1, measured on this
     device); sizes beside a budget are kept: params=70m,layers=24."""
+    selection: str | None = None
+    """Keep the units that another pruned model of the source keeps: the output of a run of shear,
+    or a Hugging Face folder whose weights were only cut. They are cut from the source anew and
+    refitted (with --steps 0; the target is the other model's)."""
     data: str = "runs/tokens"
     """Folder made by `shorn tokenize`."""
     output: str = "runs/shear"
@@ -206,6 +210,11 @@ class ShearConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "reference_sequences", why="; use for example 32")
+        if self.selection is not None and self.train.steps:
+            raise InputError(
+                f"--selection {self.selection}: names the units to keep, and --steps "
+                f"{self.train.steps} would learn others; add --steps 0"
+            )
         if self.refit.refit and self.trains_weights:
             raise InputError(
                 f"--refit: needs the source's own weights, and --steps {self.train.steps} trains "

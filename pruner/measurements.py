@@ -23,6 +23,7 @@ from pruner.config import ShearConfig
 from pruner.importance import measure
 from pruner.rotation import measure_rotation, rotate
 from pruner.second_order import second_order
+from pruner.selection import Selection
 from trainer.domains import measured_reference
 from trainer.evaluate import evaluate, report
 from trainer.models.decoder import CausalLM
@@ -53,7 +54,9 @@ class Measurements:
     stays as it is."""
 
 
-def measurements_key(config: ShearConfig, source: str, data: str) -> str:
+def measurements_key(
+    config: ShearConfig, source: str, data: str, selection: Selection | None = None
+) -> str:
     """Hash of everything the measurements depend on.
 
     `config` is resolved; `source` and `data` are fingerprints of weights and tokens.
@@ -62,6 +65,8 @@ def measurements_key(config: ShearConfig, source: str, data: str) -> str:
     parts = [source, data, train.seq_len, train.eval_sequences, train.precision]
     parts += [masks.init, masks.calibration_sequences, config.domain_weights]
     parts += [config.reference_sequences, masks.basis]
+    if selection is not None:
+        parts.append(selection.key)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -129,11 +134,13 @@ def measure_source(
     reader: TokenReader,
     held_out: TokenReader | None,
     weights: dict[str, float],
+    selection: Selection | None = None,
 ) -> Measurements:
     """Measures a loaded source, and rotates it to its principal components on the way if
     `config.masks.basis` says so; collective.
 
-    `weights` are the initial domain weights, `config` is resolved.
+    `weights` are the initial domain weights, `config` is resolved. A `selection` takes the place of
+    importance and components.
     """
     batch = config.train.micro_batch
     losses = {}
@@ -142,6 +149,10 @@ def measure_source(
         data = (held_out, held_out.domains, count, batch, context)
         losses = report(evaluate(model, *data, description="measure on held-out text"))
     reference = measured_reference(model, reader, config.reference_sequences, batch, context)
+    if selection is not None:
+        if selection.rotation is not None:
+            rotate(model, selection.rotation)
+        return Measurements(losses, reference, selection.z, selection.rotation)
     masks = config.masks
     sequences = calibration_set(reader, weights, masks.calibration_sequences)
     rotation = None

@@ -202,7 +202,8 @@ def _units(rule: Rule, z: dict[str, Tensor]) -> dict[str, Any]:
 def _selection(config: ShearConfig) -> dict[str, Any]:
     """How the kept units were found."""
     return {
-        "init": config.masks.init,
+        "from": config.selection,
+        "init": None if config.selection else config.masks.init,
         "mask_steps": config.train.steps,
         "weights": "trained" if config.trains_weights else "frozen",
     }

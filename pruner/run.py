@@ -23,6 +23,7 @@ from pruner.report import finish
 from pruner.rotation import rotate
 from pruner.rules import Rule
 from pruner.scores import initial_scores, make_rule
+from pruner.selection import Selection, read_selection, selected
 from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
 from pruner.sheared_llama import require_reachable
 from pruner.units import unit_kinds
@@ -72,6 +73,8 @@ class Inputs:
     reader: TokenReader
     held_out: TokenReader | None
     domains: Domains
+    selection: Selection | None
+    """Units that are kept without being measured."""
 
 
 def shear(config: ShearConfig) -> Trainer | None:
@@ -84,9 +87,10 @@ def shear(config: ShearConfig) -> Trainer | None:
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
     kernels = choose_kernels(config.train.kernels, context)
     require_copy(context, config.json, Path(config.output) / "shear.json")
+    config, selection = _resolve_selection(config, context)
     config, proposal = _resolve_target(config, context, kernels)
     with context.rank_zero_first():
-        inputs = open_inputs(config)
+        inputs = open_inputs(config, selection)
     with owned(Path(config.output), "shear.json", context):
         return _prune(inputs, context, proposal, kernels)
 
@@ -137,6 +141,24 @@ def _prune(
     return trainer
 
 
+def _resolve_selection(
+    config: ShearConfig, context: DistributedContext
+) -> tuple[ShearConfig, Selection | None]:
+    """`config` with the shape and the basis of its selection, if it names one, and that selection;
+    collective. Raises InputError on every rank where it cannot be used."""
+    if config.selection is None:
+        return config, None
+    path = config.selection
+
+    def read() -> Selection:
+        folder = resolve_model(config.source, option="--source")
+        return read_selection(path, folder, load_config(folder))
+
+    found = context.raise_on_any_rank(read if context.is_main else lambda: None)
+    selection: Selection = context.broadcast(found)
+    return selected(config, selection), selection
+
+
 def _resolve_target(
     config: ShearConfig, context: DistributedContext, kernels: str
 ) -> tuple[ShearConfig, dict[str, Any] | None]:
@@ -157,7 +179,7 @@ def _resolve_target(
     return replace(config, target=proposal["shape"]), proposal
 
 
-def open_inputs(config: ShearConfig) -> Inputs:
+def open_inputs(config: ShearConfig, selection: Selection | None = None) -> Inputs:
     """Opens source and data and checks that they fit each other and the target.
 
     The weights of a hub id are fetched only when everything else is right.
@@ -188,7 +210,7 @@ def open_inputs(config: ShearConfig) -> Inputs:
     domains = replayed(domains, config.mixture, options, reader, config.train, {})
     folder = resolve_model(config.source, option="--source")
     check_weights(folder, model)
-    return Inputs(config, folder, model, source, target, reader, held_out, domains)
+    return Inputs(config, folder, model, source, target, reader, held_out, domains, selection)
 
 
 def _find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:
@@ -218,6 +240,7 @@ def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> 
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference,
         **{f"masks.{name}": value for name, value in asdict(config.masks).items()},
+        **({"selection": inputs.selection.key} if inputs.selection else {}),
         **teacher_identity(config.distillation, _teacher(inputs)),
     )
 
@@ -234,15 +257,16 @@ def _measurements(
     """Kept measurements of the source, or those of `model` while it still is the source; `model` is
     rotated if its basis says so."""
     config, output = inputs.config, Path(inputs.config.output)
-    key = measurements_key(config, fingerprint, inputs.reader.fingerprint)
+    key = measurements_key(config, fingerprint, inputs.reader.fingerprint, inputs.selection)
     measured = load_kept(output, None if model is None else key, context)
     if model is None and context.is_main:
         note_kept_options(output, config)
     if measured is None:
         assert model is not None
-        logger.info("measuring the source: held-out loss and importance of its units")
+        what = "" if inputs.selection else " and importance of its units"
+        logger.info(f"measuring the source: held-out loss{what}")
         data = (inputs.reader, inputs.held_out, inputs.domains.weights)
-        measured = measure_source(model, config, context, *data)
+        measured = measure_source(model, config, context, *data, inputs.selection)
         keep(measured, output, key, context, config)
     elif model is not None and measured.rotation is not None:
         rotate(model, measured.rotation)

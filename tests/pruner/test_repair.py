@@ -158,7 +158,7 @@ def test_masks_learned_on_frozen_weights(trained: Path, tmp_path: Path) -> None:
         assert parameter.grad is None and not parameter.requires_grad
     report = report_of(output)
     assert report["polarised"] and report["refit"]["kept"]
-    wanted = {"init": "importance", "mask_steps": 4, "weights": "frozen"}
+    wanted = {"from": None, "init": "importance", "mask_steps": 4, "weights": "frozen"}
     assert report["selection"] == wanted
     lines = (output / "metrics.jsonl").read_text().splitlines()
     # The count is met at the last step, whose masks still learn.
