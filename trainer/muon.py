@@ -33,8 +33,8 @@ class Muon(LocalAdamW):
     Such a group also states `head_rows`: the rows of a head's query, of its key and of its value
     where one matrix holds them of head after head, else 0. Gradients and weights are sharded by
     rows, and so is the momentum. A matrix is orthogonalised whole, by one of the ranks that share
-    it: they send it their parts and get the update's. HSDP's replicas all do the same.
-    `step` is collective.
+    it: they send it their parts and get the update's. HSDP's replicas all do the same, and stay
+    equal on processors of one kind. `step` is collective.
 
     Rows and columns whose gradients have always been zero get no update, as of units that are off.
     Those whose gradients became zero move on by a momentum that fades, as with AdamW. The size of
