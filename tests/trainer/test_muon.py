@@ -175,16 +175,13 @@ def given_gradients(shape: ModelConfig, replicas: int, precision: str) -> dict[s
             else:
                 parameter.grad = gradient
         optimizer.step()
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     found = dict(full_tensors(model))
-    for parameter, state in optimizer.state.items():
+    for owner, state in optimizer.state.items():
         if "momentum_buffer" in state:
-            assert parallel.to_local(state["momentum_buffer"]).shape == (
-                parallel.to_local(parameter).shape
-            )
-            found[f"momentum of {names[parameter]}"] = parallel.full_tensor(
-                state["momentum_buffer"]
-            )
+            momentum = state["momentum_buffer"]
+            assert parallel.to_local(momentum).shape == parallel.to_local(owner).shape
+            found[f"momentum of {names[owner]}"] = parallel.full_tensor(momentum)
     return {name: value.numpy() for name, value in found.items()}
 
 
