@@ -108,8 +108,8 @@ class Checkpointer:
             return final
         if self.context.any(not _is_finite(trainer)):
             raise InputError(
-                f"the weights or Adam's moments are not finite after step {trainer.step}: they are "
-                f"not saved. {self.way_back(trainer)}"
+                f"the weights or the optimizer's moments are not finite after step {trainer.step}: "
+                f"they are not saved. {self.way_back(trainer)}"
             )
         self.context.raise_first(self._prepare(partial, trainer) if self.context.is_main else None)
         rng = self.context.gather(_rng_state())

@@ -10,11 +10,14 @@ from data.options import Name
 
 Precision = Literal["auto", "bf16", "fp32"]
 Kernels = Literal["auto", "reference", "triton", "cuda"]
+Optimizer = Literal["adamw", "muon"]
 
 DISTILL_WEIGHT = 0.9
 """Weight of the divergence from a teacher when none is named."""
 MIN_LR_RATIO = 0.1
 """Default of TrainConfig.min_lr_ratio where nothing else is said."""
+MUON_MOMENTUM = 0.95
+"""Default of TrainConfig.muon_momentum."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +47,15 @@ class TrainConfig:
     warmup_ratio: float = 0.03
     """Fraction of the steps over which the learning rate rises linearly."""
 
+    optimizer: Optimizer = "adamw"
+    """muon: the matrices in blocks move along their orthogonalised momentum, by as much as AdamW
+    would move them at the same --lr; embedding, head, norms and biases stay with AdamW."""
+
+    muon_momentum: float | None = None
+    """Decay of Muon's momentum. Default: 0.95."""
+
     weight_decay: float = 0.1
-    """AdamW weight decay of matrices (never of norms and biases)."""
+    """Weight decay of matrices (never of norms and biases)."""
 
     beta1: float = 0.9
     """AdamW decay of the first moment."""
@@ -63,8 +73,8 @@ class TrainConfig:
     """Seed of the data order and of every random number."""
 
     precision: Precision = "auto"
-    """Compute precision (parameters, gradient sums and Adam stay fp32). auto: bf16 on a GPU, fp32
-    on a CPU."""
+    """Compute precision (parameters, gradient sums and moments stay fp32). auto: bf16 on a GPU,
+    fp32 on a CPU."""
 
     kernels: Kernels = "auto"
     """What computes the operators. auto: on a GPU compiled CUDA code, FlashAttention or PyTorch's
@@ -89,7 +99,7 @@ class TrainConfig:
     """Number of newest checkpoints kept while the run is unfinished."""
 
     keep_last_checkpoint: bool = False
-    """Keep the last checkpoint of a finished run: its weights and Adam moments in fp32. Without it
+    """Keep the last checkpoint of a finished run: its weights and moments in fp32. Without it
     a finished run's checkpoints are removed once model and report are written."""
 
     eval_interval: int = 0
@@ -113,11 +123,25 @@ class TrainConfig:
         require_at_least(self, 0, "weight_decay", "clip")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        momentum = self.muon_momentum
+        require(momentum is None or 0 <= momentum < 1, "muon_momentum", momentum, "in [0, 1)")
+        if momentum is not None and self.optimizer != "muon":
+            raise InputError(
+                f"--muon-momentum {momentum:g}: only --optimizer muon has a momentum; add that, or "
+                f"leave it out (--optimizer {self.optimizer} has --beta1)"
+            )
         ratio = self.min_lr_ratio
         require(ratio is None or 0 <= ratio <= 1, "min_lr_ratio", ratio, "in [0, 1]")
         require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         require(self.lr > 0, "lr", self.lr, "above 0")
         require(self.eps > 0, "eps", self.eps, "above 0")
+
+    @property
+    def momentum(self) -> float | None:
+        """Muon's momentum; None where AdamW trains everything."""
+        if self.optimizer != "muon":
+            return None
+        return MUON_MOMENTUM if self.muon_momentum is None else self.muon_momentum
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

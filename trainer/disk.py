@@ -10,7 +10,7 @@ from pathlib import Path
 from data.errors import is_full
 
 CHECKPOINT_BYTES = 12
-"""Per parameter: the weight and both Adam moments in fp32."""
+"""Per parameter at most: the weight and both Adam moments in fp32; Muon keeps one of a matrix."""
 PROBE_BYTES = 1 << 20
 """What must fit on a disk that is not called full."""
 

@@ -40,6 +40,7 @@ SCHEDULE_FIELDS = (
     "lr",
     "min_lr_ratio",
     "warmup_ratio",
+    "optimizer",
     "weight_decay",
     "beta1",
     "beta2",
@@ -63,6 +64,7 @@ def run_identity(
     options = asdict(config)
     return {
         **{name: options[name] for name in SCHEDULE_FIELDS},
+        "muon_momentum": config.momentum,
         "precision": precision,
         "data": data,
         **{f"model.{name}": value for name, value in shape.items()},
@@ -173,6 +175,7 @@ def _written(output: Path, own: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _completed(saved: dict[str, Any]) -> dict[str, Any]:
     """`saved` with the defaults of options that it is too old to know."""
+    saved = {"optimizer": "adamw", "muon_momentum": None} | saved
     mixture = saved.get("mixture")
     if isinstance(mixture, dict):
         return saved | {"mixture": asdict(MixtureConfig()) | mixture}
@@ -227,8 +230,8 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
         old, new = saved.get(name), wanted.get(name)
         part, _, field = name.partition(".")
         values = f"was {_short(old)}, now {_short(new)}"
-        if name == "initial_weights" and None in (old, new):
-            continue  # --init says it
+        if name in ("initial_weights", "muon_momentum") and None in (old, new):
+            continue  # --init and --optimizer say it
         if name in ("source", "initial_weights"):
             told.setdefault(model, f"{model} is another model")
         elif part == "model":

@@ -17,6 +17,8 @@ HEADROOM_SHARE = 0.7
 """Share of a device's memory that may be filled before activations by what merely saves time."""
 STATE_BYTES = 16
 """Per parameter: weight, gradient and both Adam moments in fp32, divided over the shards."""
+MOMENT_BYTES = 4
+"""Per parameter that Muon trains: it has one moment less."""
 FROZEN_BYTES = 4
 """Per parameter of a frozen model: the weight in fp32."""
 
@@ -30,6 +32,7 @@ def memory_problem(
     device: str,
     teacher: int = 0,
     frozen: bool = False,
+    by_muon: int = 0,
 ) -> str | None:
     """What to say when a rank's part of the model alone exceeds its memory; None when it fits.
 
@@ -42,13 +45,15 @@ def memory_problem(
         device: what the memory belongs to, for the message.
         teacher: bytes of a teacher's weights on the rank.
         frozen: whether the weights are not trained.
+        by_muon: parameters that Muon trains.
     """
-    state = parameters * (FROZEN_BYTES if frozen else STATE_BYTES) // shards
+    state = _state_bytes(parameters, by_muon, frozen=frozen) // shards
     gathered = parameters * gathered_bytes
     needed = state + gathered + teacher
     if needed <= total:
         return None
-    what = "weights" if frozen else "weights, gradients and Adam moments"
+    moments = "moments" if by_muon else "Adam moments"
+    what = "weights" if frozen else f"weights, gradients and {moments}"
     parts = f"{state / 1e9:.1f} GB of {what} over {shards} shard(s)"
     if gathered:
         parts += f", {gathered / 1e9:.1f} GB of gathered weights"
@@ -87,6 +92,7 @@ def check_memory(
             gathered_bytes=0 if in_place else dtype.itemsize,
             device=owner,
             frozen=frozen,
+            by_muon=_by_muon(model, config),
             teacher=teacher_bytes(
                 teacher, dtype.itemsize, shards, whole=not config.reshard_after_forward
             ),
@@ -108,10 +114,22 @@ def headroom_bytes(
         return 0.0
     shards = context.mesh.get_group("shard").size()
     itemsize = compute_dtype(config.precision, context.device).itemsize
-    state = FROZEN_BYTES if frozen else STATE_BYTES
-    held = model.num_parameters() * (state / shards + itemsize)
-    held += teacher_bytes(teacher, itemsize, shards, whole=True)
+    parameters = model.num_parameters()
+    held = _state_bytes(parameters, _by_muon(model, config), frozen=frozen) / shards
+    held += parameters * itemsize + teacher_bytes(teacher, itemsize, shards, whole=True)
     return min(context.gather(HEADROOM_SHARE * total_memory(context.device) - held))
+
+
+def _by_muon(model: ModelConfig, config: TrainConfig) -> int:
+    """How many parameters Muon trains."""
+    return model.block_matrices if config.optimizer == "muon" else 0
+
+
+def _state_bytes(parameters: int, by_muon: int, *, frozen: bool) -> int:
+    """Bytes of weights and of all that training keeps of them, over all shards."""
+    if frozen:
+        return FROZEN_BYTES * parameters
+    return STATE_BYTES * parameters - MOMENT_BYTES * by_muon
 
 
 def teacher_bytes(teacher: ModelConfig | None, itemsize: int, shards: int, *, whole: bool) -> int:

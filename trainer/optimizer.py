@@ -1,4 +1,4 @@
-"""AdamW over sharded parameters, and gradient clipping by the global norm."""
+"""The optimizer of a run, and gradient clipping by the global norm."""
 
 from typing import Any
 
@@ -7,44 +7,55 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from trainer.adamw import LocalAdamW
 from trainer.config import TrainConfig
-from trainer.parallel import to_local
+from trainer.models.decoder import CausalLM
+from trainer.models.families import Role
+from trainer.muon import Muon
+from trainer.parallel import compute_dtype, to_local
 
 
-class LocalAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW that updates this rank's shards as plain tensors.
-
-    AdamW knows no neighbours: a shard's update is that of the whole tensor, bit for bit. Given
-    DTensors, PyTorch works out the sharding of every argument in every step, which costs the host
-    more than the update itself, and up to version 2.12 never frees what it worked out. State is
-    kept as torch.optim.AdamW keeps it, in DTensors for DTensors.
-    """
-
-    def _init_group(
-        self, group: dict[str, Any], parameters: list[torch.Tensor], *lists: list[torch.Tensor]
-    ) -> bool:
-        """Fills the lists of what `step` updates: parameters, gradients, moments, step counts."""
-        is_complex: bool = super()._init_group(group, parameters, *lists)
-        for tensors in (parameters, *lists):
-            tensors[:] = [to_local(tensor) for tensor in tensors]
-        return is_complex
-
-
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only."""
+def build_optimizer(model: CausalLM, config: TrainConfig) -> LocalAdamW:
+    """Fused AdamW, or Muon for the matrices in blocks and AdamW for the rest; weight decay on
+    matrices only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    by_muon = _muon_groups(model, config.momentum) if config.momentum is not None else []
+    taken = {p for group in by_muon for p in group["params"]}
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        *(group | {"weight_decay": config.weight_decay} for group in by_muon),
+        {
+            "params": [p for p in parameters if p.ndim >= 2 and p not in taken],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return LocalAdamW(
-        # Of a frozen model nothing is left; the optimizer wants a group all the same.
-        [group for group in groups if group["params"]] or groups[:1],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    # Of a frozen model nothing is left; the optimizer wants a group all the same.
+    groups = [group for group in groups if group["params"]] or groups[-1:]
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": True,
+    }
+    if not by_muon:
+        return LocalAdamW(groups, **options)
+    device = next(model.parameters()).device
+    return Muon(groups, dtype=compute_dtype(config.precision, device), **options)
+
+
+def _muon_groups(model: CausalLM, momentum: float) -> list[dict[str, Any]]:
+    """The matrices in blocks that are trained, those of fused queries, keys and values apart."""
+    roles = model.config.traits.names.modules
+    groups = {0: list[nn.Parameter](), model.config.head_dim: list[nn.Parameter]()}
+    for block in model.blocks:
+        for name, parameter in block.named_parameters():
+            if parameter.ndim == 2 and parameter.requires_grad:
+                fused = roles[name.removesuffix(".weight")] is Role.FUSED
+                groups[model.config.head_dim if fused else 0].append(parameter)
+    return [
+        {"params": matrices, "momentum": momentum, "head_rows": head_rows}
+        for head_rows, matrices in groups.items()
+    ]
 
 
 @torch.no_grad()

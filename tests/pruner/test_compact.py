@@ -56,9 +56,17 @@ def test_the_forward_pass_shrinks() -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [8, 2])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compact_training_equals_dense_training(micro_batch: int, checkpointing: bool) -> None:
-    options = {"micro_batch": micro_batch, "activation_checkpointing": checkpointing}
+@pytest.mark.parametrize(
+    ("checkpointing", "optimizer"), [(False, "adamw"), (True, "adamw"), (False, "muon")]
+)
+def test_compact_training_equals_dense_training(
+    micro_batch: int, checkpointing: bool, optimizer: str
+) -> None:
+    options = {
+        "micro_batch": micro_batch,
+        "activation_checkpointing": checkpointing,
+        "optimizer": optimizer,
+    }
     compact = trained(options)
     dense = trained(options | {"compact": False})
     assert_same(compact, dense, 5e-5)

@@ -1,5 +1,6 @@
 """What makes a run the same one, and which options may differ on a resume."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,26 @@ def test_a_finished_run_cannot_change(tmp_path: Path) -> None:
     checkpoint(tmp_path, 20)
     with pytest.raises(InputError, match=r"lr was 0\.01, now 0\.5"):
         verify(tmp_path, options(lr=0.5))
+
+
+def test_another_optimizer_is_another_run(tmp_path: Path) -> None:
+    verify(tmp_path, options(optimizer="muon"), started=False)
+    verify(tmp_path, options(optimizer="muon", muon_momentum=0.95))
+    with pytest.raises(InputError, match=r": --muon-momentum was 0\.95, now 0\.9\. Repeat"):
+        verify(tmp_path, options(optimizer="muon", muon_momentum=0.9))
+    with pytest.raises(InputError, match=r": --optimizer was 'muon', now 'adamw'\. Repeat"):
+        verify(tmp_path, options())
+
+
+def test_runs_of_before_there_was_a_choice_had_adamw(tmp_path: Path) -> None:
+    verify(tmp_path, options(), started=False)
+    identity = read_identity(tmp_path)
+    assert identity is not None
+    known = {k: v for k, v in identity.items() if k not in ("optimizer", "muon_momentum")}
+    (tmp_path / "run.json").write_text(json.dumps(known))
+    verify(tmp_path, options())
+    with pytest.raises(InputError, match=r": --optimizer was 'adamw', now 'muon'\. Repeat"):
+        verify(tmp_path, options(optimizer="muon"))
 
 
 def test_more_steps_are_another_schedule(tmp_path: Path) -> None:

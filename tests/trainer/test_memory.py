@@ -14,6 +14,7 @@ from trainer.memory import (
     check_memory,
     collected_together,
     explain_out_of_memory,
+    headroom_bytes,
     memory_problem,
     peak_memory,
     teacher_bytes,
@@ -42,6 +43,23 @@ def test_state_alone_is_too_much() -> None:
     assert "6,738,415,616 parameters needs 121.3 GB" in text and "has 85.9 GB" in text
     assert "107.8 GB of weights, gradients and Adam moments over 1 shard(s)" in text
     assert "more ranks" in text and "smaller model" in text
+
+
+def test_muon_keeps_one_moment_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = parallel.init(threads=1)
+    by_muon = options(optimizer="muon")
+    needed = 16 * SHAPE.num_parameters() - 4 * SHAPE.block_matrices
+    monkeypatch.setattr(memory, "total_memory", lambda _: needed)
+    check_memory(SHAPE, by_muon, context)
+    check_memory(SHAPE, options(), context, frozen=True)
+    with pytest.raises(InputError, match="weights, gradients and Adam moments"):
+        check_memory(SHAPE, options(), context)
+    monkeypatch.setattr(memory, "total_memory", lambda _: needed - 1)
+    with pytest.raises(InputError, match="weights, gradients and moments over 1"):
+        check_memory(SHAPE, by_muon, context)
+    monkeypatch.setattr(memory, "total_memory", lambda _: 40 * needed)
+    freed = [headroom_bytes(SHAPE, config, context) for config in (by_muon, options())]
+    assert freed[0] - freed[1] == 4 * SHAPE.block_matrices
 
 
 def test_gathered_weights_are_what_is_too_much() -> None:

@@ -268,6 +268,11 @@ class ModelConfig:
             total += (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
         return total
 
+    @property
+    def block_matrices(self) -> int:
+        """Number of weights of the matrices in blocks."""
+        return self.num_layers * self._block_matmul_parameters()
+
     def flops_per_token(self, seq_len: int, causal: bool) -> float:
         """Forward plus backward FLOPs of one token in a sequence of `seq_len`.
 
@@ -275,8 +280,7 @@ class ModelConfig:
         is the number of weights in matrix products: the head is in, the embedding lookup is out;
         d is the width of all query heads (PaLM, arXiv 2204.02311, appendix B).
         """
-        weights = self.num_layers * self._block_matmul_parameters()
-        weights += self.vocab_size * self.hidden_size
+        weights = self.block_matrices + self.vocab_size * self.hidden_size
         attention = (6 if causal else 12) * self.num_layers * self.query_size * seq_len
         return float(6 * weights + attention)
 
