@@ -174,7 +174,8 @@ class CptConfig:
     )
 
     model: str = "runs/shear"
-    """Folder of a shearing run, a Hugging Face folder, a .gguf file or a hub id."""
+    """Folder of a shearing run, a Hugging Face folder, a .gguf file or a hub id (org/name, or
+    org/name@revision)."""
     data: str = "runs/tokens"
     """Folder made by `shorn tokenize`."""
     output: str = "runs/cpt"

@@ -15,6 +15,8 @@ from data.records import is_kind, read_json, require_regular, word_for
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FETCH_AGAIN = "fetch the file again"
+# In names of tensors that GPTQ, AWQ, bitsandbytes and fp8 formats add.
+_QUANTIZED = (".qweight", ".qzeros", ".weight_scale", ".weight.absmax", ".weight.quant", ".SCB")
 _NAMES = {name: name for name in ("float32", "float16", "bfloat16")} | {"float64": "float32"}
 _DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -73,6 +75,40 @@ def original_dtype(config: dict[str, Any], folder: Path | None) -> str | None:
         return None if folder is None else stored_dtype(folder)
     except InputError:
         return None
+
+
+def other_class(config: dict[str, Any]) -> str | None:
+    """The class of a model with another head, such as a classifier, that config.json (`config`)
+    names; None where it names none."""
+    stated = config.get("architectures")
+    names = [str(name) for name in stated] if isinstance(stated, list) else []
+    return next((name for name in names if "For" in name and "ForCausalLM" not in name), None)
+
+
+def names_remedy(missing: list[str], unexpected: list[str]) -> str:
+    """What helps where a folder lacks tensors of its model, or holds others."""
+    tails = {
+        name: next((one for one in missing if name.endswith(f".{one}")), "") for name in unexpected
+    }
+    prefixes = {name.removesuffix(tail) for name, tail in tails.items()}
+    if unexpected and all(tails.values()) and len(prefixes) == 1:
+        return (
+            f"all names begin with {prefixes.pop()!r}, as those of a model inside another: save "
+            "the inner model with its own save_pretrained, and name that folder"
+        )
+    if any(part in name for name in unexpected for part in _QUANTIZED):
+        return "its weights are quantized: give the unquantized original"
+    if any("lora_" in name for name in unexpected):
+        return (
+            "it holds an adapter beside the weights: merge it once, with peft's merge_and_unload "
+            "and save_pretrained, and name that folder"
+        )
+    if not missing:
+        return (
+            "transformers would leave these out: where the model is whole without them, load it "
+            "there once and use save_pretrained; else it is of another architecture"
+        )
+    return "the folder is incomplete or of another architecture"
 
 
 @contextmanager
