@@ -94,7 +94,9 @@ def _widen_tokenizer(values: dict[str, Any]) -> dict[str, Any]:
         widened["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(values.get("extra_special_tokens"), list):
         extra = widened.pop("extra_special_tokens")
-        widened.setdefault("additional_special_tokens", extra)
+        # Of two lists transformers 5 takes this one, unless it is empty.
+        if extra or "additional_special_tokens" not in values:
+            widened["additional_special_tokens"] = extra
     return widened
 
 

@@ -367,7 +367,8 @@ def init_weights(model: CausalLM, std: float = 0.02, seed: int = 0) -> None:
     for position, (name, parameter) in enumerate(model.named_parameters()):
         local, region = local_region(parameter)
         if parameter.ndim >= 2:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+            own = (seed * 1_000_003 + position) % 2**64
+            generator = torch.Generator().manual_seed(own)
             values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
             local.copy_(values[region])
         else:

@@ -17,7 +17,7 @@ from data.files import follow_umask, sync_files
 from data.hub import is_offline, split_revision
 from data.tokenizers import holds_tokenizer
 from trainer.models.export import widen
-from trainer.models.gguf_header import check_gguf
+from trainer.models.gguf_header import check_gguf, is_gguf
 from trainer.models.weights import weight_files
 
 _SMALL_FILES = (
@@ -54,14 +54,21 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
     """
     text = str(source)
     path = home_expanded(source, option)
+    if path.is_file():
+        if not is_gguf(path):
+            raise InputError(
+                f"{option} {text}: is one file, and no GGUF: name the model's folder, such as "
+                f"{path.parent}"
+            )
+        return convert_gguf(path, _gguf_cache(path))
+    files = [file for file in sorted(path.glob("*")) if is_gguf(file)] if path.is_dir() else []
     for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
+        # A folder of GGUF files may hold the config of the model that they were made from.
+        ours = not files or folder != path or any(path.glob("*.safetensors"))
+        if (folder / "config.json").is_file() and ours:
             weight_files(folder)
             return folder
-    if path.is_file() and path.suffix == ".gguf":
-        return convert_gguf(path, _gguf_cache(path))
     if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return convert_gguf(files[0], _gguf_cache(files[0]))
         if not files and (path / "adapter_config.json").is_file():

@@ -15,6 +15,7 @@ from data.records import is_kind, read_json, require_regular, word_for
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FETCH_AGAIN = "fetch the file again"
+_INDEX_FIX = "fetch it again, or save the model once more with transformers' save_pretrained"
 # In names of tensors that GPTQ, AWQ, bitsandbytes and fp8 formats add.
 _QUANTIZED = (".qweight", ".qzeros", ".weight_scale", ".weight.absmax", ".weight.quant", ".SCB")
 _NAMES = {name: name for name in ("float32", "float16", "bfloat16")} | {"float64": "float32"}
@@ -44,11 +45,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """The file of `weight_files` that holds each tensor of the model in `folder`.
 
     Raises:
-        InputError: as `weight_files`, or the only file is damaged.
+        InputError: as `weight_files`, a file is damaged, or does not hold what the index says.
     """
     entry = _entry(folder)
     if entry.suffix != ".safetensors":
-        return _read_index(entry)
+        names = _read_index(entry)
+        _require_held(entry, names)
+        return names
     with open_tensors(entry) as stored:
         return dict.fromkeys(stored.keys(), entry)
 
@@ -163,7 +166,7 @@ def _no_weights(folder: Path) -> str:
 
 def _read_index(index: Path) -> dict[str, Path]:
     """The file of each tensor; all of them are there."""
-    fix = "fetch it again, or save the model once more with transformers' save_pretrained"
+    fix = _INDEX_FIX
     weight_map = read_json(index, fix, keys={"weight_map": dict})["weight_map"]
     if not weight_map:
         raise InputError(f"{index}: `weight_map` names no tensors; {fix}")
@@ -180,6 +183,18 @@ def _read_index(index: Path) -> dict[str, Path]:
             "fetch the missing files"
         )
     return {tensor: names[name] for tensor, name in weight_map.items()}
+
+
+def _require_held(index: Path, names: dict[str, Path]) -> None:
+    for file in sorted(set(names.values())):
+        with open_tensors(file) as stored:
+            held = set(stored.keys())
+        lacking = [name for name in sorted(names) if names[name] == file and name not in held]
+        if lacking:
+            raise InputError(
+                f"{index} says that {lacking[0]} is in {file.name}, which does not hold it; "
+                f"{_INDEX_FIX}"
+            )
 
 
 def _inside(folder: Path, name: str, who: str) -> Path:
