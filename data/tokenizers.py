@@ -14,7 +14,7 @@ import numpy as np
 from data.errors import InputError, failure
 from data.hub import is_offline, split_revision
 from data.manifest import TokenizerRecord
-from data.records import read_json
+from data.records import read_json, require_no_mark
 
 # Runs of spaces, markup that looks like special tokens, several scripts, digits, a long word:
 # where tokenizers that claim to be the same differ first.
@@ -37,6 +37,7 @@ HUB_FILES = (
 )
 # What holds a tokenizer, in the order in which it is looked for.
 _JSON, _SENTENCEPIECE, _BPE = "tokenizer.json", "tokenizer.model", ("vocab.json", "merges.txt")
+_RECORDS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FIX = "repair it or download it again"
 
 
@@ -138,9 +139,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        for name in _RECORDS:
             if (folder / name).is_file():
                 read_json(folder / name, _FIX)
+        for name in (*_RECORDS, "config.json", _JSON, _BPE[0]):
+            require_no_mark(folder / name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False

@@ -343,7 +343,8 @@ def test_room_is_counted_in_the_type_that_is_written(
         return "full"
 
     monkeypatch.setattr(output, "room_problem", note)
-    settings = {"model": str(workspace / "model"), "data": str(workspace / "tokens")}
+    settings: dict[str, Any] = {"model": str(workspace / "model")}
+    settings["data"] = str(workspace / "tokens")
     config = CptConfig(**settings, output=str(tmp_path), save_dtype=name, train=options(steps=6))
     with pytest.raises(InputError, match="full"):
         cpt.continue_pretraining(config)

@@ -18,7 +18,7 @@ from data.hub import is_offline, split_revision
 from data.tokenizers import holds_tokenizer
 from trainer.models.export import widen
 from trainer.models.gguf_header import check_gguf, is_gguf
-from trainer.models.weights import weight_files
+from trainer.models.weights import adapter_advice, weight_files
 
 _SMALL_FILES = (
     "*.json",
@@ -61,26 +61,8 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
                 f"{path.parent}"
             )
         return convert_gguf(path, _gguf_cache(path))
-    files = [file for file in sorted(path.glob("*")) if is_gguf(file)] if path.is_dir() else []
-    for folder in (path, path / "model"):
-        # A folder of GGUF files may hold the config of the model that they were made from.
-        ours = not files or folder != path or any(path.glob("*.safetensors"))
-        if (folder / "config.json").is_file() and ours:
-            weight_files(folder)
-            return folder
     if path.is_dir():
-        if len(files) == 1:
-            return convert_gguf(files[0], _gguf_cache(files[0]))
-        if not files and (path / "adapter_config.json").is_file():
-            raise InputError(
-                f"{path} holds an adapter (adapter_config.json) and no model: merge it into its "
-                "base once, with peft's merge_and_unload and save_pretrained, and name that folder"
-            )
-        found = f"{len(files)} .gguf files; name one of them" if files else "no config.json"
-        raise InputError(
-            f"{path} is not a model folder: it holds {found}. Expected config.json with "
-            "*.safetensors, model/config.json, or one .gguf file"
-        )
+        return _from_folder(path)
     if is_hub_id(text):
         return _from_hub(text, weights, option)
     if _HUB_ID.fullmatch(text) and _owner(text).is_dir():
@@ -93,6 +75,29 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
         f"{option} {text}: no such model. Give a folder with config.json and *.safetensors, a "
         ".gguf file, a finished run's folder, or a hub id such as meta-llama/Llama-2-7b-hf "
         "(with @ and a branch, tag or commit: meta-llama/Llama-2-7b-hf@main)"
+    )
+
+
+def _from_folder(path: Path) -> Path:
+    files = [file for file in sorted(path.iterdir()) if is_gguf(file)]
+    for folder in (path, path / "model"):
+        # A folder of GGUF files may hold the config of the model that they were made from.
+        ours = not files or folder != path or any(path.glob("*.safetensors"))
+        if (folder / "config.json").is_file() and ours:
+            weight_files(folder)
+            return folder
+    if len(files) == 1:
+        return convert_gguf(files[0], _gguf_cache(files[0]))
+    adapter = None if files else adapter_advice(path)
+    if adapter is not None:
+        raise InputError(adapter)
+    inner = [file.parent.name for file in sorted(path.glob("*/config.json"))]
+    found = f"no config.json{f'; its folder {inner[-1]} does' if inner else ''}"
+    if files:
+        found = f"{len(files)} GGUF files; name one of them"
+    raise InputError(
+        f"{path} is not a model folder: it holds {found}. Expected config.json with "
+        "*.safetensors, model/config.json, or one .gguf file"
     )
 
 

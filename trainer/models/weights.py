@@ -148,7 +148,20 @@ def _named_by_config(folder: Path) -> str | None:
     return named if isinstance(named, str) else None
 
 
+def adapter_advice(folder: Path) -> str | None:
+    """What to do with a folder that holds an adapter and no model; None for another folder."""
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    return (
+        f"{folder} holds an adapter (adapter_config.json) and no model: merge it into its base "
+        "once, with peft's merge_and_unload and save_pretrained, and name that folder"
+    )
+
+
 def _no_weights(folder: Path) -> str:
+    adapter = adapter_advice(folder)
+    if adapter is not None:
+        return adapter
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         shown = ", ".join(others[:3]) + (" and others" if len(others) > 3 else "")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.errors import InputError
+from data.tokenizers import load_tokenizer
 from tests.factories import write_model, write_tokenizer
 from trainer import parallel
 from trainer.models.export import companions, require_loadable, widen
@@ -118,6 +120,16 @@ def test_companions_that_transformers_cannot_read_are_refused(
     with pytest.raises(InputError, match=message) as caught:
         require_loadable(load_config(source), source)
     assert str(source / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"]
+)
+def test_a_byte_order_mark_that_transformers_cannot_read_is_named(name: str, source: Path) -> None:
+    (source / name).write_bytes(BOM_UTF8 + (source / name).read_bytes())
+    with pytest.raises(InputError, match=rf"/{name}: begins with a byte-order mark.*without one"):
+        require_loadable(load_config(source), source)
+        load_tokenizer(source)
 
 
 def test_a_companion_that_cannot_be_read_is_refused_before_any_work(

@@ -129,9 +129,12 @@ def test_gguf_files_are_found_by_what_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converted: list[str] = []
-    monkeypatch.setattr(
-        sources, "convert_gguf", lambda path, output: converted.append(path.name) or output
-    )
+
+    def convert(path: Path, output: Path) -> Path:
+        converted.append(path.name)
+        return output
+
+    monkeypatch.setattr(sources, "convert_gguf", convert)
     (tmp_path / "one").mkdir()
     path = write_gguf(tmp_path / "one" / "M.GGUF")
     (tmp_path / "one" / "tokenizer").touch()

@@ -36,11 +36,17 @@ def test_what_is_not_a_model_is_refused_with_a_remedy(tmp_path: Path) -> None:
     _touch(tmp_path / "lora" / "adapter_config.json", tmp_path / "lora" / "adapter.safetensors")
     with pytest.raises(InputError, match=r"an adapter.*merge_and_unload"):
         resolve_model(str(tmp_path / "lora"))
+    _touch(tmp_path / "lora" / "config.json")
+    with pytest.raises(InputError, match=r"an adapter.*merge_and_unload"):
+        resolve_model(str(tmp_path / "lora"))
+    _touch(tmp_path / "job" / "checkpoint-9" / "config.json")
+    with pytest.raises(InputError, match=r"no config\.json; its folder checkpoint-9 does"):
+        resolve_model(str(tmp_path / "job"))
     _touch(tmp_path / "config.json", tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pytorch_model.bin.*save_pretrained"):
         resolve_model(str(tmp_path))
     _touch(tmp_path / "two" / "a.gguf", tmp_path / "two" / "b.gguf")
-    with pytest.raises(InputError, match=r"2 \.gguf files"):
+    with pytest.raises(InputError, match=r"2 GGUF files"):
         resolve_model(str(tmp_path / "two"))
 
 
