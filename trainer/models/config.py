@@ -40,6 +40,8 @@ _REWRITTEN_KEYS = frozenset(
         "layer_types",
         "model_type",
         "original_dtype",
+        "pruned_heads",
+        "quantization_config",
         "return_dict",
         "rope_parameters",
         "rope_scaling",
@@ -47,6 +49,7 @@ _REWRITTEN_KEYS = frozenset(
         "rotary_emb_base",
         "rotary_pct",
         "torch_dtype",
+        "torchscript",
         "transformers_version",
         "transformers_weights",
     }

@@ -16,8 +16,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FETCH_AGAIN = "fetch the file again"
 _INDEX_FIX = "fetch it again, or save the model once more with transformers' save_pretrained"
-# In names of tensors that GPTQ, AWQ, bitsandbytes and fp8 formats add.
-_QUANTIZED = (".qweight", ".qzeros", ".weight_scale", ".weight.absmax", ".weight.quant", ".SCB")
+# In names of tensors that GPTQ, AWQ, MLX, bitsandbytes and fp8 formats add.
+_QUANTIZED = (".qweight", ".scales", ".weight_scale", ".weight.absmax", ".weight.quant", ".SCB")
 _NAMES = {name: name for name in ("float32", "float16", "bfloat16")} | {"float64": "float32"}
 _DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

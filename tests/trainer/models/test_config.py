@@ -169,7 +169,16 @@ def test_a_dtype_of_pytorch_is_taken(value: object) -> None:
 
 
 def test_settings_of_a_program_that_ran_the_model_are_left_out() -> None:
-    settings = {"return_dict": False, "attn_implementation": "flash_attention_2"}
+    settings = {
+        "return_dict": False,
+        "attn_implementation": "flash_attention_2",
+        # transformers 4 would not tie the head, and fail, in that order.
+        "torchscript": True,
+        "pruned_heads": {"0": [1]},
+        # Both would take the model for a quantized one.
+        "quantization_config": {},
+    }
     written = ModelConfig.from_hf({**CASES["llama"], **settings}).to_hf()
     assert written.return_dict
+    assert not settings.keys() & written.to_diff_dict().keys()
     assert written._attn_implementation != "flash_attention_2"

@@ -204,6 +204,7 @@ def test_a_model_with_another_head_is_named(name: str, tmp_path: Path) -> None:
         ("_orig_mod.", "", r"all names begin with '_orig_mod\.'.*inner model"),
         ("", "model.layers.0.mlp.up_proj.weight_scale_inv", "weights are quantized.*original"),
         ("", "model.layers.0.mlp.up_proj.qweight", "weights are quantized"),
+        ("", "model.layers.0.mlp.up_proj.scales", "weights are quantized"),
         ("", "model.layers.0.self_attn.q_proj.lora_A.weight", "an adapter.*merge_and_unload"),
         ("", "v_head.summary.weight", "transformers would leave these out"),
     ],
