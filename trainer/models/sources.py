@@ -82,7 +82,7 @@ def _from_folder(path: Path) -> Path:
     files = [file for file in sorted(path.iterdir()) if is_gguf(file)]
     for folder in (path, path / "model"):
         # A folder of GGUF files may hold the config of the model that they were made from.
-        ours = not files or folder != path or any(path.glob("*.safetensors"))
+        ours = not files or folder != path or any(path.glob("*.safetensors*"))
         if (folder / "config.json").is_file() and ours:
             weight_files(folder)
             return folder
