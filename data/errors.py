@@ -31,6 +31,13 @@ def require_at_least(config: object, limit: float, *names: str, why: str = "") -
             require(entry is None or entry >= limit, name, entry, f"at least {limit}{why}")
 
 
+def require_threads(threads: int | None) -> None:
+    """Raises InputError for --threads beyond what PyTorch can start: it would crash."""
+    most = 1024
+    limit = f"at least 1, and at most {most}"
+    require(threads is None or 1 <= threads <= most, "threads", threads, limit)
+
+
 def require_finite(config: Any) -> None:
     """Raises InputError when a number among the fields of the dataclass `config` is not finite."""
     for field in dataclasses.fields(config):

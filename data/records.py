@@ -2,6 +2,7 @@
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from io import BufferedReader
 from math import isfinite
@@ -58,6 +59,21 @@ def require_regular(path: Path, fix: str) -> None:
     itself."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{path}: not a regular file; {fix}")
+
+
+def require_no_mark(path: Path) -> None:
+    """Raises InputError where a file begins with a byte-order mark, which this reader passes over
+    and the libraries that read the file themselves do not. Other failures are left to them."""
+    try:
+        with open_bytes(path) as file:
+            marked = file.read(len(BOM_UTF8)) == BOM_UTF8
+    except OSError:
+        return
+    if marked:
+        raise InputError(
+            f"{path}: begins with a byte-order mark, which transformers cannot read; save it as "
+            "UTF-8 without one"
+        )
 
 
 def _without_waiting(name: str, flags: int) -> int:

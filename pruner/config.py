@@ -137,7 +137,8 @@ class ShearConfig:
     )
 
     source: str = "meta-llama/Llama-2-7b-hf"
-    """Model to prune: a Hugging Face folder, a .gguf file, a run's output folder or a hub id."""
+    """Model to prune: a Hugging Face folder, a .gguf file, a run's output folder or a hub id
+    (org/name, or org/name@revision)."""
     target: str = "1.3b"
     """Preset of LLaMA-2-7B (1.3b, 2.7b, 370m) or Pythia-410m (pythia-160m) or sizes such as
     layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152; sizes left out stay as in the source. Or a

@@ -110,7 +110,8 @@ def _prune(
         return None
     resuming = state.resuming
     pruned = config_of(inputs.target, inputs.model).num_parameters()
-    require_room(output, inputs.model.num_parameters(), config.train, context, saved=pruned)
+    parameters, dtype = inputs.model.num_parameters(), config.save_dtype
+    require_room(output, parameters, config.train, context, saved=pruned, dtype=dtype)
     if proposal is not None:
         publish(context, proposal, output / TARGET_FILE)
     else:

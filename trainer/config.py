@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
-from data.errors import InputError, require, require_at_least, require_finite
+from data.errors import InputError, require, require_at_least, require_finite, require_threads
 from data.mixture import MixtureConfig
 from data.options import Name
 
@@ -15,6 +15,8 @@ DISTILL_WEIGHT = 0.9
 """Weight of the divergence from a teacher when none is named."""
 MIN_LR_RATIO = 0.1
 """Default of TrainConfig.min_lr_ratio where nothing else is said."""
+MOST_SEQUENCES = 2**24
+"""Largest global batch: of more, a step would draw for hours, or end for want of memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +109,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_finite(self)
         require_at_least(self, 1, "global_batch", "micro_batch", "replicas", "keep_checkpoints")
-        require_at_least(self, 1, "log_interval", "threads")
+        require_at_least(self, 1, "log_interval")
+        require_threads(self.threads)
+        most, batch = MOST_SEQUENCES, self.global_batch
+        require(batch <= most, "global_batch", batch, f"at most {most:,} sequences")
         require_at_least(self, 2, "seq_len", why=" (a token and its successor)")
         require_at_least(self, 0, "steps", "save_interval", "eval_interval", "eval_sequences")
         require_at_least(self, 0, "weight_decay", "clip")
@@ -174,7 +179,8 @@ class CptConfig:
     )
 
     model: str = "runs/shear"
-    """Folder of a shearing run, a Hugging Face folder, a .gguf file or a hub id."""
+    """Folder of a shearing run, a Hugging Face folder, a .gguf file or a hub id (org/name, or
+    org/name@revision)."""
     data: str = "runs/tokens"
     """Folder made by `shorn tokenize`."""
     output: str = "runs/cpt"

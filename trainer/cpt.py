@@ -67,7 +67,7 @@ from trainer.run import (
     random_init,
     training_report,
 )
-from trainer.saving import log_finished, publish, require_copy, save_pretrained
+from trainer.saving import final_dtype, log_finished, publish, require_copy, save_pretrained
 from trainer.verdict import carry, show_trained
 
 SOURCE = "meta-llama/Llama-2-7b-hf"
@@ -137,7 +137,8 @@ def _train(
         log_finished(context, state.report, config.json, config.save_dtype)
         return None
     parameters, resuming = inputs.shape.num_parameters(), state.resuming
-    require_room(output, parameters, train, context, saved=parameters)
+    dtype = config.save_dtype or final_dtype(inputs.shape, inputs.source)
+    require_room(output, parameters, train, context, saved=parameters, dtype=dtype)
     logger.info(kernels)
     _log_notes(inputs, config)
     teacher = load_teacher(inputs.teacher, inputs.distillation, train, inputs.shape, context)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.errors import InputError
 from data.locks import folder_lock
 from data.log import logger
@@ -20,8 +22,6 @@ from trainer.parallel import DistributedContext
 
 REPORTS = ("shear.json", "cpt.json")
 """Reports of finished runs."""
-MODEL_BYTES = 2
-"""Per parameter of the final model, at least."""
 REPLACED = ("model", "model.unchecked", "checkpoints")
 """Folders that a run replaces, or writes and removes, in its output folder."""
 
@@ -134,6 +134,7 @@ def require_room(
     context: DistributedContext,
     *,
     saved: int,
+    dtype: str,
 ) -> None:
     """Raises InputError on every rank when the checkpoints to come and the final model do not fit.
 
@@ -143,13 +144,15 @@ def require_room(
         train: steps, intervals and number of checkpoints.
         context: the ranks.
         saved: parameters of the final model.
+        dtype: the dtype that it will be written in, by name.
     """
+    model = saved * torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     context.raise_on_any_rank(
-        lambda: _check_room(output, parameters, train, saved) if context.is_main else None
+        lambda: _check_room(output, parameters, train, model) if context.is_main else None
     )
 
 
-def _check_room(output: Path, parameters: int, train: TrainConfig, saved: int) -> None:
+def _check_room(output: Path, parameters: int, train: TrainConfig, model: int) -> None:
     found = committed(output / "checkpoints")
     done = step_of(found[-1]) if found else 0
     every = train.save_interval or max(1, train.steps)
@@ -160,7 +163,7 @@ def _check_room(output: Path, parameters: int, train: TrainConfig, saved: int) -
         saves=saves,
         existing=len(found),
         keep=train.keep_checkpoints,
-        model=MODEL_BYTES * saved,
+        model=model,
     )
     if problem:
         raise InputError(problem)

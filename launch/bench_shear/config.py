@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from data.errors import InputError, require_at_least
+from data.errors import InputError, require_at_least, require_threads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,9 @@ class BenchShearConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "hidden", "layers", "heads", "ffn", "vocabulary", "batch")
-        require_at_least(self, 1, "micro_batch", "threads", "repeats")
+        require_at_least(self, 1, "micro_batch", "repeats")
+        require_threads(self.threads)
         require_at_least(self, 2, "seq_len")
+        require_at_least(self, 0, "seed")
         if self.hidden % self.heads:
             raise InputError(f"--hidden {self.hidden} is not a multiple of --heads {self.heads}")

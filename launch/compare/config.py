@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from data.errors import InputError, require, require_at_least
+from data.errors import InputError, require, require_at_least, require_threads
 from data.mixture import parse_values
 from pruner.budget import BUDGETS, budget_error, refuse_budget
 from trainer.config import Precision
@@ -92,7 +92,8 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         counts = ("shear_steps", "cpt_steps", "sequences", "batch", "jobs", "held_out_documents")
-        require_at_least(self, 1, *counts, "train_documents", "threads")
+        require_at_least(self, 1, *counts, "train_documents")
+        require_threads(self.threads)
         require_at_least(self, 2, "seq_len", why=" (a token and its successor)")
         for name in ("ours_lr", "shear_lr", "cpt_lr", "random_lr"):
             rate = getattr(self, name)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from data.errors import InputError, require_at_least
+from data.errors import InputError, require_at_least, require_threads
 from trainer.config import Kernels, Precision
 
 
@@ -52,5 +52,6 @@ class EvaluateConfig:
             )
         if not self.model:
             raise InputError("--model names no model; give the folder of one, such as runs/cpt")
-        require_at_least(self, 1, "sequences", "batch", "stride", "threads")
+        require_at_least(self, 1, "sequences", "batch", "stride")
+        require_threads(self.threads)
         require_at_least(self, 2, "seq_len", "window", why=" (a token and its successor)")

@@ -20,6 +20,7 @@ from tests.trainer.tiny import losses, options, pretrain
 from trainer import cpt, disk, output, parallel
 from trainer.callbacks.checkpoint import CheckpointCallback
 from trainer.checkpoint_files import MARKER, RECORD
+from trainer.config import CptConfig
 from trainer.disk import room_problem, size_text
 from trainer.loop import Trainer
 from trainer.output import require_apart, run_of
@@ -329,6 +330,26 @@ def test_room_is_looked_at_before_the_first_step(
     # It fits where less is kept at a time.
     with pytest.raises(NameError):
         run(workspace, tmp_path, save_interval=0)
+
+
+@pytest.mark.parametrize(("name", "size"), [("float32", 4), ("bfloat16", 2), (None, 4)])
+def test_room_is_counted_in_the_type_that_is_written(
+    name: Any, size: int, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs: list[dict[str, int]] = []
+
+    def note(_: Path, **sizes: int) -> str:
+        needs.append(sizes)
+        return "full"
+
+    monkeypatch.setattr(output, "room_problem", note)
+    settings: dict[str, Any] = {"model": str(workspace / "model")}
+    settings["data"] = str(workspace / "tokens")
+    config = CptConfig(**settings, output=str(tmp_path), save_dtype=name, train=options(steps=6))
+    with pytest.raises(InputError, match="full"):
+        cpt.continue_pretraining(config)
+    # The model is stored in float32, and nothing else says what the original's type was.
+    assert needs[0]["checkpoint"] * size == needs[0]["model"] * disk.CHECKPOINT_BYTES
 
 
 def test_what_a_run_will_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
