@@ -85,6 +85,10 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+NO_WORKING_FOLDER = (
+    "the working folder does not exist any more (removed, or replaced by another of the same name);"
+    ' go to one that does (cd ~, or cd "$PWD"), then run the command again'
+)
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -112,6 +116,8 @@ def explain(error: Exception) -> str | None:
             "memory.max shows"
         )
     if isinstance(error, OSError):
+        if error.errno == errno.ENOENT and error.filename is None:  # the answer to where we are
+            return NO_WORKING_FOLDER
         places = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return f"{' -> '.join(places)}: {failure(error)}" if places else failure(error)
     if isinstance(error, UnicodeDecodeError):

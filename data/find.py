@@ -14,6 +14,7 @@ from pathlib import Path
 from data.errors import InputError, failure
 from data.formats import FORMATS, is_known, refusal
 from data.log import logger
+from data.paths import home_expanded
 
 GLOB_CHARACTERS = frozenset("*?[")
 NAMED = 5
@@ -63,7 +64,7 @@ def find_files(patterns: Sequence[str], output: Path | None = None) -> list[Path
     for pattern in patterns:
         if not pattern:
             raise InputError("--input '' is empty, as from a variable that is not set; correct it")
-        path = _expand_user(pattern)
+        path = Path(home_expanded(pattern, "--input"))
         if _exists(path):
             paths = _files_of_folder(pattern, path, skipped) if _is_dir(path) else [_one_file(path)]
         else:
@@ -292,15 +293,6 @@ def _exists(path: Path) -> bool:
     except (OSError, ValueError) as error:
         fix = failure(error) if isinstance(error, OSError) else f"{error}; correct it"
         raise InputError(f"--input {path}: {fix}") from None
-
-
-def _expand_user(pattern: str) -> Path:
-    """`~` for the home folder; a name that only starts with it, or no known home, stays."""
-    path = Path(pattern)
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
 
 
 def _is_glob(part: str) -> bool:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from data.errors import InputError, failure
 from data.files import follow_umask, sync_files
 from data.hub import is_offline
+from data.paths import home_expanded
 from data.tokenizers import holds_tokenizer
 from trainer.models.export import widen
 from trainer.models.gguf_header import check_gguf
@@ -52,7 +53,7 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
         InputError: nothing is found; the message says what to fetch and how.
     """
     text = str(source)
-    path = home_expanded(source, option)
+    path = Path(home_expanded(source, option))
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
             weight_files(folder)
@@ -85,16 +86,6 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
         f"{option} {text}: no such model. Give a folder with config.json and *.safetensors, a "
         ".gguf file, a finished run's folder, or a hub id such as meta-llama/Llama-2-7b-hf"
     )
-
-
-def home_expanded(source: str | Path, option: str) -> Path:
-    """`source` with `~` written out; raises InputError where that folder is not known."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError as error:
-        raise InputError(
-            f"{option} {source}: {error}; give the path without `~`, or set HOME"
-        ) from None
 
 
 def is_hub_id(text: str) -> bool:

@@ -1,0 +1,37 @@
+"""Paths as users write them: `~` written out, and a working folder that is gone."""
+
+import os
+from pathlib import Path
+
+from data.errors import NO_WORKING_FOLDER, InputError
+
+
+def home_expanded(text: str | Path, option: str) -> str:
+    """A path with `~` or `~user` in front written out, which a shell leaves alone in quotes and
+    after `=`.
+
+    A name that merely starts with `~`, or a folder here that is called so, stays. Raises
+    InputError, naming `option`, where nothing tells where that home is.
+    """
+    text = str(text)
+    first, _, rest = text.partition("/")
+    if not first.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        if first != "~" and (not rest or os.path.lexists(first)):
+            return text
+    whose = "your" if first == "~" else f"{first[1:]}'s"
+    raise InputError(
+        f"{option} {text}: {whose} home folder is not known; give the path without `~`, or as "
+        f"./{text} if a folder here is called {first}"
+    )
+
+
+def require_working_folder() -> None:
+    """Raises InputError if the folder that the process works in was removed."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise InputError(NO_WORKING_FOLDER) from None

@@ -1,0 +1,75 @@
+"""`~` stands for the home folder wherever a path is given, and for nothing else."""
+
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+
+from data.cli import all_options, parse
+from data.errors import InputError
+from data.options import ON_DISK, Positional
+from data.paths import home_expanded
+from launch.shorn.commands import COMMANDS
+
+pytestmark = pytest.mark.usefixtures("clean")
+NO_PATHS = {
+    *("target", "targets", "domain_field", "text_field", "domains", "domain_weights"),
+    *("reference_losses", "methods", "variant"),
+}
+"""Options of text that name no file or folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A command."""
+
+    runs: Annotated[tuple[str, ...], Positional("RUN ..."), ON_DISK] = ("runs/a",)
+    output: Path = Path("runs/out")
+    json: Annotated[str | None, ON_DISK] = None
+    text_field: str = "text"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_every_option_that_is_a_path_is_marked() -> None:
+    for command in COMMANDS.values():
+        for option in all_options(command.load_config()):
+            kinds = {option.type, *typing.get_args(option.type)}
+            if option.name not in NO_PATHS and not kinds.isdisjoint((str, Path)):
+                assert option.on_disk, f"{command.module}: {option.flag}"
+            else:
+                assert not option.on_disk, f"{command.module}: {option.flag}"
+
+
+def test_home_is_written_out_wherever_the_path_comes_from(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = parse(
+        Config, section="cpt", argv=["~/a", "./~/b", "--output=~/o", "--text-field", "~/t"]
+    )
+    assert flags.runs == (f"{home}/a", "./~/b")
+    assert (flags.output, flags.json, flags.text_field) == (home / "o", None, "~/t")
+    (home / "shorn.toml").parent.mkdir()
+    (home / "shorn.toml").write_text("[cpt]\noutput = '~'\nruns = ['~/c', 'd~']\n")
+    monkeypatch.setenv("SHORN_CONFIG", "~/shorn.toml")
+    monkeypatch.setenv("SHORN_JSON", "~/j.json")
+    elsewhere = parse(Config, section="cpt", argv=[])
+    assert elsewhere.runs == (f"{home}/c", "d~")
+    assert (elsewhere.output, elsewhere.json) == (home, f"{home}/j.json")
+
+
+def test_what_only_starts_with_a_tilde_stays(tmp_path: Path) -> None:
+    (tmp_path / "~nobody-of-that-name").mkdir()
+    for text in ("~a.txt", "~$draft.txt", "~nobody-of-that-name/x", "a/~/b", ""):
+        assert home_expanded(text, "--input") == text
+
+
+def test_a_home_that_is_not_known_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^--output ~no-such-user/x: no-such-user's home folder"):
+        parse(Config, section="cpt", argv=["--output", "~no-such-user/x"])
