@@ -169,6 +169,29 @@ def test_a_long_number_in_another_field_is_no_matter(tmp_path: Path) -> None:
         list(iterate_documents(path, Fields(domain="n")))
 
 
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b'{"text": "one", "text": "two", "meta": {"redpajama_set_name": "x"}}', "'text'"),
+        (
+            b'{"text": "a", "meta": {"redpajama_set_name": "x", "redpajama_set_name": "y"}}',
+            "'meta.redpajama",
+        ),
+        (b'{"text": "a", "meta": {"redpajama_set_name": "x"}, "meta": {}}', "'meta.redpajama"),
+    ],
+)
+def test_a_field_that_is_given_twice_is_refused(tmp_path: Path, line: bytes, named: str) -> None:
+    path = write(tmp_path / "a.jsonl", LINE + b"\n" + line)
+    with pytest.raises(InputError, match=rf"a\.jsonl:2: {named}.* is given twice"):
+        read(path)
+
+
+def test_what_is_given_twice_and_is_no_matter(tmp_path: Path) -> None:
+    """Other fields, and equal values."""
+    line = b'{"url": "x", "text": "a", "text": "a", "url": "y", "n": ' + b"9" * 5000 + b"}"
+    assert [d.text for d in read(write(tmp_path / "a.jsonl", line), domain="folder")] == ["a"]
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     columns = [pyarrow.array([text]) for text in ("first", "second", "x")]
     for names in (["text", "text", "kind"], ["kind", "text", "kind"]):
