@@ -25,7 +25,7 @@ from data.errors import InputError, explain
 from data.help_page import help_page
 from data.log import LEVEL_VARIABLE, LEVELS, level, logger, set_level
 from data.machine import LAUNCHED, PARENT, end_with_parent, rank, stand_alone
-from data.options import Option, build, convert, describe, options_of
+from data.options import Option, build, convert, describe, options_of, summary
 from data.paths import home_expanded, require_working_folder
 from data.plain_parser import parse_plainly
 from data.records import read_text
@@ -339,6 +339,11 @@ def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Overr
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
     for key, value in content.items():
+        if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            raise InputError(
+                f"{path}: [[{key}]] begins one of several tables; write [{key}], which there is "
+                "once"
+            )
         if not isinstance(value, dict):
             raise InputError(
                 f"{path}: `{key}` stands outside a section; put it under the section of the program"
@@ -442,7 +447,7 @@ def _print_help(
         essential_names(config, options),
         everything=everything,
         program=program_name(),
-        description=config.__doc__ or "",
+        description=summary(config),
         examples=examples,
     )
     if overrides:

@@ -120,6 +120,11 @@ def _files_of_glob(pattern: str, path: Path, skipped: Place | None) -> list[Path
                 f"{min(found.folders)}, and no files; end it with '/**/*' to take the files in "
                 "them, or name the folders themselves"
             )
+        if found.hidden:
+            raise InputError(
+                f"--input {pattern!r} matches no files; what is hidden is left out "
+                f"({_names(found.hidden, root)}): begin the pattern's last part with '.' to take it"
+            )
         bracket = "; write a '[' that belongs to a name as '[[]'" if "[" in pattern else ""
         raise InputError(
             f"--input {pattern!r} matches no files; correct it (quote globs: '**' crosses "
@@ -182,13 +187,14 @@ def _walk(folder: Path, parts: Sequence[str], found: _Found, above: tuple[Place,
         return
     for entry in entries:
         path = folder / entry.name
+        if not fnmatchcase(entry.name, part):
+            continue
         if entry.name.startswith(".") and not part.startswith("."):
             found.hidden.append(path)
-        elif fnmatchcase(entry.name, part):
-            if not rest:
-                _sort_in(path, found)
-            elif _is_folder(entry):
-                _walk(path, rest, found, (*above, place))
+        elif not rest:
+            _sort_in(path, found)
+        elif _is_folder(entry):
+            _walk(path, rest, found, (*above, place))
 
 
 def _sort_in(path: Path, found: _Found) -> None:

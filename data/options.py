@@ -91,7 +91,7 @@ def options_of(config: type, base: Any = None, section: str = "") -> list[Option
         default = getattr(base, field.name) if base is not None else _default(field)
         if dataclasses.is_dataclass(kind):
             inner = None if default is MISSING else default
-            topic = (kind.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+            topic = summary(typing.cast(type, kind)).partition("\n")[0].rstrip(".")
             found += options_of(typing.cast(type, kind), inner, topic)
             continue
         metavar = next((mark.metavar for mark in markers if isinstance(mark, Positional)), "")
@@ -102,6 +102,12 @@ def options_of(config: type, base: Any = None, section: str = "") -> list[Option
     clash = {name for name in names if names.count(name) > 1}
     assert not clash, f"{config.__name__} has two options named {sorted(clash)}"
     return found
+
+
+def summary(config: type) -> str:
+    """What the docstring of the dataclass `config` says, which PYTHONOPTIMIZE=2 takes away."""
+    tree = _tree(config)
+    return (ast.get_docstring(tree) if tree is not None else config.__doc__) or ""
 
 
 def build(config: type[T], values: dict[str, Any]) -> T:
@@ -173,14 +179,22 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _docstrings(config: type) -> dict[str, str]:
-    """The string below each field in the source of `config`."""
+def _tree(config: type) -> ast.ClassDef | None:
+    """The source of `config`; None in an installation without sources."""
     try:
         source = inspect.getsource(config)
-    except OSError:  # an installation without sources
-        return {}
+    except OSError:
+        return None
     (tree,) = ast.parse(textwrap.dedent(source)).body
     assert isinstance(tree, ast.ClassDef)
+    return tree
+
+
+def _docstrings(config: type) -> dict[str, str]:
+    """The string below each field in the source of `config`."""
+    tree = _tree(config)
+    if tree is None:
+        return {}
     texts = {}
     for field, below in pairwise(tree.body):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):

@@ -1,6 +1,7 @@
 """Documents from text files: JSON Lines, parquet, and plain text, compressed or not."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -368,10 +369,24 @@ def _folder_domain(path: Path) -> tuple[str, str]:
     name = path.absolute().parent.name
     if name == "..":
         name = path.absolute().parent.resolve().name
+    name = _spelled(name, path)
     domain = domain_name(name)
     if not domain:
         raise InputError(f"{path}: its folder's name cannot serve as a domain; rename the folder")
     return name, domain
+
+
+def _spelled(name: str, path: Path) -> str:
+    """A folder's name as its bytes spell it in UTF-8, whatever the locale takes them for."""
+    try:
+        return os.fsencode(name).decode("utf-8")
+    except UnicodeError:
+        if any("\udc80" <= letter <= "\udcff" for letter in name):
+            raise InputError(
+                f"{path}: the name of its folder is not UTF-8, so no domain can be named by it; "
+                "rename the folder, such as with `convmv -t utf8 --notest`"
+            ) from None
+        return name
 
 
 def _lookup(record: Any, dotted: str) -> Any:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
 from data.files import replace_folder
 from data.log import logger
+from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
 from pruner.config import ShearConfig
 from pruner.extract import Extraction
@@ -255,4 +255,4 @@ def print_units(report: dict[str, Any]) -> None:
             span(report["kept"][name]),
             span(report["alive"][name]),
         )
-    Console().print(shapes)
+    print_table(shapes)

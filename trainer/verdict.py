@@ -13,6 +13,7 @@ from rich.table import Table
 from data.errors import InputError
 from data.log import logger
 from data.records import fits, read_json
+from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
 from trainer.evaluate import DomainLoss, overall, report
 from trainer.loop import Trainer
@@ -331,7 +332,7 @@ def show(verdict: Verdict, commands: Sequence[str] = ()) -> None:
             table.add_column(heading, justify="right" if index else "left", overflow="fold")
         for row in verdict.rows:
             table.add_row(*row)
-        console.print(table)
+        print_table(table, console)
     for line in verdict.lines:
         console.print(line, soft_wrap=True)
     for command in commands:

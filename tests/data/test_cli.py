@@ -106,6 +106,7 @@ def test_named_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         ("[prune]\nstps = 1", "unknown key `stps`.*did you mean `steps`"),
         ("steps = 1", "outside a section"),
+        ("[[prune]]\nsteps = 1", r"\[\[prune\]\] begins one of several tables; write \[prune\]"),
         ("[prun]\nsteps = 1", r"unknown section \[prun\]; did you mean \[prune\]"),
         ("[prune]\nsteps = 'many'", "steps = 'many' is not a valid value: expected INT"),
         ("[prune]\nmixture = 'x'", "not a valid value: expected dynamic|fixed"),

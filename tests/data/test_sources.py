@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -388,6 +389,18 @@ def test_a_record_above_the_limit_is_refused_before_it_is_held(tmp_path: Path) -
     rows = {"text": ["a", "x" * 1_100_000], "meta": [META] * 2}
     with pytest.raises(InputError, match=r"d\.parquet:2: one record of more than 1 MiB"):
         read(write_parquet(tmp_path / "d.parquet", rows), max_bytes=1 << 20)
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / os.fsdecode(b"caf\xe9") / "a.jsonl", LINE)
+    with pytest.raises(InputError, match=r"the name of its folder is not UTF-8.*rename"):
+        read(path, domain="folder")
+    assert read(path)[0].domain == "c4"
+    # As a locale that is not UTF-8 shows the name of a folder.
+    name = "é".encode().decode("latin-1")
+    monkeypatch.setattr("data.sources.os.fsencode", lambda name: name.encode("latin-1"))
+    assert read(write(tmp_path / name / "b.jsonl", LINE), domain="folder")[0].domain == "é"
+    assert read(write(tmp_path / "è" / "b.jsonl", LINE), domain="folder")[0].domain == "è"
 
 
 def test_the_domain_of_a_link_is_the_folder_it_stands_in(
