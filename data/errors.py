@@ -95,14 +95,16 @@ _OUT_OF_MEMORY = (
     "not enough memory",
     "std::bad_alloc",
     "ALLOC_FAILED",
+    "failed to map segment from shared object",
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the host or on a GPU; PyTorch says so in a RuntimeError."""
+    """Whether an allocation failed, on the host or on a GPU; PyTorch says so in a RuntimeError,
+    the loader of libraries in an ImportError."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    text = str(error) if isinstance(error, RuntimeError) else ""
+    text = str(error) if isinstance(error, RuntimeError | ImportError) else ""
     return isinstance(error, MemoryError) or any(mark in text for mark in _OUT_OF_MEMORY)
 
 

@@ -35,6 +35,8 @@ NEEDED = (
     "model.safetensors.index.json",
 )
 """Files of runs, token folders and models, which no report may replace."""
+NEEDED_SUFFIXES = (".safetensors", ".gguf", ".model", ".bin", ".idx", ".crc", ".pt")
+"""Suffixes of weights, tokenizers and shards, which none may replace either."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -141,7 +143,8 @@ def require_writable(name: str | Path | None, option: str) -> None:
                 f"{option} {path} is a device or a pipe, which a file would replace; name a regular"
                 " file, and read that afterwards"
             )
-        if path.exists() and path.resolve().name in NEEDED:
+        target = path.resolve()
+        if path.exists() and (target.name in NEEDED or target.suffix in NEEDED_SUFFIXES):
             raise InputError(
                 f"{option} {path}: would replace a file that a run, a model or a token folder "
                 "needs; name another file"

@@ -107,7 +107,7 @@ def _files_of_glob(pattern: str, path: Path, skipped: Place | None) -> list[Path
     parts = [part for part in path.parts if part != path.anchor]
     fixed = next((i for i, part in enumerate(parts) if _is_glob(part)), len(parts))
     if fixed == len(parts):
-        raise InputError(f"--input {pattern!r} matches no files; correct it")
+        raise InputError(f"--input {pattern!r} matches no files; {_advice(pattern)}")
     root = Path(path.anchor, *parts[:fixed])
     found = _Found(skipped=skipped)
     if _is_dir(root):
@@ -127,7 +127,7 @@ def _files_of_glob(pattern: str, path: Path, skipped: Place | None) -> list[Path
             )
         bracket = "; write a '[' that belongs to a name as '[[]'" if "[" in pattern else ""
         raise InputError(
-            f"--input {pattern!r} matches no files; correct it (quote globs: '**' crosses "
+            f"--input {pattern!r} matches no files; {_advice(pattern)} (quote globs: '**' crosses "
             f"folders){bracket}"
         )
     literal = Path(pattern).suffix
@@ -144,6 +144,20 @@ def _files_of_glob(pattern: str, path: Path, skipped: Place | None) -> list[Path
             "the folders themselves to enter them",
         )
     return found.files
+
+
+def _advice(pattern: str) -> str:
+    """What helps where a pattern matches nothing: most often it was written for something else."""
+    if "://" in pattern:
+        return "only what is on this machine is read: download it first, such as with `hf download`"
+    if "{" in pattern and "}" in pattern:
+        return "leave braces outside the quotes, for only a shell knows them"
+    if "$" in pattern:
+        return "a variable in single quotes stays as it is: use double quotes"
+    names = pattern.split(",")
+    if len(names) > 1 and all(Path(name.strip()).exists() for name in names):
+        return f"separate names by spaces: {' '.join(name.strip() for name in names)}"
+    return "correct it"
 
 
 def _one_file(path: Path) -> Path:

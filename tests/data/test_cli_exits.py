@@ -51,6 +51,10 @@ def nested() -> None:
         (lambda: "café".encode("ascii"), "'é' cannot be written as ascii; set PYTHONUTF8=1"),
         (lambda: raise_error(MemoryError()), "out of memory (MemoryError); ask for less at once"),
         (lambda: raise_error(RuntimeError(ALLOCATOR)), f"out of memory ({ALLOCATOR[:40]}"),
+        (
+            lambda: raise_error(ImportError("x.so: failed to map segment from shared object")),
+            "out of",
+        ),
         (nested, "something is nested too deeply (maximum recursion depth exceeded"),
     ],
 )
