@@ -34,6 +34,7 @@ def test_run_prints_input_errors_without_traceback(capsys: pytest.CaptureFixture
 
 
 ALLOCATOR = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nframe #0"
+NO_ROOM = "failed to map segment from shared object"
 
 
 def nested() -> None:
