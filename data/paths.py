@@ -29,6 +29,17 @@ def home_expanded(text: str | Path, option: str) -> str:
     )
 
 
+def beside(folder: Path, suffix: str) -> Path:
+    """Where a folder of the same name with `suffix` lies; `.` and `..` go by their own names."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return Path(f"{named}{suffix}")
+
+
+def as_word(path: str | Path) -> str:
+    """A path as a word of a command, which is neither an option nor below the home folder."""
+    return f"./{path}" if str(path).startswith(("-", "~")) else str(path)
+
+
 def require_working_folder() -> None:
     """Raises InputError if the folder that the process works in was removed."""
     try:

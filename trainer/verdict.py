@@ -12,6 +12,7 @@ from rich.table import Table
 
 from data.errors import InputError
 from data.log import logger
+from data.paths import as_word
 from data.records import fits, read_json
 from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
@@ -201,14 +202,22 @@ def show_trained(content: dict[str, Any], output: Path, start: Path | None, data
         verdict.lines.append("it started from random weights")
     elif len(stages) == 1 and stages[0].losses:
         verdict.lines.append("the model before training was not measured on this text")
-    runs = [str(Path(stage.model).parent) for stage in stages if stage.name != "source"]
+    runs = [as_word(Path(stage.model).parent) for stage in stages if stage.name != "source"]
     commands = [compare_command(models, data, on["seq_len"])] if stages[-1].losses else []
     show(verdict, [*commands, shlex.join(["shorn", "report", *runs])])
 
 
 def compare_command(models: Iterable[str], data: str, seq_len: int) -> str:
     """The command that measures all `models` on equal sequences, and their speed."""
-    words = ["--model", *models, "--data", data, "--seq-len", str(seq_len), "--speed"]
+    words = [
+        "--model",
+        *map(as_word, models),
+        "--data",
+        as_word(data),
+        "--seq-len",
+        str(seq_len),
+        "--speed",
+    ]
     return shlex.join(["shorn", "evaluate", *words])
 
 

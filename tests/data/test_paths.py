@@ -10,7 +10,7 @@ import pytest
 from data.cli import all_options, parse
 from data.errors import InputError
 from data.options import ON_DISK, Positional
-from data.paths import home_expanded
+from data.paths import as_word, beside, home_expanded
 from launch.shorn.commands import COMMANDS
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -68,6 +68,20 @@ def test_what_only_starts_with_a_tilde_stays(tmp_path: Path) -> None:
     (tmp_path / "~nobody-of-that-name").mkdir()
     for text in ("~a.txt", "~$draft.txt", "~nobody-of-that-name/x", "a/~/b", ""):
         assert home_expanded(text, "--input") == text
+
+
+def test_commands_to_come_name_the_same_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    assert beside(Path("runs/b"), "-cpt") == Path("runs/b-cpt")
+    assert beside(Path(), "-cpt") == tmp_path / "a-cpt"
+    assert beside(Path(".."), "-cpt") == Path(f"{tmp_path}-cpt")
+    assert beside(Path("/"), "-cpt") == Path("/-cpt")
+    assert [as_word(text) for text in ("-a", "~/a", "a-~", Path("/~"))] == [
+        *("./-a", "./~/a", "a-~", "/~")
+    ]
 
 
 def test_a_home_that_is_not_known_is_refused() -> None:
