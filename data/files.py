@@ -40,8 +40,11 @@ NEEDED_SUFFIXES = (".safetensors", ".gguf", ".model", ".bin", ".idx", ".crc", ".
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, and its folder where that is missing. Raises OSError when that fails."""
-    write_bytes(path, text.encode("utf-8"))
+    """Writes a file, and its folder where that is missing. Raises OSError when that fails.
+
+    The odd bytes of names that are no UTF-8 are escaped, as they are when such names are printed.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

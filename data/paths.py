@@ -29,6 +29,17 @@ def home_expanded(text: str | Path, option: str) -> str:
     )
 
 
+def require_utf8(path: str | Path) -> None:
+    """Raises InputError for a path that libraries which take UTF-8 alone cannot open."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{path}: the path is not UTF-8, and models and tokenizers are read from no other; "
+            "rename the folder, or name it by a link"
+        ) from None
+
+
 def beside(folder: Path, suffix: str) -> Path:
     """Where a folder of the same name with `suffix` lies; `.` and `..` go by their own names."""
     named = folder if folder.name not in ("", "..") else folder.resolve()

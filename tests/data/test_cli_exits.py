@@ -50,6 +50,7 @@ def nested() -> None:
         (lambda: raise_error(OSError("the mount is gone")), "the mount is gone"),
         (lambda: b"caf\xe9".decode(), "text is not utf-8 (byte 3: unexpected end of data, in b'"),
         (lambda: "café".encode("ascii"), "'é' cannot be written as ascii; set PYTHONUTF8=1"),
+        (lambda: "caf\udce9".encode(), "'caf\\udce9': not UTF-8; rename the file or folder"),
         (lambda: raise_error(MemoryError()), "out of memory (MemoryError); ask for less at once"),
         (lambda: raise_error(RuntimeError(ALLOCATOR)), f"out of memory ({ALLOCATOR[:40]}"),
         (

@@ -1,5 +1,6 @@
 """`~` stands for the home folder wherever a path is given, and for nothing else."""
 
+import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 
 from data.cli import all_options, parse
 from data.errors import InputError
+from data.files import write_text
 from data.options import ON_DISK, Positional
 from data.paths import as_word, beside, home_expanded
+from data.tokenizers import load_tokenizer
 from launch.shorn.commands import COMMANDS
+from trainer.models.sources import resolve_model
 
 pytestmark = pytest.mark.usefixtures("clean")
 NO_PATHS = {
@@ -82,6 +86,16 @@ def test_commands_to_come_name_the_same_folders(
     assert [as_word(text) for text in ("-a", "~/a", "a-~", Path("/~"))] == [
         *("./-a", "./~/a", "a-~", "/~")
     ]
+
+
+def test_libraries_get_no_path_that_is_not_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for load in (load_tokenizer, resolve_model):
+        with pytest.raises(InputError, match=r"the path is not UTF-8.*or name it by a link"):
+            load(folder)
+    write_text(folder / "page.html", str(folder))
+    assert (folder / "page.html").read_text().endswith("caf\\udce9")
 
 
 def test_a_home_that_is_not_known_is_refused() -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from data.errors import InputError, failure
 from data.files import follow_umask, sync_files
 from data.hub import is_offline
-from data.paths import home_expanded
+from data.paths import home_expanded, require_utf8
 from data.tokenizers import holds_tokenizer
 from trainer.models.export import widen
 from trainer.models.gguf_header import check_gguf
@@ -54,6 +54,7 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
     """
     text = str(source)
     path = Path(home_expanded(source, option))
+    require_utf8(path)
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
             weight_files(folder)
