@@ -131,7 +131,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, UnicodeEncodeError):
         what = error.object[error.start : error.end]
         if error.encoding.startswith("utf"):
-            return f"{error.object!r}: not UTF-8; rename the file or folder that is called so"
+            nearby = error.object[max(0, error.start - 20) : error.end + 20]
+            return f"{nearby!r}: not UTF-8; rename the file or folder that is called so"
         return f"{what!r} cannot be written as {error.encoding}; set PYTHONUTF8=1"
     if isinstance(error, RecursionError):
         return (
