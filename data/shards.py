@@ -288,6 +288,8 @@ class ShardReader:
                 raise InputError(f"shard {path} is missing; {AGAIN}") from None
             except OSError as error:
                 raise InputError(f"shard {path}: {failure(error)}") from None
+            except UnicodeEncodeError:  # the locale lacks letters of a domain's name
+                raise
             except ValueError:
                 raise InputError(f"shard path {path!r} cannot be one; {AGAIN}") from None
             if found != expected:

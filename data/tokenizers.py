@@ -14,6 +14,7 @@ import numpy as np
 from data.errors import InputError, failure
 from data.hub import is_offline, split_revision
 from data.manifest import TokenizerRecord
+from data.paths import require_utf8
 from data.records import read_json, require_no_mark
 
 # Runs of spaces, markup that looks like special tokens, several scripts, digits, a long word:
@@ -223,6 +224,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Raises:
         InputError: there is no tokenizer, or it has no end-of-sequence token.
     """
+    require_utf8(path)
     place = Path(path)
     if not place.exists():
         place = _from_hub(str(path))

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from data.errors import InputError, require, require_at_least, require_finite, require_threads
 from data.mixture import MixtureConfig
-from data.options import Name
+from data.options import ON_DISK, Name
 
 Precision = Literal["auto", "bf16", "fp32"]
 Kernels = Literal["auto", "reference", "triton", "cuda"]
@@ -178,12 +178,12 @@ class CptConfig:
         "model data output init steps seq-len global-batch micro-batch lr mixture seed json"
     )
 
-    model: str = "runs/shear"
+    model: Annotated[str, ON_DISK] = "runs/shear"
     """Folder of a shearing run, a Hugging Face folder, a .gguf file or a hub id (org/name, or
     org/name@revision)."""
-    data: str = "runs/tokens"
+    data: Annotated[str, ON_DISK] = "runs/tokens"
     """Folder made by `shorn tokenize`."""
-    output: str = "runs/cpt"
+    output: Annotated[str, ON_DISK] = "runs/cpt"
     """Folder of this run: model/, cpt.json, metrics.jsonl, checkpoints/."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: fresh weights of the same shape, as a baseline."""
@@ -193,16 +193,16 @@ class CptConfig:
     reference_losses: str | None = None
     """Losses to steer towards, "c4=2.1,github=0.9". Default: the shearing run's reference, else the
     model's own at the start."""
-    reference_fit: str | None = None
+    reference_fit: Annotated[str | None, ON_DISK] = None
     """JSON file {"sizes": {"6738415616": {"c4": 1.92, ...}, ...}} of held-out losses by number of
     parameters, from which the losses to steer towards are fitted at the model's number."""
-    teacher: str | None = None
+    teacher: Annotated[str | None, ON_DISK] = None
     """Model to learn from besides the text, named like --model; same vocabulary. Default: for a
     sheared model the source, at shearing's --distill-weight; else none."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in OUTPUT/model. Default: the original's, also after shearing in
     float32; bfloat16 where nothing states it."""
-    json: str | None = None
+    json: Annotated[str | None, ON_DISK] = None
     """Copy the final report to this file."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

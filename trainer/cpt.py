@@ -7,6 +7,7 @@ from typing import Any
 from data.errors import InputError
 from data.log import logger
 from data.mixture import MixtureConfig
+from data.paths import home_expanded
 from data.reader import TokenReader
 from trainer import parallel
 from trainer.config import (
@@ -43,7 +44,6 @@ from trainer.models.export import require_loadable
 from trainer.models.hf import check_weights, load_config
 from trainer.models.sources import (
     fetch_advice,
-    home_expanded,
     is_hub_id,
     local_folder,
     resolve_model,
@@ -272,7 +272,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
 
 def find_model(model: str, *, weights: bool = True) -> Path:
     """Resolves --model; raises InputError telling how to make or fetch one that is missing."""
-    path = home_expanded(model, "--model")
+    path = Path(home_expanded(model, "--model"))
     shear = f"python -m pruner.shear --source {local_folder(SOURCE)} --target 1.3b"
     run = run_of(path) if path.name == "model" or path.is_symlink() else path
     run = path if (path / "run.json").exists() else run

@@ -12,6 +12,7 @@ import torch
 from data.errors import InputError
 from data.locks import folder_lock
 from data.log import logger
+from data.paths import require_utf8
 from data.records import read_json
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import RECORD, committed, step_of
@@ -33,6 +34,7 @@ def owned(output: Path, report: str, context: DistributedContext) -> Iterator[No
     with ExitStack() as held:
 
         def hold() -> None:
+            require_utf8(output)
             # A finished run may lie where nobody can write: nothing is left to write there.
             if os.access(output, os.W_OK) or not _finished(output / report, resuming=True):
                 held.enter_context(folder_lock(output, "training"))

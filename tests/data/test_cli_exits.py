@@ -10,33 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from data import cli, machine
+from data import cli
 from data.cli import run
 from data.errors import InputError
 from data.log import logger
+from tests.data.helpers import group, join
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    ours = ("SHORN_", *machine.GROUP_VARIABLES, machine.LAUNCHED)
-    for name in [name for name in os.environ if name.startswith(ours)]:
-        monkeypatch.delenv(name)
-    # Tests before these may have left one, and `run` would end this process.
-    monkeypatch.setattr(cli, "_has_process_group", lambda: False)
-
-
-def group(rank: int) -> dict[str, str]:
-    """The environment of a rank, as torchrun makes it."""
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    return here | {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank)}
-
-
-def join(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
-    for name, value in group(rank).items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def raise_error(error: BaseException) -> None:
@@ -51,6 +34,7 @@ def test_run_prints_input_errors_without_traceback(capsys: pytest.CaptureFixture
 
 
 ALLOCATOR = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nframe #0"
+NO_ROOM = "failed to map segment from shared object"
 
 
 def nested() -> None:
@@ -66,8 +50,13 @@ def nested() -> None:
         (lambda: raise_error(OSError("the mount is gone")), "the mount is gone"),
         (lambda: b"caf\xe9".decode(), "text is not utf-8 (byte 3: unexpected end of data, in b'"),
         (lambda: "café".encode("ascii"), "'é' cannot be written as ascii; set PYTHONUTF8=1"),
+        (lambda: "caf\udce9".encode(), "'caf\\udce9': not UTF-8; rename the file or folder"),
         (lambda: raise_error(MemoryError()), "out of memory (MemoryError); ask for less at once"),
         (lambda: raise_error(RuntimeError(ALLOCATOR)), f"out of memory ({ALLOCATOR[:40]}"),
+        (
+            lambda: raise_error(ImportError("x.so: failed to map segment from shared object")),
+            "out of",
+        ),
         (nested, "something is nested too deeply (maximum recursion depth exceeded"),
     ],
 )
@@ -224,6 +213,24 @@ def test_an_error_with_a_process_group_skips_the_interpreters_teardown() -> None
     )
     assert (result.returncode, result.stdout) == (2, "buffered\n")
     assert result.stderr.endswith("error: bad\n")
+
+
+def test_a_working_folder_that_is_gone_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "here"
+
+    def lose() -> None:
+        here.rmdir()
+        Path("x").absolute()
+
+    here.mkdir()
+    os.chdir(here)
+    for action in (lose, lambda: None):  # meanwhile; before the start
+        with pytest.raises(SystemExit) as stop:
+            run(action)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.startswith("error: the working folder does not exist any")
 
 
 @pytest.mark.parametrize("closed", ["1", "2", "0 1 2"])

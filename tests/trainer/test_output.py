@@ -471,3 +471,12 @@ def test_a_run_of_a_version_with_fewer_options_goes_on(workspace: Path, tmp_path
     (tmp_path / "run.json").write_text(json.dumps(saved))
     run(workspace, tmp_path)
     assert len(losses(tmp_path)) == 6
+
+
+def test_an_output_that_no_model_can_be_read_from_again_is_refused(
+    workspace: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / os.fsdecode(b"caf\xe9") / "run"
+    with pytest.raises(InputError, match="the path is not UTF-8"):
+        run(workspace, place)
+    assert not place.parent.exists()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from data.errors import InputError, failure
 from data.files import follow_umask, sync_files
 from data.hub import is_offline, split_revision
+from data.paths import home_expanded, require_utf8
 from data.tokenizers import holds_tokenizer
 from trainer.models.export import widen
 from trainer.models.gguf_header import check_gguf, is_gguf
@@ -53,7 +54,8 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
         InputError: nothing is found; the message says what to fetch and how.
     """
     text = str(source)
-    path = home_expanded(source, option)
+    path = Path(home_expanded(source, option))
+    require_utf8(path)
     if path.is_file():
         if not is_gguf(path):
             raise InputError(
@@ -99,16 +101,6 @@ def _from_folder(path: Path) -> Path:
         f"{path} is not a model folder: it holds {found}. Expected config.json with "
         "*.safetensors, model/config.json, or one .gguf file"
     )
-
-
-def home_expanded(source: str | Path, option: str) -> Path:
-    """`source` with `~` written out; raises InputError where that folder is not known."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError as error:
-        raise InputError(
-            f"{option} {source}: {error}; give the path without `~`, or set HOME"
-        ) from None
 
 
 def is_hub_id(text: str) -> bool:
