@@ -2,6 +2,7 @@
 
 import errno
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,25 @@ def test_tensorboard_warns_and_stops(
     trainer.fit()
     assert len(losses(tmp_path)) == 3
     assert capsys.readouterr().err.count("TensorBoard gets no more values: no space left") == 1
+
+
+def test_what_tensorboards_threads_raise_is_one_warning(
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
+    monkeypatch.setattr(writer, "write", fail)
+    # As outside of pytest, which has a hook of its own.
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    trainer = make_trainer(workspace, tmp_path, options(steps=3))
+    index = next(i for i, c in enumerate(trainer.callbacks) if isinstance(c, MetricsCallback))
+    trainer.callbacks[index] = MetricsCallback(tmp_path)
+    trainer.fit()
+    said = capsys.readouterr().err
+    assert said.count("TensorBoard gets no more values: no space left") == 1
+    assert "Traceback" not in said and len(losses(tmp_path)) == 3
 
 
 @pytest.mark.parametrize(
