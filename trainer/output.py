@@ -1,5 +1,6 @@
 """The output folder of a run: whose it is, what it holds already, what may go when it is done."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+from data.files import write_json
 from data.locks import folder_lock
 from data.log import logger
-from data.records import read_json
+from data.records import is_kind, read_json
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import RECORD, committed, step_of
 from trainer.config import TrainConfig
@@ -176,6 +178,13 @@ def run_of(model: Path) -> Path:
     return model.parent
 
 
+def note_removal(output: Path, train: TrainConfig, context: DistributedContext) -> None:
+    """Notes how many checkpoints are to stay once the report is written, so that a start after a
+    kill in between removes the others (`finish_removal`)."""
+    keep = int(train.keep_last_checkpoint)
+    _write_record(output, context, {"step": train.steps, "keep": keep})
+
+
 def remove_checkpoints(
     output: Path, identity: Mapping[str, Any], train: TrainConfig, context: DistributedContext
 ) -> None:
@@ -184,3 +193,39 @@ def remove_checkpoints(
     checkpointer = Checkpointer(output / "checkpoints", context, identity=identity)
     if checkpointer.remove_all(int(train.keep_last_checkpoint)) and not train.keep_last_checkpoint:
         logger.info("its checkpoints are removed (--keep-last-checkpoint keeps the last one)")
+    # Checkpoints that a user puts back from now on stay.
+    _write_record(output, context, {"step": identity["steps"]})
+
+
+def finish_removal(output: Path, identity: Mapping[str, Any], context: DistributedContext) -> None:
+    """Removes the checkpoints that a finished run was about to remove when it was killed. Those of
+    which that is not known, as of runs of former versions, stay."""
+    keep = context.broadcast(_noted(output) if context.is_main else None)
+    if keep is None:
+        return
+    checkpointer = Checkpointer(output / "checkpoints", context, identity=identity)
+    if checkpointer.remove_all(keep):
+        logger.info("checkpoints that it left when it was cut off at its end are removed")
+    # Checkpoints that a user puts back from now on stay.
+    _write_record(output, context, {"step": identity["steps"]})
+
+
+def _noted(output: Path) -> int | None:
+    """How many checkpoints of a finished run are to stay; None where none are to go."""
+    record = output / RECORD
+    whole = (output / "model" / "config.json").exists()
+    if not record.exists() or not os.access(output, os.W_OK) or not whole:
+        return None
+    try:
+        keep = read_json(record, "").get("keep")
+    except InputError:  # only its presence is relied on
+        return None
+    return keep if is_kind(keep, int) and keep >= 0 else None
+
+
+def _write_record(output: Path, context: DistributedContext, content: dict[str, int]) -> None:
+    """What .checkpointed says besides that there was a checkpoint, if there was one."""
+    record = output / RECORD
+    if context.is_main and record.exists():
+        with contextlib.suppress(OSError):  # it costs no more than the room that they take
+            write_json(record, content)
