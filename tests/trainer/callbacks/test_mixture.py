@@ -279,7 +279,6 @@ class Full:
 def fill(workspace: Path, output: Path) -> str:
     """Messages of a run whose disk is full at the second update, after a checkpoint."""
     trainer = make_trainer(workspace, output, options(steps=12, save_interval=4))
-    (callback,) = (c for c in trainer.callbacks if isinstance(c, MixtureCallback))
     original = MixtureCallback._write
 
     def write(self: MixtureCallback, trainer: Trainer) -> None:
