@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from data.errors import InputError, explain
+from data.errors import InputError, explain, failure
 from data.help_page import help_page
 from data.log import LEVEL_VARIABLE, LEVELS, level, logger, set_level
 from data.machine import LAUNCHED, PARENT, end_with_parent, rank, stand_alone
 from data.options import Option, build, convert, describe, options_of
 from data.plain_parser import parse_plainly
 from data.records import read_text
-from data.terminal import escape_what_streams_lack
+from data.terminal import escape_what_streams_lack, is_broken_pipe
 
 T = TypeVar("T")
 
@@ -176,9 +176,10 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
     status: Any = 0
     escape_what_streams_lack()
     try:
+        _require_working_folder()
         main()
     except SystemExit as leaving:
-        status = leaving.code
+        status = 128 + signal.SIGPIPE if is_broken_pipe(leaving) else leaving.code
     except KeyboardInterrupt:
         if rank() == 0:
             _complain("interrupted")
@@ -194,9 +195,20 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
         sys.exit(status)
 
 
+def _require_working_folder() -> None:
+    """Libraries that look for their files from there would abort the process."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise InputError(
+            f"the working folder is gone or cannot be entered ({failure(error, '')}); change to "
+            "another one, and run this again"
+        ) from None
+
+
 def _report(error: Exception) -> int | None:
     """Says what ended the command; its exit status. None where Python may print the traceback."""
-    if isinstance(error, BrokenPipeError) and error.filename is None:
+    if is_broken_pipe(error):
         return 128 + signal.SIGPIPE  # whoever reads our output, such as `head`, has seen enough
     lost = _lost_a_peer(error)
     message = str(error) if isinstance(error, InputError) else explain(error)

@@ -118,6 +118,8 @@ class TrainConfig:
         require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         require(self.lr > 0, "lr", self.lr, "above 0")
         require(self.eps > 0, "eps", self.eps, "above 0")
+        bounds = "from -2^63 to 2^64 - 1, as random number generators take it"
+        require(-(2**63) <= self.seed < 2**64, "seed", self.seed, bounds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -71,7 +71,8 @@ def state_of(output: Path, report: str, context: DistributedContext) -> State:
 
     def look() -> State:
         finished = _finished(output / report, newest is not None)
-        if newest is None and not finished:
+        if not finished and newest is None:
+            _require_no_other(output, report)
             _require_no_loss(output, report)
         written = (output / "model").exists() and (output / FILE).exists()
         return State(output / report if finished else None, newest is not None, written)
@@ -95,6 +96,17 @@ def _finished(path: Path, resuming: bool) -> bool:
         logger.warning(f"{error.args[0].partition(';')[0]}: it is written again")
         return False
     return True
+
+
+def _require_no_other(output: Path, report: str) -> None:
+    """Raises InputError when a run of another command has finished there."""
+    for other in REPORTS:
+        if other != report and (output / other).exists():
+            kind = "shearing" if other == "shear.json" else "continued pre-training"
+            raise InputError(
+                f"--output {output}: holds a finished run of {kind} ({other}); "
+                "name another --output"
+            )
 
 
 def _require_no_loss(output: Path, report: str) -> None:

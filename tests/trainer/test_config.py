@@ -28,6 +28,7 @@ def test_defaults_are_the_published_recipe() -> None:
         ({"warmup_ratio": 1.5}, "--warmup-ratio 1.5"),
         ({"save_interval": -1}, "--save-interval -1"),
         ({"threads": 0}, "--threads 0"),
+        ({"seed": 2**64}, "--seed 18446744073709551616: must be from"),
     ],
 )
 def test_bad_values_name_the_flag(changes: dict[str, float], message: str) -> None:

@@ -466,6 +466,14 @@ def test_another_kind_of_run_is_named(workspace: Path, tmp_path: Path) -> None:
         run(workspace, tmp_path)
 
 
+def test_a_finished_run_of_another_command_is_named(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text("{}")
+    (tmp_path / "shear.json").write_text('{"steps": 1}')
+    with pytest.raises(InputError, match=r"holds a finished run of shearing \(shear\.json\); name"):
+        run(workspace, tmp_path)
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_many_differences_go_to_a_file(workspace: Path, tmp_path: Path) -> None:
     run(workspace, tmp_path)
     with pytest.raises(

@@ -37,6 +37,7 @@ class CheckpointCallback(Callback):
 
     def on_train_start(self, trainer: Trainer) -> None:
         self._saved = trainer.step
+        self.checkpointer.begin()
         if trainer.step < trainer.config.steps:
             nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             heeded = [s for s in STOP_SIGNALS if s != signal.SIGHUP or not nohup]

@@ -152,7 +152,8 @@ def truncate_after(path: Path, step: int) -> None:
         # Not UTF-8, not JSON, too deep, or no record.
         except (ValueError, RecursionError, KeyError, TypeError, IndexError):
             continue
-    write_bytes(path, b"".join(kept))
+    # A link to another disk is the user's, and stays.
+    write_bytes(path.resolve(), b"".join(kept))
 
 
 def _warn_of_board(error: Exception) -> None:

@@ -68,6 +68,8 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
                 f"{path} holds an adapter (adapter_config.json) and no model: merge it into its "
                 "base once, with peft's merge_and_unload and save_pretrained, and name that folder"
             )
+        if not files:
+            _refuse_parts_of_runs(path, option)
         found = f"{len(files)} .gguf files; name one of them" if files else "no config.json"
         raise InputError(
             f"{path} is not a model folder: it holds {found}. Expected config.json with "
@@ -85,6 +87,22 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
         f"{option} {text}: no such model. Give a folder with config.json and *.safetensors, a "
         ".gguf file, a finished run's folder, or a hub id such as meta-llama/Llama-2-7b-hf"
     )
+
+
+def _refuse_parts_of_runs(path: Path, option: str) -> None:
+    """Raises InputError for the folder of a run that has written no model yet, and for its
+    checkpoints, which are a state of training."""
+    place = path.resolve()
+    for run in (place, place.parent, place.parent.parent):
+        if not (run / "run.json").is_file():
+            continue
+        if (run / "model" / "config.json").is_file():
+            raise InputError(f"{option} {path}: is no model; the run's model is {run / 'model'}")
+        part = "the folder" if run == place else "a part"
+        raise InputError(
+            f"{option} {path}: is {part} of a run that has not finished, so there is no model yet; "
+            "resume it with the command that started it"
+        )
 
 
 def home_expanded(source: str | Path, option: str) -> Path:

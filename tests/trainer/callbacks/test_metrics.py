@@ -135,6 +135,14 @@ def test_lines_that_are_no_records_are_left_out(line: bytes, tmp_path: Path) -> 
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_a_link_to_another_place_stays(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "there")
+    (tmp_path / "there").write_text('{"step": 1}\n{"step": 2}\n')
+    truncate_after(tmp_path / "metrics.jsonl", 1)
+    assert (tmp_path / "metrics.jsonl").is_symlink()
+    assert (tmp_path / "there").read_text() == '{"step": 1}\n'
+
+
 def refused(workspace: Path, place: Path) -> str:
     try:
         make_trainer(workspace, place, options(steps=2)).fit()
