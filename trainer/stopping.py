@@ -27,9 +27,10 @@ def kept_is_said(report: Path) -> Iterator[None]:
         yield  # where signals cannot be handled
         return
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def end(received: int, frame: FrameType | None) -> None:
+        number = signal.Signals(received)
         if rank() == 0:
-            _complain(f"stopped by {signal.Signals(number).name}: {_kept(report)}")
+            _complain(f"stopped by {number.name}: {_kept(report)}")
         signal.signal(number, previous[number])
         signal.raise_signal(number)
 

@@ -68,7 +68,7 @@ def test_facts_that_no_record_has_a_place_for_are_refused() -> None:
     code = Kernel(instructions=[], name="k", registers=8, stack_bytes=0, shared_bytes=0, loops=[])
     assert static.make_record(code, backend="triton", **facts).kernel == "k"
     with pytest.raises(TypeError, match="bytes_move"):
-        static.make_record(code, backend="triton", **facts, bytes_move=1)
+        static.make_record(code, backend="triton", **(facts | {"bytes_move": 1}))
 
 
 @needs_triton
