@@ -201,6 +201,17 @@ def test_a_working_folder_that_is_gone_is_named(
     assert "error: the working folder is gone" in capsys.readouterr().err
 
 
+def test_another_python_than_the_one_with_our_packages_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: raise_error(ModuleNotFoundError("No module named 'torch'", name="torch")))
+    assert stop.value.code == 2
+    assert f"error: {sys.executable} has no package torch; use" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):  # a defect
+        run(lambda: raise_error(ModuleNotFoundError("none", name="trainer.none")))
+
+
 def test_run_lets_other_errors_and_results_through() -> None:
     run(lambda: None)
     with pytest.raises(ZeroDivisionError):
