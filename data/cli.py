@@ -29,7 +29,7 @@ from data.options import Option, build, convert, describe, options_of, summary
 from data.paths import home_expanded, require_working_folder
 from data.plain_parser import parse_plainly
 from data.records import read_text
-from data.terminal import escape_what_streams_lack
+from data.terminal import escape_what_streams_lack, is_broken_pipe
 
 T = TypeVar("T")
 
@@ -181,7 +181,7 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
         require_working_folder()
         main()
     except SystemExit as leaving:
-        status = leaving.code
+        status = 128 + signal.SIGPIPE if is_broken_pipe(leaving) else leaving.code
     except KeyboardInterrupt:
         if rank() == 0:
             _complain("interrupted")
@@ -199,7 +199,7 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
 
 def _report(error: Exception) -> int | None:
     """Says what ended the command; its exit status. None where Python may print the traceback."""
-    if isinstance(error, BrokenPipeError) and error.filename is None:
+    if is_broken_pipe(error):
         return 128 + signal.SIGPIPE  # whoever reads our output, such as `head`, has seen enough
     lost = _lost_a_peer(error)
     message = str(error) if isinstance(error, InputError) else explain(error)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import sys
 from math import isfinite
 from typing import Any
 
@@ -115,6 +116,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(mark in text for mark in _OUT_OF_MEMORY)
 
 
+NEEDED_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pyarrow", "rich")
+"""Without these nothing works: another Python was started than the one that has them."""
+
+
 def explain(error: Exception) -> str | None:
     """What to tell the user about an error that nobody turned into an InputError where it arose:
     cause, place and remedy. None for what can only be a defect of ours."""
@@ -129,6 +134,11 @@ def explain(error: Exception) -> str | None:
             return NO_WORKING_FOLDER
         places = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return f"{' -> '.join(places)}: {failure(error)}" if places else failure(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in NEEDED_PACKAGES:
+        return (
+            f"{sys.executable} has no package {error.name}; use the Python in whose environment "
+            "Shorn is installed, or install it there (pip install -e .)"
+        )
     if isinstance(error, UnicodeDecodeError):
         around = error.object[max(0, error.start - 20) : error.end + 20]
         return (

@@ -52,8 +52,9 @@ def as_word(path: str | Path) -> str:
 
 
 def require_working_folder() -> None:
-    """Raises InputError if the folder that the process works in was removed."""
+    """Raises InputError if the folder that the process works in was removed: libraries that look
+    for their files from there would abort the process."""
     try:
         Path.cwd()
-    except FileNotFoundError:
+    except OSError:
         raise InputError(NO_WORKING_FOLDER) from None

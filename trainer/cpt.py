@@ -51,6 +51,8 @@ from trainer.models.sources import (
 )
 from trainer.output import (
     REPORTS,
+    finish_removal,
+    note_removal,
     owned,
     remove_checkpoints,
     require_apart,
@@ -135,6 +137,7 @@ def _train(
     )
     if state.report is not None:
         log_finished(context, state.report, config.json, config.save_dtype)
+        finish_removal(output, identity, context)
         return None
     parameters, resuming = inputs.shape.num_parameters(), state.resuming
     dtype = config.save_dtype or final_dtype(inputs.shape, inputs.source)
@@ -164,6 +167,7 @@ def _train(
     )
     trainer.fit()
     if not trainer.stopping:
+        note_removal(output, train, context)
         finish(trainer, inputs.source, config)
         remove_checkpoints(output, identity, train, context)
     return trainer

@@ -1,5 +1,6 @@
 """The output folder of a run: whose it is, what it holds already, what may go when it is done."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 
 from data.errors import InputError
+from data.files import write_json
 from data.locks import folder_lock
 from data.log import logger
 from data.paths import require_utf8
-from data.records import read_json
+from data.records import is_kind, read_json
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import RECORD, committed, step_of
 from trainer.config import TrainConfig
@@ -71,7 +73,8 @@ def state_of(output: Path, report: str, context: DistributedContext) -> State:
 
     def look() -> State:
         finished = _finished(output / report, newest is not None)
-        if newest is None and not finished:
+        if not finished and newest is None:
+            _require_no_other(output, report)
             _require_no_loss(output, report)
         written = (output / "model").exists() and (output / FILE).exists()
         return State(output / report if finished else None, newest is not None, written)
@@ -95,6 +98,17 @@ def _finished(path: Path, resuming: bool) -> bool:
         logger.warning(f"{error.args[0].partition(';')[0]}: it is written again")
         return False
     return True
+
+
+def _require_no_other(output: Path, report: str) -> None:
+    """Raises InputError when a run of another command has finished there."""
+    for other in REPORTS:
+        if other != report and (output / other).exists():
+            kind = "shearing" if other == "shear.json" else "continued pre-training"
+            raise InputError(
+                f"--output {output}: holds a finished run of {kind} ({other}); "
+                "name another --output"
+            )
 
 
 def _require_no_loss(output: Path, report: str) -> None:
@@ -181,6 +195,13 @@ def run_of(model: Path) -> Path:
     return model.parent
 
 
+def note_removal(output: Path, train: TrainConfig, context: DistributedContext) -> None:
+    """Notes how many checkpoints are to stay once the report is written, so that a start after a
+    kill in between removes the others (`finish_removal`)."""
+    keep = int(train.keep_last_checkpoint)
+    _write_record(output, context, {"step": train.steps, "keep": keep})
+
+
 def remove_checkpoints(
     output: Path, identity: Mapping[str, Any], train: TrainConfig, context: DistributedContext
 ) -> None:
@@ -189,3 +210,39 @@ def remove_checkpoints(
     checkpointer = Checkpointer(output / "checkpoints", context, identity=identity)
     if checkpointer.remove_all(int(train.keep_last_checkpoint)) and not train.keep_last_checkpoint:
         logger.info("its checkpoints are removed (--keep-last-checkpoint keeps the last one)")
+    # Checkpoints that a user puts back from now on stay.
+    _write_record(output, context, {"step": identity["steps"]})
+
+
+def finish_removal(output: Path, identity: Mapping[str, Any], context: DistributedContext) -> None:
+    """Removes the checkpoints that a finished run was about to remove when it was killed. Those of
+    which that is not known, as of runs of former versions, stay."""
+    keep = context.broadcast(_noted(output) if context.is_main else None)
+    if keep is None:
+        return
+    checkpointer = Checkpointer(output / "checkpoints", context, identity=identity)
+    if checkpointer.remove_all(keep):
+        logger.info("checkpoints that it left when it was cut off at its end are removed")
+    # Checkpoints that a user puts back from now on stay.
+    _write_record(output, context, {"step": identity["steps"]})
+
+
+def _noted(output: Path) -> int | None:
+    """How many checkpoints of a finished run are to stay; None where none are to go."""
+    record = output / RECORD
+    whole = (output / "model" / "config.json").exists()
+    if not record.exists() or not os.access(output, os.W_OK) or not whole:
+        return None
+    try:
+        keep = read_json(record, "").get("keep")
+    except InputError:  # only its presence is relied on
+        return None
+    return keep if is_kind(keep, int) and keep >= 0 else None
+
+
+def _write_record(output: Path, context: DistributedContext, content: dict[str, int]) -> None:
+    """What .checkpointed says besides that there was a checkpoint, if there was one."""
+    record = output / RECORD
+    if context.is_main and record.exists():
+        with contextlib.suppress(OSError):  # it costs no more than the room that they take
+            write_json(record, content)

@@ -19,6 +19,7 @@ from data.terminal import passing_over_what_is_not_shown
 from trainer.evaluate import DomainLoss, overall, report
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
+from trainer.models.sources import is_hub_id
 
 SHEARED, TRAINED = "sheared", "trained"
 REPORTS = {"shear.json": SHEARED, "cpt.json": TRAINED}
@@ -208,16 +209,10 @@ def show_trained(content: dict[str, Any], output: Path, start: Path | None, data
 
 
 def compare_command(models: Iterable[str], data: str, seq_len: int) -> str:
-    """The command that measures all `models` on equal sequences, and their speed."""
-    words = [
-        "--model",
-        *map(as_word, models),
-        "--data",
-        as_word(data),
-        "--seq-len",
-        str(seq_len),
-        "--speed",
-    ]
+    """The command that measures all `models` on equal sequences, and their speed; those that are
+    gone by now are left out."""
+    there = [as_word(model) for model in models if is_hub_id(model) or Path(model).exists()]
+    words = ["--model", *there, "--data", as_word(data), "--seq-len", str(seq_len), "--speed"]
     return shlex.join(["shorn", "evaluate", *words])
 
 

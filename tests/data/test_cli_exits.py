@@ -1,6 +1,7 @@
 """How commands end: one message, one status, and who of several ranks speaks."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -150,6 +151,41 @@ def test_run_keeps_the_statuses_of_commands() -> None:
         assert stop.value.code == code
     run(lambda: sys.exit(0))
     run(sys.exit)
+
+
+def test_a_reader_who_has_seen_enough_is_no_failed_check() -> None:
+    """rich leaves the program with status 1 then."""
+    script = (
+        "import sys; from data.cli import run; from rich.console import Console\n"
+        "from data.terminal import passing_over_what_is_not_shown\n"
+        "def table():\n"
+        "    for _ in range(3): Console().print('a row')\n"
+        "def work():\n"
+        "    if sys.argv[1] == 'done':\n"
+        "        with passing_over_what_is_not_shown(): table()\n"
+        "        print('all done', file=sys.stderr)\n"
+        "    else:\n"
+        "        table()\n"
+        "run(work)\n"
+    )
+    for word, status, said in (("done", 0, "all done\n"), ("left", 128 + signal.SIGPIPE, "")):
+        reading, writing = os.pipe()
+        os.close(reading)
+        command = [sys.executable, "-c", script, word]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_another_python_than_the_one_with_our_packages_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: raise_error(ModuleNotFoundError("No module named 'torch'", name="torch")))
+    assert stop.value.code == 2
+    assert f"error: {sys.executable} has no package torch; use" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):  # a defect
+        run(lambda: raise_error(ModuleNotFoundError("none", name="trainer.none")))
 
 
 def test_run_lets_other_errors_and_results_through() -> None:

@@ -451,6 +451,26 @@ def test_another_kind_of_run_is_named(workspace: Path, tmp_path: Path) -> None:
         run(workspace, tmp_path)
 
 
+def test_a_model_that_goes_while_it_is_trained_is_named(workspace: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(workspace / "model", model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpt, "note_removal", lambda *_: model.rename(tmp_path / "away"))
+        with pytest.raises(InputError, match=r"model: is gone by now.* the same command again"):
+            run(workspace, out, model=model)
+    (tmp_path / "away").rename(model)
+    run(workspace, out, model=model)
+    assert (out / "model" / "tokenizer.json").exists()
+
+
+def test_a_finished_run_of_another_command_is_named(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text("{}")
+    (tmp_path / "shear.json").write_text('{"steps": 1}')
+    with pytest.raises(InputError, match=r"holds a finished run of shearing \(shear\.json\); name"):
+        run(workspace, tmp_path)
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_many_differences_go_to_a_file(workspace: Path, tmp_path: Path) -> None:
     run(workspace, tmp_path)
     with pytest.raises(

@@ -249,6 +249,11 @@ def save_model(
             express, values too large for `dtype`, or a failure to write.
     """
     path = path.absolute()
+    if tokenizer_from is not None and not tokenizer_from.is_dir():
+        raise InputError(
+            f"{tokenizer_from}: is gone by now, and its tokenizer and licence are to go along into "
+            f"{path}; put it back, and run the same command again"
+        )
     temporary = path.with_name(f".{path.name}.partial")
     pairs = iter(state.items() if isinstance(state, dict) else state)
     try:

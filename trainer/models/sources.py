@@ -64,7 +64,7 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
             )
         return convert_gguf(path, _gguf_cache(path))
     if path.is_dir():
-        return _from_folder(path)
+        return _from_folder(path, option)
     if is_hub_id(text):
         return _from_hub(text, weights, option)
     if _HUB_ID.fullmatch(text) and _owner(text).is_dir():
@@ -80,7 +80,7 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
     )
 
 
-def _from_folder(path: Path) -> Path:
+def _from_folder(path: Path, option: str) -> Path:
     files = [file for file in sorted(path.iterdir()) if is_gguf(file)]
     for folder in (path, path / "model"):
         # A folder of GGUF files may hold the config of the model that they were made from.
@@ -93,6 +93,8 @@ def _from_folder(path: Path) -> Path:
     adapter = None if files else adapter_advice(path)
     if adapter is not None:
         raise InputError(adapter)
+    if not files:
+        _refuse_parts_of_runs(path, option)
     inner = [file.parent.name for file in sorted(path.glob("*/config.json"))]
     found = f"no config.json{f'; its folder {inner[-1]} does' if inner else ''}"
     if files:
@@ -101,6 +103,22 @@ def _from_folder(path: Path) -> Path:
         f"{path} is not a model folder: it holds {found}. Expected config.json with "
         "*.safetensors, model/config.json, or one .gguf file"
     )
+
+
+def _refuse_parts_of_runs(path: Path, option: str) -> None:
+    """Raises InputError for the folder of a run that has written no model yet, and for its
+    checkpoints, which are a state of training."""
+    place = path.resolve()
+    for run in (place, place.parent, place.parent.parent):
+        if not (run / "run.json").is_file():
+            continue
+        if (run / "model" / "config.json").is_file():
+            raise InputError(f"{option} {path}: is no model; the run's model is {run / 'model'}")
+        part = "the folder" if run == place else "a part"
+        raise InputError(
+            f"{option} {path}: is {part} of a run that has not finished, so there is no model yet; "
+            "resume it with the command that started it"
+        )
 
 
 def is_hub_id(text: str) -> bool:

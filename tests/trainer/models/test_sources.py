@@ -174,6 +174,19 @@ def test_a_revision_reaches_the_hub_and_the_advice(
     assert str(caught.value).endswith(f"then give --model {folder}")
 
 
+@pytest.mark.parametrize("part", [".", "checkpoints", "checkpoints/step-00000002"])
+def test_what_a_run_holds_besides_its_model_is_named(part: str, tmp_path: Path) -> None:
+    _touch(tmp_path / "run.json", tmp_path / "checkpoints" / "step-00000002" / "COMMITTED")
+    with pytest.raises(InputError, match=r"--source .*of a run that has not finished, so"):
+        resolve_model(tmp_path / part, option="--source")
+    _touch(tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors")
+    if part == ".":
+        assert resolve_model(tmp_path) == tmp_path / "model"
+    else:
+        with pytest.raises(InputError, match=r"is no model; the run's model is .*/model$"):
+            resolve_model(tmp_path / part)
+
+
 def test_a_home_that_is_not_known_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="without `~`"):
         resolve_model("~nobody-of-that-name/model")
