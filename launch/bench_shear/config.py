@@ -48,6 +48,5 @@ class BenchShearConfig:
         require_at_least(self, 1, "micro_batch", "repeats")
         require_threads(self.threads)
         require_at_least(self, 2, "seq_len")
-        require_at_least(self, 0, "seed")
         if self.hidden % self.heads:
             raise InputError(f"--hidden {self.hidden} is not a multiple of --heads {self.heads}")
