@@ -25,10 +25,11 @@ from data.errors import InputError, explain
 from data.help_page import help_page
 from data.log import LEVEL_VARIABLE, LEVELS, level, logger, set_level
 from data.machine import LAUNCHED, PARENT, end_with_parent, rank, stand_alone
-from data.options import Option, build, convert, describe, options_of
+from data.options import Option, build, convert, describe, options_of, summary
+from data.paths import home_expanded, require_working_folder
 from data.plain_parser import parse_plainly
 from data.records import read_text
-from data.terminal import escape_what_streams_lack
+from data.terminal import escape_what_streams_lack, is_broken_pipe
 
 T = TypeVar("T")
 
@@ -118,6 +119,7 @@ def parse(
     _refuse_repeated_lists(given, options)
     values = _parse_words(options, words)
     _refuse_empty(values, options)
+    values = {option.name: option.home_expanded(values[option.name]) for option in options}
     if values["log_level"] != level():
         set_level(values["log_level"])
     _say_origins(overrides, given)
@@ -176,9 +178,10 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
     status: Any = 0
     escape_what_streams_lack()
     try:
+        require_working_folder()
         main()
     except SystemExit as leaving:
-        status = leaving.code
+        status = 128 + signal.SIGPIPE if is_broken_pipe(leaving) else leaving.code
     except KeyboardInterrupt:
         if rank() == 0:
             _complain("interrupted")
@@ -196,7 +199,7 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
 
 def _report(error: Exception) -> int | None:
     """Says what ended the command; its exit status. None where Python may print the traceback."""
-    if isinstance(error, BrokenPipeError) and error.filename is None:
+    if is_broken_pipe(error):
         return 128 + signal.SIGPIPE  # whoever reads our output, such as `head`, has seen enough
     lost = _lost_a_peer(error)
     message = str(error) if isinstance(error, InputError) else explain(error)
@@ -321,7 +324,7 @@ def _warn_of_unknown_variables(options: Sequence[Option]) -> None:
 
 def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Override]:
     named = os.environ.get(CONFIG_VARIABLE)
-    path = Path(named or DEFAULT_FILE)
+    path = Path(home_expanded(named or DEFAULT_FILE, CONFIG_VARIABLE))
     if not path.is_file():
         if path.exists() or path.is_symlink():
             raise InputError(
@@ -336,6 +339,11 @@ def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Overr
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
     for key, value in content.items():
+        if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            raise InputError(
+                f"{path}: [[{key}]] begins one of several tables; write [{key}], which there is "
+                "once"
+            )
         if not isinstance(value, dict):
             raise InputError(
                 f"{path}: `{key}` stands outside a section; put it under the section of the program"
@@ -439,7 +447,7 @@ def _print_help(
         essential_names(config, options),
         everything=everything,
         program=program_name(),
-        description=config.__doc__ or "",
+        description=summary(config),
         examples=examples,
     )
     if overrides:

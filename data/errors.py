@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import sys
 from math import isfinite
 from typing import Any
 
@@ -29,6 +30,13 @@ def require_at_least(config: object, limit: float, *names: str, why: str = "") -
         value = getattr(config, name)
         for entry in value if isinstance(value, tuple) else (value,):
             require(entry is None or entry >= limit, name, entry, f"at least {limit}{why}")
+
+
+def require_threads(threads: int | None) -> None:
+    """Raises InputError for --threads beyond what PyTorch can start: it would crash."""
+    most = 1024
+    limit = f"at least 1, and at most {most}"
+    require(threads is None or 1 <= threads <= most, "threads", threads, limit)
 
 
 def require_finite(config: Any) -> None:
@@ -85,21 +93,31 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+NO_WORKING_FOLDER = (
+    "the working folder does not exist any more (removed, or replaced by another of the same name);"
+    ' go to one that does (cd ~, or cd "$PWD"), then run the command again'
+)
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "not enough memory",
     "std::bad_alloc",
     "ALLOC_FAILED",
+    "failed to map segment from shared object",
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the host or on a GPU; PyTorch says so in a RuntimeError."""
+    """Whether an allocation failed, on the host or on a GPU; PyTorch says so in a RuntimeError,
+    the loader of libraries in an ImportError."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    text = str(error) if isinstance(error, RuntimeError) else ""
+    text = str(error) if isinstance(error, RuntimeError | ImportError) else ""
     return isinstance(error, MemoryError) or any(mark in text for mark in _OUT_OF_MEMORY)
+
+
+NEEDED_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pyarrow", "rich")
+"""Without these nothing works: another Python was started than the one that has them."""
 
 
 def explain(error: Exception) -> str | None:
@@ -112,8 +130,15 @@ def explain(error: Exception) -> str | None:
             "memory.max shows"
         )
     if isinstance(error, OSError):
+        if error.errno == errno.ENOENT and error.filename is None:  # the answer to where we are
+            return NO_WORKING_FOLDER
         places = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return f"{' -> '.join(places)}: {failure(error)}" if places else failure(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in NEEDED_PACKAGES:
+        return (
+            f"{sys.executable} has no package {error.name}; use the Python in whose environment "
+            "Shorn is installed, or install it there (pip install -e .)"
+        )
     if isinstance(error, UnicodeDecodeError):
         around = error.object[max(0, error.start - 20) : error.end + 20]
         return (
@@ -122,6 +147,9 @@ def explain(error: Exception) -> str | None:
         )
     if isinstance(error, UnicodeEncodeError):
         what = error.object[error.start : error.end]
+        if error.encoding.startswith("utf"):
+            nearby = error.object[max(0, error.start - 20) : error.end + 20]
+            return f"{nearby!r}: not UTF-8; rename the file or folder that is called so"
         return f"{what!r} cannot be written as {error.encoding}; set PYTHONUTF8=1"
     if isinstance(error, RecursionError):
         return (

@@ -35,11 +35,16 @@ NEEDED = (
     "model.safetensors.index.json",
 )
 """Files of runs, token folders and models, which no report may replace."""
+NEEDED_SUFFIXES = (".safetensors", ".gguf", ".model", ".bin", ".idx", ".crc", ".pt")
+"""Suffixes of weights, tokenizers and shards, which none may replace either."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, and its folder where that is missing. Raises OSError when that fails."""
-    write_bytes(path, text.encode("utf-8"))
+    """Writes a file, and its folder where that is missing. Raises OSError when that fails.
+
+    The odd bytes of names that are no UTF-8 are escaped, as they are when such names are printed.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -141,7 +146,8 @@ def require_writable(name: str | Path | None, option: str) -> None:
                 f"{option} {path} is a device or a pipe, which a file would replace; name a regular"
                 " file, and read that afterwards"
             )
-        if path.exists() and path.resolve().name in NEEDED:
+        target = path.resolve()
+        if path.exists() and (target.name in NEEDED or target.suffix in NEEDED_SUFFIXES):
             raise InputError(
                 f"{option} {path}: would replace a file that a run, a model or a token folder "
                 "needs; name another file"

@@ -14,6 +14,7 @@ from pathlib import Path
 from data.errors import InputError, failure
 from data.formats import FORMATS, is_known, refusal
 from data.log import logger
+from data.paths import home_expanded
 
 GLOB_CHARACTERS = frozenset("*?[")
 NAMED = 5
@@ -63,7 +64,7 @@ def find_files(patterns: Sequence[str], output: Path | None = None) -> list[Path
     for pattern in patterns:
         if not pattern:
             raise InputError("--input '' is empty, as from a variable that is not set; correct it")
-        path = _expand_user(pattern)
+        path = Path(home_expanded(pattern, "--input"))
         if _exists(path):
             paths = _files_of_folder(pattern, path, skipped) if _is_dir(path) else [_one_file(path)]
         else:
@@ -106,7 +107,7 @@ def _files_of_glob(pattern: str, path: Path, skipped: Place | None) -> list[Path
     parts = [part for part in path.parts if part != path.anchor]
     fixed = next((i for i, part in enumerate(parts) if _is_glob(part)), len(parts))
     if fixed == len(parts):
-        raise InputError(f"--input {pattern!r} matches no files; correct it")
+        raise InputError(f"--input {pattern!r} matches no files; {_advice(pattern)}")
     root = Path(path.anchor, *parts[:fixed])
     found = _Found(skipped=skipped)
     if _is_dir(root):
@@ -119,9 +120,14 @@ def _files_of_glob(pattern: str, path: Path, skipped: Place | None) -> list[Path
                 f"{min(found.folders)}, and no files; end it with '/**/*' to take the files in "
                 "them, or name the folders themselves"
             )
+        if found.hidden:
+            raise InputError(
+                f"--input {pattern!r} matches no files; what is hidden is left out "
+                f"({_names(found.hidden, root)}): begin the pattern's last part with '.' to take it"
+            )
         bracket = "; write a '[' that belongs to a name as '[[]'" if "[" in pattern else ""
         raise InputError(
-            f"--input {pattern!r} matches no files; correct it (quote globs: '**' crosses "
+            f"--input {pattern!r} matches no files; {_advice(pattern)} (quote globs: '**' crosses "
             f"folders){bracket}"
         )
     literal = Path(pattern).suffix
@@ -138,6 +144,20 @@ def _files_of_glob(pattern: str, path: Path, skipped: Place | None) -> list[Path
             "the folders themselves to enter them",
         )
     return found.files
+
+
+def _advice(pattern: str) -> str:
+    """What helps where a pattern matches nothing: most often it was written for something else."""
+    if "://" in pattern:
+        return "only what is on this machine is read: download it first, such as with `hf download`"
+    if "{" in pattern and "}" in pattern:
+        return "leave braces outside the quotes, for only a shell knows them"
+    if "$" in pattern:
+        return "a variable in single quotes stays as it is: use double quotes"
+    names = pattern.split(",")
+    if len(names) > 1 and all(Path(name.strip()).exists() for name in names):
+        return f"separate names by spaces: {' '.join(name.strip() for name in names)}"
+    return "correct it"
 
 
 def _one_file(path: Path) -> Path:
@@ -181,13 +201,14 @@ def _walk(folder: Path, parts: Sequence[str], found: _Found, above: tuple[Place,
         return
     for entry in entries:
         path = folder / entry.name
+        if not fnmatchcase(entry.name, part):
+            continue
         if entry.name.startswith(".") and not part.startswith("."):
             found.hidden.append(path)
-        elif fnmatchcase(entry.name, part):
-            if not rest:
-                _sort_in(path, found)
-            elif _is_folder(entry):
-                _walk(path, rest, found, (*above, place))
+        elif not rest:
+            _sort_in(path, found)
+        elif _is_folder(entry):
+            _walk(path, rest, found, (*above, place))
 
 
 def _sort_in(path: Path, found: _Found) -> None:
@@ -292,15 +313,6 @@ def _exists(path: Path) -> bool:
     except (OSError, ValueError) as error:
         fix = failure(error) if isinstance(error, OSError) else f"{error}; correct it"
         raise InputError(f"--input {path}: {fix}") from None
-
-
-def _expand_user(pattern: str) -> Path:
-    """`~` for the home folder; a name that only starts with it, or no known home, stays."""
-    path = Path(pattern)
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
 
 
 def _is_glob(part: str) -> bool:

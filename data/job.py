@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from data.domain_names import DomainNames
 from data.errors import InputError, failure, is_full, require_at_least
@@ -36,6 +36,7 @@ from data.manifest import (
     differences,
     dtype_for,
 )
+from data.options import ON_DISK
 from data.progress import Progress
 from data.records import read_json
 from data.shards import SUFFIXES, ShardReader, check_shards
@@ -62,10 +63,10 @@ class TokenizeConfig:
 
     ESSENTIAL: ClassVar = "input tokenizer output seq-len workers domain-field"
 
-    input: tuple[str, ...]
+    input: Annotated[tuple[str, ...], ON_DISK]
     """Files, folders or quoted globs ('**' crosses folders): .jsonl .parquet .txt, or any other
     text suffix the glob ends with; .zst .gz .bz2 .xz .lz4 are decompressed."""
-    tokenizer: str
+    tokenizer: Annotated[str, ON_DISK]
     """A sentencepiece .model file, a folder with tokenizer.json or tokenizer.model, or a name on
     the Hugging Face hub."""
     output: Path = Path("runs/tokens")

@@ -15,7 +15,7 @@ from math import exp, isfinite, log, log2
 from typing import Annotated, Any, Literal
 
 from data.errors import InputError, require
-from data.options import Name
+from data.options import ON_DISK, Name
 
 UPDATES = 20
 """Updates in a run where no interval is given."""
@@ -37,7 +37,7 @@ class MixtureConfig:
     """"dynamic": raise the weight of domains whose loss exceeds its reference. "fixed": keep the
     initial weights. "replay": the weights of the run whose --mixture-history is given, so that its
     samples are drawn again in exactly its order, on any number of ranks."""
-    history: Annotated[str | None, Name("mixture-history")] = None
+    history: Annotated[str | None, Name("mixture-history"), ON_DISK] = None
     """For --mixture replay: the mixture.jsonl of a run, or the run's folder."""
     strength: Annotated[float, Name("mixture-strength")] = 4.0
     """A gap of 1 nat per token kept up over the whole run multiplies a domain's weight by

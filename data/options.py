@@ -9,7 +9,10 @@ import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from data.paths import home_expanded
 
 T = TypeVar("T")
 
@@ -29,6 +32,14 @@ class Positional:
 
 
 @dataclass(frozen=True, slots=True)
+class OnDisk:
+    """Marks a field, in `Annotated`, whose text is or may be a path."""
+
+
+ON_DISK = OnDisk()
+
+
+@dataclass(frozen=True, slots=True)
 class Option:
     """One option of a command."""
 
@@ -44,6 +55,8 @@ class Option:
     """What the nested dataclass around it is about; "" in the command's own."""
     metavar: str = ""
     """How help names the words of a positional option; "" where the option has a flag."""
+    on_disk: bool = False
+    """Whether its values are or may be paths."""
 
     @property
     def flag(self) -> str:
@@ -54,6 +67,14 @@ class Option:
     def takes_several(self) -> bool:
         """Whether any number of values follow the flag."""
         return typing.get_origin(self.type) is tuple
+
+    def home_expanded(self, value: Any) -> Any:
+        """`value` with `~` written out where it is a path; raises InputError as that does."""
+        if not self.on_disk or value is None:
+            return value
+        if self.takes_several:
+            return tuple(home_expanded(entry, self.flag) for entry in value)
+        return type(value)(home_expanded(value, self.flag))
 
 
 def options_of(config: type, base: Any = None, section: str = "") -> list[Option]:
@@ -70,16 +91,23 @@ def options_of(config: type, base: Any = None, section: str = "") -> list[Option
         default = getattr(base, field.name) if base is not None else _default(field)
         if dataclasses.is_dataclass(kind):
             inner = None if default is MISSING else default
-            topic = (kind.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+            topic = summary(typing.cast(type, kind)).partition("\n")[0].rstrip(".")
             found += options_of(typing.cast(type, kind), inner, topic)
             continue
         metavar = next((mark.metavar for mark in markers if isinstance(mark, Positional)), "")
         text = texts.get(field.name, "")
-        found.append(Option(_name(field, markers), kind, default, text, section, metavar))
+        on_disk = kind is Path or ON_DISK in markers
+        found.append(Option(_name(field, markers), kind, default, text, section, metavar, on_disk))
     names = [option.name for option in found]
     clash = {name for name in names if names.count(name) > 1}
     assert not clash, f"{config.__name__} has two options named {sorted(clash)}"
     return found
+
+
+def summary(config: type) -> str:
+    """What the docstring of the dataclass `config` says, which PYTHONOPTIMIZE=2 takes away."""
+    tree = _tree(config)
+    return (ast.get_docstring(tree) if tree is not None else config.__doc__) or ""
 
 
 def build(config: type[T], values: dict[str, Any]) -> T:
@@ -151,14 +179,22 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _docstrings(config: type) -> dict[str, str]:
-    """The string below each field in the source of `config`."""
+def _tree(config: type) -> ast.ClassDef | None:
+    """The source of `config`; None in an installation without sources."""
     try:
         source = inspect.getsource(config)
-    except OSError:  # an installation without sources
-        return {}
+    except OSError:
+        return None
     (tree,) = ast.parse(textwrap.dedent(source)).body
     assert isinstance(tree, ast.ClassDef)
+    return tree
+
+
+def _docstrings(config: type) -> dict[str, str]:
+    """The string below each field in the source of `config`."""
+    tree = _tree(config)
+    if tree is None:
+        return {}
     texts = {}
     for field, below in pairwise(tree.body):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):

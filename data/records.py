@@ -2,6 +2,7 @@
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from io import BufferedReader
 from math import isfinite
@@ -60,6 +61,21 @@ def require_regular(path: Path, fix: str) -> None:
         raise InputError(f"{path}: not a regular file; {fix}")
 
 
+def require_no_mark(path: Path) -> None:
+    """Raises InputError where a file begins with a byte-order mark, which this reader passes over
+    and the libraries that read the file themselves do not. Other failures are left to them."""
+    try:
+        with open_bytes(path) as file:
+            marked = file.read(len(BOM_UTF8)) == BOM_UTF8
+    except OSError:
+        return
+    if marked:
+        raise InputError(
+            f"{path}: begins with a byte-order mark, which transformers cannot read; save it as "
+            "UTF-8 without one"
+        )
+
+
 def _without_waiting(name: str, flags: int) -> int:
     descriptor = os.open(name, flags | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
@@ -90,22 +106,23 @@ def parse_json(
     *,
     kind: Kind = dict,
     keys: Mapping[str, Kind] | None = None,
-    unique: bool = False,
-    long_numbers: bool = False,
+    record: bool = False,
 ) -> Any:
-    """As `read_json`, of a text that came from `place`; `unique` refuses a name given twice, of
-    which JSON keeps the last; `long_numbers` takes whole numbers of thousands of digits, which
-    Python does not convert, as infinite."""
-    hook = _unique if unique else None
+    """As `read_json`, of a text that came from `place`.
+
+    A `record` of a user's may hold what is of no concern: an object that gives a name twice is an
+    `Ambiguous` one in place of an error, and whole numbers of thousands of digits, which Python
+    does not convert, are infinite.
+    """
     try:
         try:
-            value = json.loads(text, object_pairs_hook=hook)
+            value = (_RECORDS if record else _OBJECTS).decode(_without_mark(text))
         except json.JSONDecodeError:
             raise
         except ValueError:
-            if not long_numbers:
+            if not record:
                 raise
-            value = json.loads(text, object_pairs_hook=hook, parse_int=_number)
+            value = json.loads(text, object_pairs_hook=_marked, parse_int=_number)
     # Deeply nested brackets end in RecursionError, a number of 5,000 digits in ValueError.
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid JSON ({error}); {fix}") from None
@@ -128,13 +145,37 @@ def _number(digits: str) -> int | float:
         return float(digits)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_mark(text: str | bytes) -> str:
+    return text.decode("utf-8-sig") if isinstance(text, bytes) else text
+
+
+class Ambiguous(dict[str, Any]):
+    """An object in which names are given twice with different values, of which it has the last."""
+
+    twice: frozenset[str]
+    """Those names."""
+
+
+def _marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is given twice")
+        twice = frozenset(name for name, value in pairs if values[name] != value)
+        if twice:
+            values = Ambiguous(values)
+            values.twice = twice
     return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = _marked(pairs)
+    if isinstance(values, Ambiguous):
+        raise ValueError(f"{min(values.twice)!r} is given twice, with different values")
+    return values
+
+
+# Made once: to make one takes as long as to read a short record.
+_OBJECTS = json.JSONDecoder(object_pairs_hook=_unique)
+_RECORDS = json.JSONDecoder(object_pairs_hook=_marked)
 
 
 def is_finite(value: object) -> bool:
@@ -155,7 +196,8 @@ def is_kind(value: object, kind: Kind) -> bool:
 
 def word_for(value: object) -> str:
     """What a JSON value is, in words: "a list"."""
-    return _WORDS.get(type(value), type(value).__name__)
+    kind = dict if isinstance(value, dict) else type(value)
+    return _WORDS.get(kind, kind.__name__)
 
 
 def words_for(kind: Kind) -> str:

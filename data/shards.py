@@ -288,7 +288,10 @@ class ShardReader:
                 raise InputError(f"shard {path} is missing; {AGAIN}") from None
             except OSError as error:
                 raise InputError(f"shard {path}: {failure(error)}") from None
-            except ValueError:
+            except ValueError as error:
+                # A locale that lacks letters of a domain's name is no fault of the manifest.
+                if isinstance(error, UnicodeEncodeError) and not _has_surrogates(path):
+                    raise
                 raise InputError(f"shard path {path!r} cannot be one; {AGAIN}") from None
             if found != expected:
                 raise InputError(
@@ -368,3 +371,8 @@ def check_shards(
     for shard in shards:
         ShardReader(root, shard, dtype, "once").check()
         advance(shard.tokens)
+
+
+def _has_surrogates(path: str) -> bool:
+    """Whether there are halves of pairs in `path`, which no encoding has."""
+    return any("\ud800" <= letter <= "\udfff" for letter in path)

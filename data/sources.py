@@ -1,6 +1,7 @@
 """Documents from text files: JSON Lines, parquet, and plain text, compressed or not."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -10,7 +11,7 @@ from typing import Any
 from data.domain_names import LONGEST, domain_name
 from data.errors import InputError
 from data.formats import Format, format_of
-from data.records import parse_json, word_for
+from data.records import Ambiguous, parse_json, word_for
 from data.streams import (
     ONE_A_LINE,
     damaged,
@@ -34,6 +35,8 @@ ROWS = 1024
 BYTES_OF_ROWS = 64 << 20
 ABSENT = object()
 """What a lookup finds where there is nothing, which null is not."""
+TWICE = object()
+"""What a lookup finds where a name is given twice, with different values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,7 @@ def _json_documents(path: Path, fields: Fields, advance: Callable[[int], None]) 
             _refuse_foreign(path, number)
             raise InputError(f"{place}: not UTF-8 text (byte {error.start:,}); {fix}") from None
         try:
-            record = parse_json(text, place, fix, kind=(object, bool), long_numbers=True)
+            record = parse_json(text, place, fix, kind=(object, bool), record=True)
         except InputError:
             _refuse_foreign(path, number)
             raise
@@ -242,7 +245,7 @@ def _refuse_records(path: Path, text: str, fields: Fields) -> None:
     if not line.startswith("{"):
         return
     try:
-        record = parse_json(line, str(path), "")
+        record = parse_json(line, str(path), "", record=True)
     except InputError:
         return
     if isinstance(_lookup(record, fields.text), str):
@@ -263,6 +266,12 @@ def _document(
         )
     text = _lookup(record, fields.text)
     name = "" if fields.domain == FOLDER else _lookup(record, _domain_field(fields))
+    if text is TWICE or name is TWICE:
+        dotted = fields.text if text is TWICE else _domain_field(fields)
+        raise InputError(
+            f"{where}: {dotted!r} is given twice, with different values, and JSON keeps the last "
+            "alone; rename or remove one"
+        )
     if _is_nothing(text) or _is_nothing(name):
         if fields.skip_incomplete:
             return None
@@ -360,10 +369,24 @@ def _folder_domain(path: Path) -> tuple[str, str]:
     name = path.absolute().parent.name
     if name == "..":
         name = path.absolute().parent.resolve().name
+    name = _spelled(name, path)
     domain = domain_name(name)
     if not domain:
         raise InputError(f"{path}: its folder's name cannot serve as a domain; rename the folder")
     return name, domain
+
+
+def _spelled(name: str, path: Path) -> str:
+    """A folder's name as its bytes spell it in UTF-8, whatever the locale takes them for."""
+    try:
+        return os.fsencode(name).decode("utf-8")
+    except UnicodeError:
+        if any("\udc80" <= letter <= "\udcff" for letter in name):
+            raise InputError(
+                f"{path}: the name of its folder is not UTF-8, so no domain can be named by it; "
+                "rename the folder, such as with `convmv -t utf8 --notest`"
+            ) from None
+        return name
 
 
 def _lookup(record: Any, dotted: str) -> Any:
@@ -372,11 +395,14 @@ def _lookup(record: Any, dotted: str) -> Any:
         record = dict(record)  # a parquet map
     if not isinstance(record, dict):
         return ABSENT
+    twice = record.twice if isinstance(record, Ambiguous) else ()
     if dotted in record:
-        return record[dotted]
+        return TWICE if dotted in twice else record[dotted]
     parts = dotted.split(".")
     for count in range(len(parts) - 1, 0, -1):
         outer = ".".join(parts[:count])
+        if outer in twice:
+            return TWICE
         if outer in record:
             found = _lookup(record[outer], ".".join(parts[count:]))
             if found is not ABSENT:

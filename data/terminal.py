@@ -25,11 +25,18 @@ def escape_what_streams_lack() -> None:
 
 @contextmanager
 def passing_over_what_is_not_shown() -> Iterator[None]:
-    """Around the tables of what is done and written already: that a terminal was closed, or a log
-    is on a full disk, makes no failure of it. Whoever reads a pipe may still end the command."""
+    """Around the tables of what is done and written already: that a terminal was closed, a reader
+    of a pipe has seen enough, or a log is on a full disk, makes no failure of it."""
     try:
         yield
-    except BrokenPipeError:
-        raise
     except OSError:
         pass
+    except SystemExit as leaving:
+        if not is_broken_pipe(leaving):
+            raise
+
+
+def is_broken_pipe(error: BaseException) -> bool:
+    """Whether nobody reads our output any more; rich leaves the program then, with status 1."""
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    return isinstance(cause, BrokenPipeError) and cause.filename is None

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from data.log import logger
 from data.manifest import HELD_OUT, TRAIN, Manifest
+from data.tables import print_table
 
 NAMED = 20
 """How many files or domains a message names."""
@@ -38,7 +38,7 @@ def print_report(manifest: Manifest, output: Path, seq_len: int, worked: bool) -
             f"{train.get(domain, 0) // seq_len:,}",
             f"{held_out.get(domain, 0):,}",
         )
-    Console().print(table)
+    print_table(table)
     for text in _warnings(manifest, seq_len):
         logger.warning(text)
     state = "tokens in" if worked else "already tokenized with these arguments, nothing to do:"

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import InputError, failure
-from data.hub import is_offline
+from data.hub import is_offline, split_revision
 from data.manifest import TokenizerRecord
-from data.records import read_json
+from data.paths import require_utf8
+from data.records import read_json, require_no_mark
 
 # Runs of spaces, markup that looks like special tokens, several scripts, digits, a long word:
 # where tokenizers that claim to be the same differ first.
@@ -37,6 +38,7 @@ HUB_FILES = (
 )
 # What holds a tokenizer, in the order in which it is looked for.
 _JSON, _SENTENCEPIECE, _BPE = "tokenizer.json", "tokenizer.model", ("vocab.json", "merges.txt")
+_RECORDS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FIX = "repair it or download it again"
 
 
@@ -138,9 +140,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        for name in _RECORDS:
             if (folder / name).is_file():
                 read_json(folder / name, _FIX)
+        for name in (*_RECORDS, "config.json", _JSON, _BPE[0]):
+            require_no_mark(folder / name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
@@ -214,11 +218,13 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Args:
         path: a sentencepiece .model file; a Hugging Face folder with tokenizer.json, with
             tokenizer.model alone, or with vocab.json and merges.txt; or a name on the Hugging Face
-            hub (from the local cache, else downloaded).
+            hub (from the local cache, else downloaded), with @ and a branch, tag or commit for
+            another than its newest state.
 
     Raises:
         InputError: there is no tokenizer, or it has no end-of-sequence token.
     """
+    require_utf8(path)
     place = Path(path)
     if not place.exists():
         place = _from_hub(str(path))
@@ -268,8 +274,9 @@ def _required_eos(eos_id: int | None, path: Path) -> int:
 
 
 def _from_hub(name: str) -> Path:
-    is_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not is_name or name.endswith((".model", ".json")):
+    bare, revision = split_revision(name)
+    is_name = bare.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not is_name or name.endswith((".model", ".json", "@")):
         raise InputError(
             f"no tokenizer at {name}: no such file or folder; give a sentencepiece .model file, a "
             "folder with tokenizer.json, or a name on the Hugging Face hub"
@@ -282,7 +289,12 @@ def _from_hub(name: str) -> Path:
             break
         try:
             folder = Path(
-                snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=local_only)
+                snapshot_download(
+                    bare,
+                    revision=revision,
+                    allow_patterns=list(HUB_FILES),
+                    local_files_only=local_only,
+                )
             )
         except Exception as error:  # the hub client raises many types
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -290,8 +302,9 @@ def _from_hub(name: str) -> Path:
         if holds_tokenizer(folder):
             return folder
         reason = "no tokenizer files in it"
+    which = f"{bare} --revision {revision}" if revision else bare
     command = (
-        f"hf download {name} --include 'tokenizer*' --include config.json --include vocab.json "
+        f"hf download {which} --include 'tokenizer*' --include config.json --include vocab.json "
         "--include merges.txt --local-dir tokenizer"
     )
     if offline:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+from data.paths import home_expanded
 from data.records import is_finite, parse_json, read_text
 
 FILE = "mixture.jsonl"
@@ -94,7 +95,7 @@ def read_history(path: Path) -> WeightHistory:
     A last line that the run is still writing is left out. Raises InputError, naming the place, for
     any other content.
     """
-    path = path.expanduser()
+    path = Path(home_expanded(path, FLAG))
     path = path / FILE if path.is_dir() else path
     fix = f"{FLAG} takes the {FILE} of a run with a dynamic mixture"
     lines = read_text(path, fix).split("\n")[:-1]

@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.cli import STOPPED, parse, run
 from trainer.config import CptConfig
+from trainer.stopping import kept_is_said
 
 EXAMPLES = """
 torchrun --nproc_per_node 8 launch/cpt.py
@@ -20,11 +21,12 @@ torchrun --nproc_per_node 8 launch/cpt.py --teacher models/Llama-2-7b-hf
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(CptConfig, section="cpt", argv=argv, examples=EXAMPLES)
-    from trainer.cpt import continue_pretraining
-    from trainer.memory import explain_out_of_memory
+    with kept_is_said(Path(config.output) / "cpt.json"):
+        from trainer.cpt import continue_pretraining
+        from trainer.memory import explain_out_of_memory
 
-    with explain_out_of_memory(config.train):
-        trainer = continue_pretraining(config)
+        with explain_out_of_memory(config.train):
+            trainer = continue_pretraining(config)
     if trainer is not None and trainer.stopping:
         sys.exit(STOPPED)
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError
+from data.errors import InputError, failure
 from data.files import write_json
 from data.log import logger
-from data.records import read_json
+from data.records import is_finite, read_json
 from launch.commands import CommandError, interrupted_by_sigterm
 
 
@@ -83,11 +83,17 @@ def _read_marker(path: Path) -> dict[str, Any]:
     except InputError as error:
         logger.warning(str(error))
         return {}
+    if not is_finite(content["seconds"]) or content["seconds"] < 0:
+        logger.warning(f"{path}: `seconds` is {content['seconds']}; the stage runs again")
+        return {}
     return content
 
 
 def _write_marker(path: Path, identity: str, *, finished: bool, seconds: float) -> None:
-    write_json(path, {"identity": identity, "finished": finished, "seconds": seconds})
+    try:
+        write_json(path, {"identity": identity, "finished": finished, "seconds": seconds})
+    except OSError as error:
+        raise InputError(f"{path}: {failure(error)}") from None
 
 
 def announce(text: str) -> None:

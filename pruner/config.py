@@ -1,10 +1,11 @@
 """Options of a shearing run."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from data.errors import InputError, require, require_at_least, require_finite
 from data.mixture import MixtureConfig
+from data.options import ON_DISK
 from pruner.shapes import Shape
 from trainer.config import DISTILL_WEIGHT, MIN_LR_RATIO, DistillationConfig, TrainConfig
 from trainer.models.config import ModelConfig
@@ -163,27 +164,28 @@ class ShearConfig:
         "source target data output steps seq-len global-batch micro-batch lr seed rule json"
     )
 
-    source: str = "meta-llama/Llama-2-7b-hf"
-    """Model to prune: a Hugging Face folder, a .gguf file, a run's output folder or a hub id."""
+    source: Annotated[str, ON_DISK] = "meta-llama/Llama-2-7b-hf"
+    """Model to prune: a Hugging Face folder, a .gguf file, a run's output folder or a hub id
+    (org/name, or org/name@revision)."""
     target: str = "1.3b"
     """Preset of LLaMA-2-7B (1.3b, 2.7b, 370m) or Pythia-410m (pythia-160m) or sizes such as
     layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152; sizes left out stay as in the source. Or a
     budget, which proposes the sizes and says why before anything starts: params=70m or 70m (all
     parameters), params-non-embedding=46m, or speedup=2 (decoding at batch 1, measured on this
     device); sizes beside a budget are kept: params=70m,layers=24."""
-    selection: str | None = None
+    selection: Annotated[str | None, ON_DISK] = None
     """Keep the units that another pruned model of the source keeps: the output of a run of shear,
     or a Hugging Face folder whose weights were only cut. They are cut from the source anew and
     refitted (with --steps 0; the target is the other model's)."""
-    data: str = "runs/tokens"
+    data: Annotated[str, ON_DISK] = "runs/tokens"
     """Folder made by `shorn tokenize`."""
-    output: str = "runs/shear"
+    output: Annotated[str, ON_DISK] = "runs/shear"
     """Folder of this run: model/, masks.safetensors, shear.json, metrics.jsonl, checkpoints/."""
     domain_weights: str | None = None
     """Initial weights, "c4=0.6,github=0.4". Default: proportional to tokens."""
     reference_losses: str | None = None
     """Losses to steer towards, "c4=2.1,github=0.9". Default: the source's on training text."""
-    reference_fit: str | None = None
+    reference_fit: Annotated[str | None, ON_DISK] = None
     """JSON file {"sizes": {"6738415616": {"c4": 1.92, ...}, ...}} of held-out losses by number of
     parameters, from which the losses to steer towards are fitted at the target's number."""
     reference_sequences: int = 32
@@ -191,7 +193,7 @@ class ShearConfig:
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in OUTPUT/model; float32 loses nothing before continued pre-training,
     which returns to the source's type."""
-    json: str | None = None
+    json: Annotated[str | None, ON_DISK] = None
     """Copy the final report to this file."""
     masks: MaskConfig = field(default_factory=MaskConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)

@@ -41,7 +41,7 @@ def logistic_noise(
 ) -> dict[str, Tensor]:
     """Standard logistic draws, fp32 on the CPU, that depend on (seed, step, draw) alone."""
     # torch's CPU generator reads 32 bits of its seed: hash the three into them.
-    state = int(np.random.SeedSequence([seed, step, draw]).generate_state(1)[0])
+    state = int(np.random.SeedSequence([seed % 2**64, step, draw]).generate_state(1)[0])
     generator = torch.Generator().manual_seed(state)
     draws = {}
     for name, shape in shapes.items():

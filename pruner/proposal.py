@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from data.errors import InputError
 from data.log import logger
 from data.records import fits, read_json
+from data.tables import print_table
 from pruner.budget import BLOCK_PARAMETERS, SHARE, SPEEDUP, Budget, Proposal, propose, smallest
 from pruner.latency import POSITIONS, Timer, decode_timer, measure_latency
 from pruner.shapes import Shape, config_of, shape_of, validate
@@ -217,7 +217,7 @@ def _explain(record: dict[str, Any], budget: Budget, source: Shape, target: Shap
     if rounds:
         spread = (f"{rounds[name]['spread']:.0%} of {rounds[name]['rounds']}" for name in rounds)
         table.add_row("  spread of the rounds", *spread, "")
-    Console().print(table)
+    print_table(table)
     limit = "time" if latency else "budget"
     among = f"shapes that use at least {SHARE:.0%} of the {limit}"
     if record["used"] < SHARE:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
 from data.files import replace_folder
 from data.log import logger
+from data.paths import as_word, beside
+from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
 from pruner.config import ShearConfig
 from pruner.extract import Extraction
@@ -164,7 +165,9 @@ def reload_difference(trainer: Trainer, masks: Masks, path: Path) -> float:
         plain = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=False
         ).eval()
-        difference = ((plain(ids).logits - expected).norm() / expected.norm()).item()
+        # A model of zeros gives zeros.
+        norm = expected.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        difference = ((plain(ids).logits - expected).norm() / norm).item()
     return float(trainer.context.broadcast(difference))
 
 
@@ -261,8 +264,8 @@ def _before(trainer: Trainer, source: Path, measured: Measurements, output: Path
 
 def _show_verdict(report: dict[str, Any], config: ShearConfig) -> None:
     output = Path(config.output)
-    words = ["--model", config.output, "--data", config.data]
-    words += ["--output", str(output.with_name(output.name + "-cpt"))]
+    words = ["--model", as_word(output), "--data", as_word(config.data)]
+    words += ["--output", as_word(beside(output, "-cpt"))]
     words += ["--seq-len", str(config.train.seq_len)]
     stages = stages_of(output)
     if stages:
@@ -284,4 +287,4 @@ def print_units(report: dict[str, Any]) -> None:
             span(report["kept"][name]),
             span(report["alive"][name]),
         )
-    Console().print(shapes)
+    print_table(shapes)

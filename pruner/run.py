@@ -53,7 +53,15 @@ from trainer.models.decoder import CausalLM
 from trainer.models.export import require_loadable
 from trainer.models.hf import check_weights, load_config
 from trainer.models.sources import is_hub_id, local_folder, resolve_model, weights_fingerprint
-from trainer.output import owned, remove_checkpoints, require_apart, require_room, state_of
+from trainer.output import (
+    finish_removal,
+    note_removal,
+    owned,
+    remove_checkpoints,
+    require_apart,
+    require_room,
+    state_of,
+)
 from trainer.parallel import DistributedContext
 from trainer.run import build_model, build_trainer, choose_kernels, pretrained
 from trainer.saving import log_finished, publish, require_copy
@@ -111,10 +119,12 @@ def _prune(
     )
     if state.report is not None:
         log_finished(context, state.report, config.json, config.save_dtype)
+        finish_removal(output, identity, context)
         return None
     resuming = state.resuming
     pruned = config_of(inputs.target, inputs.model).num_parameters()
-    require_room(output, inputs.model.num_parameters(), config.train, context, saved=pruned)
+    parameters, dtype = inputs.model.num_parameters(), config.save_dtype
+    require_room(output, parameters, config.train, context, saved=pruned, dtype=dtype)
     if proposal is not None:
         publish(context, proposal, output / TARGET_FILE)
     else:
@@ -136,6 +146,7 @@ def _prune(
     trainer, rule = _assemble(inputs, model, teacher, context, measured, reference, identity)
     trainer.fit()
     if not trainer.stopping:
+        note_removal(output, config.train, context)
         finish(trainer, rule, config, inputs.folder, inputs.target, measured, reference)
         remove_checkpoints(output, identity, config.train, context)
     return trainer

@@ -27,7 +27,7 @@ def initial_scores(
 ) -> dict[str, Tensor]:
     """Scores [rows, units] fp32 to start from; `importance` (pruner.importance.measure) may be None
     for flat scores. `config` is resolved."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**64)
     scores = {}
     for name, kind in kinds.items():
         if config.init == "flat":

@@ -4,9 +4,11 @@ Runs alone or under torchrun (`torchrun --nproc_per_node 8 -m pruner.shear ...`)
 """
 
 import sys
+from pathlib import Path
 
 from data.cli import STOPPED, parse, run
 from pruner.config import ShearConfig
+from trainer.stopping import kept_is_said
 
 EXAMPLES = """
 torchrun --nproc_per_node 8 -m pruner.shear --target 1.3b
@@ -28,11 +30,12 @@ python -m pruner.shear --target layers=24 --steps 0 --output runs/blocks
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(ShearConfig, section="shear", argv=argv, examples=EXAMPLES)
-    from pruner.run import shear
-    from trainer.memory import explain_out_of_memory
+    with kept_is_said(Path(config.output) / "shear.json"):
+        from pruner.run import shear
+        from trainer.memory import explain_out_of_memory
 
-    with explain_out_of_memory(config.train):
-        trainer = shear(config)
+        with explain_out_of_memory(config.train):
+            trainer = shear(config)
     if trainer is not None and trainer.stopping:
         sys.exit(STOPPED)
 

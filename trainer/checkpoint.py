@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from os.path import samestat
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,13 @@ class Checkpointer:
         """Step of the checkpoint saved last, until the step after it was finite."""
         self._at: int | None = None
         """Step of the checkpoint saved or restored last."""
+        self._run: os.stat_result | None = None
+        """The folder that checkpoints go into with all else of the run, once training has begun."""
+
+    def begin(self) -> None:
+        """Says that training begins: from now on the run's folder must stay where it is."""
+        with contextlib.suppress(OSError):
+            self._run = self.directory.parent.stat()
 
     def latest(self) -> Path | None:
         """The newest committed checkpoint, the same on every rank.
@@ -256,6 +264,13 @@ class Checkpointer:
         )
 
     def _prepare(self, partial: Path, trainer: Trainer) -> str | None:
+        run = self.directory.parent
+        if self._run is not None and not (run.is_dir() and samestat(run.stat(), self._run)):
+            return (
+                f"{run}: was renamed or removed while the run was training, so the run would end "
+                "in two places; put it back, then run the same command again: it goes on from the "
+                "last checkpoint there"
+            )
         shutil.rmtree(partial, ignore_errors=True)
         problem = _attempt(lambda: partial.mkdir(parents=True), partial)
         if problem:

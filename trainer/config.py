@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
-from data.errors import InputError, require, require_at_least, require_finite
+from data.errors import InputError, require, require_at_least, require_finite, require_threads
 from data.mixture import MixtureConfig
-from data.options import Name
+from data.options import ON_DISK, Name
 
 Precision = Literal["auto", "bf16", "fp32"]
 Kernels = Literal["auto", "reference", "triton", "cuda"]
@@ -18,6 +18,8 @@ MIN_LR_RATIO = 0.1
 """Default of TrainConfig.min_lr_ratio where nothing else is said."""
 MUON_MOMENTUM = 0.95
 """Default of TrainConfig.muon_momentum."""
+MOST_SEQUENCES = 2**24
+"""Largest global batch: of more, a step would draw for hours, or end for want of memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +119,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_finite(self)
         require_at_least(self, 1, "global_batch", "micro_batch", "replicas", "keep_checkpoints")
-        require_at_least(self, 1, "log_interval", "threads")
+        require_at_least(self, 1, "log_interval")
+        require_threads(self.threads)
+        most, batch = MOST_SEQUENCES, self.global_batch
+        require(batch <= most, "global_batch", batch, f"at most {most:,} sequences")
         require_at_least(self, 2, "seq_len", why=" (a token and its successor)")
         require_at_least(self, 0, "steps", "save_interval", "eval_interval", "eval_sequences")
         require_at_least(self, 0, "weight_decay", "clip")
@@ -197,11 +202,12 @@ class CptConfig:
         "model data output init steps seq-len global-batch micro-batch lr mixture seed json"
     )
 
-    model: str = "runs/shear"
-    """Folder of a shearing run, a Hugging Face folder, a .gguf file or a hub id."""
-    data: str = "runs/tokens"
+    model: Annotated[str, ON_DISK] = "runs/shear"
+    """Folder of a shearing run, a Hugging Face folder, a .gguf file or a hub id (org/name, or
+    org/name@revision)."""
+    data: Annotated[str, ON_DISK] = "runs/tokens"
     """Folder made by `shorn tokenize`."""
-    output: str = "runs/cpt"
+    output: Annotated[str, ON_DISK] = "runs/cpt"
     """Folder of this run: model/, cpt.json, metrics.jsonl, checkpoints/."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: fresh weights of the same shape, as a baseline."""
@@ -211,16 +217,16 @@ class CptConfig:
     reference_losses: str | None = None
     """Losses to steer towards, "c4=2.1,github=0.9". Default: the shearing run's reference, else the
     model's own at the start."""
-    reference_fit: str | None = None
+    reference_fit: Annotated[str | None, ON_DISK] = None
     """JSON file {"sizes": {"6738415616": {"c4": 1.92, ...}, ...}} of held-out losses by number of
     parameters, from which the losses to steer towards are fitted at the model's number."""
-    teacher: str | None = None
+    teacher: Annotated[str | None, ON_DISK] = None
     """Model to learn from besides the text, named like --model; same vocabulary. Default: for a
     sheared model the source, at shearing's --distill-weight; else none."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in OUTPUT/model. Default: the original's, also after shearing in
     float32; bfloat16 where nothing states it."""
-    json: str | None = None
+    json: Annotated[str | None, ON_DISK] = None
     """Copy the final report to this file."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

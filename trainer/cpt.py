@@ -7,6 +7,7 @@ from typing import Any
 from data.errors import InputError
 from data.log import logger
 from data.mixture import MixtureConfig
+from data.paths import home_expanded
 from data.reader import TokenReader
 from trainer import parallel
 from trainer.config import (
@@ -43,7 +44,6 @@ from trainer.models.export import require_loadable
 from trainer.models.hf import check_weights, load_config
 from trainer.models.sources import (
     fetch_advice,
-    home_expanded,
     is_hub_id,
     local_folder,
     resolve_model,
@@ -51,6 +51,8 @@ from trainer.models.sources import (
 )
 from trainer.output import (
     REPORTS,
+    finish_removal,
+    note_removal,
     owned,
     remove_checkpoints,
     require_apart,
@@ -67,7 +69,7 @@ from trainer.run import (
     random_init,
     training_report,
 )
-from trainer.saving import log_finished, publish, require_copy, save_pretrained
+from trainer.saving import final_dtype, log_finished, publish, require_copy, save_pretrained
 from trainer.verdict import carry, show_trained
 
 SOURCE = "meta-llama/Llama-2-7b-hf"
@@ -135,9 +137,11 @@ def _train(
     )
     if state.report is not None:
         log_finished(context, state.report, config.json, config.save_dtype)
+        finish_removal(output, identity, context)
         return None
     parameters, resuming = inputs.shape.num_parameters(), state.resuming
-    require_room(output, parameters, train, context, saved=parameters)
+    dtype = config.save_dtype or final_dtype(inputs.shape, inputs.source)
+    require_room(output, parameters, train, context, saved=parameters, dtype=dtype)
     logger.info(kernels)
     _log_notes(inputs, config)
     teacher = load_teacher(inputs.teacher, inputs.distillation, train, inputs.shape, context)
@@ -163,6 +167,7 @@ def _train(
     )
     trainer.fit()
     if not trainer.stopping:
+        note_removal(output, train, context)
         finish(trainer, inputs.source, config)
         remove_checkpoints(output, identity, train, context)
     return trainer
@@ -271,7 +276,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
 
 def find_model(model: str, *, weights: bool = True) -> Path:
     """Resolves --model; raises InputError telling how to make or fetch one that is missing."""
-    path = home_expanded(model, "--model")
+    path = Path(home_expanded(model, "--model"))
     shear = f"python -m pruner.shear --source {local_folder(SOURCE)} --target 1.3b"
     run = run_of(path) if path.name == "model" or path.is_symlink() else path
     run = path if (path / "run.json").exists() else run

@@ -54,6 +54,12 @@ CHANGEABLE = ("lr", "min_lr_ratio", "clip", "weight_decay")
 """Those of SCHEDULE_FIELDS that may change on resume too: they bring a diverging run back on track,
 and the order of the data does not depend on them."""
 
+FOLLOWING = {
+    "domain_weights": {"data", "seq_len"},
+    "reference_losses": {"data", "seq_len", "mixture"},
+}
+"""What differs, where it was not given, because one of these fields does."""
+
 
 def run_identity(
     config: TrainConfig, model: ModelConfig, *, precision: str, data: str, **others: Any
@@ -214,11 +220,12 @@ def _refuse_differences(
     if not fix:
         fix = "Repeat the old values to resume it, or choose another --output to start a new run"
         if names == ["steps"]:
-            fix += (
-                ". Another number of steps is another learning-rate schedule; to train a finished "
-                f"model further, start a new run from it: --model {output / 'model'} "
-                "--output <new folder>"
-            )
+            fix += ". Another number of steps is another learning-rate schedule"
+            if (output / "model" / "config.json").exists():
+                fix += (
+                    f"; to train the finished model further, start a new run from it: --model "
+                    f"{output / 'model'} --output <new folder>"
+                )
     raise InputError(f"{place} holds a run of another configuration: {changes}. {fix}")
 
 
@@ -232,6 +239,8 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
         values = f"was {_short(old)}, now {_short(new)}"
         if name in ("initial_weights", "muon_momentum") and None in (old, new):
             continue  # --init and --optimizer say it
+        if name in FOLLOWING and not FOLLOWING[name].isdisjoint(names):
+            continue
         if name in ("source", "initial_weights"):
             told.setdefault(model, f"{model} is another model")
         elif part == "model":

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from data.batches import Batch, BatchStream
-from data.errors import InputError
+from data.errors import InputError, explain
+from data.log import logger
 from trainer.config import TrainConfig
 from trainer.distillation import Teacher
 from trainer.memory import collected_together, explain_out_of_memory, peak_memory
@@ -155,7 +156,15 @@ class Trainer:
                     self._train_or_save()
                 self._call("on_train_end")
         finally:
-            self._call("on_exit")
+            self._leave()
+
+    def _leave(self) -> None:
+        """Calls on_exit of all callbacks, whichever fails: none may hide what ends the training."""
+        for callback in self.callbacks:
+            try:
+                callback.on_exit(self)
+            except OSError as error:
+                logger.warning(f"while {callback.name} was closed: {explain(error)}")
 
     def _train_or_save(self) -> None:
         """One step. Lets callbacks save when it fails before its batch is there, as by a damaged

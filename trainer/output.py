@@ -1,5 +1,6 @@
 """The output folder of a run: whose it is, what it holds already, what may go when it is done."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -7,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.errors import InputError
+from data.files import write_json
 from data.locks import folder_lock
 from data.log import logger
-from data.records import read_json
+from data.paths import require_utf8
+from data.records import is_kind, read_json
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import RECORD, committed, step_of
 from trainer.config import TrainConfig
@@ -20,8 +25,6 @@ from trainer.parallel import DistributedContext
 
 REPORTS = ("shear.json", "cpt.json")
 """Reports of finished runs."""
-MODEL_BYTES = 2
-"""Per parameter of the final model, at least."""
 REPLACED = ("model", "model.unchecked", "model.refitted", "refit", "checkpoints")
 """Folders that a run replaces, or writes and removes, in its output folder."""
 
@@ -33,6 +36,7 @@ def owned(output: Path, report: str, context: DistributedContext) -> Iterator[No
     with ExitStack() as held:
 
         def hold() -> None:
+            require_utf8(output)
             # A finished run may lie where nobody can write: nothing is left to write there.
             if os.access(output, os.W_OK) or not _finished(output / report, resuming=True):
                 held.enter_context(folder_lock(output, "training"))
@@ -69,7 +73,8 @@ def state_of(output: Path, report: str, context: DistributedContext) -> State:
 
     def look() -> State:
         finished = _finished(output / report, newest is not None)
-        if newest is None and not finished:
+        if not finished and newest is None:
+            _require_no_other(output, report)
             _require_no_loss(output, report)
         written = (output / "model").exists() and (output / FILE).exists()
         return State(output / report if finished else None, newest is not None, written)
@@ -93,6 +98,17 @@ def _finished(path: Path, resuming: bool) -> bool:
         logger.warning(f"{error.args[0].partition(';')[0]}: it is written again")
         return False
     return True
+
+
+def _require_no_other(output: Path, report: str) -> None:
+    """Raises InputError when a run of another command has finished there."""
+    for other in REPORTS:
+        if other != report and (output / other).exists():
+            kind = "shearing" if other == "shear.json" else "continued pre-training"
+            raise InputError(
+                f"--output {output}: holds a finished run of {kind} ({other}); "
+                "name another --output"
+            )
 
 
 def _require_no_loss(output: Path, report: str) -> None:
@@ -134,6 +150,7 @@ def require_room(
     context: DistributedContext,
     *,
     saved: int,
+    dtype: str,
 ) -> None:
     """Raises InputError on every rank when the checkpoints to come and the final model do not fit.
 
@@ -143,13 +160,15 @@ def require_room(
         train: steps, intervals and number of checkpoints.
         context: the ranks.
         saved: parameters of the final model.
+        dtype: the dtype that it will be written in, by name.
     """
+    model = saved * torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     context.raise_on_any_rank(
-        lambda: _check_room(output, parameters, train, saved) if context.is_main else None
+        lambda: _check_room(output, parameters, train, model) if context.is_main else None
     )
 
 
-def _check_room(output: Path, parameters: int, train: TrainConfig, saved: int) -> None:
+def _check_room(output: Path, parameters: int, train: TrainConfig, model: int) -> None:
     found = committed(output / "checkpoints")
     done = step_of(found[-1]) if found else 0
     every = train.save_interval or max(1, train.steps)
@@ -160,7 +179,7 @@ def _check_room(output: Path, parameters: int, train: TrainConfig, saved: int) -
         saves=saves,
         existing=len(found),
         keep=train.keep_checkpoints,
-        model=MODEL_BYTES * saved,
+        model=model,
     )
     if problem:
         raise InputError(problem)
@@ -176,6 +195,13 @@ def run_of(model: Path) -> Path:
     return model.parent
 
 
+def note_removal(output: Path, train: TrainConfig, context: DistributedContext) -> None:
+    """Notes how many checkpoints are to stay once the report is written, so that a start after a
+    kill in between removes the others (`finish_removal`)."""
+    keep = int(train.keep_last_checkpoint)
+    _write_record(output, context, {"step": train.steps, "keep": keep})
+
+
 def remove_checkpoints(
     output: Path, identity: Mapping[str, Any], train: TrainConfig, context: DistributedContext
 ) -> None:
@@ -184,3 +210,39 @@ def remove_checkpoints(
     checkpointer = Checkpointer(output / "checkpoints", context, identity=identity)
     if checkpointer.remove_all(int(train.keep_last_checkpoint)) and not train.keep_last_checkpoint:
         logger.info("its checkpoints are removed (--keep-last-checkpoint keeps the last one)")
+    # Checkpoints that a user puts back from now on stay.
+    _write_record(output, context, {"step": identity["steps"]})
+
+
+def finish_removal(output: Path, identity: Mapping[str, Any], context: DistributedContext) -> None:
+    """Removes the checkpoints that a finished run was about to remove when it was killed. Those of
+    which that is not known, as of runs of former versions, stay."""
+    keep = context.broadcast(_noted(output) if context.is_main else None)
+    if keep is None:
+        return
+    checkpointer = Checkpointer(output / "checkpoints", context, identity=identity)
+    if checkpointer.remove_all(keep):
+        logger.info("checkpoints that it left when it was cut off at its end are removed")
+    # Checkpoints that a user puts back from now on stay.
+    _write_record(output, context, {"step": identity["steps"]})
+
+
+def _noted(output: Path) -> int | None:
+    """How many checkpoints of a finished run are to stay; None where none are to go."""
+    record = output / RECORD
+    whole = (output / "model" / "config.json").exists()
+    if not record.exists() or not os.access(output, os.W_OK) or not whole:
+        return None
+    try:
+        keep = read_json(record, "").get("keep")
+    except InputError:  # only its presence is relied on
+        return None
+    return keep if is_kind(keep, int) and keep >= 0 else None
+
+
+def _write_record(output: Path, context: DistributedContext, content: dict[str, int]) -> None:
+    """What .checkpointed says besides that there was a checkpoint, if there was one."""
+    record = output / RECORD
+    if context.is_main and record.exists():
+        with contextlib.suppress(OSError):  # it costs no more than the room that they take
+            write_json(record, content)

@@ -27,6 +27,8 @@ STEP_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for one that is stuck in a step; one that dies is noticed at once."""
 HOST_TIMEOUT = timedelta(hours=24)
 """How long they wait on the host, where rank 0 downloads a model or checks one alone."""
+MOST_THREADS = 64
+"""CPU threads per core that may be asked for; thousands are more than the system starts."""
 CUDA_DEFAULTS = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
 """What the last collectives were is written down when one of them times out."""
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -144,6 +146,11 @@ def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext
     if not on_cuda:
         keep_freed_memory()
     local_world = (started.local_world if started else None) or world
+    if threads is not None and threads > MOST_THREADS * available_cores():
+        raise InputError(
+            f"--threads {threads}: this process may use {available_cores()} cores, and that many "
+            f"threads would end it; use --threads {available_cores()} or less"
+        )
     torch.set_num_threads(threads or max(1, available_cores() // local_world))
     assert world % replicas == 0
     if replicas > 1:

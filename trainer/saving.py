@@ -29,6 +29,12 @@ def full_tensors(model: CausalLM, *, needed: bool = True) -> Iterator[tuple[str,
         yield name, whole.cpu() if needed else whole
 
 
+def final_dtype(config: ModelConfig, source: Path) -> str:
+    """Name of the dtype that a model made from the one in `source` ends in: that of the original;
+    bf16 where nothing states it."""
+    return original_dtype(config.hf, source) or "bfloat16"
+
+
 def save_pretrained(
     model: CausalLM,
     context: DistributedContext,
@@ -39,10 +45,9 @@ def save_pretrained(
 ) -> None:
     """Writes `path` as a Hugging Face folder, with the companions of the model in `tokenizer_from`.
 
-    In `dtype`, by name; by default in that of the original (bf16 where nothing states it). All
-    ranks take part.
+    In `dtype`, by name; by default in `final_dtype`. All ranks take part.
     """
-    name = dtype or original_dtype(model.config.hf, tokenizer_from) or "bfloat16"
+    name = dtype or final_dtype(model.config, tokenizer_from)
     tensors = full_tensors(model, needed=context.is_main)
     save_tensors_of(tensors, model.config, context, path, tokenizer_from, getattr(torch, name))
 

@@ -140,7 +140,7 @@ def read_sizes(path: Path) -> dict[int, dict[str, float]]:
         '{"sizes": {"6738415616": {"c4": 1.92, ...}, ...}}'
     )
     text = read_text(path, fix)
-    content = parse_json(text, place, fix, keys={"sizes": dict}, unique=True)
+    content = parse_json(text, place, fix, keys={"sizes": dict})
     sizes: dict[int, dict[str, float]] = {}
     for name, losses in content["sizes"].items():
         size = int(name) if name.isdecimal() and len(name) <= LARGEST_SIZE_DIGITS else 0

@@ -12,11 +12,14 @@ from rich.table import Table
 
 from data.errors import InputError
 from data.log import logger
+from data.paths import as_word
 from data.records import fits, read_json
+from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
 from trainer.evaluate import DomainLoss, overall, report
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
+from trainer.models.sources import is_hub_id
 
 SHEARED, TRAINED = "sheared", "trained"
 REPORTS = {"shear.json": SHEARED, "cpt.json": TRAINED}
@@ -200,14 +203,16 @@ def show_trained(content: dict[str, Any], output: Path, start: Path | None, data
         verdict.lines.append("it started from random weights")
     elif len(stages) == 1 and stages[0].losses:
         verdict.lines.append("the model before training was not measured on this text")
-    runs = [str(Path(stage.model).parent) for stage in stages if stage.name != "source"]
+    runs = [as_word(Path(stage.model).parent) for stage in stages if stage.name != "source"]
     commands = [compare_command(models, data, on["seq_len"])] if stages[-1].losses else []
     show(verdict, [*commands, shlex.join(["shorn", "report", *runs])])
 
 
 def compare_command(models: Iterable[str], data: str, seq_len: int) -> str:
-    """The command that measures all `models` on equal sequences, and their speed."""
-    words = ["--model", *models, "--data", data, "--seq-len", str(seq_len), "--speed"]
+    """The command that measures all `models` on equal sequences, and their speed; those that are
+    gone by now are left out."""
+    there = [as_word(model) for model in models if is_hub_id(model) or Path(model).exists()]
+    words = ["--model", *there, "--data", as_word(data), "--seq-len", str(seq_len), "--speed"]
     return shlex.join(["shorn", "evaluate", *words])
 
 
@@ -331,7 +336,7 @@ def show(verdict: Verdict, commands: Sequence[str] = ()) -> None:
             table.add_column(heading, justify="right" if index else "left", overflow="fold")
         for row in verdict.rows:
             table.add_row(*row)
-        console.print(table)
+        print_table(table, console)
     for line in verdict.lines:
         console.print(line, soft_wrap=True)
     for command in commands:

@@ -1,9 +1,10 @@
 """Options of launch.bench_kernels."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from data.errors import InputError, require, require_at_least
+from data.options import ON_DISK
 
 KNOWN_ARCHS = (80, 90, 100)
 
@@ -32,9 +33,9 @@ class BenchKernelsConfig:
     """--cpu: CPU threads."""
     budget_seconds: float = 470.0
     """On a GPU: time for everything; what is left then is skipped."""
-    csv: str | None = None
+    csv: Annotated[str | None, ON_DISK] = None
     """On a GPU: write the timings to this file."""
-    json: str | None = None
+    json: Annotated[str | None, ON_DISK] = None
     """Write the result to this file."""
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.files import require_writable, write_copy
 from data.progress import Progress
+from data.tables import print_table
 from launch.bench_kernels.config import BenchKernelsConfig
 from launch.bench_kernels.losses import LOSSES, Loss, loss_inputs
 from launch.bench_kernels.memory import peak_bytes, require_memory
@@ -234,7 +235,7 @@ def print_result(result: dict[str, Any]) -> None:
             *(f"{seconds[kind]:.2f}" for kind in LOSSES),
             f"{loss['time_ratio']:.3f}",
         )
-    console.print(table)
+    print_table(table, console)
     title = f"gather-scale ({result['gather_scale_backend']}), forward + backward, fp32"
     table = Table(title=title)
     for heading in ("layer", "weight"):
@@ -251,6 +252,6 @@ def print_result(result: dict[str, Any]) -> None:
                 f"{weight['speedup']:.2f}",
             )
         table.add_row(layer["layer"], "all", "", "", f"{layer['speedup']:.2f}", end_section=True)
-    console.print(table)
+    print_table(table, console)
     for name, goal in GOALS.items():
         console.print(f"{name:28}{result[name]:.3f}   ({goal})")

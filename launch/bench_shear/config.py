@@ -1,9 +1,10 @@
 """Options of launch.bench_shear."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from data.errors import InputError, require_at_least
+from data.errors import InputError, require_at_least, require_threads
+from data.options import ON_DISK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +40,13 @@ class BenchShearConfig:
     """CPU threads. Default: all cores."""
     repeats: int = 9
     """Steps of each kind, after one that is not counted."""
-    json: str | None = None
+    json: Annotated[str | None, ON_DISK] = None
     """Write the result to this file."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "hidden", "layers", "heads", "ffn", "vocabulary", "batch")
-        require_at_least(self, 1, "micro_batch", "threads", "repeats")
+        require_at_least(self, 1, "micro_batch", "repeats")
+        require_threads(self.threads)
         require_at_least(self, 2, "seq_len")
         if self.hidden % self.heads:
             raise InputError(f"--hidden {self.hidden} is not a multiple of --heads {self.heads}")

@@ -19,6 +19,7 @@ from data.errors import InputError
 from data.files import require_writable, write_copy
 from data.log import logger
 from data.progress import Progress
+from data.tables import print_table
 from launch.bench_shear.config import BenchShearConfig
 from pruner.budget import refuse_budget
 from pruner.callback import ShearCallback
@@ -318,7 +319,7 @@ def print_result(result: dict[str, Any]) -> None:
         for kind, value in times.items():
             cells += [f"{value:.3f}", f"{value / base[kind]:.2f}"]
         table.add_row(*cells, f"{result['spread'][name]:.0%}")
-    console.print(table)
+    print_table(table, console)
     if result["busy"] is not None:
         logger.warning(f"{result['busy']}; measure again on a quiet machine")
     for key in (

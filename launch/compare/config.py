@@ -4,10 +4,11 @@ import math
 import re
 import shlex
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from data.errors import InputError, require, require_at_least
+from data.errors import InputError, require, require_at_least, require_threads
 from data.mixture import parse_values
+from data.options import ON_DISK
 from pruner.budget import BUDGETS, budget_error, refuse_budget
 from trainer.config import Precision
 
@@ -38,13 +39,13 @@ class CompareConfig:
         "source input output json methods variant targets seeds jobs shear-steps cpt-steps"
     )
 
-    source: str
+    source: Annotated[str, ON_DISK]
     """Model to prune: a Hugging Face folder or hub id."""
-    input: tuple[str, ...]
+    input: Annotated[tuple[str, ...], ON_DISK]
     """Documents with domains, as for `shorn tokenize`."""
-    output: str = "runs/compare"
+    output: Annotated[str, ON_DISK] = "runs/compare"
     """Folder of everything this makes."""
-    json: str | None = None
+    json: Annotated[str | None, ON_DISK] = None
     """Write the table to this file, anew after every finished run."""
     methods: tuple[str, ...] = METHODS
     """ours: masks learned by projection with all defaults, so distilled from the source; paper: by
@@ -98,7 +99,8 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         counts = ("shear_steps", "cpt_steps", "sequences", "batch", "jobs", "held_out_documents")
-        require_at_least(self, 1, *counts, "train_documents", "threads")
+        require_at_least(self, 1, *counts, "train_documents")
+        require_threads(self.threads)
         require_at_least(self, 2, "seq_len", why=" (a token and its successor)")
         for name in ("ours_lr", "shear_lr", "cpt_lr", "random_lr"):
             rate = getattr(self, name)

@@ -4,11 +4,11 @@ import math
 from functools import partial
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from data.errors import InputError
 from data.log import logger
+from data.tables import print_table
 from launch.compare.config import CompareConfig, Method
 from launch.compare.stages import StageMaker, read_result
 from launch.stages import Plan, Task, announce
@@ -125,4 +125,4 @@ def print_results(results: dict[str, Any]) -> None:
             words = (f"{100 * row['sparsity']:g}%", row["rule"], str(row["seed"]), label(name))
             table.add_row(*words, *(f"{value:,}" for value in units))
         table.add_section()
-    Console().print(table)
+    print_table(table)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from data.errors import InputError
 from data.log import logger
+from data.tables import print_table
 from launch.compare.config import (
     METHODS,
     OURS,
@@ -328,7 +329,7 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_row("source", f"{whole / 1e6:.1f}M", "", "", *source, end_section=True)
         for entry in entries:
             _add_rows(table, entry, domains)
-        console.print(table)
+        print_table(table, console)
         for lead in results["leads"]:
             if lead["target"] == target:
                 console.print(

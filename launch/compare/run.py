@@ -5,6 +5,7 @@ from typing import Any
 
 from data.files import require_writable, write_copy
 from data.find import find_files
+from data.locks import folder_lock
 from launch.compare.config import CompareConfig
 from launch.compare.dead_units import dead_units_plan
 from launch.compare.losses import losses_plan
@@ -18,7 +19,8 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     """Runs the stages that are not finished, prints the table and returns what --json writes.
 
     An interrupted comparison prints the rows it has. Raises InputError before anything runs for
-    options that cannot work with the source or the input, and at the end for stages that failed.
+    options that cannot work with the source or the input, and where another process compares
+    into the same output; at the end for stages that failed.
     """
     source = load_config(resolve_model(config.source, weights=False, option="--source"))
     require_writable(config.json, "--json")
@@ -38,9 +40,12 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
             write_copy(config.json, results)
 
     stages = Stages(maker.output, number=len(plan.tasks))
-    try:
-        run_tasks(plan.tasks, stages, jobs=config.jobs, running=maker.running, finished=finished)
-    finally:
-        if results is not None:
-            plan.show(results)
+    with folder_lock(maker.output, "comparing"):
+        try:
+            run_tasks(
+                plan.tasks, stages, jobs=config.jobs, running=maker.running, finished=finished
+            )
+        finally:
+            if results is not None:
+                plan.show(results)
     return results

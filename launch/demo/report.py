@@ -12,6 +12,7 @@ from rich.text import Text
 from data.errors import InputError
 from data.files import write_json
 from data.records import fits, read_json
+from data.tables import print_table
 from launch.demo.generation import silence_transformers
 from launch.report import page
 from launch.report.config import ReportConfig
@@ -180,7 +181,7 @@ def show(folder: Path) -> int:
     report = read_results(folder / "report.json", _REPORT)
     console = Console(width=None if Console().is_terminal else 120, highlight=False, markup=False)
     for table in _tables(report, console):
-        console.print(table)
+        print_table(table, console)
     for line in _explanations(report):
         console.print(line, soft_wrap=True)
     console.print(f"\nPrompt: {report['prompt']}\nContinuations (greedy, repetition penalty 1.2):")

@@ -9,6 +9,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.files import write_json
+from data.locks import folder_lock
 from data.log import logger
 from launch.commands import command, python
 from launch.demo import report
@@ -44,6 +45,11 @@ class Demo:
         }
 
     def run(self) -> int:
+        """All stages; the exit status. Raises InputError where another process runs them there."""
+        with folder_lock(self.output, "running the demo"):
+            return self._run()
+
+    def _run(self) -> int:
         config = self.config
         settings: dict[str, object]
         settings = {"given": WHEEL if config.source is None else str(self.source)}

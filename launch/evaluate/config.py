@@ -1,9 +1,10 @@
 """Options of launch.evaluate."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from data.errors import InputError, require_at_least
+from data.errors import InputError, require_at_least, require_threads
+from data.options import ON_DISK
 from trainer.config import Kernels, Precision
 
 
@@ -13,10 +14,10 @@ class EvaluateConfig:
 
     ESSENTIAL: ClassVar = "model data text sequences seq-len window batch speed json"
 
-    model: tuple[str, ...] = ("runs/cpt",)
+    model: Annotated[tuple[str, ...], ON_DISK] = ("runs/cpt",)
     """Model folder, a run's output folder, a .gguf file or a hub id. Several are compared: name
     them in the order of their making, such as source, sheared and trained."""
-    data: str | None = None
+    data: Annotated[str | None, ON_DISK] = None
     """Folder made by `shorn tokenize`."""
     split: Literal["held_out", "train"] = "held_out"
     """Part of the token folder to measure on."""
@@ -24,7 +25,7 @@ class EvaluateConfig:
     """Sequences per domain, the first ones of its split; fewer where a domain holds fewer."""
     seq_len: int = 4096
     """Tokens per sequence."""
-    text: str | None = None
+    text: Annotated[str | None, ON_DISK] = None
     """UTF-8 text file, scored as one document."""
     window: int = 2048
     """Positions the model sees at once in --text, a BOS token included."""
@@ -42,7 +43,7 @@ class EvaluateConfig:
     """What computes the operators, as in training."""
     threads: int | None = None
     """CPU threads per rank. Default: cores of the machine divided by its ranks."""
-    json: str | None = None
+    json: Annotated[str | None, ON_DISK] = None
     """File for the same results as JSON; for several models a list of them, under "models"."""
 
     def __post_init__(self) -> None:
@@ -52,5 +53,6 @@ class EvaluateConfig:
             )
         if not self.model:
             raise InputError("--model names no model; give the folder of one, such as runs/cpt")
-        require_at_least(self, 1, "sequences", "batch", "stride", "threads")
+        require_at_least(self, 1, "sequences", "batch", "stride")
+        require_threads(self.threads)
         require_at_least(self, 2, "seq_len", "window", why=" (a token and its successor)")

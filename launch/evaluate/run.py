@@ -93,8 +93,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     context.barrier()
     whole = {"models": results, "busy": busy} if len(results) > 1 else results[0]
     if context.is_main:
-        print_results(config.model, results, busy)
+        # First, for whoever reads what is printed may not read all of it.
         write_copy(config.json, whole)
+        print_results(config.model, results, busy)
     return whole
 
 

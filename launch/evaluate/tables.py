@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.log import logger
+from data.tables import print_table
 from trainer.verdict import LEAST_GAP
 
 BOS_WORDS = {
@@ -47,7 +48,7 @@ def _print_one(console: Console, result: dict[str, Any]) -> None:
         for name, row in (*result["domains"].items(), ("overall", result["overall"])):
             values = (f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", f"{row['tokens']:,}")
             table.add_row(name, *values)
-        console.print(table)
+        print_table(table, console)
     if "text" in result:
         score = result["text"]
         stride = score["stride"] or f"none (windows of {score['window']} side by side)"
@@ -62,7 +63,7 @@ def _print_one(console: Console, result: dict[str, Any]) -> None:
             ("targets", f"{score['targets']:,}"),
         ):
             table.add_row(name, value)
-        console.print(table)
+        print_table(table, console)
     if "decoding" in result:
         console.print(f"decoding: {_pace(result)}", soft_wrap=True)
 
@@ -105,7 +106,7 @@ def _print_several(console: Console, names: Sequence[str], results: list[dict[st
         table.add_row("spread of its rounds", *(f"{time['spread']:.0%}" for time in times))
         speeds = (f"{times[0]['seconds'] / time['seconds']:.2f}x" for time in times)
         table.add_row("speed", *speeds)
-    console.print(table)
+    print_table(table, console)
 
 
 def _pace(result: dict[str, Any]) -> str:

@@ -61,7 +61,10 @@ def run(config: ReportConfig) -> dict[str, Any]:
     groups = [*_mask_groups(runs), *training_groups(lines)]
     text = page(runs, lines, groups)
     write_text(path, text)
-    numbers: dict[str, Any] = {"page": str(path), "bytes": len(text.encode())}
+    numbers: dict[str, Any] = {
+        "page": str(path),
+        "bytes": len(text.encode(errors="backslashreplace")),
+    }
     numbers["runs"] = [facts(one) for one in runs]
     write_copy(config.json, numbers)
     if config.figures is not None:

@@ -5,6 +5,7 @@ The files of a model and its tokenizer are not here: tests/trainer/models has th
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from data.errors import InputError, failure
 from data.job import TokenizeConfig
 from data.locks import folder_lock
 from data.reader import TokenReader
+from launch.compare.losses import _PRUNED as PRUNED
+from launch.compare.losses import _losses as losses_of
+from launch.compare.stages import read_result
+from launch.demo.report import EVALUATION, GENERATION, read_results
+from launch.evaluate.__main__ import main as evaluate
 from launch.report.run_folder import facts, parameters, read_run, removed_layers, unit_counts
+from launch.stages import Stages, Task
 from pruner.budget import parse_budget
 from pruner.history import read_records
 from pruner.measurements import load_kept
@@ -282,6 +289,83 @@ def _target_flaw(value: Any) -> str | None:
     if value is None:
         return None
     return None if isinstance(value.get("shape"), str) else f"shape {value.get('shape')!r}"
+
+
+def stage_readers(chaos: Workspace, root: Path) -> list[Reader]:
+    """Readers of what the stages of a comparison and of the demo leave."""
+    folder = root / "stages"
+    folder.mkdir()
+    evaluation, generation = folder / "evaluation.json", folder / "generation.json"
+    words = ["--model", str(chaos.model), "--data", str(chaos.tokens), "--seq-len", "32"]
+    evaluate([*words, "--sequences", "2", "--threads", "1", "--json", str(evaluation)])
+    said = {"tokens_per_second": 9.0, "continuation": "and", "seconds": [0.1, 0.2]}
+    generation.write_text(json.dumps({"source": said}))
+    stage = Task("stage", "stage", {}, (), folder, lambda: None)
+    sheared = replace(stage, folder=chaos.sheared)
+    stages = Stages(folder, 1)
+    marker = folder / ".stages" / "stage.json"
+
+    def staged() -> Any:
+        calls: list[str] = []
+        stages.started, stages.reused = 0, set()
+        stages.run("stage", settings={}, folder=folder / "made", action=lambda: calls.append("ran"))
+        return calls, stages.seconds["stage"] if not calls else 0.0
+
+    def staged_flaw(value: Any) -> str | None:
+        calls, seconds = value
+        wrong = None if calls else conforms(seconds, float) or finite(seconds)
+        return wrong or (None if seconds >= 0 else f"{seconds} seconds")
+
+    staged()
+    content = marker.read_bytes()
+
+    def marked() -> Any:
+        try:
+            return staged()
+        finally:
+            # A stage that ran again has written its marker anew.
+            if not marker.is_symlink() and not marker.is_dir():
+                marker.write_bytes(content)
+
+    def results() -> Any:
+        return read_result(sheared, "shear.json", PRUNED)
+
+    def results_flaw(value: Any) -> str | None:
+        wrong = conforms(value["steps"], int) or conforms(value["tokens"], int)
+        return wrong or conforms(value["kept_not_alive"], dict[str, int])
+
+    return [
+        Reader(name="marker of a stage", file=marker, read=marked, flaw=staged_flaw, form="json"),
+        Reader(
+            name="evaluation.json of a comparison",
+            file=evaluation,
+            read=lambda: losses_of(stage),
+            # Not finite is what a broken model is measured at.
+            flaw=lambda value: conforms(value, dict[str, float]),
+            form="json",
+        ),
+        Reader(
+            name="shear.json of a comparison",
+            file=chaos.sheared / "shear.json",
+            read=results,
+            flaw=results_flaw,
+            form="json",
+        ),
+        Reader(
+            name="evaluation of the demo",
+            file=evaluation,
+            read=lambda: read_results(evaluation, EVALUATION),
+            flaw=lambda value: conforms(value["overall"]["loss"], float),
+            form="json",
+        ),
+        Reader(
+            name="generation of the demo",
+            file=generation,
+            read=lambda: read_results(generation, {"source": GENERATION}),
+            flaw=lambda value: conforms(value["source"]["tokens_per_second"], float),
+            form="json",
+        ),
+    ]
 
 
 def user_readers(chaos: Workspace, root: Path, monkeypatch: Any) -> list[Reader]:

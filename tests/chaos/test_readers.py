@@ -20,6 +20,7 @@ GROUPS: dict[str, Callable[[Workspace, Path, pytest.MonkeyPatch], list[Reader]]]
     "checkpoint": lambda chaos, root, patch: run_readers.checkpoint_readers(chaos, root),
     "run": lambda chaos, root, patch: run_readers.run_readers(chaos),
     "kept": lambda chaos, root, patch: run_readers.kept_readers(chaos, root),
+    "stages": lambda chaos, root, patch: run_readers.stage_readers(chaos, root),
     "user": run_readers.user_readers,
     "lock": lambda chaos, root, patch: run_readers.lock_readers(root),
 }

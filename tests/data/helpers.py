@@ -1,11 +1,16 @@
-"""Token folders written shard by shard, without a tokenizer."""
+"""Token folders written shard by shard, jobs that stop early, and environments of ranks."""
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from data.manifest import HELD_OUT, TRAIN, Manifest, ShardRecord, TokenizerRecord, dtype_for
 from data.shards import ShardWriter
+from data.tasks import TaskRun
+
+FILES = 6
+"""Input files of the fixture `make_job`."""
 
 
 def write_shard(root: Path, path: str, documents: list[np.ndarray], dtype: str) -> ShardRecord:
@@ -48,3 +53,37 @@ def write_folder(root: Path, domains: dict[str, list[list[np.ndarray]]]) -> Mani
 def random_documents(lengths: list[int], vocab_size: int = 1000, seed: int = 0) -> list[np.ndarray]:
     generator = np.random.default_rng(seed)
     return [generator.integers(0, vocab_size, length) for length in lengths]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, tasks: int, error: BaseException) -> list[int]:
+    """Makes every task after the first `tasks` fail; returns the list of tasks that ran."""
+    ran: list[int] = []
+    original = TaskRun.run
+
+    def run(self: TaskRun, key: str) -> object:
+        if len(ran) >= tasks:
+            raise error
+        ran.append(self._task.index)
+        return original(self, key)
+
+    monkeypatch.setattr(TaskRun, "run", run)
+    return ran
+
+
+def group(rank: int) -> dict[str, str]:
+    """The environment of a rank, as torchrun makes it."""
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    return here | {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank)}
+
+
+def join(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    for name, value in group(rank).items():
+        monkeypatch.setenv(name, value)

@@ -10,13 +10,15 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 
-from data import cli, log, machine
+from data import cli, log
 from data.cli import parse
 from data.errors import InputError
 from data.log import logger
 from data.options import Name, options_of
+from tests.data.helpers import join
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,27 +52,6 @@ class Outer:
     limit: int | None = None
     """An optional number."""
     train: Inner = field(default_factory=lambda: Inner(steps=77))
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    ours = ("SHORN_", *machine.GROUP_VARIABLES, machine.LAUNCHED)
-    for name in [name for name in os.environ if name.startswith(ours)]:
-        monkeypatch.delenv(name)
-    # Tests before these may have left one, and `run` would end this process.
-    monkeypatch.setattr(cli, "_has_process_group", lambda: False)
-
-
-def group(rank: int) -> dict[str, str]:
-    """The environment of a rank, as torchrun makes it."""
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    return here | {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank)}
-
-
-def join(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
-    for name, value in group(rank).items():
-        monkeypatch.setenv(name, value)
 
 
 def get(*arguments: str) -> Outer:
@@ -125,6 +106,7 @@ def test_named_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         ("[prune]\nstps = 1", "unknown key `stps`.*did you mean `steps`"),
         ("steps = 1", "outside a section"),
+        ("[[prune]]\nsteps = 1", r"\[\[prune\]\] begins one of several tables; write \[prune\]"),
         ("[prun]\nsteps = 1", r"unknown section \[prun\]; did you mean \[prune\]"),
         ("[prune]\nsteps = 'many'", "steps = 'many' is not a valid value: expected INT"),
         ("[prune]\nmixture = 'x'", "not a valid value: expected dynamic|fixed"),

@@ -1,6 +1,7 @@
 """How commands end: one message, one status, and who of several ranks speaks."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,33 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from data import cli, machine
+from data import cli
 from data.cli import run
 from data.errors import InputError
 from data.log import logger
+from tests.data.helpers import group, join
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    ours = ("SHORN_", *machine.GROUP_VARIABLES, machine.LAUNCHED)
-    for name in [name for name in os.environ if name.startswith(ours)]:
-        monkeypatch.delenv(name)
-    # Tests before these may have left one, and `run` would end this process.
-    monkeypatch.setattr(cli, "_has_process_group", lambda: False)
-
-
-def group(rank: int) -> dict[str, str]:
-    """The environment of a rank, as torchrun makes it."""
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    return here | {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank)}
-
-
-def join(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
-    for name, value in group(rank).items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def raise_error(error: BaseException) -> None:
@@ -51,6 +35,7 @@ def test_run_prints_input_errors_without_traceback(capsys: pytest.CaptureFixture
 
 
 ALLOCATOR = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nframe #0"
+NO_ROOM = "failed to map segment from shared object"
 
 
 def nested() -> None:
@@ -66,8 +51,13 @@ def nested() -> None:
         (lambda: raise_error(OSError("the mount is gone")), "the mount is gone"),
         (lambda: b"caf\xe9".decode(), "text is not utf-8 (byte 3: unexpected end of data, in b'"),
         (lambda: "café".encode("ascii"), "'é' cannot be written as ascii; set PYTHONUTF8=1"),
+        (lambda: "caf\udce9".encode(), "'caf\\udce9': not UTF-8; rename the file or folder"),
         (lambda: raise_error(MemoryError()), "out of memory (MemoryError); ask for less at once"),
         (lambda: raise_error(RuntimeError(ALLOCATOR)), f"out of memory ({ALLOCATOR[:40]}"),
+        (
+            lambda: raise_error(ImportError("x.so: failed to map segment from shared object")),
+            "out of",
+        ),
         (nested, "something is nested too deeply (maximum recursion depth exceeded"),
     ],
 )
@@ -163,6 +153,41 @@ def test_run_keeps_the_statuses_of_commands() -> None:
     run(sys.exit)
 
 
+def test_a_reader_who_has_seen_enough_is_no_failed_check() -> None:
+    """rich leaves the program with status 1 then."""
+    script = (
+        "import sys; from data.cli import run; from rich.console import Console\n"
+        "from data.terminal import passing_over_what_is_not_shown\n"
+        "def table():\n"
+        "    for _ in range(3): Console().print('a row')\n"
+        "def work():\n"
+        "    if sys.argv[1] == 'done':\n"
+        "        with passing_over_what_is_not_shown(): table()\n"
+        "        print('all done', file=sys.stderr)\n"
+        "    else:\n"
+        "        table()\n"
+        "run(work)\n"
+    )
+    for word, status, said in (("done", 0, "all done\n"), ("left", 128 + signal.SIGPIPE, "")):
+        reading, writing = os.pipe()
+        os.close(reading)
+        command = [sys.executable, "-c", script, word]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_another_python_than_the_one_with_our_packages_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: raise_error(ModuleNotFoundError("No module named 'torch'", name="torch")))
+    assert stop.value.code == 2
+    assert f"error: {sys.executable} has no package torch; use" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):  # a defect
+        run(lambda: raise_error(ModuleNotFoundError("none", name="trainer.none")))
+
+
 def test_run_lets_other_errors_and_results_through() -> None:
     run(lambda: None)
     with pytest.raises(ZeroDivisionError):
@@ -224,6 +249,24 @@ def test_an_error_with_a_process_group_skips_the_interpreters_teardown() -> None
     )
     assert (result.returncode, result.stdout) == (2, "buffered\n")
     assert result.stderr.endswith("error: bad\n")
+
+
+def test_a_working_folder_that_is_gone_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "here"
+
+    def lose() -> None:
+        here.rmdir()
+        Path("x").absolute()
+
+    here.mkdir()
+    os.chdir(here)
+    for action in (lose, lambda: None):  # meanwhile; before the start
+        with pytest.raises(SystemExit) as stop:
+            run(action)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.startswith("error: the working folder does not exist any")
 
 
 @pytest.mark.parametrize("closed", ["1", "2", "0 1 2"])

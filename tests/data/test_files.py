@@ -76,7 +76,10 @@ def test_no_file_takes_the_place_of_a_device_or_pipe(tmp_path: Path) -> None:
             require_writable(path, "--json")
 
 
-@pytest.mark.parametrize("name", ["config.json", "run.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "run.json", "manifest.json", "model-00001-of-00002.safetensors", "00000.bin"],
+)
 def test_no_file_takes_the_place_of_a_record(name: str, tmp_path: Path) -> None:
     require_writable(tmp_path / name, "--json")
     (tmp_path / name).write_text("{}")

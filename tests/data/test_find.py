@@ -48,6 +48,33 @@ def test_folder_and_glob_find_the_same_files() -> None:
     assert names("in/.git/*.txt", "in/.hidden.jsonl") == ["in/.git/x.txt", "in/.hidden.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "advice"),
+    [
+        ("https://a.b/c.jsonl", "download it first"),
+        ("s3://bucket/*.jsonl", "download it first"),
+        ("{a,b}.jsonl", "leave braces outside the quotes"),
+        ("$HOME/*.jsonl", "use double quotes"),
+        ("a.jsonl,b.jsonl", r"separate names by spaces: a\.jsonl b\.jsonl$"),
+        ("a.jsonl,c.jsonl", "matches no files; correct it$"),
+    ],
+)
+def test_what_is_no_path_is_told_so(pattern: str, advice: str) -> None:
+    write("a.jsonl", "b.jsonl")
+    with pytest.raises(InputError, match=advice):
+        names(pattern)
+
+
+def test_a_glob_that_matches_hidden_files_alone_names_them() -> None:
+    write("in/.a.jsonl", "in/.git/x.txt")
+    for pattern, named in (("in/*.jsonl", r"\(\.a\.jsonl\)"), ("in/*", r"\.a\.jsonl, \.git")):
+        with pytest.raises(InputError, match=rf"what is hidden is left out.*{named}.*'\.' to take"):
+            names(pattern)
+    assert names("in/.*.jsonl") == ["in/.a.jsonl"]
+    with pytest.raises(InputError, match=r"matches no files; correct it"):
+        names("in/*.txt")
+
+
 def test_what_a_folder_leaves_out_is_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
     write("in/a.jsonl", "in/README.md", "in/b.csv", "in/.gitattributes")
     assert names("in") == ["in/a.jsonl"]

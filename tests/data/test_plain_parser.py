@@ -147,6 +147,15 @@ def test_every_command_starts_without_tyro() -> None:
     assert all(line.startswith("error: unknown option --no-such-option; ") for line in complaints)
 
 
+def test_help_is_the_same_without_docstrings() -> None:
+    command = [sys.executable, "-m", "data.tokenize", "--help-all"]
+    plain, stripped = (
+        subprocess.run([*command[:1], *flags, *command[1:]], cwd=ROOT, capture_output=True)
+        for flags in ([], ["-OO"])
+    )
+    assert b"Turns text into token shards" in plain.stdout and stripped.stdout == plain.stdout
+
+
 IMPORTS = """
 import importlib, pathlib
 for package in ("data", "trainer", "pruner", "launch"):

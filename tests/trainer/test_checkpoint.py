@@ -281,3 +281,38 @@ def test_the_marker_lists_every_file(workspace: Path, tmp_path: Path) -> None:
     files = {path.name for path in folder.iterdir()} - {MARKER}
     assert set(marker["sha256"]) == files and len(files) >= 3
     assert marker["step"] == 6 and marker["tokens"] == 6 * 8 * 16
+
+
+class Rename(Callback):
+    """Renames the run's folder while it trains."""
+
+    name: ClassVar[str] = "rename"
+
+    def __init__(self, output: Path, *, leave: bool) -> None:
+        self.output, self.leave = output, leave
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.step == 5 and trainer.context.is_main:
+            self.output.rename(self.output.with_name("moved"))
+            if not self.leave:
+                self.output.mkdir()
+
+
+def renamed(workspace: Path, output: Path, leave: bool) -> str:
+    rename = Rename(output, leave=leave)
+    try:
+        make_trainer(workspace, output, options(save_interval=3), callbacks=[rename]).fit()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_a_folder_renamed_while_training_is_not_made_again(
+    leave: bool, workspace: Path, tmp_path: Path
+) -> None:
+    messages = run_ranks(renamed, 2, workspace, tmp_path / "run", leave)
+    assert len(set(messages)) == 1
+    assert "run: was renamed or removed while the run was training" in messages[0]
+    assert not list((tmp_path / "run").glob("*"))
+    assert (tmp_path / "moved" / "checkpoints" / "step-00000003").is_dir()

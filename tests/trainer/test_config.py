@@ -28,6 +28,8 @@ def test_defaults_are_the_published_recipe() -> None:
         ({"warmup_ratio": 1.5}, "--warmup-ratio 1.5"),
         ({"save_interval": -1}, "--save-interval -1"),
         ({"threads": 0}, "--threads 0"),
+        ({"threads": 100_000}, "--threads 100000: must be at least 1, and at most 1024"),
+        ({"global_batch": 10**20}, "--global-batch 1000.*: must be at most 16,777,216"),
     ],
 )
 def test_bad_values_name_the_flag(changes: dict[str, float], message: str) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,10 @@ def verify(
     *,
     data: str = "abc",
     started: bool = True,
+    **others: Any,
 ) -> None:
-    identity = run_identity(config, model, precision="fp32", data=data, target={"layers": (1, 2)})
+    others = {"target": {"layers": (1, 2)}} | others
+    identity = run_identity(config, model, precision="fp32", data=data, **others)
     verify_run(output, identity, parallel.init(threads=1), started=started)
 
 
@@ -96,8 +99,20 @@ def test_runs_of_before_there_was_a_choice_had_adamw(tmp_path: Path) -> None:
 
 def test_more_steps_are_another_schedule(tmp_path: Path) -> None:
     verify(tmp_path, options(), started=False)
-    with pytest.raises(InputError, match=r"steps was 20, now 40.*schedule.*--model .*model"):
+    with pytest.raises(InputError, match=r"steps was 20, now 40.*learning-rate schedule$"):
         verify(tmp_path, options(steps=40))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"steps was 20, now 40.*schedule; .*--model .*model"):
+        verify(tmp_path, options(steps=40))
+
+
+def test_what_follows_from_other_data_is_not_told_besides(tmp_path: Path) -> None:
+    verify(tmp_path, options(), started=False, domain_weights={"a": 0.5, "b": 0.5})
+    with pytest.raises(InputError, match=r": --seq-len was 16, now 8\. Repeat"):
+        verify(tmp_path, options(seq_len=8), domain_weights={"a": 0.4, "b": 0.6})
+    with pytest.raises(InputError, match=r": --domain-weights was "):
+        verify(tmp_path, options(), domain_weights={"a": 0.4, "b": 0.6})
 
 
 def test_a_run_without_progress_is_replaced(tmp_path: Path) -> None:

@@ -17,10 +17,9 @@ from tests.conftest import ROOT
 from tests.distributed import run_ranks
 from tests.factories import write_model
 from tests.trainer.tiny import losses, options, pretrain
-from trainer import cpt, disk, output, parallel
+from trainer import cpt, output, parallel
 from trainer.callbacks.checkpoint import CheckpointCallback
 from trainer.checkpoint_files import MARKER, RECORD
-from trainer.disk import room_problem, size_text
 from trainer.loop import Trainer
 from trainer.output import require_apart, run_of
 from trainer.saving import log_finished, require_copy
@@ -317,47 +316,6 @@ def test_a_link_to_a_model_leads_to_its_run(tmp_path: Path) -> None:
     assert cpt.find_model(str(tmp_path / "LINK")) == tmp_path / "LINK"
 
 
-def test_room_is_looked_at_before_the_first_step(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=500_000))
-    monkeypatch.delattr(cpt, "build_model")
-    pattern = r"no room .*: \d+ kB are needed .*500 kB are free.*--keep-checkpoints \(now 2\)"
-    with pytest.raises(InputError, match=pattern):
-        run(workspace, tmp_path)
-    # It fits where less is kept at a time.
-    with pytest.raises(NameError):
-        run(workspace, tmp_path, save_interval=0)
-
-
-def test_what_a_run_will_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def needed(saves: int, existing: int, keep: int, model: int = 0) -> int:
-        for free in range(1000):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(disk, "free_bytes", lambda _, free=free: free)
-                sizes = {"saves": saves, "existing": existing, "keep": keep}
-                if not room_problem(tmp_path, checkpoint=100, model=model, **sizes):
-                    return free
-        raise AssertionError
-
-    assert needed(10, 0, 2) == 300
-    assert needed(10, 2, 2) == 100
-    assert needed(1, 0, 2) == 100
-    assert needed(1, 0, 2, model=40) == 140
-    assert needed(10, 0, 2, model=140) == 340
-    assert needed(0, 2, 2, model=40) == 40
-    assert needed(10, 7, 2) == 0
-    assert [size_text(n) for n in (0, 12, 1234, 999_900, 3e9, 2.5e13)] == [
-        "0 bytes",
-        "12 bytes",
-        "1.23 kB",
-        "1 MB",
-        "3 GB",
-        "25 TB",
-    ]
-
-
 def test_a_lost_or_damaged_identity_is_read_from_the_checkpoint(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -430,6 +388,26 @@ def test_another_kind_of_run_is_named(workspace: Path, tmp_path: Path) -> None:
         run(workspace, tmp_path)
 
 
+def test_a_model_that_goes_while_it_is_trained_is_named(workspace: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(workspace / "model", model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpt, "note_removal", lambda *_: model.rename(tmp_path / "away"))
+        with pytest.raises(InputError, match=r"model: is gone by now.* the same command again"):
+            run(workspace, out, model=model)
+    (tmp_path / "away").rename(model)
+    run(workspace, out, model=model)
+    assert (out / "model" / "tokenizer.json").exists()
+
+
+def test_a_finished_run_of_another_command_is_named(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text("{}")
+    (tmp_path / "shear.json").write_text('{"steps": 1}')
+    with pytest.raises(InputError, match=r"holds a finished run of shearing \(shear\.json\); name"):
+        run(workspace, tmp_path)
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_many_differences_go_to_a_file(workspace: Path, tmp_path: Path) -> None:
     run(workspace, tmp_path)
     with pytest.raises(
@@ -450,3 +428,12 @@ def test_a_run_of_a_version_with_fewer_options_goes_on(workspace: Path, tmp_path
     (tmp_path / "run.json").write_text(json.dumps(saved))
     run(workspace, tmp_path)
     assert len(losses(tmp_path)) == 6
+
+
+def test_an_output_that_no_model_can_be_read_from_again_is_refused(
+    workspace: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / os.fsdecode(b"caf\xe9") / "run"
+    with pytest.raises(InputError, match="the path is not UTF-8"):
+        run(workspace, place)
+    assert not place.parent.exists()

@@ -182,6 +182,15 @@ def test_threads_follow_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(before)
 
 
+def test_threads_that_no_system_starts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(parallel, "available_cores", lambda: 2)
+    with pytest.raises(InputError, match=r"--threads 9999: .* 2 cores.* use --threads 2 or less"):
+        parallel.init(threads=9999)
+    assert torch.get_num_threads() == before
+
+
 def test_variables_that_contradict_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, RANK="4")
     with pytest.raises(InputError, match="RANK=4 is not below WORLD_SIZE=4"):

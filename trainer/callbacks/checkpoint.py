@@ -9,9 +9,8 @@ from data.errors import InputError
 from data.log import logger
 from trainer.checkpoint import Checkpointer
 from trainer.loop import Callback, Trainer
+from trainer.stopping import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""The last comes from a terminal that is closed; a run under nohup ignores it and goes on."""
 SECONDS_OF_ONE_REQUEST = 5.0
 """Signals this close together are one request: torchrun repeats a Ctrl-C that the terminal already
 sent to every process."""
@@ -38,6 +37,7 @@ class CheckpointCallback(Callback):
 
     def on_train_start(self, trainer: Trainer) -> None:
         self._saved = trainer.step
+        self.checkpointer.begin()
         if trainer.step < trainer.config.steps:
             nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             heeded = [s for s in STOP_SIGNALS if s != signal.SIGHUP or not nohup]

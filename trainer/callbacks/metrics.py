@@ -1,6 +1,7 @@
 """One JSON line per step, and TensorBoard where it is installed."""
 
 import json
+import threading
 from collections.abc import Iterator
 from io import RawIOBase
 from pathlib import Path
@@ -121,6 +122,7 @@ class MetricsCallback(Callback):
         if board is not None:
             # It may fail, as on a full disk, in any way that its thread found to report.
             try:
+                board.flush()
                 board.close()
             except Exception as error:
                 _warn_of_board(error)
@@ -150,12 +152,28 @@ def truncate_after(path: Path, step: int) -> None:
         # Not UTF-8, not JSON, too deep, or no record.
         except (ValueError, RecursionError, KeyError, TypeError, IndexError):
             continue
-    write_bytes(path, b"".join(kept))
+    # A link to another disk is the user's, and stays.
+    write_bytes(path.resolve(), b"".join(kept))
 
 
 def _warn_of_board(error: Exception) -> None:
     text = failure(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     logger.warning(f"TensorBoard gets no more values: {text}")
+
+
+def _quiet_its_threads() -> None:
+    """TensorBoard's threads report what they raise to whoever writes next, who says it in a line;
+    Python would print a traceback besides."""
+    others = threading.excepthook
+    if getattr(others, "quiet", False):
+        return
+
+    def report(failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            others(failed)
+
+    report.quiet = True  # type: ignore[attr-defined]
+    threading.excepthook = report
 
 
 def _open_board(folder: Path, first_step: int) -> Any:
@@ -167,6 +185,7 @@ def _open_board(folder: Path, first_step: int) -> Any:
     except Exception as error:
         _warn_of_board(error)
         return None
+    _quiet_its_threads()
     try:
         return SummaryWriter(str(folder), purge_step=first_step)
     except Exception as error:

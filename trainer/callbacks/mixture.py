@@ -1,8 +1,9 @@
 """Feeds per-domain training losses to the domain mixture and its weights to the data stream."""
 
 import os
+from io import RawIOBase
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 from data import weight_history
 from data.errors import InputError, failure
@@ -41,7 +42,7 @@ class MixtureCallback(Callback):
         self.interval = history.interval if history else mixture.config.steps_between(steps)
         self.history = history
         self.path = output / weight_history.FILE
-        self._file: IO[str] | None = None
+        self._file: RawIOBase | None = None
         self._shown = mixture.weights
         self._loss_sum: dict[str, float] = {}
         self._count: dict[str, int] = {}
@@ -55,8 +56,12 @@ class MixtureCallback(Callback):
                 f"note: --mixture-interval {config.interval} is not below --steps {steps}, so the "
                 "domain weights stay as they begin"
             )
-        if config.kind == "fixed" or not trainer.context.is_main:
-            return
+        if config.kind != "fixed":
+            main = trainer.context.is_main
+            trainer.context.raise_on_any_rank(lambda: self._open(trainer) if main else None)
+
+    def _open(self, trainer: Trainer) -> None:
+        """Opens the file where it is this run's from its beginning."""
         try:
             if trainer.step == 0:
                 order = trainer.stream.order() | {
@@ -67,7 +72,7 @@ class MixtureCallback(Callback):
                 write_text(self.path, weight_history.header(order, self.interval, first))
             elif not self._continue_file(trainer.step):
                 return
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise InputError(f"{self.path}: {failure(error)}") from None
 
@@ -115,12 +120,22 @@ class MixtureCallback(Callback):
             self.mixture.replay(weights)
         trainer.stream.set_weights(weights)
         self._show(trainer.step)
-        if self._file is not None:
-            try:
-                self._file.write(weight_history.line(trainer.step, trainer.stream.sampler.weights))
-                self._file.flush()
-            except OSError as error:
-                raise InputError(f"{self.path}: {failure(error)}") from None
+        if self.mixture.config.kind != "fixed":
+            trainer.context.raise_on_any_rank(lambda: self._write(trainer))
+
+    def _write(self, trainer: Trainer) -> None:
+        """Appends the weights after this step, on the rank that has the file open."""
+        if self._file is None:
+            return
+        line = weight_history.line(trainer.step, trainer.stream.sampler.weights).encode()
+        try:
+            while line:
+                line = line[self._file.write(line) or 0 :]
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: {failure(error)}; then run the same command again: it goes on from "
+                "the last checkpoint"
+            ) from None
 
     def _show(self, step: int) -> None:
         """Says which weights have changed notably since they were last shown."""

@@ -5,6 +5,8 @@ import dataclasses
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from data.errors import InputError
 from data.records import is_kind, word_for, words_for
 from trainer.models.families import FAMILIES, Family
@@ -26,23 +28,28 @@ _OPTIONS = (
     "sliding_window",
 )
 # Keys of a Hugging Face config that are written anew beside those of the families' tables, or that
-# describe one particular file.
+# describe one particular file, or a program that ran the model.
 _REWRITTEN_KEYS = frozenset(
     {
         "_attn_implementation",
         "_name_or_path",
         "architectures",
+        "attn_implementation",
         "auto_map",
         "dtype",
         "layer_types",
         "model_type",
         "original_dtype",
+        "pruned_heads",
+        "quantization_config",
+        "return_dict",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
         "rotary_emb_base",
         "rotary_pct",
         "torch_dtype",
+        "torchscript",
         "transformers_version",
         "transformers_weights",
     }
@@ -152,6 +159,7 @@ class ModelConfig:
         family = str(values["model_type"])
         _require_known(family)
         _require_possible(FAMILIES[family], values)
+        _require_dtype(values)
         _refuse_unsupported(family, values)
         config = _transformers_config(family, values)
         theta, fraction, scaling = read_rope(config.rope_parameters)
@@ -316,6 +324,20 @@ def _require_possible(traits: Family, values: dict[str, Any]) -> None:
         value = values.get(key) if key else None
         if isinstance(value, (int, float)) and not value <= limit:
             raise InputError(f"{key} is {shortened(str(value))}; it can be {limit} at most")
+
+
+def _require_dtype(values: dict[str, Any]) -> None:
+    """Raises InputError where config.json states a dtype that does not exist."""
+    for key in ("dtype", "torch_dtype"):
+        stated = values.get(key)
+        # transformers knows a dictionary of them, one for each part of a model.
+        if stated is None or isinstance(stated, dict):
+            continue
+        if not isinstance(stated, str) or not isinstance(getattr(torch, stated, None), torch.dtype):
+            raise InputError(
+                f"{key} is {shortened(repr(stated))}, which names no dtype of PyTorch: write the "
+                'one of the weights, such as "bfloat16", or remove the key'
+            )
 
 
 def _read_fields(traits: Family, config: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from data.errors import InputError
 from data.files import write_text
 from data.log import logger
-from data.records import read_json
+from data.records import read_json, require_no_mark
 from trainer.models.config import ModelConfig
 from trainer.models.families import FAMILIES
 from trainer.models.limits import shortened
@@ -94,7 +94,9 @@ def _widen_tokenizer(values: dict[str, Any]) -> dict[str, Any]:
         widened["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(values.get("extra_special_tokens"), list):
         extra = widened.pop("extra_special_tokens")
-        widened.setdefault("additional_special_tokens", extra)
+        # Of two lists transformers 5 takes this one, unless it is empty.
+        if extra or "additional_special_tokens" not in values:
+            widened["additional_special_tokens"] = extra
     return widened
 
 
@@ -189,6 +191,7 @@ def require_loadable(config: ModelConfig, source: Path) -> None:
     for name in (_GENERATION, _TOKENIZER):
         if Path(name) in taken:
             read_json(source / name, f"{_FIX}, or remove it")
+            require_no_mark(source / name)
     if Path(_GENERATION) in taken:
         try:
             GenerationConfig.from_pretrained(str(source), local_files_only=True)

@@ -22,8 +22,10 @@ from trainer.models.families import Role
 from trainer.models.weights import (
     INDEX_FILE,
     SINGLE_FILE,
+    names_remedy,
     open_tensors,
     original_dtype,
+    other_class,
     tensor_files,
 )
 from trainer.parallel import local_region
@@ -116,8 +118,11 @@ def _stored_tensors(model: CausalLM, path: Path) -> dict[Path, dict[str, str]]:
     places = _places(model, path)
     _require_same_tie(model, places, path)
     if model.config.tie_embeddings:
-        places.pop(f"{model.names.head}.weight", None)
-    _require_same_names(expected, places, path)
+        head = places.pop(f"{model.names.head}.weight", None)
+        if head is not None:
+            # As transformers, of which some programs store one name of the two, some the other.
+            places.setdefault(f"{model.names.embedding}.weight", head)
+    _require_same_names(expected, places, path, other_class(model.config.hf))
     by_file: dict[Path, dict[str, str]] = {}
     for name, place in places.items():
         by_file.setdefault(place.file, {})[name] = place.name
@@ -163,6 +168,9 @@ def _require_same_tie(model: CausalLM, places: dict[str, _Place], path: Path) ->
     head, embedding = f"{model.names.head}.weight", f"{model.names.embedding}.weight"
     stored, tied = head in places, model.config.tie_embeddings
     if not tied and not stored and embedding in places:
+        other = other_class(model.config.hf)
+        if other is not None:
+            raise InputError(_no_language_model(path, other))
         raise InputError(
             f"{path} stores no {head}, but its config.json does not tie it to the embedding: fetch "
             "the missing tensor, or set tie_word_embeddings to true there if the model shares them"
@@ -187,11 +195,23 @@ def _same_values(first: Any, second: Any) -> bool:
     return all(bool((first[part] == second[part]).all()) for part in parts)
 
 
-def _require_same_names(expected: Iterable[str], found: Iterable[str], where: Path) -> None:
+def _no_language_model(where: Path, other: str) -> str:
+    return (
+        f"{where} holds a {other} (`architectures` in config.json), which has another head than a "
+        "language model: give the model that it was made from, or another with a head of its own"
+    )
+
+
+def _require_same_names(
+    expected: Iterable[str], found: Iterable[str], where: Path, other: str | None = None
+) -> None:
+    """`other` is `other_class` of the config."""
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))
     if not missing and not unexpected:
         return
+    if other is not None:
+        raise InputError(_no_language_model(where, other))
     parts = []
     for label, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
@@ -199,7 +219,7 @@ def _require_same_names(expected: Iterable[str], found: Iterable[str], where: Pa
             parts.append(f"{label}: {', '.join(names[:3])}{more}")
     raise InputError(
         f"the tensors of {where} do not fit its config ({'; '.join(parts)}); "
-        "the folder is incomplete or of another architecture"
+        f"{names_remedy(missing, unexpected)}"
     )
 
 
@@ -229,6 +249,11 @@ def save_model(
             express, values too large for `dtype`, or a failure to write.
     """
     path = path.absolute()
+    if tokenizer_from is not None and not tokenizer_from.is_dir():
+        raise InputError(
+            f"{tokenizer_from}: is gone by now, and its tokenizer and licence are to go along into "
+            f"{path}; put it back, and run the same command again"
+        )
     temporary = path.with_name(f".{path.name}.partial")
     pairs = iter(state.items() if isinstance(state, dict) else state)
     try:
@@ -347,7 +372,8 @@ def init_weights(model: CausalLM, std: float = 0.02, seed: int = 0) -> None:
     for position, (name, parameter) in enumerate(model.named_parameters()):
         local, region = local_region(parameter)
         if parameter.ndim >= 2:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+            own = (seed * 1_000_003 + position) % 2**64
+            generator = torch.Generator().manual_seed(own)
             values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
             local.copy_(values[region])
         else:

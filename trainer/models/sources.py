@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 
 from data.errors import InputError, failure
 from data.files import follow_umask, sync_files
-from data.hub import is_offline
+from data.hub import is_offline, split_revision
+from data.paths import home_expanded, require_utf8
 from data.tokenizers import holds_tokenizer
 from trainer.models.export import widen
-from trainer.models.gguf_header import check_gguf
-from trainer.models.weights import weight_files
+from trainer.models.gguf_header import check_gguf, is_gguf
+from trainer.models.weights import adapter_advice, weight_files
 
 _SMALL_FILES = (
     "*.json",
@@ -33,7 +34,7 @@ _SMALL_FILES = (
 )
 # The same model in the layout of its makers' own programs.
 _OTHER_LAYOUTS = ("consolidated*", "original/*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?")
 _OTHER_CACHE = "set XDG_CACHE_HOME to a folder that can be written and has room"
 _LOCAL_PREFIXES = (".", "~", "runs/", "models/")
 
@@ -44,7 +45,8 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
     Args:
         source: a folder with config.json; a run's output folder with model/config.json; a .gguf
             file or a folder with exactly one (converted once, in the user's cache); or a hub id,
-            taken from the local cache if it is there and downloaded otherwise.
+            with @ and a branch, tag or commit for another than its newest state, taken from the
+            local cache if it is there and downloaded otherwise.
         weights: False fetches no weights of a hub id, only its config and tokenizer.
         option: the option that gave `source`, for messages.
 
@@ -52,55 +54,82 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
         InputError: nothing is found; the message says what to fetch and how.
     """
     text = str(source)
-    path = home_expanded(source, option)
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
-            weight_files(folder)
-            return folder
-    if path.is_file() and path.suffix == ".gguf":
+    path = Path(home_expanded(source, option))
+    require_utf8(path)
+    if path.is_file():
+        if not is_gguf(path):
+            raise InputError(
+                f"{option} {text}: is one file, and no GGUF: name the model's folder, such as "
+                f"{path.parent}"
+            )
         return convert_gguf(path, _gguf_cache(path))
     if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            return convert_gguf(files[0], _gguf_cache(files[0]))
-        if not files and (path / "adapter_config.json").is_file():
-            raise InputError(
-                f"{path} holds an adapter (adapter_config.json) and no model: merge it into its "
-                "base once, with peft's merge_and_unload and save_pretrained, and name that folder"
-            )
-        found = f"{len(files)} .gguf files; name one of them" if files else "no config.json"
-        raise InputError(
-            f"{path} is not a model folder: it holds {found}. Expected config.json with "
-            "*.safetensors, model/config.json, or one .gguf file"
-        )
+        return _from_folder(path, option)
     if is_hub_id(text):
         return _from_hub(text, weights, option)
-    if _HUB_ID.fullmatch(text) and Path(text).parent.is_dir():
+    if _HUB_ID.fullmatch(text) and _owner(text).is_dir():
         raise InputError(
-            f"{option} {text}: no such model here, and the folder {Path(text).parent}/ in this "
+            f"{option} {text}: no such model here, and the folder {_owner(text)}/ in this "
             "working folder keeps it from being taken for a hub id. Correct the path; or, if it is "
             f"one, start from another working folder, or {_download(text, option)}"
         )
     raise InputError(
         f"{option} {text}: no such model. Give a folder with config.json and *.safetensors, a "
-        ".gguf file, a finished run's folder, or a hub id such as meta-llama/Llama-2-7b-hf"
+        ".gguf file, a finished run's folder, or a hub id such as meta-llama/Llama-2-7b-hf "
+        "(with @ and a branch, tag or commit: meta-llama/Llama-2-7b-hf@main)"
     )
 
 
-def home_expanded(source: str | Path, option: str) -> Path:
-    """`source` with `~` written out; raises InputError where that folder is not known."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError as error:
+def _from_folder(path: Path, option: str) -> Path:
+    files = [file for file in sorted(path.iterdir()) if is_gguf(file)]
+    for folder in (path, path / "model"):
+        # A folder of GGUF files may hold the config of the model that they were made from.
+        ours = not files or folder != path or any(path.glob("*.safetensors*"))
+        if (folder / "config.json").is_file() and ours:
+            weight_files(folder)
+            return folder
+    if len(files) == 1:
+        return convert_gguf(files[0], _gguf_cache(files[0]))
+    adapter = None if files else adapter_advice(path)
+    if adapter is not None:
+        raise InputError(adapter)
+    if not files:
+        _refuse_parts_of_runs(path, option)
+    inner = [file.parent.name for file in sorted(path.glob("*/config.json"))]
+    found = f"no config.json{f'; its folder {inner[-1]} does' if inner else ''}"
+    if files:
+        found = f"{len(files)} GGUF files; name one of them"
+    raise InputError(
+        f"{path} is not a model folder: it holds {found}. Expected config.json with "
+        "*.safetensors, model/config.json, or one .gguf file"
+    )
+
+
+def _refuse_parts_of_runs(path: Path, option: str) -> None:
+    """Raises InputError for the folder of a run that has written no model yet, and for its
+    checkpoints, which are a state of training."""
+    place = path.resolve()
+    for run in (place, place.parent, place.parent.parent):
+        if not (run / "run.json").is_file():
+            continue
+        if (run / "model" / "config.json").is_file():
+            raise InputError(f"{option} {path}: is no model; the run's model is {run / 'model'}")
+        part = "the folder" if run == place else "a part"
         raise InputError(
-            f"{option} {source}: {error}; give the path without `~`, or set HOME"
-        ) from None
+            f"{option} {path}: is {part} of a run that has not finished, so there is no model yet; "
+            "resume it with the command that started it"
+        )
 
 
 def is_hub_id(text: str) -> bool:
     """Whether `text` can name a model on the hub; what looks like a path here never does."""
-    looks_local = text.startswith(_LOCAL_PREFIXES) or Path(text).parent.exists()
+    looks_local = text.startswith(_LOCAL_PREFIXES) or _owner(text).exists()
     return _HUB_ID.fullmatch(text) is not None and not looks_local
+
+
+def _owner(name: str) -> Path:
+    """The folder that a hub id would lie in if it were a path."""
+    return Path(split_revision(name)[0]).parent
 
 
 def fetch_advice(name: str, option: str) -> str:
@@ -108,16 +137,19 @@ def fetch_advice(name: str, option: str) -> str:
     where = (
         "on a machine that may use the network" if is_offline() else "here or on a machine that can"
     )
+    page = split_revision(name)[0]
     return (
-        f"accept the licence at https://huggingface.co/{name} (if it asks for that), log in with "
+        f"accept the licence at https://huggingface.co/{page} (if it asks for that), log in with "
         f"`hf auth login`, and fetch it, {where}:\n    {_download(name, option)}"
     )
 
 
 def _download(name: str, option: str) -> str:
     folder = local_folder(name)
+    bare, revision = split_revision(name)
+    which = f"{bare} --revision {revision}" if revision else bare
     return (
-        f"hf download {name} --include '*.json' --include '*.safetensors' --include '*.jinja' "
+        f"hf download {which} --include '*.json' --include '*.safetensors' --include '*.jinja' "
         f"--include 'LICENSE*' --include '*.txt' --include 'tokenizer.model' --local-dir {folder}\n"
         f"  then give {option} {folder}"
     )
@@ -125,7 +157,9 @@ def _download(name: str, option: str) -> str:
 
 def local_folder(name: str) -> str:
     """Where fetch_advice puts the model `name` of the hub."""
-    return f"models/{name.split('/')[-1]}"
+    bare, revision = split_revision(name)
+    which = f"-{revision.replace('/', '-')}" if revision else ""
+    return f"models/{bare.split('/')[-1]}{which}"
 
 
 def convert_gguf(path: Path, output: Path) -> Path:
@@ -224,25 +258,33 @@ def _gguf_cache(path: Path) -> Path:
 
 def _from_hub(name: str, weights: bool, option: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    patterns: dict[str, Any] = {
+    bare, revision = split_revision(name)
+    wanted: dict[str, Any] = {
+        "revision": revision,
         "allow_patterns": [*_SMALL_FILES, *(("*.safetensors",) if weights else ())],
         "ignore_patterns": list(_OTHER_LAYOUTS),
     }
     try:
-        folder = Path(snapshot_download(name, local_files_only=True, **patterns))
+        folder = Path(snapshot_download(bare, local_files_only=True, **wanted))
         if _is_complete(folder, weights):
             return folder
     except OSError:
         pass
     try:
-        folder = Path(snapshot_download(name, **patterns))
+        folder = Path(snapshot_download(bare, **wanted))
     except Exception as error:
         if isinstance(error, GatedRepoError):
             reason = "it is gated, and this login has no access"
         elif isinstance(error, RepositoryNotFoundError):
             reason = "the Hugging Face hub has no such model, or it is private"
+        elif isinstance(error, RevisionNotFoundError):
+            reason = f"the Hugging Face hub has no branch, tag or commit {revision!r} of it"
         elif is_offline():
             reason = "HF_HUB_OFFLINE forbids to ask the hub (unset it to download)"
         else:

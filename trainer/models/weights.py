@@ -15,6 +15,9 @@ from data.records import is_kind, read_json, require_regular, word_for
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FETCH_AGAIN = "fetch the file again"
+_INDEX_FIX = "fetch it again, or save the model once more with transformers' save_pretrained"
+# In names of tensors that GPTQ, AWQ, MLX, bitsandbytes and fp8 formats add.
+_QUANTIZED = (".qweight", ".scales", ".weight_scale", ".weight.absmax", ".weight.quant", ".SCB")
 _NAMES = {name: name for name in ("float32", "float16", "bfloat16")} | {"float64": "float32"}
 _DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -42,11 +45,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """The file of `weight_files` that holds each tensor of the model in `folder`.
 
     Raises:
-        InputError: as `weight_files`, or the only file is damaged.
+        InputError: as `weight_files`, a file is damaged, or does not hold what the index says.
     """
     entry = _entry(folder)
     if entry.suffix != ".safetensors":
-        return _read_index(entry)
+        names = _read_index(entry)
+        _require_held(entry, names)
+        return names
     with open_tensors(entry) as stored:
         return dict.fromkeys(stored.keys(), entry)
 
@@ -73,6 +78,40 @@ def original_dtype(config: dict[str, Any], folder: Path | None) -> str | None:
         return None if folder is None else stored_dtype(folder)
     except InputError:
         return None
+
+
+def other_class(config: dict[str, Any]) -> str | None:
+    """The class of a model with another head, such as a classifier, that config.json (`config`)
+    names; None where it names none."""
+    stated = config.get("architectures")
+    names = [str(name) for name in stated] if isinstance(stated, list) else []
+    return next((name for name in names if "For" in name and "ForCausalLM" not in name), None)
+
+
+def names_remedy(missing: list[str], unexpected: list[str]) -> str:
+    """What helps where a folder lacks tensors of its model, or holds others."""
+    tails = {
+        name: next((one for one in missing if name.endswith(f".{one}")), "") for name in unexpected
+    }
+    prefixes = {name.removesuffix(tail) for name, tail in tails.items()}
+    if unexpected and all(tails.values()) and len(prefixes) == 1:
+        return (
+            f"all names begin with {prefixes.pop()!r}, as those of a model inside another: save "
+            "the inner model with its own save_pretrained, and name that folder"
+        )
+    if any(part in name for name in unexpected for part in _QUANTIZED):
+        return "its weights are quantized: give the unquantized original"
+    if any("lora_" in name for name in unexpected):
+        return (
+            "it holds an adapter beside the weights: merge it once, with peft's merge_and_unload "
+            "and save_pretrained, and name that folder"
+        )
+    if not missing:
+        return (
+            "transformers would leave these out: where the model is whole without them, load it "
+            "there once and use save_pretrained; else it is of another architecture"
+        )
+    return "the folder is incomplete or of another architecture"
 
 
 @contextmanager
@@ -109,7 +148,20 @@ def _named_by_config(folder: Path) -> str | None:
     return named if isinstance(named, str) else None
 
 
+def adapter_advice(folder: Path) -> str | None:
+    """What to do with a folder that holds an adapter and no model; None for another folder."""
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    return (
+        f"{folder} holds an adapter (adapter_config.json) and no model: merge it into its base "
+        "once, with peft's merge_and_unload and save_pretrained, and name that folder"
+    )
+
+
 def _no_weights(folder: Path) -> str:
+    adapter = adapter_advice(folder)
+    if adapter is not None:
+        return adapter
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         shown = ", ".join(others[:3]) + (" and others" if len(others) > 3 else "")
@@ -127,7 +179,7 @@ def _no_weights(folder: Path) -> str:
 
 def _read_index(index: Path) -> dict[str, Path]:
     """The file of each tensor; all of them are there."""
-    fix = "fetch it again, or save the model once more with transformers' save_pretrained"
+    fix = _INDEX_FIX
     weight_map = read_json(index, fix, keys={"weight_map": dict})["weight_map"]
     if not weight_map:
         raise InputError(f"{index}: `weight_map` names no tensors; {fix}")
@@ -144,6 +196,18 @@ def _read_index(index: Path) -> dict[str, Path]:
             "fetch the missing files"
         )
     return {tensor: names[name] for tensor, name in weight_map.items()}
+
+
+def _require_held(index: Path, names: dict[str, Path]) -> None:
+    for file in sorted(set(names.values())):
+        with open_tensors(file) as stored:
+            held = set(stored.keys())
+        lacking = [name for name in sorted(names) if names[name] == file and name not in held]
+        if lacking:
+            raise InputError(
+                f"{index} says that {lacking[0]} is in {file.name}, which does not hold it; "
+                f"{_INDEX_FIX}"
+            )
 
 
 def _inside(folder: Path, name: str, who: str) -> Path:

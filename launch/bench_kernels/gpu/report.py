@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.files import write_text
+from data.tables import print_table
 from launch.bench_kernels.static.compile import GPUS, Gpu
 
 NOTES = """\
@@ -114,7 +115,7 @@ def print_report(
             f"{ceiling.flops_per_second / 1e12:.0f} TFLOP/s (90% and 80% of the data sheet of "
             f"{ceiling.name})"
         )
-    console.print(_timing_table(timings))
+    print_table(_timing_table(timings), console)
     console.print(NOTES, markup=False)
     for line in dict.fromkeys(_complaints(timings)):
         console.print(line, markup=False)

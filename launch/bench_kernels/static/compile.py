@@ -175,7 +175,6 @@ def make_record(
     bytes_moved: int | None = None,
     minimum_bytes: int | None = None,
     flops: int | None = None,
-    **_: Any,
 ) -> Record:
     """Puts together what the cubin tells and what the launch does.
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from data.files import require_writable, write_copy
 from data.progress import Progress
+from data.tables import print_table
 from launch.bench_kernels import traffic as kernel_traffic
 from launch.bench_kernels.config import BenchKernelsConfig
 from launch.bench_kernels.static import compile as static
@@ -108,9 +109,9 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
             f"{gpu.flops_per_second / 1e12:.0f} TFLOP/s (90% and 80% of the data sheet of "
             f"{gpu.name})"
         )
-        console.print(_kernel_table([record for record in records if record.arch == name]))
+        print_table(_kernel_table([record for record in records if record.arch == name]), console)
     console.print(NOTES, markup=False)
-    console.print(_traffic_table(report["traffic"], records))
+    print_table(_traffic_table(report["traffic"], records), console)
     console.print(TRAFFIC_NOTES, markup=False)
     if shutil.which("nvcc") is None:
         console.print("nvcc is not installed: the CUDA kernels of csrc/ are left out.")

@@ -85,6 +85,7 @@ def test_targets_are_named_shapes() -> None:
         ({"jobs": 0}, r"--jobs 0"),
         ({"seq_len": 1}, r"--seq-len 1: must be at least 2"),
         ({"threads": 0}, r"--threads 0: must be at least 1"),
+        ({"threads": 5000}, r"--threads 5000: must be at least 1, and at most 1024"),
         ({"cpt_lr": 0.0}, r"--cpt-lr 0.0: must be above 0 and finite"),
         ({"random_lr": float("nan")}, r"--random-lr nan: must be above 0 and finite"),
     ],

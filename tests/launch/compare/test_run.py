@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from data.errors import InputError
+from data.locks import folder_lock
 from launch import stages
 from launch.compare import stages as comparison_stages
 from launch.compare.config import CompareConfig
@@ -59,7 +60,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 patch.setattr(sys, "argv", line)
                 runpy.run_path(line[0], run_name="__main__")
             else:
-                patch.delitem(sys.modules, module, raising=False)
+                for known in (module, f"{module}.__main__"):
+                    patch.delitem(sys.modules, known, raising=False)
                 runpy.run_module(module, run_name="__main__")
         assert makes.exists()
 
@@ -126,6 +128,17 @@ def test_a_comparison_runs_resumes_and_grows(
     commands.clear()
     run(configure(methods=("ours",), cpt_steps=3))
     assert commands == ["launch.cpt", "launch.evaluate"]
+
+
+def test_a_second_comparison_into_the_same_folder_is_refused(
+    commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
+) -> None:
+    with (
+        folder_lock(tmp_path / "out", "comparing"),
+        pytest.raises(InputError, match="another process is comparing there"),
+    ):
+        run(configure(methods=("blocks",)))
+    assert commands == []
 
 
 def test_what_cannot_work_is_refused_before_any_stage(

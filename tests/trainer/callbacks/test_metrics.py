@@ -2,6 +2,7 @@
 
 import errno
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,25 @@ def test_tensorboard_warns_and_stops(
     assert capsys.readouterr().err.count("TensorBoard gets no more values: no space left") == 1
 
 
+def test_what_tensorboards_threads_raise_is_one_warning(
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
+    monkeypatch.setattr(writer, "write", fail)
+    # As outside of pytest, which has a hook of its own.
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    trainer = make_trainer(workspace, tmp_path, options(steps=3))
+    index = next(i for i, c in enumerate(trainer.callbacks) if isinstance(c, MetricsCallback))
+    trainer.callbacks[index] = MetricsCallback(tmp_path)
+    trainer.fit()
+    said = capsys.readouterr().err
+    assert said.count("TensorBoard gets no more values: no space left") == 1
+    assert "Traceback" not in said and len(losses(tmp_path)) == 3
+
+
 @pytest.mark.parametrize(
     "line",
     [b"5", b"[]", b"null", b'"step"', b'{"step": null}', b'{"step"', b"\xff\xfe", b"[" * 3000, b""],
@@ -113,6 +133,14 @@ def test_lines_that_are_no_records_are_left_out(line: bytes, tmp_path: Path) -> 
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"step": 3}\n')
     truncate_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_link_to_another_place_stays(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "there")
+    (tmp_path / "there").write_text('{"step": 1}\n{"step": 2}\n')
+    truncate_after(tmp_path / "metrics.jsonl", 1)
+    assert (tmp_path / "metrics.jsonl").is_symlink()
+    assert (tmp_path / "there").read_text() == '{"step": 1}\n'
 
 
 def refused(workspace: Path, place: Path) -> str:

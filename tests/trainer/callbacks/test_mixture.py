@@ -1,6 +1,8 @@
 """A mixture that moves draws the same samples on every layout, and exactly so when replayed."""
 
+import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +254,66 @@ def test_a_run_from_before_the_grid_goes_on_as_it_began(
     alpha = [line["domain_weights"]["alpha"] for line in lines[8:]]
     changed = [step + 9 for step in range(1, len(alpha)) if alpha[step] != alpha[step - 1]]
     assert changed == [10, 20, 30, 40]
+
+
+class Full:
+    """The file of a disk that is full once it has taken a few bytes."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.room = file, 5
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        part, self.room = data[: self.room], 0
+        return int(self.file.write(part))
+
+    def fileno(self) -> int:
+        return int(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+        raise OSError(errno.EDQUOT, "as some network file systems answer")
+
+
+def fill(workspace: Path, output: Path) -> str:
+    """Messages of a run whose disk is full at the second update, after a checkpoint."""
+    trainer = make_trainer(workspace, output, options(steps=12, save_interval=4))
+    original = MixtureCallback._write
+
+    def write(self: MixtureCallback, trainer: Trainer) -> None:
+        if trainer.step == 6 and self._file is not None:
+            full: Any = Full(self._file)
+            self._file = full
+        original(self, trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MixtureCallback, "_write", write)
+        try:
+            trainer.fit()
+        except InputError as error:
+            return str(error)
+    return ""
+
+
+def test_a_full_disk_ends_all_ranks_with_one_message(workspace: Path, tmp_path: Path) -> None:
+    messages = run_ranks(fill, 2, workspace, tmp_path / "full")
+    assert len(set(messages)) == 1
+    assert re.search(r"mixture\.jsonl: no space left.*goes on from the last check", messages[0])
+    # What was cut off is no part of the history of the run that goes on.
+    make_trainer(workspace, tmp_path / "full", options(steps=12, save_interval=4)).fit()
+    assert sorted(read_history(tmp_path / "full").weights) == [0, 3, 6, 9, 12]
+
+
+def refused_at_the_start(workspace: Path, output: Path) -> str:
+    try:
+        make_trainer(workspace, output, options(steps=2)).fit()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_a_file_that_cannot_be_opened_stops_every_rank(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "mixture.jsonl").mkdir()
+    messages = run_ranks(refused_at_the_start, 2, workspace, tmp_path)
+    assert messages[0] == messages[1] and "mixture.jsonl: is a folder" in messages[0]

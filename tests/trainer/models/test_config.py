@@ -154,3 +154,31 @@ def test_shapes_that_transformers_cannot_express_are_refused() -> None:
         ModelConfig(family="mistral", mlp_bias=True, **_SIZES).to_hf()
     with pytest.raises(InputError, match="head_dim is 3"):
         ModelConfig(family="llama", **{**_SIZES, "head_dim": 3})
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["auto", "torch.bfloat16", "bf16", 16, ["float16"]])
+def test_a_dtype_that_does_not_exist_is_named(key: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"^{key} is .*which names no dtype.*bfloat16"):
+        ModelConfig.from_hf({**CASES["llama"], key: value})
+
+
+@pytest.mark.parametrize("value", [None, "float64", "float8_e4m3fn", {"text_config": "float16"}])
+def test_a_dtype_of_pytorch_is_taken(value: object) -> None:
+    assert ModelConfig.from_hf({**CASES["llama"], "torch_dtype": value}).hidden_size == 48
+
+
+def test_settings_of_a_program_that_ran_the_model_are_left_out() -> None:
+    settings = {
+        "return_dict": False,
+        "attn_implementation": "flash_attention_2",
+        # transformers 4 would not tie the head, and fail, in that order.
+        "torchscript": True,
+        "pruned_heads": {"0": [1]},
+        # Both would take the model for a quantized one.
+        "quantization_config": {},
+    }
+    written = ModelConfig.from_hf({**CASES["llama"], **settings}).to_hf()
+    assert written.return_dict
+    assert not settings.keys() & written.to_diff_dict().keys()
+    assert written._attn_implementation != "flash_attention_2"

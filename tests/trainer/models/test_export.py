@@ -2,18 +2,20 @@
 
 import json
 import os
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.errors import InputError
+from data.tokenizers import load_tokenizer
 from tests.factories import write_model, write_tokenizer
 from trainer import parallel
-from trainer.models.export import companions, require_loadable
+from trainer.models.export import companions, require_loadable, widen
 from trainer.models.hf import load_config, load_model, save_model
 from trainer.saving import save_pretrained
 
@@ -120,6 +122,16 @@ def test_companions_that_transformers_cannot_read_are_refused(
     assert str(source / name) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"]
+)
+def test_a_byte_order_mark_that_transformers_cannot_read_is_named(name: str, source: Path) -> None:
+    (source / name).write_bytes(BOM_UTF8 + (source / name).read_bytes())
+    with pytest.raises(InputError, match=rf"/{name}: begins with a byte-order mark.*without one"):
+        require_loadable(load_config(source), source)
+        load_tokenizer(source)
+
+
 def test_a_companion_that_cannot_be_read_is_refused_before_any_work(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,3 +187,17 @@ def test_values_that_float16_cannot_hold_are_not_written(source: Path, tmp_path:
         save_model(model.config, model.state_dict(), tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
     save_model(model.config, model.state_dict(), tmp_path / "out", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"), [(["<a>"], ["<a>"]), ([], ["<b>"]), (None, ["<b>"]), ({}, ["<b>"])]
+)
+def test_of_two_lists_of_special_tokens_the_one_of_transformers_5_is_kept(
+    extra: object, expected: list[str], source: Path
+) -> None:
+    path = source / "tokenizer_config.json"
+    set_values(path, extra_special_tokens=extra, additional_special_tokens=["<b>"])
+    before = AutoTokenizer.from_pretrained(source).all_special_tokens
+    widen(source)
+    assert json.loads(path.read_text())["additional_special_tokens"] == expected
+    assert AutoTokenizer.from_pretrained(source).all_special_tokens == before

@@ -16,6 +16,7 @@ from data.errors import InputError
 from data.tokenizers import load_tokenizer
 from tests.factories import write_tokenizer
 from tests.trainer.models.mutations import mutate_bytes
+from trainer.models import sources
 from trainer.models.gguf_header import check_gguf
 from trainer.models.hf import load_config, load_model
 from trainer.models.sources import convert_gguf, resolve_model
@@ -32,7 +33,7 @@ def write_gguf(path: Path, without: str = "", **sizes: Any) -> Path:
     folder = write_tokenizer(path.parent / "tokenizer")
     vocabulary = [*json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"], "ab"]
     shutil.rmtree(folder)
-    writer: Any = gguf.GGUFWriter(path, "llama")
+    writer: Any = gguf.GGUFWriter(path, sizes.get("family", "llama"))
     writer.add_block_count(sizes.get("layers", LAYERS))
     writer.add_context_length(sizes.get("context", 128))
     writer.add_embedding_length(sizes.get("width", WIDTH))
@@ -42,6 +43,8 @@ def write_gguf(path: Path, without: str = "", **sizes: Any) -> Path:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(70_000.0)
     writer.add_rope_dimension_count(WIDTH // HEADS)
+    if "parts" in sizes:
+        writer.add_uint16("split.count", sizes["parts"])
     if "scaling" in sizes:
         writer.add_string("llama.rope.scaling.type", sizes["scaling"])
     writer.add_vocab_size(len(vocabulary))
@@ -110,6 +113,45 @@ def test_scaled_rotary_positions_are_not_lost(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"scaled \(llama\.rope\.scaling\.type\)"):
         convert_gguf(path, tmp_path / "model")
     check_gguf(write_gguf(tmp_path / "o.gguf", scaling="none"))
+
+
+def test_a_part_and_an_unknown_family_are_named(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m-00001-of-00003.gguf", parts=3, layers=6)
+    with pytest.raises(InputError, match=r"one of 3 parts: .*llama-gguf-split --merge"):
+        check_gguf(path)
+    check_gguf(write_gguf(tmp_path / "m.gguf", parts=1))
+    path = write_gguf(tmp_path / "n.gguf", family="gemma2")
+    with pytest.raises(InputError, match=r"architecture 'gemma2' is not supported; known .*llama"):
+        check_gguf(path)
+
+
+def test_gguf_files_are_found_by_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted: list[str] = []
+
+    def convert(path: Path, output: Path) -> Path:
+        converted.append(path.name)
+        return output
+
+    monkeypatch.setattr(sources, "convert_gguf", convert)
+    (tmp_path / "one").mkdir()
+    path = write_gguf(tmp_path / "one" / "M.GGUF")
+    (tmp_path / "one" / "tokenizer").touch()
+    resolve_model(path)
+    resolve_model(path.parent)
+    # What some hubs and programs keep: no suffix, or the config of the original beside it.
+    blob = tmp_path / "sha256-0"
+    blob.symlink_to(path)
+    resolve_model(blob)
+    (path.parent / "config.json").write_text("{}")
+    resolve_model(path.parent)
+    assert converted == ["M.GGUF", "M.GGUF", "sha256-0", "M.GGUF"]
+    (path.parent / "model.safetensors").touch()
+    assert resolve_model(path.parent) == path.parent
+    for other in ("config.json", "tokenizer"):
+        with pytest.raises(InputError, match=r"is one file, and no GGUF: name the model's folder"):
+            resolve_model(path.parent / other)
 
 
 @pytest.mark.parametrize("change", [{"layers": 2**31}, {"width": 2**30}, {"context": 2**32 - 1}])

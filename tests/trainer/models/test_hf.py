@@ -335,3 +335,10 @@ def test_random_weights_do_not_depend_on_sharding() -> None:
     assert not torch.equal(gate, parameters["model.layers.1.mlp.gate_proj.weight"])
     assert torch.equal(parameters["model.norm.weight"], torch.ones(48))
     assert parameters["model.layers.0.self_attn.q_proj.bias"].abs().max() == 0
+
+
+@pytest.mark.parametrize("seed", [-1, 2**60, 2**64])
+def test_any_whole_number_is_a_seed(seed: int) -> None:
+    model = CausalLM(ModelConfig.from_hf(CASES["qwen2"]))
+    init_weights(model, seed=seed)
+    assert 0.015 < model.get_parameter("model.embed_tokens.weight").std().item() < 0.025

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import RevisionNotFoundError
 
 from data.errors import InputError
+from data.tokenizers import load_tokenizer
 from trainer.models import sources
 from trainer.models.hf import load_model
 from trainer.models.sources import convert_gguf, is_hub_id, resolve_model
@@ -34,11 +36,17 @@ def test_what_is_not_a_model_is_refused_with_a_remedy(tmp_path: Path) -> None:
     _touch(tmp_path / "lora" / "adapter_config.json", tmp_path / "lora" / "adapter.safetensors")
     with pytest.raises(InputError, match=r"an adapter.*merge_and_unload"):
         resolve_model(str(tmp_path / "lora"))
+    _touch(tmp_path / "lora" / "config.json")
+    with pytest.raises(InputError, match=r"an adapter.*merge_and_unload"):
+        resolve_model(str(tmp_path / "lora"))
+    _touch(tmp_path / "job" / "checkpoint-9" / "config.json")
+    with pytest.raises(InputError, match=r"no config\.json; its folder checkpoint-9 does"):
+        resolve_model(str(tmp_path / "job"))
     _touch(tmp_path / "config.json", tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pytorch_model.bin.*save_pretrained"):
         resolve_model(str(tmp_path))
     _touch(tmp_path / "two" / "a.gguf", tmp_path / "two" / "b.gguf")
-    with pytest.raises(InputError, match=r"2 \.gguf files"):
+    with pytest.raises(InputError, match=r"2 GGUF files"):
         resolve_model(str(tmp_path / "two"))
 
 
@@ -68,6 +76,11 @@ def test_a_hub_model_that_cannot_be_fetched_says_what_to_run(
     ("text", "hub"),
     [
         ("meta-llama/Llama-2-7b-hf", True),
+        ("meta-llama/Llama-2-7b-hf@abc", True),
+        ("meta-llama/Llama-2-7b-hf@refs/pr/1", True),
+        ("meta-llama/Llama-2-7b-hf@", False),
+        ("here/typo@abc", False),
+        ("here/typo@refs/pr/1", False),
         ("runs/shear", False),
         ("models/Llama-2-7b-hf", False),
         ("./a/b", False),
@@ -113,6 +126,65 @@ def test_offline_the_advice_is_not_to_download_here(
     message = str(caught.value)
     assert "HF_HUB_OFFLINE forbids to ask the hub (unset it to download)" in message
     assert "fetch it, on a machine that may use the network" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "folder"),
+    [
+        ("some/model@step3000", "step3000", "models/model-step3000"),
+        ("some/model@refs/pr/1", "refs/pr/1", "models/model-refs-pr-1"),
+        ("some/model", None, "models/model"),
+    ],
+)
+def test_a_revision_reaches_the_hub_and_the_advice(
+    name: str,
+    revision: str | None,
+    folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def download(bare: str, revision: str | None, **_: object) -> str:
+        asked.append((bare, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    _touch(tmp_path / "config.json", tmp_path / "model.safetensors")
+    assert resolve_model(name) == tmp_path
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(InputError):  # an empty file
+        load_tokenizer(name)
+    assert asked == [("some/model", revision)] * 2
+
+    def refuse(*_: object, **__: object) -> str:
+        # Its arguments differ between versions of huggingface_hub.
+        raise RevisionNotFoundError.__new__(RevisionNotFoundError)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    for call in (resolve_model, load_tokenizer):
+        with pytest.raises(InputError) as caught:
+            call(name)
+        flag = f" --revision {revision}" if revision else ""
+        assert f"hf download some/model{flag} --include" in str(caught.value)
+        assert "huggingface.co/some/model@" not in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        resolve_model(name)
+    assert f"has no branch, tag or commit {revision!r} of it" in str(caught.value)
+    assert str(caught.value).endswith(f"then give --model {folder}")
+
+
+@pytest.mark.parametrize("part", [".", "checkpoints", "checkpoints/step-00000002"])
+def test_what_a_run_holds_besides_its_model_is_named(part: str, tmp_path: Path) -> None:
+    _touch(tmp_path / "run.json", tmp_path / "checkpoints" / "step-00000002" / "COMMITTED")
+    with pytest.raises(InputError, match=r"--source .*of a run that has not finished, so"):
+        resolve_model(tmp_path / part, option="--source")
+    _touch(tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors")
+    if part == ".":
+        assert resolve_model(tmp_path) == tmp_path / "model"
+    else:
+        with pytest.raises(InputError, match=r"is no model; the run's model is .*/model$"):
+            resolve_model(tmp_path / part)
 
 
 def test_a_home_that_is_not_known_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,67 @@ def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
         check_weights(path, load_config(path))
 
 
+@pytest.mark.parametrize("name", ["qwen2-tied", "gpt_neox-sequential"])
+def test_a_tied_matrix_that_is_stored_as_the_head_is_read(name: str, tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "model", name)
+    state = load_file(path / "model.safetensors")
+    config = load_config(path)
+    names = config.traits.names
+    state[f"{names.head}.weight"] = state.pop(f"{names.embedding}.weight")
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    assert same_as_transformers(path)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-head-dim"])
+def test_a_model_with_another_head_is_named(name: str, tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "model", name)
+    state = load_file(path / "model.safetensors")
+    state.pop("lm_head.weight", None)
+    save_file(state | {"score.weight": torch.ones(2, 48)}, path / "model.safetensors")
+    values = json.loads((path / "config.json").read_text())
+    values["architectures"] = ["LlamaForSequenceClassification"]
+    (path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"holds a LlamaForSequenceClassification .*another head"):
+        check_weights(path, load_config(path))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "extra", "message"),
+    [
+        ("_orig_mod.", "", r"all names begin with '_orig_mod\.'.*inner model"),
+        ("", "model.layers.0.mlp.up_proj.weight_scale_inv", "weights are quantized.*original"),
+        ("", "model.layers.0.mlp.up_proj.qweight", "weights are quantized"),
+        ("", "model.layers.0.mlp.up_proj.scales", "weights are quantized"),
+        ("", "model.layers.0.self_attn.q_proj.lora_A.weight", "an adapter.*merge_and_unload"),
+        ("", "v_head.summary.weight", "transformers would leave these out"),
+    ],
+)
+def test_what_does_not_fit_gets_the_remedy_for_it(
+    prefix: str, extra: str, message: str, tmp_path: Path
+) -> None:
+    path = folder_of(tmp_path / "model")
+    state = {
+        f"{prefix}{key}": value for key, value in load_file(path / "model.safetensors").items()
+    }
+    save_file(state | ({extra: torch.ones(2)} if extra else {}), path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        check_weights(path, load_config(path))
+
+
+def test_an_index_that_names_the_wrong_file_is_the_one_to_blame(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "model", shard="40KB")
+    index = json.loads((path / INDEX_FILE).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    index["weight_map"]["model.norm.weight"] = next(
+        file for file in files if file != index["weight_map"]["model.norm.weight"]
+    )
+    (path / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(
+        InputError, match=r"index\.json says that model\.norm\.weight is in model-0"
+    ):
+        check_weights(path, load_config(path))
+
+
 def test_ignored_files_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder_of(tmp_path / "model")
     (path / "ema.safetensors").touch()

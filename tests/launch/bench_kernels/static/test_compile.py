@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,15 @@ def test_a_kernel_that_does_not_compile_is_a_failure(
     _, failures = known
     assert [(failure.kernel, failure.arch) for failure in failures] == [("wrong", "sm_90")]
     assert "initial type int32" in failures[0].message
+
+
+def test_facts_that_no_record_has_a_place_for_are_refused() -> None:
+    facts: dict[str, Any] = {"kernel": "k", "arch": 90, "threads": 32}
+    facts |= {"shared_bytes": 0, "has_dot": False}
+    code = Kernel(instructions=[], name="k", registers=8, stack_bytes=0, shared_bytes=0, loops=[])
+    assert static.make_record(code, backend="triton", **facts).kernel == "k"
+    with pytest.raises(TypeError, match="bytes_move"):
+        static.make_record(code, backend="triton", **(facts | {"bytes_move": 1}))
 
 
 @needs_triton

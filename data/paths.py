@@ -1,0 +1,60 @@
+"""Paths as users write them: `~` written out, and a working folder that is gone."""
+
+import os
+from pathlib import Path
+
+from data.errors import NO_WORKING_FOLDER, InputError
+
+
+def home_expanded(text: str | Path, option: str) -> str:
+    """A path with `~` or `~user` in front written out, which a shell leaves alone in quotes and
+    after `=`.
+
+    A name that merely starts with `~`, or a folder here that is called so, stays. Raises
+    InputError, naming `option`, where nothing tells where that home is.
+    """
+    text = str(text)
+    first, _, rest = text.partition("/")
+    if not first.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        if first != "~" and (not rest or os.path.lexists(first)):
+            return text
+    whose = "your" if first == "~" else f"{first[1:]}'s"
+    raise InputError(
+        f"{option} {text}: {whose} home folder is not known; give the path without `~`, or as "
+        f"./{text} if a folder here is called {first}"
+    )
+
+
+def require_utf8(path: str | Path) -> None:
+    """Raises InputError for a path that libraries which take UTF-8 alone cannot open."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{path}: the path is not UTF-8, and models and tokenizers are read from no other; "
+            "rename the folder, or name it by a link"
+        ) from None
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """Where a folder of the same name with `suffix` lies; `.` and `..` go by their own names."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return Path(f"{named}{suffix}")
+
+
+def as_word(path: str | Path) -> str:
+    """A path as a word of a command, which is neither an option nor below the home folder."""
+    return f"./{path}" if str(path).startswith(("-", "~")) else str(path)
+
+
+def require_working_folder() -> None:
+    """Raises InputError if the folder that the process works in was removed: libraries that look
+    for their files from there would abort the process."""
+    try:
+        Path.cwd()
+    except OSError:
+        raise InputError(NO_WORKING_FOLDER) from None

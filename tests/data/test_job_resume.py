@@ -1,0 +1,272 @@
+"""An interrupted or finished tokenization job goes on, and ends as an undisturbed one does."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data.errors import InputError
+from data.job import Job
+from data.locks import folder_lock
+from data.manifest import Manifest
+from data.sources import Fields
+from tests.data.helpers import FILES, files_of, stop_after
+
+
+def test_finished_output_is_reused(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_job().run(1)
+    before = files_of(make_job().output)
+    ran = stop_after(monkeypatch, FILES, AssertionError())
+    with folder_lock(make_job().output, "training"):  # as where nothing can be written
+        manifest, worked = make_job().run(1)
+    assert not worked and not ran
+    (make_job().output / ".lock").unlink()
+    assert manifest == Manifest.load(make_job().output) and files_of(make_job().output) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), InputError("bad input")])
+def test_interrupted_job_continues_with_what_is_finished(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, error)
+        with pytest.raises(type(error)):
+            make_job().run(1)
+    output = make_job().output
+    assert [path.name for path in output.iterdir()] == [".partial"]
+    with monkeypatch.context() as patch:
+        ran = stop_after(patch, FILES, AssertionError())
+        make_job().run(1)
+    assert ran == [4, 5]
+    make_job("whole").run(1)
+    assert files_of(output) == files_of(make_job("whole").output)
+
+
+def test_replaced_input_file_is_read_again(
+    make_job: Callable[..., Job], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = (source / "5.jsonl").read_bytes()
+    (source / "5.jsonl").write_bytes(sound[:-50])
+    with pytest.raises(InputError, match=r"5\.jsonl"):
+        make_job().run(1)
+    (source / "5.jsonl").write_bytes(sound)
+    ran = stop_after(monkeypatch, FILES, AssertionError())
+    make_job().run(1)
+    assert ran == [5]
+
+
+def test_unfinished_job_of_other_arguments_is_refused(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make_job().run(1)
+    with pytest.raises(InputError, match=r"unfinished job with other arguments: held_out"):
+        make_job(held_out=0.2).run(1)
+    make_job(held_out=0.2, overwrite=True).run(1)
+    make_job("fresh", held_out=0.2).run(1)
+    assert files_of(make_job().output) == files_of(make_job("fresh").output)
+
+
+def test_nothing_is_left_when_nothing_was_finished(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(monkeypatch, 0, InputError("bad input"))
+    with pytest.raises(InputError):
+        make_job().run(1)
+    assert not make_job().output.exists()
+
+
+@pytest.mark.parametrize("moved", [(), ("train",), ("train", "held_out")])
+def test_interrupted_publishing_is_completed(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, moved: tuple[str, ...]
+) -> None:
+    make_job("whole").run(1)
+    job = make_job()
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "_publish", stop_publishing)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(1)
+    for split in moved:
+        (job.partial / split).replace(job.output / split)
+    ran = stop_after(monkeypatch, 0, AssertionError())
+    make_job().run(1)
+    assert not ran and files_of(job.output) == files_of(make_job("whole").output)
+
+
+@pytest.mark.parametrize(("split", "suffix"), [("held_out", ".idx"), ("train", ".bin")])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_part_damaged_before_it_is_published_is_made_again(
+    make_job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    split: str,
+    suffix: str,
+    moved: bool,
+) -> None:
+    make_job("whole").run(1)
+    job = make_job()
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "_publish", stop_publishing)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(1)
+    other = {"train": "held_out", "held_out": "train"}[split]
+    if moved:
+        (job.partial / other).replace(job.output / other)
+    shard = next((job.partial / split).rglob(f"*{suffix}"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    make_job().run(1)
+    assert files_of(job.output) == files_of(make_job("whole").output)
+
+
+def test_crash_right_after_publishing_leaves_nothing_in_the_end(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("data.job.sync_folder", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make_job().run(1)
+    output = make_job().output
+    assert sorted(path.name for path in output.iterdir())[0] == ".partial"
+    assert not make_job().run(1)[1]
+    assert sorted(path.name for path in output.iterdir()) == ["held_out", "manifest.json", "train"]
+
+
+def interrupt(path: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def stop_publishing(job: Job) -> None:
+    raise KeyboardInterrupt
+
+
+def test_kill_at_any_moment_then_rerun_gives_the_same_output(
+    make_job: Callable[..., Job], source: Path, sentencepiece_model: Path
+) -> None:
+    make_job("whole").run(1)
+    output = make_job().output
+    code = (
+        "import os, signal, sys, data.tasks as t; run = t.TaskRun.run; count = [0]\n"
+        "def patched(self, key):\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 4:\n"
+        "        self._flush = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return run(self, key)\n"
+        "t.TaskRun.run = patched\n"
+        "import data.job as j; from data.tokenizers import load_tokenizer\n"
+        "from data.sources import Fields; from data.find import find_files\n"
+        "from pathlib import Path\n"
+        "s = t.Settings(fields=Fields(), domains=(), held_out=.1, max_bytes_per_domain=None, "
+        "bytes_per_task=1)\n"
+        "files, tokenizer = find_files([sys.argv[1]]), load_tokenizer(sys.argv[2])\n"
+        "j.Job(files, s, tokenizer, Path(sys.argv[3])).run(1)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    arguments = [sys.executable, "-c", code, str(source), str(sentencepiece_model), str(output)]
+    killed = subprocess.run(arguments, cwd=root, check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert {path.name for path in output.iterdir()} == {".lock", ".partial"}
+    assert len(list((output / ".partial/tasks").iterdir())) == 3
+    make_job().run(1)
+    assert files_of(output) == files_of(make_job("whole").output)
+
+
+def test_output_of_an_older_version_is_reused(make_job: Callable[..., Job]) -> None:
+    """Its manifest has the arguments that were there before, and no other keys."""
+    job = make_job()
+    job.run(1)
+    content = json.loads((job.output / "manifest.json").read_text())
+    assert content["arguments"].keys() == {
+        *("fields", "domains", "held_out", "max_bytes_per_domain", "bytes_per_task", "tokenizer")
+    }
+    assert content["arguments"]["fields"] == {"text": "text", "domain": "auto"}
+    assert content["sources"][0].keys() == {"path", "bytes", "documents"}
+    assert not make_job().run(1)[1]
+    with pytest.raises(InputError, match=r"fields: .* there, .*skip_incomplete"):
+        make_job(fields=Fields(skip_incomplete=True)).run(1)
+
+
+def test_parts_of_an_older_version_are_made_again(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("data.tasks.READING", 1)
+        patch.setattr("data.sources.domain_name", lambda name: f"old-{name}")
+        stop_after(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make_job().run(1)
+    ran = stop_after(monkeypatch, 2 * FILES, AssertionError())
+    make_job().run(1)
+    assert ran == list(range(FILES))
+    make_job("whole").run(1)
+    assert files_of(make_job().output) == files_of(make_job("whole").output)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_finished_parts_are_checked_before_they_are_used_again(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make_job().run(1)
+    shard = make_job().partial / "train/beta/00002.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    ran = stop_after(monkeypatch, 2 * FILES, AssertionError())
+    make_job().run(workers)
+    assert workers == 2 or ran == [2, 4, 5]
+    make_job("whole").run(1)
+    assert files_of(make_job().output) == files_of(make_job("whole").output)
+
+
+def test_a_damaged_output_is_not_taken_for_finished(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    job.run(1)
+    sound = files_of(job.output)
+    shard = job.output / "train/beta/00002.bin"
+    flipped = bytearray(shard.read_bytes())
+    flipped[100] ^= 1
+    shard.write_bytes(flipped)
+    assert not make_job().run(1)[1]
+    with pytest.raises(InputError, match=r"00002\.bin is damaged: block 0.*--overwrite"):
+        make_job().run(1, verify=True)
+    shard.unlink()
+    with pytest.raises(InputError, match=r"00002\.bin is missing.*--overwrite"):
+        make_job().run(1)
+    assert make_job(overwrite=True).run(1)[1]
+    assert files_of(job.output) == sound
+    assert not make_job().run(1, verify=True)[1]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "\xff"])
+def test_damaged_settings_and_manifests_of_a_job_are_written_again(
+    make_job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "_publish", stop_publishing)
+        with pytest.raises(KeyboardInterrupt):
+            make_job().run(1)
+    partial = make_job().partial
+    settings = (partial / "settings.json").read_text()
+    (partial / "manifest.json").write_text(content, encoding="latin-1")
+    (partial / "settings.json").write_text(content, encoding="latin-1")
+    ran = stop_after(monkeypatch, FILES, AssertionError())
+    make_job().run(1)
+    assert re.search(r"settings\.json: .*; it is written again", capsys.readouterr().err)
+    assert not ran and settings
+    make_job("whole").run(1)
+    assert files_of(make_job().output) == files_of(make_job("whole").output)

@@ -1,0 +1,61 @@
+"""Signals that ask a run to stop, while it can save nothing: what is kept is said."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from data.machine import rank
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""The last comes from a terminal that is closed; a run under nohup ignores it and goes on."""
+
+
+@contextlib.contextmanager
+def kept_is_said(report: Path) -> Iterator[None]:
+    """Has each of STOP_SIGNALS say what is kept of the run before it ends the process, as it would
+    anyway.
+
+    For all that a run does before its first step and after its last one; in between checkpoints
+    are saved (trainer.callbacks.checkpoint). `report` is the file whose presence marks the run as
+    finished. A signal that is ignored stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where signals cannot be handled
+        return
+
+    def end(received: int, frame: FrameType | None) -> None:
+        number = signal.Signals(received)
+        if rank() == 0:
+            _complain(f"stopped by {number.name}: {_kept(report)}")
+        signal.signal(number, previous[number])
+        signal.raise_signal(number)
+
+    previous = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    handled = [s for s in STOP_SIGNALS if previous[s] not in (signal.SIG_IGN, None)]
+    try:
+        for number in handled:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, previous[number])
+
+
+def _kept(report: Path) -> str:
+    """What is left of a run that ends now, and what goes on from there."""
+    if report.exists():
+        return f"the run is finished, its report is {report}"
+    steps = sorted(report.parent.glob("checkpoints/step-*/COMMITTED"))
+    if not steps:
+        return "nothing was saved yet; the same command starts again"
+    return f"{steps[-1].parent} is kept; run the same command again to resume"
+
+
+def _complain(text: str) -> None:
+    # Not by `print`, which may have been interrupted.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
