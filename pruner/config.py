@@ -45,7 +45,7 @@ AT_ONCE = {"train": {"min_lr_ratio": MIN_LR_RATIO}, "distillation": {"weight": 0
 ALIASES: dict[str, Literal["sheared-llama"]] = {"paper": "sheared-llama"}
 """Former names of rules."""
 
-Part = TypeVar("Part", "MaskConfig", "RefitConfig", TrainConfig, DistillationConfig)
+Part = TypeVar("Part", "MaskConfig", TrainConfig, DistillationConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,10 +138,11 @@ class MaskConfig:
 class RefitConfig:
     """How the kept weights are refitted before the model is saved (pruner.refit)."""
 
-    refit: bool | None = None
+    refit: bool = True
     """Refit the kept weights in closed form, so that the pruned model reproduces the source's
-    residual stream; held-out text decides whether the result is kept. Default: on where no weight
-    was trained (--steps 0, --freeze-weights); it cannot be had after training."""
+    residual stream; held-out text decides whether the result is kept. Where weights are trained
+    (--steps N without --freeze-weights) it would do harm and is left out; --selection takes the
+    units of such a run back to the source's weights."""
     refit_sequences: int = 256
     """Sequences the weights are refitted on: those that training would draw next."""
     refit_held_out: int = 32
@@ -217,11 +218,6 @@ class ShearConfig:
                 f"--selection {self.selection}: names the units to keep, and --steps "
                 f"{self.train.steps} would learn others; add --steps 0"
             )
-        if self.refit.refit and self.trains_weights:
-            raise InputError(
-                f"--refit: needs the source's own weights, and --steps {self.train.steps} trains "
-                "them; add --freeze-weights, use --steps 0, or leave --refit out"
-            )
 
     @property
     def trains_weights(self) -> bool:
@@ -236,10 +232,8 @@ def resolve(config: ShearConfig, model: ModelConfig, target: Shape) -> ShearConf
     """
     defaults = DEFAULTS[config.masks.rule] | ({} if config.train.steps else AT_ONCE)
     masks = replace(config.masks, basis=_basis(config.masks, model, target))
-    refit = {"refit": not config.trains_weights}
     return replace(
         config,
-        refit=_fill(config.refit, refit),
         masks=_fill(masks, defaults["masks"]),
         train=_fill(config.train, defaults["train"]),
         distillation=_fill(config.distillation, defaults["distillation"]),

@@ -96,7 +96,9 @@ class StageMaker:
 
     def _refit_flags(self, method: Method) -> list[object]:
         """A refit may read only what is trained on afterwards, or it would have more tokens."""
-        config = self.config
+        config, flags = self.config, method.shear_flags
+        if "--no-refit" in flags or (method.shear_steps and "--freeze-weights" not in flags):
+            return []
         sequences = (config.steps - method.shear_steps) * config.batch
         held_out = max(1, min(REFIT_HELD_OUT, sequences // 8))
         fitted = max(1, min(REFIT_SEQUENCES, sequences - held_out))

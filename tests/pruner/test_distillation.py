@@ -97,7 +97,7 @@ def test_training_goes_on_learning_from_the_source(
         "distill.weight": 0.7,
         "distill.kind": "forward-kl",
         "distill.temperature": 2.0,
-        "distill.top_k": 50,
+        "distill.top_k": "50 and the others as one",
     }
     assert train_on(inputs, sheared, tmp_path / "default") == same
     assert "at weight 0.7, as in shearing" in capsys.readouterr().out

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.errors import InputError
 from pruner.config import RefitConfig, ShearConfig
 from pruner.refit import KeptBlocks
 from pruner.repair import sequences
@@ -204,10 +203,6 @@ def test_a_frozen_run_resumes(
 def test_trained_weights_are_not_refitted(trained: Path, tmp_path: Path) -> None:
     shear(at_once(trained, tmp_path / "out", steps=2))
     assert report_of(tmp_path / "out")["refit"] is None
-    with pytest.raises(
-        InputError, match=r"--refit: .* --steps 2 trains them; add --freeze-weights"
-    ):
-        at_once(trained, tmp_path / "out", steps=2, refit=True)
 
 
 def test_two_ranks_refit_as_one(trained: Path, tmp_path: Path) -> None:

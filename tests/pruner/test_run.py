@@ -357,11 +357,11 @@ def open_slowly_on_rank_zero(inputs: Path, output: Path, source: str) -> str:
     found = []
     original = run_module.open_inputs
 
-    def slow(config: ShearConfig) -> run_module.Inputs:
+    def slow(config: ShearConfig, selection: Any) -> run_module.Inputs:
         found.append(ready.exists())
         time.sleep(0.5 if os.environ["RANK"] == "0" else 0.0)
         ready.touch()
-        return original(config)
+        return original(config, selection)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises((InputError, NameError)) as caught:
         patch.setattr(run_module, "open_inputs", slow)
