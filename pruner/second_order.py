@@ -143,16 +143,17 @@ def removal_errors(weight: Tensor, products: Tensor, units: Tensor) -> Tensor:
         parts = inverse[units[:, :, None], units[:, None, :]]
         # What is gone has zeros there.
         parts[~left] = torch.eye(units.shape[1], dtype=parts.dtype, device=parts.device)
-        columns = weight[:, units].transpose(0, 1)
-        solved = torch.linalg.solve(parts, columns.transpose(1, 2))
-        costs = (columns.transpose(1, 2) * solved).sum((1, 2))
+        factors = torch.linalg.cholesky(parts)
+        columns = weight.t()[units]
+        solved = torch.cholesky_solve(columns, factors)
+        costs = (columns * solved).sum((1, 2))
         chosen = costs.masked_fill(~left, torch.inf).argmin()
         total = total + costs[chosen].clamp(min=0)
         errors[chosen], left[chosen] = total, False
         gone = units[chosen]
         rows = inverse[gone]
         weight.addmm_(solved[chosen].t(), rows, alpha=-1)
-        inverse.addmm_(rows.t(), torch.linalg.solve(parts[chosen], rows), alpha=-1)
+        inverse.addmm_(rows.t(), torch.cholesky_solve(rows, factors[chosen]), alpha=-1)
         # Exactly nothing is left of them, whatever rounding says.
         inverse[gone], inverse[:, gone], weight[:, gone] = 0, 0, 0
     return errors
