@@ -8,6 +8,7 @@ section of `shorn.toml`, the dataclass default.
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 import shlex
 import signal
@@ -117,6 +118,7 @@ def parse(
             _print_help(config, options, overrides, examples, "--help-all" in words)
         sys.exit(0)
     _refuse_repeated_lists(given, options)
+    _refuse_left_over(words, options)
     values = _parse_words(options, words)
     _refuse_empty(values, options)
     values = {option.name: option.home_expanded(values[option.name]) for option in options}
@@ -285,6 +287,25 @@ def _refuse_repeated_lists(given: Sequence[str], options: Sequence[Option]) -> N
             raise InputError(
                 f"{option.flag} is given {given.count(option.flag)} times; "
                 f"give all values after one: {option.flag} A B"
+            )
+
+
+def _refuse_left_over(words: Sequence[str], options: Sequence[Option]) -> None:
+    """Words behind the one value of an option, as a pattern leaves them that the shell spread."""
+    if any(option.metavar for option in options):
+        return
+    flags = {option.flag: option for option in options}
+    for start, word in enumerate(words):
+        option = flags.get("".join(_given_flags([word.partition("=")[0]])))
+        if option is None or option.takes_several or option.type is bool:
+            continue
+        behind = words[start + (1 if "=" in word else 2) :]
+        over = list(itertools.takewhile(lambda other: not other.startswith("-"), behind))
+        if over:
+            shown = " ".join(over[:3]) + (f" and {len(over) - 3} more" if len(over) > 3 else "")
+            raise InputError(
+                f"{option.flag} takes one value, and {shown} stood behind it: give one, in quotes "
+                "where it holds spaces"
             )
 
 

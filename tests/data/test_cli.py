@@ -180,6 +180,26 @@ def test_repeated_list_flag_is_refused(
         get("--data", "d", *words.split())
 
 
+@pytest.mark.parametrize("parser", ["tyro", "argparse"])
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("--data a.txt b.txt", "b.txt"),
+        ("--data=a.txt b.txt c.txt --fast", "b.txt c.txt"),
+        ("--data a b c d e f", "b c d and 2 more"),
+        ("--limit 3 4 --data d", "4"),
+    ],
+)
+def test_words_behind_the_one_value_of_an_option_are_refused(
+    words: str, shown: str, parser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if parser == "argparse":
+        monkeypatch.setitem(sys.modules, "tyro", None)
+    flag = words.partition("=")[0].split()[0]
+    with pytest.raises(InputError, match=f"^{flag} takes one value, and {shown} stood behind it"):
+        get(*words.split())
+
+
 def test_a_list_in_the_environment_is_replaced_by_the_flag(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

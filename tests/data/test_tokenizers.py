@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,13 @@ def test_llama_tokenizer(shared_data: Path) -> None:
     assert tokenizer.vocab_size == 32_000 and tokenizer.adds_bos
     ids = tokenizer.encode(["a </s> b"])[0].tolist()
     assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == "a </s> b"
+
+
+def test_the_output_folder_of_a_run_stands_for_its_model(
+    tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_tokenizer, tmp_path / "model")
+    assert load_tokenizer(tmp_path).record() == load_tokenizer(tiny_tokenizer).record()
 
 
 def test_special_tokens_in_text_stay_text(tiny_tokenizer: Path) -> None:
