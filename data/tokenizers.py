@@ -231,6 +231,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if place.name in (_JSON, *_BPE):
         place = place.parent
     if place.is_file():
+        _refuse_gguf(place)
         return SentencePieceTokenizer(place)
     if (place / _JSON).is_file():
         return HuggingFaceTokenizer(place)
@@ -241,7 +242,25 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     raise InputError(
         f"{path} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt; "
         "give a folder with one of them or a sentencepiece .model file"
+        + (f", here {place / 'model'}" if holds_tokenizer(place / "model") else "")
     )
+
+
+def _refuse_gguf(path: Path) -> None:
+    """Raises InputError for a GGUF file, of which models are made but no tokenizers."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise InputError(f"{path}: {failure(error)}") from None
+    if head == b"GGUF":
+        raise InputError(
+            f"--tokenizer {path} is a GGUF file, of which only the model is read; give the hub "
+            "name or folder of the model that it was made of, or write its tokenizer to a folder: "
+            f'python -c "from transformers import AutoTokenizer as A; '
+            f"A.from_pretrained('{path.absolute().parent}', gguf_file='{path.name}')"
+            ".save_pretrained('tokenizer')\", then --tokenizer tokenizer"
+        )
 
 
 def _fingerprint(folder: Path) -> str:

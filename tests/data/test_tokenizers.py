@@ -145,6 +145,13 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "bad.model").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="not a sentencepiece model"):
         load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\3\0")
+    with pytest.raises(InputError, match=r"is a GGUF file, .*gguf_file='m\.gguf'.*--tokenizer tok"):
+        load_tokenizer(tmp_path / "m.gguf")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"or a sentencepiece .*, here {tmp_path}/model$"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="no tokenizer can be read"):
         load_tokenizer(tmp_path)
