@@ -382,6 +382,12 @@ def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Overr
     for key, value in content[section].items():
         name = key.replace("-", "_")
         if name not in names:
+            positive = name.removeprefix("no_")
+            if any(option.name == positive and option.type is bool for option in options):
+                raise InputError(
+                    f"{path}: `{key}` in [{section}] is a flag's name; write "
+                    f"`{positive.replace('_', '-')} = false` in its place"
+                )
             near_names = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean `{near_names[0]}`? " if near_names else ""
             raise InputError(
@@ -426,8 +432,11 @@ def _convert(override: _Override, kind: Any) -> Any:
             words = [str(value)]
         return convert(words, kind)
     except ValueError:
+        several = isinstance(value, str) and typing.get_origin(kind) is tuple
+        fix = ", in words as a shell reads them: quote what holds blanks or quotes"
         raise InputError(
             f"{override.origin} = {value!r} is not a valid value: expected {describe(kind)}"
+            + (fix if several else "")
         ) from None
 
 

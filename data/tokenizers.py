@@ -256,6 +256,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     raise InputError(
         f"{path} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt; "
         "give a folder with one of them or a sentencepiece .model file"
+        + (f", here {place / 'model'}" if holds_tokenizer(place / "model") else "")
     )
 
 

@@ -371,3 +371,21 @@ def test_help_into_a_pipe_that_closes() -> None:
     )
     os.close(writing)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_flag_that_turns_off_is_no_key(tmp_path: Path) -> None:
+    for key in ("no-fast", "no_fast"):
+        (tmp_path / "shorn.toml").write_text(f"[prune]\n{key} = true\n")
+        with pytest.raises(InputError, match=f"`{key}` in .* write `fast = false`"):
+            get("--data", "d")
+    (tmp_path / "shorn.toml").write_text("[prune]\nno-steps = 1\n")
+    with pytest.raises(InputError, match=r"unknown key `no-steps`.*did you mean `steps`"):
+        get("--data", "d")
+
+
+def test_a_list_with_an_odd_quote_says_how_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHORN_INPUTS", "John's/*.txt")
+    with pytest.raises(InputError, match=r"SHORN_INPUTS = .*quote what holds blanks or quotes"):
+        get("--data", "d")
+    monkeypatch.setenv("SHORN_INPUTS", "\"John's/*.txt\" 'my texts'")
+    assert get("--data", "d").inputs == ("John's/*.txt", "my texts")

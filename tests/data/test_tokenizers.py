@@ -153,6 +153,9 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "bad.model").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="not a sentencepiece model"):
         load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\3\0")
+    with pytest.raises(InputError, match=r"m\.gguf: its header is damaged"):
+        load_tokenizer(tmp_path / "m.gguf")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="no tokenizer can be read"):
         load_tokenizer(tmp_path)
