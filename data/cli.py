@@ -8,6 +8,7 @@ section of `shorn.toml`, the dataclass default.
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 import shlex
 import signal
@@ -117,6 +118,7 @@ def parse(
             _print_help(config, options, overrides, examples, "--help-all" in words)
         sys.exit(0)
     _refuse_repeated_lists(given, options)
+    _refuse_left_over(words, options)
     values = _parse_words(options, words)
     _refuse_empty(values, options)
     values = {option.name: option.home_expanded(values[option.name]) for option in options}
@@ -288,6 +290,25 @@ def _refuse_repeated_lists(given: Sequence[str], options: Sequence[Option]) -> N
             )
 
 
+def _refuse_left_over(words: Sequence[str], options: Sequence[Option]) -> None:
+    """Words behind the one value of an option, as a pattern leaves them that the shell spread."""
+    if any(option.metavar for option in options):
+        return
+    flags = {option.flag: option for option in options}
+    for start, word in enumerate(words):
+        option = flags.get("".join(_given_flags([word.partition("=")[0]])))
+        if option is None or option.takes_several or option.type is bool:
+            continue
+        behind = words[start + (1 if "=" in word else 2) :]
+        over = list(itertools.takewhile(lambda other: not other.startswith("-"), behind))
+        if over:
+            shown = " ".join(over[:3]) + (f" and {len(over) - 3} more" if len(over) > 3 else "")
+            raise InputError(
+                f"{option.flag} takes one value, and {shown} stood behind it: give one, in quotes "
+                "where it holds spaces"
+            )
+
+
 def _refuse_empty(values: Mapping[str, Any], options: Sequence[Option]) -> None:
     """An empty folder's name would stand for the working folder, and be written into."""
     for option in options:
@@ -361,6 +382,12 @@ def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Overr
     for key, value in content[section].items():
         name = key.replace("-", "_")
         if name not in names:
+            positive = name.removeprefix("no_")
+            if any(option.name == positive and option.type is bool for option in options):
+                raise InputError(
+                    f"{path}: `{key}` in [{section}] is a flag's name; write "
+                    f"`{positive.replace('_', '-')} = false` in its place"
+                )
             near_names = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean `{near_names[0]}`? " if near_names else ""
             raise InputError(
@@ -405,8 +432,11 @@ def _convert(override: _Override, kind: Any) -> Any:
             words = [str(value)]
         return convert(words, kind)
     except ValueError:
+        several = isinstance(value, str) and typing.get_origin(kind) is tuple
+        fix = ", in words as a shell reads them: quote what holds blanks or quotes"
         raise InputError(
             f"{override.origin} = {value!r} is not a valid value: expected {describe(kind)}"
+            + (fix if several else "")
         ) from None
 
 

@@ -84,4 +84,10 @@ def chosen_domains(names: tuple[str, ...]) -> tuple[str, ...]:
     for name, domain in zip(names, domains, strict=True):
         if not domain:
             raise InputError(f"--domains {name!r} holds no letter or digit; correct it")
+        if "," in name:
+            parts = " ".join(filter(None, map(domain_name, name.split(","))))
+            raise InputError(
+                f"--domains {name!r}: separate names by spaces: --domains {parts} (for one name "
+                f"with a comma in it, give --domains {domain})"
+            )
     return domains

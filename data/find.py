@@ -5,6 +5,7 @@ folder that a link stands in is what the user sees, not the one that its target 
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from data.errors import InputError, failure
-from data.formats import FORMATS, is_known, refusal
+from data.formats import DESCRIBING, FORMATS, is_known, refusal
 from data.log import logger
 from data.paths import home_expanded
 
@@ -68,7 +69,7 @@ def find_files(patterns: Sequence[str], output: Path | None = None) -> list[Path
         if _exists(path):
             paths = _files_of_folder(pattern, path, skipped) if _is_dir(path) else [_one_file(path)]
         else:
-            paths = _files_of_glob(pattern, path, skipped)
+            paths = _files_of_glob(pattern, path, skipped, patterns)
         found.update(paths)
     files = sorted(found, key=str)
     _warn_of_doubles(files)
@@ -78,13 +79,15 @@ def find_files(patterns: Sequence[str], output: Path | None = None) -> list[Path
 def _files_of_folder(pattern: str, folder: Path, skipped: Place | None) -> list[Path]:
     found = _Found(skipped=skipped)
     _walk(folder, ["**", "*"], found, ())
-    known = [path for path in found.files if is_known(path)]
+    describing = [path for path in found.files if path.name in DESCRIBING]
+    known = [path for path in found.files if is_known(path) and path not in describing]
     found.broken = [path for path in found.broken if is_known(path)]
     found.special = [path for path in found.special if is_known(path)]
     _refuse_unusable(pattern, found)
     others = sorted(path for path in found.files if not is_known(path))
     parts = [
         (others, "of no known format"),
+        (describing, "that describe a data set"),
         (found.hidden, "hidden"),
         (found.circles, "linked in a circle"),
     ]
@@ -103,11 +106,13 @@ def _files_of_folder(pattern: str, folder: Path, skipped: Place | None) -> list[
     return known
 
 
-def _files_of_glob(pattern: str, path: Path, skipped: Place | None) -> list[Path]:
+def _files_of_glob(
+    pattern: str, path: Path, skipped: Place | None, patterns: Sequence[str]
+) -> list[Path]:
     parts = [part for part in path.parts if part != path.anchor]
     fixed = next((i for i, part in enumerate(parts) if _is_glob(part)), len(parts))
     if fixed == len(parts):
-        raise InputError(f"--input {pattern!r} matches no files; {_advice(pattern)}")
+        raise InputError(f"--input {pattern!r} matches no files; {_advice(pattern, patterns)}")
     root = Path(path.anchor, *parts[:fixed])
     found = _Found(skipped=skipped)
     if _is_dir(root):
@@ -127,9 +132,10 @@ def _files_of_glob(pattern: str, path: Path, skipped: Place | None) -> list[Path
             )
         bracket = "; write a '[' that belongs to a name as '[[]'" if "[" in pattern else ""
         raise InputError(
-            f"--input {pattern!r} matches no files; {_advice(pattern)} (quote globs: '**' crosses "
-            f"folders){bracket}"
+            f"--input {pattern!r} matches no files; {_advice(pattern, patterns)} "
+            f"(quote globs: '**' crosses folders){bracket}"
         )
+    _leave_out_describing(pattern, root, found)
     literal = Path(pattern).suffix
     if not literal or GLOB_CHARACTERS & set(literal):
         _refuse_unknown(pattern, sorted(path for path in found.files if not is_known(path)))
@@ -146,8 +152,22 @@ def _files_of_glob(pattern: str, path: Path, skipped: Place | None) -> list[Path
     return found.files
 
 
-def _advice(pattern: str) -> str:
+def _leave_out_describing(pattern: str, root: Path, found: _Found) -> None:
+    """Leaves out what describes a data set, unless nothing else matches or it is named."""
+    describing = [path for path in found.files if path.name in DESCRIBING]
+    others = [path for path in found.files if path not in describing]
+    if describing and others and Path(pattern).name not in DESCRIBING:
+        found.files = others
+        _warn_left_out(
+            pattern, f"{len(describing)} that describe a data set: {_names(describing, root)}"
+        )
+
+
+def _advice(pattern: str, patterns: Sequence[str]) -> str:
     """What helps where a pattern matches nothing: most often it was written for something else."""
+    whole = _torn_apart(pattern, patterns)
+    if whole:
+        return f'quote a name that holds blanks, inside a variable too: "{whole}"'
     if "://" in pattern:
         return "only what is on this machine is read: download it first, such as with `hf download`"
     if "{" in pattern and "}" in pattern:
@@ -158,6 +178,19 @@ def _advice(pattern: str) -> str:
     if len(names) > 1 and all(Path(name.strip()).exists() for name in names):
         return f"separate names by spaces: {' '.join(name.strip() for name in names)}"
     return "correct it"
+
+
+def _torn_apart(pattern: str, patterns: Sequence[str]) -> str | None:
+    """The name with blanks in it that patterns from `pattern` on are the pieces of, if such a file
+    or folder is there."""
+    start = patterns.index(pattern)
+    for end in range(start + 2, len(patterns) + 1):
+        whole = " ".join(patterns[start:end])
+        parts = Path(home_expanded(whole, "--input")).parts
+        fixed = Path(*itertools.takewhile(lambda part: not _is_glob(part), parts))
+        if " " in str(fixed) and _exists(fixed):
+            return f"'{whole}'"
+    return None
 
 
 def _one_file(path: Path) -> Path:

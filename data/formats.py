@@ -27,6 +27,11 @@ FORMATS = {
     ".pq": Format.PARQUET,
     ".txt": Format.TEXT,
 }
+DESCRIBING = frozenset(
+    ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "dataset-metadata.json")
+)
+"""Names under which hubs of data sets keep what describes one; neither a folder nor a glob is read
+for these."""
 COMPRESSIONS = {
     ".zst": "zstd",
     ".zstd": "zstd",

@@ -1,8 +1,14 @@
 """How models on the Hugging Face hub are named, and what the environment says about the hub."""
 
 import os
+import re
+from pathlib import Path
 
 _TRUE = ("1", "ON", "YES", "TRUE")
+_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve|commit)/(?P<revision>[\w.-]+))?(?:[/?#].*)?"
+)
 
 
 def is_offline() -> bool:
@@ -16,3 +22,24 @@ def split_revision(name: str) -> tuple[str, str | None]:
     """`org/name@revision` as the name and the branch, tag or commit; None where none is given."""
     bare, _, revision = name.partition("@")
     return bare, revision or None
+
+
+def id_of_page(text: str) -> str | None:
+    """The hub id, with its revision, of the model whose page has the address `text`; None for what
+    is no such address."""
+    page = _PAGE.fullmatch(text)
+    if page is None:
+        return None
+    revision = page["revision"]
+    return page["name"] if revision in (None, "main") else f"{page['name']}@{revision}"
+
+
+def cached_snapshot(folder: Path) -> Path | None:
+    """The newest state of the model that `folder` of the hub's cache (models--ORG--NAME) keeps;
+    None for another folder."""
+    try:
+        newest = (folder / "refs" / "main").read_text("utf-8").strip()
+    except (OSError, ValueError):
+        newest = ""
+    states = sorted(file.parent for file in folder.glob("snapshots/*/config.json"))
+    return next((state for state in states if state.name == newest), states[-1] if states else None)

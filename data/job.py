@@ -67,8 +67,8 @@ class TokenizeConfig:
     """Files, folders or quoted globs ('**' crosses folders): .jsonl .parquet .txt, or any other
     text suffix the glob ends with; .zst .gz .bz2 .xz .lz4 are decompressed."""
     tokenizer: Annotated[str, ON_DISK]
-    """A sentencepiece .model file, a folder with tokenizer.json or tokenizer.model, or a name on
-    the Hugging Face hub."""
+    """A sentencepiece .model file, a .gguf file, a folder with tokenizer.json or tokenizer.model, a
+    run's output folder, or a name on the Hugging Face hub."""
     output: Path = Path("runs/tokens")
     """Folder for the shards and manifest.json."""
     seq_len: int = 4096

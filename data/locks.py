@@ -46,7 +46,10 @@ def folder_lock(
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
         fix = "name another folder" if error.errno in (errno.EEXIST, errno.ENOTDIR) else None
-        raise InputError(f"{option} {folder}: {failure(error, fix)}") from None
+        place = (
+            f" ({error.filename})" if str(error.filename) not in map(str, (folder, path)) else ""
+        )
+        raise InputError(f"{option} {folder}{place}: {failure(error, fix)}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,9 +1,14 @@
 """Paths as users write them: `~` written out, and a working folder that is gone."""
 
 import os
+import re
 from pathlib import Path
 
 from data.errors import NO_WORKING_FOLDER, InputError
+
+_VARIABLE = re.compile(r"\$\{\w+\}|(?:^|(?<=/))\$[A-Za-z_]\w*(?=/|$)|\$[A-Z][A-Z0-9_]+")
+"""What a shell would have replaced by a variable's value: `${name}`, `$name` as a whole part of a
+path, `$NAME` within one."""
 
 
 def home_expanded(text: str | Path, option: str) -> str:
@@ -11,9 +16,11 @@ def home_expanded(text: str | Path, option: str) -> str:
     after `=`.
 
     A name that merely starts with `~`, or a folder here that is called so, stays. Raises
-    InputError, naming `option`, where nothing tells where that home is.
+    InputError, naming `option`, where nothing tells where that home is, and for a variable that no
+    shell has written out, unless there is something of that name.
     """
     text = str(text)
+    _refuse_variable(text, option)
     first, _, rest = text.partition("/")
     if not first.startswith("~"):
         return text
@@ -27,6 +34,16 @@ def home_expanded(text: str | Path, option: str) -> str:
         f"{option} {text}: {whose} home folder is not known; give the path without `~`, or as "
         f"./{text} if a folder here is called {first}"
     )
+
+
+def _refuse_variable(text: str, option: str) -> None:
+    for found in _VARIABLE.finditer(text):
+        if not os.path.lexists(text[: found.end()] + text[found.end() :].partition("/")[0]):
+            raise InputError(
+                f"{option} {text}: the variable {found[0]} stays as it is in single quotes, in "
+                "shorn.toml and in SHORN_ variables: use double quotes on the command line, or "
+                "write its value out (what is called so itself has to be there before)"
+            )
 
 
 def require_utf8(path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """Documents from text files: JSON Lines, parquet, and plain text, compressed or not."""
 
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ REDPAJAMA_FIELD = "meta.redpajama_set_name"
 FOLDER = "folder"
 AUTO = "auto"
 MAX_RECORD_MIB = 64
+_BY_A_GLOB = "(a quoted glob in a folder's place takes only what it matches)"
 ROWS = 1024
 """Rows of a parquet file that are held at once, fewer where they are large."""
 BYTES_OF_ROWS = 64 << 20
@@ -126,7 +128,7 @@ def _json_documents(path: Path, fields: Fields, advance: Callable[[int], None]) 
         place = f"{path}:{number}"
         fix = "repair or remove the line, or download the file again"
         if number == 1:
-            fix += f"; {ONE_A_LINE}; what holds no documents, leave out of --input"
+            fix += f"; {ONE_A_LINE}; what holds no documents, leave out of --input {_BY_A_GLOB}"
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -136,8 +138,28 @@ def _json_documents(path: Path, fields: Fields, advance: Callable[[int], None]) 
             record = parse_json(text, place, fix, kind=(object, bool), record=True)
         except InputError:
             _refuse_foreign(path, number)
+            _refuse_several(text, place)
             raise
         yield number, _document(record, fields, path, number)
+
+
+def _refuse_several(text: str, place: str) -> None:
+    """Raises InputError if a line holds several sound records, as where files were joined whose
+    last line had no end."""
+    first, decoder = text.lstrip(), json.JSONDecoder()
+    count = 0
+    try:
+        while first:
+            value, end = decoder.raw_decode(first)
+            if not isinstance(value, dict):
+                return
+            first, count = first[end:].lstrip(), count + 1
+    except (ValueError, RecursionError):
+        return
+    raise InputError(
+        f"{place}: {count} records on one line, as where files were joined without a line's end "
+        "between them; give each a line of its own, with jq -c . OLD > NEW.jsonl"
+    )
 
 
 def _parquet_documents(path: Path, fields: Fields, advance: Callable[[int], None]) -> Rows:

@@ -5,14 +5,17 @@ its characters, never the special token.
 """
 
 import hashlib
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from data.errors import InputError, failure
-from data.hub import is_offline, split_revision
+from data.gguf import gguf_files, is_gguf, read_header
+from data.hub import cached_snapshot, id_of_page, is_offline, split_revision
 from data.manifest import TokenizerRecord
 from data.paths import require_utf8
 from data.records import read_json, require_no_mark
@@ -216,8 +219,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-        path: a sentencepiece .model file; a Hugging Face folder with tokenizer.json, with
-            tokenizer.model alone, or with vocab.json and merges.txt; or a name on the Hugging Face
+        path: a sentencepiece .model file; a .gguf file, or a folder with exactly one; a Hugging
+            Face folder with tokenizer.json, with
+            tokenizer.model alone, or with vocab.json and merges.txt; the output folder of a run,
+            whose model holds one of these; or a name on the Hugging Face
             hub (from the local cache, else downloaded), with @ and a branch, tag or commit for
             another than its newest state.
 
@@ -230,6 +235,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         place = _from_hub(str(path))
     if place.name in (_JSON, *_BPE):
         place = place.parent
+    if not holds_tokenizer(place) and holds_tokenizer(place / "model"):
+        place = place / "model"
+    if is_gguf(place):
+        return _from_gguf(place)
     if place.is_file():
         return SentencePieceTokenizer(place)
     if (place / _JSON).is_file():
@@ -238,10 +247,37 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         return SentencePieceTokenizer(place / _SENTENCEPIECE, _configured_bos(place))
     if holds_tokenizer(place):
         return HuggingFaceTokenizer(place)
+    files = gguf_files(place)
+    if len(files) == 1:
+        return _from_gguf(files[0])
+    cached = cached_snapshot(place)
+    if cached is not None:
+        raise InputError(f"{path} is a folder of the hub's cache: name the model in it, {cached}")
     raise InputError(
         f"{path} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt; "
         "give a folder with one of them or a sentencepiece .model file"
+        + (f", here {place / 'model'}" if holds_tokenizer(place / "model") else "")
     )
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    """The tokenizer inside a GGUF file, as the folder has it that the file is converted to."""
+    if find_spec("gguf") is None:
+        raise InputError(f"reading {path} needs gguf: pip install gguf")
+    read_header(path, {})
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False
+            ).save_pretrained(folder)
+        except Exception as error:  # transformers raises many types for a file it cannot read
+            raise InputError(
+                f"no tokenizer can be read from {path}: {error or type(error).__name__}; give a "
+                "folder with tokenizer.json"
+            ) from None
+        return HuggingFaceTokenizer(Path(folder))
 
 
 def _fingerprint(folder: Path) -> str:
@@ -274,6 +310,11 @@ def _required_eos(eos_id: int | None, path: Path) -> int:
 
 
 def _from_hub(name: str) -> Path:
+    page = id_of_page(name)
+    if page is not None:
+        raise InputError(
+            f"{name} is the address of a page; name the tokenizer by its hub id: {page}"
+        )
     bare, revision = split_revision(name)
     is_name = bare.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not is_name or name.endswith((".model", ".json", "@")):

@@ -118,7 +118,8 @@ def _prune(
         resolve=lambda saved: resolve_mixture(resolve_identity(saved), config.mixture),
     )
     if state.report is not None:
-        log_finished(context, state.report, config.json, config.save_dtype)
+        keep = config.train.keep_last_checkpoint
+        log_finished(context, state.report, config.json, config.save_dtype, keep)
         finish_removal(output, identity, context)
         return None
     resuming = state.resuming

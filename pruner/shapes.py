@@ -127,6 +127,19 @@ def parse_target(text: str, source: Shape) -> Shape:
     return target
 
 
+def parse_default(text: str, default: str, source: Shape) -> Shape:
+    """`parse_target` for a command whose own default may not fit the source that was given."""
+    try:
+        return parse_target(text, source)
+    except InputError:
+        if text != default:
+            raise
+        raise InputError(
+            f"the default --target {text} does not fit this source ({source.describe()}): give "
+            f"one that does, for example --target {_example(source)}"
+        ) from None
+
+
 def validate(target: Shape, source: Shape) -> None:
     """Refuse a target that no choice of units of the source can meet. Raises InputError."""
     check_sizes({key: target.size(key) for key in _FIELDS}, source)

@@ -27,6 +27,7 @@ from trainer.distillation import (
 from trainer.domains import (
     DomainOptions,
     Domains,
+    drawn_again,
     mixture_identity,
     replayed,
     resolve_mixture,
@@ -136,7 +137,8 @@ def _train(
         resolve=lambda saved: resolve_mixture(saved, config.mixture),
     )
     if state.report is not None:
-        log_finished(context, state.report, config.json, config.save_dtype)
+        keep = config.train.keep_last_checkpoint
+        log_finished(context, state.report, config.json, config.save_dtype, keep)
         finish_removal(output, identity, context)
         return None
     parameters, resuming = inputs.shape.num_parameters(), state.resuming
@@ -241,8 +243,28 @@ def _log_notes(inputs: Inputs, config: CptConfig) -> None:
     if any(inputs.used.values()):
         total = sum(inputs.used.values())
         logger.info(f"data: goes on after the {total:,} samples that shearing has drawn")
+    if config.init == "pretrained":
+        _log_origin(inputs, config)
     if config.train.eval_sequences and inputs.held_out is None:
         logger.info(f"note: {config.data} has no held-out sequences: nothing will be evaluated")
+
+
+def _log_origin(inputs: Inputs, config: CptConfig) -> None:
+    """Says which part of the model's history this run does not go on from."""
+    run = run_of(inputs.source)
+    drawn = 0 if inputs.used else drawn_again(run, inputs.reader, config.train.seed)
+    if drawn:
+        logger.info(
+            f"note: the data begins at its start, with the {drawn:,} samples that the model of "
+            f"{run} has seen; another --seed draws another order"
+        )
+    open_weight = inputs.teacher is None and config.distillation.weight is None
+    known = is_hub_id(config.model) or any((run / name).exists() for name in REPORTS)
+    if open_weight and inputs.note is None and not known:
+        logger.info(
+            f"note: no shear.json lies in {run}: {inputs.source.name} is trained as a model that "
+            "was not sheared, without a teacher; if it was, put the shear.json of its run there"
+        )
 
 
 def _reference(

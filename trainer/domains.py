@@ -199,6 +199,19 @@ def samples_used(sheared: dict[str, Any] | None, reader: TokenReader, seed: int)
     return {domain: count for domain, count in used.items() if domain in reader.sizes}
 
 
+def drawn_again(run: Path, reader: TokenReader, seed: int) -> int:
+    """Samples that continued pre-training in `run` drew and that its model's next run draws again,
+    because `reader` and `seed` give the same order; 0 where its report does not tell."""
+    try:
+        samples = read_json(run / "cpt.json", "").get("samples")
+    except InputError:
+        return 0
+    if not isinstance(samples, dict) or not isinstance(samples.get("used"), dict):
+        return 0
+    used = samples_used({"samples": samples}, reader, seed)
+    return sum(count for count in used.values() if is_kind(count, int))
+
+
 def sheared_report(model: Path) -> dict[str, Any] | None:
     """The shear.json of the run whose `model` folder this is, or None.
 

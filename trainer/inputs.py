@@ -83,6 +83,13 @@ def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data:
             f"--data {data} was tokenized by another tokenizer than the model's: the same text "
             f"gives other ids; tokenize again with --tokenizer {source}"
         )
+    if own is not None and own.eos_id != used.eos_id:
+        logger.warning(
+            f"the documents of --data {data} end with id {used.eos_id}, and the tokenizer of "
+            f"{source} ends with {own.eos_id}: what is trained on them learns to end with "
+            f"{used.eos_id}. Where it should be {own.eos_id}, tokenize again with "
+            f"--tokenizer {source}"
+        )
     if used.vocab_size <= model.vocab_size:
         return
     # Special tokens that were added without a row for them do no harm: they are never in the data.

@@ -110,11 +110,16 @@ def _check_copy(path: Path, report: Path) -> None:
 
 
 def log_finished(
-    context: DistributedContext, report: Path, copy: str | None, dtype: str | None = None
+    context: DistributedContext,
+    report: Path,
+    copy: str | None,
+    dtype: str | None = None,
+    keep: bool = False,
 ) -> None:
     """Says that the run of `report` is finished, and copies the report to `copy` (--json).
 
-    Warns where its model is in another type than `dtype`. Raises InputError on every rank when the
+    Warns where its model is in another type than `dtype`, and where a checkpoint is asked for
+    (`keep`) and none is left. Raises InputError on every rank when the
     model is gone.
     """
     logger.info(f"{report.parent}: this run is finished; its report is {report}")
@@ -124,6 +129,11 @@ def log_finished(
         logger.warning(
             f"--save-dtype {dtype} changes nothing: {report.parent / 'model'} is written, in "
             f"{written}; name another --output to have it in {dtype}"
+        )
+    if keep and not committed(report.parent / "checkpoints"):
+        logger.warning(
+            "--keep-last-checkpoint changes nothing: the run is finished, and holds no checkpoint; "
+            "name another --output to train again and keep the last one"
         )
     publish(context, content, copy)
 

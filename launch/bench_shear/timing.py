@@ -25,7 +25,7 @@ from pruner.budget import refuse_budget
 from pruner.callback import ShearCallback
 from pruner.config import DEFAULTS, MaskConfig, resolve_masks
 from pruner.scores import make_rule
-from pruner.shapes import config_of, parse_target, shape_of
+from pruner.shapes import config_of, parse_default, parse_target, shape_of
 from pruner.timing import Timing, too_busy
 from pruner.units import indicator, unit_kinds
 from trainer import parallel
@@ -121,7 +121,7 @@ def measure(config: BenchShearConfig) -> dict[str, Any]:
     """Times all variants in turns and returns medians, ratios and what they were measured on."""
     source = model_config(config)
     refuse_budget("--target", config.target)
-    target = parse_target(config.target, shape_of(source))
+    target = parse_default(config.target, BenchShearConfig().target, shape_of(source))
     pruned = config_of(target, source)
     train = TrainConfig(
         steps=RUN_STEPS,

@@ -11,6 +11,7 @@ from launch.commands import ROOT, command, python
 from launch.compare.config import CompareConfig, Method
 from launch.compare.text import split_documents
 from launch.stages import Task
+from trainer.models.sources import resolve_model
 
 REFIT_SEQUENCES, REFIT_HELD_OUT = 256, 32
 """At most as many sequences are refitted on, and held out of that."""
@@ -155,8 +156,9 @@ class StageMaker:
         ]
 
     def _tokenize(self) -> None:
+        source = resolve_model(self.config.source, weights=False, option="--source")
         for part in ("train", "held_out"):
-            words: list[object] = ["-m", "data.tokenize", "--tokenizer", self.config.source]
+            words: list[object] = ["-m", "data.tokenize", "--tokenizer", source]
             words += ["--input", self.output / "text" / f"{part}.jsonl.zst"]
             words += ["--output", self.output / "tokens" / part]
             words += ["--seq-len", self.config.seq_len]

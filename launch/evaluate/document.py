@@ -113,7 +113,7 @@ def document_perplexity(
         tokens=len(ids),
         targets=targets,
         nll=nll.item(),
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=math.inf if mean >= 700 else math.exp(mean),
         bits_per_byte=mean / math.log(2) * len(ids) / text_bytes,
     )
 

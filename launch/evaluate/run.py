@@ -1,5 +1,6 @@
 """What `python -m launch.evaluate` does: checks, measurement, JSON."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.speed and context.is_main:
         busy = _time(candidates, results, context, dtype)
     context.barrier()
+    if context.is_main:
+        _warn_of_damage(candidates, results)
     whole = {"models": results, "busy": busy} if len(results) > 1 else results[0]
     if context.is_main:
         # First, for whoever reads what is printed may not read all of it.
-        write_copy(config.json, whole)
+        write_copy(config.json, _without_nan(whole))
         print_results(config.model, results, busy)
     return whole
 
@@ -123,6 +126,26 @@ def _measure(
         score = _score(config, model, document, context)
         result["text"] = {"file": config.text, "bytes": document.text_bytes, **score.to_dict()}
     return result
+
+
+def _warn_of_damage(candidates: list[Candidate], results: list[dict[str, Any]]) -> None:
+    for one, result in zip(candidates, results, strict=True):
+        losses = [domain["loss"] for domain in result.get("domains", {}).values()]
+        losses += [result["text"]["nll"]] if "text" in result else []
+        if not all(math.isfinite(loss) for loss in losses):
+            logger.warning(
+                f"the loss of {one.name} is not finite: its weights are damaged, or --precision "
+                f"{result['precision']} does not suit it"
+            )
+
+
+def _without_nan(value: Any) -> Any:
+    """`value` with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _require_memory(

@@ -180,6 +180,26 @@ def test_repeated_list_flag_is_refused(
         get("--data", "d", *words.split())
 
 
+@pytest.mark.parametrize("parser", ["tyro", "argparse"])
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("--data a.txt b.txt", "b.txt"),
+        ("--data=a.txt b.txt c.txt --fast", "b.txt c.txt"),
+        ("--data a b c d e f", "b c d and 2 more"),
+        ("--limit 3 4 --data d", "4"),
+    ],
+)
+def test_words_behind_the_one_value_of_an_option_are_refused(
+    words: str, shown: str, parser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if parser == "argparse":
+        monkeypatch.setitem(sys.modules, "tyro", None)
+    flag = words.partition("=")[0].split()[0]
+    with pytest.raises(InputError, match=f"^{flag} takes one value, and {shown} stood behind it"):
+        get(*words.split())
+
+
 def test_a_list_in_the_environment_is_replaced_by_the_flag(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,3 +371,21 @@ def test_help_into_a_pipe_that_closes() -> None:
     )
     os.close(writing)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_flag_that_turns_off_is_no_key(tmp_path: Path) -> None:
+    for key in ("no-fast", "no_fast"):
+        (tmp_path / "shorn.toml").write_text(f"[prune]\n{key} = true\n")
+        with pytest.raises(InputError, match=f"`{key}` in .* write `fast = false`"):
+            get("--data", "d")
+    (tmp_path / "shorn.toml").write_text("[prune]\nno-steps = 1\n")
+    with pytest.raises(InputError, match=r"unknown key `no-steps`.*did you mean `steps`"):
+        get("--data", "d")
+
+
+def test_a_list_with_an_odd_quote_says_how_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHORN_INPUTS", "John's/*.txt")
+    with pytest.raises(InputError, match=r"SHORN_INPUTS = .*quote what holds blanks or quotes"):
+        get("--data", "d")
+    monkeypatch.setenv("SHORN_INPUTS", "\"John's/*.txt\" 'my texts'")
+    assert get("--data", "d").inputs == ("John's/*.txt", "my texts")

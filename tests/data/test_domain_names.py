@@ -1,5 +1,6 @@
 """Domains are named so that different ones stay different, or both are named in an error."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,9 @@ def test_a_chosen_domain_without_letters_is_refused() -> None:
     assert chosen_domains(("RedPajamaC4", "C#")) == ("c4", "c#")
     with pytest.raises(InputError, match=r"--domains '\?\?' holds no letter"):
         chosen_domains(("c4", "??"))
+
+
+def test_chosen_domains_with_commas_are_not_renamed() -> None:
+    for text, parts in (("books,web", "books web"), ("Wikipedia (en), c4,", "wikipedia-en c4")):
+        with pytest.raises(InputError, match=re.escape(f"by spaces: --domains {parts} (for one")):
+            chosen_domains(("a", text))

@@ -190,3 +190,25 @@ def test_a_folder_that_cannot_be_searched_is_refused() -> None:
                 names(pattern)
     finally:
         Path("in/a").chmod(0o700)
+
+
+def test_what_describes_a_data_set_is_left_out_of_its_folder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write("in/data/a.parquet", "in/dataset_infos.json", "in/data/dataset_info.json", "in/info.json")
+    assert names("in") == names("in/**/*") == ["in/data/a.parquet", "in/info.json"]
+    described = "2 that describe a data set: dataset_infos.json, data/dataset_info.json"
+    assert capsys.readouterr().err.count(described) == 2
+    assert names("in/**/*.json") == ["in/info.json"]
+    assert len(names("in/*/dataset_info.json")) == 1
+    assert names("in/dataset_infos.json") == ["in/dataset_infos.json"]
+
+
+@pytest.mark.parametrize("pattern", ["my texts/*.jsonl", "my texts", "my texts/a  b.jsonl"])
+def test_a_name_torn_apart_at_its_blanks_is_put_together(pattern: str) -> None:
+    write("my texts/x.jsonl", "my texts/a  b.jsonl", "other.jsonl")
+    pieces = pattern.split(" ")
+    with pytest.raises(InputError, match=r"quote a name that holds blanks.*\"'my texts.*'\"$"):
+        names("other.jsonl", *pieces)
+    with pytest.raises(InputError, match=r"'my' matches no files; correct it$"):
+        names("my", "other.jsonl")

@@ -45,6 +45,9 @@ def test_a_place_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "gone" / "far")
     with pytest.raises(InputError, match="dangling"), folder_lock(tmp_path / "dangling", "x"):
         pass
+    named = rf"/dangling/run \({tmp_path}/dangling\): exists already, perhaps as a link that leads"
+    with pytest.raises(InputError, match=named), folder_lock(tmp_path / "dangling" / "run", "x"):
+        pass
 
 
 FULL = """

@@ -101,3 +101,24 @@ def test_libraries_get_no_path_that_is_not_utf_8(tmp_path: Path) -> None:
 def test_a_home_that_is_not_known_is_refused() -> None:
     with pytest.raises(InputError, match=r"^--output ~no-such-user/x: no-such-user's home folder"):
         parse(Config, section="cpt", argv=["--output", "~no-such-user/x"])
+
+
+@pytest.mark.parametrize(
+    "text", ["$SCRATCH/cpt", "/data/$user/x", "runs/${JOB}-cpt", "runs/a-$SLURM_JOB_ID"]
+)
+def test_a_variable_that_no_shell_wrote_out_is_no_folder(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shorn.toml").write_text(f"[cpt]\noutput = '{text}'\n")
+    with pytest.raises(InputError, match=r"^--output .*: the variable \$.*write its value out"):
+        parse(Config, section="cpt", argv=[])
+    if not text.startswith("/"):
+        Path(text).parent.mkdir(parents=True, exist_ok=True)
+        Path(text).mkdir()
+        assert parse(Config, section="cpt", argv=[]).output == Path(text)
+
+
+@pytest.mark.parametrize("text", ["cost$", "a$b/c", "$1", "US$/x", "$Recycle.Bin"])
+def test_other_dollars_stay(text: str) -> None:
+    assert parse(Config, section="cpt", argv=["--output", text]).output == Path(text)

@@ -415,3 +415,13 @@ def test_the_domain_of_a_link_is_the_folder_it_stands_in(
     assert read(tmp_path / "all" / "aa")[0].domain == "all"
     monkeypatch.chdir(link.parent)
     assert read(Path("a.txt"))[0].domain == "news"
+
+
+def test_records_joined_on_one_line_are_called_so(tmp_path: Path) -> None:
+    """As `cat` joins files of which one does not end its last line."""
+    path = write(tmp_path / "a.jsonl", LINE + b"\n" + LINE + b" " + LINE + LINE + b"\n" + LINE)
+    with pytest.raises(InputError, match=r"a\.jsonl:2: 3 records on one line.*jq -c \."):
+        read(path)
+    for line in (LINE + b",", LINE + b" x", b"1 2"):
+        with pytest.raises(InputError, match=r"a\.jsonl:2: not valid JSON"):
+            read(write(tmp_path / "a.jsonl", LINE + b"\n" + line))

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,13 @@ def test_llama_tokenizer(shared_data: Path) -> None:
     assert tokenizer.vocab_size == 32_000 and tokenizer.adds_bos
     ids = tokenizer.encode(["a </s> b"])[0].tolist()
     assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == "a </s> b"
+
+
+def test_the_output_folder_of_a_run_stands_for_its_model(
+    tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_tokenizer, tmp_path / "model")
+    assert load_tokenizer(tmp_path).record() == load_tokenizer(tiny_tokenizer).record()
 
 
 def test_special_tokens_in_text_stay_text(tiny_tokenizer: Path) -> None:
@@ -145,6 +153,9 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "bad.model").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="not a sentencepiece model"):
         load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\3\0")
+    with pytest.raises(InputError, match=r"m\.gguf: its header is damaged"):
+        load_tokenizer(tmp_path / "m.gguf")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="no tokenizer can be read"):
         load_tokenizer(tmp_path)

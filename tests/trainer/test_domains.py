@@ -17,6 +17,7 @@ from trainer.callbacks.mixture import MixtureCallback
 from trainer.domains import (
     DomainOptions,
     Domains,
+    drawn_again,
     parse_values,
     sheared_report,
     start_reference,
@@ -282,3 +283,32 @@ def test_fits_are_checked_before_weights_load(
             workspace, tmp_path / "out", reference_fit=str(fit), reference_losses="alpha=1,beta=1"
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_model_s_history_does_not_give_is_said(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second stage draws the data of the first again, and a copied model has no report."""
+    first, again = tmp_path / "first", "data begins at its start, with the 48 samples that"
+    train_on(workspace, first)
+    assert "no shear.json lies in" in (printed := capsys.readouterr().out)
+    assert again not in printed
+    train_on(workspace, tmp_path / "second", model=first)
+    assert again in (printed := capsys.readouterr().out) and "no shear.json" not in printed
+    changes: tuple[tuple[int, dict[str, Any]], ...] = ((7, {}), (0, {"init": "random"}))
+    for number, (seed, options) in enumerate(changes):
+        place, train = tmp_path / str(number), train_options(steps=2, seed=seed)
+        pretrain(train, model=first, data=workspace / "tokens", output=place, **options)
+        assert again not in capsys.readouterr().out
+    report = json.loads((first / "cpt.json").read_text())
+    samples, reader = report["samples"], TokenReader(workspace / "tokens", 16)
+    assert drawn_again(first, reader, 0) == 48 and drawn_again(first, reader, 1) == 0
+    damages: tuple[Any, ...] = (
+        [],
+        None,
+        samples | {"used": {"alpha": "x"}},
+        samples | {"used": [1]},
+    )
+    for damaged in damages:
+        (first / "cpt.json").write_text(json.dumps(report | {"samples": damaged}))
+        assert drawn_again(first, reader, 0) == 0

@@ -76,6 +76,19 @@ def test_data_of_another_copy_of_the_tokenizer_is_tokenized_again(
     check(write_tokens(tmp_path / "again", Path(advised[1])), source)
 
 
+def test_another_end_of_documents_is_said(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As between a model and its version for chats, which agree on every text."""
+    source = model_with_ids(workspace, tmp_path / "model", True, eos_token="<s>")
+    check(write_tokens(tmp_path / "own", source), source)
+    assert "end with" not in capsys.readouterr().err
+    check(write_tokens(tmp_path / "tokens", workspace / "model"), source)
+    shown = capsys.readouterr().err
+    assert "end with id 2" in shown and "ends with 1: what" in shown
+    assert f"tokenize again with --tokenizer {source}" in shown
+
+
 def test_without_a_tokenizer_the_models_own_is_asked_for(workspace: Path, tmp_path: Path) -> None:
     padded = model_with_ids(workspace, tmp_path / "padded", True, pad_token="<pad>")
     data = write_tokens(tmp_path / "tokens", padded)

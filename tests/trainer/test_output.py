@@ -164,6 +164,18 @@ def test_another_type_asked_of_a_finished_run_is_said_to_change_nothing(
     assert "--save-dtype float16 changes nothing" in capsys.readouterr().err
 
 
+def test_a_checkpoint_asked_of_a_finished_run_is_said_to_be_gone(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(workspace, tmp_path / "without")
+    run(workspace, tmp_path / "without")
+    run(workspace, tmp_path / "with", keep_last_checkpoint=True)
+    run(workspace, tmp_path / "with", keep_last_checkpoint=True)
+    assert "changes nothing" not in capsys.readouterr().err
+    assert run(workspace, tmp_path / "without", keep_last_checkpoint=True) is None
+    assert "--keep-last-checkpoint changes nothing: the run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "name", ["run.json", "metrics.jsonl", ".lock", "model/config.json", "checkpoints/report.json"]
 )

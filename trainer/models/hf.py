@@ -131,16 +131,39 @@ def _stored_tensors(model: CausalLM, path: Path) -> dict[Path, dict[str, str]]:
             for name, stored_name in names.items():
                 tensor, wanted = stored.get_slice(stored_name), tuple(expected[name].shape)
                 if tuple(tensor.get_shape()) != wanted:
-                    raise InputError(
-                        f"{name} has shape {tuple(tensor.get_shape())} in {file}, but config.json "
-                        f"gives {wanted}; the folder mixes two models"
-                    )
+                    rows = _vocabulary_rows(model, places)
+                    raise InputError(_mixed(name, tuple(tensor.get_shape()), wanted, file, rows))
                 if "F" not in tensor.get_dtype():
                     raise InputError(
                         f"{name} is of type {tensor.get_dtype()} in {file}, which holds no weights "
                         "of an unquantized model; fetch the file again, or the original"
                     )
     return by_file
+
+
+def _vocabulary_rows(model: CausalLM, places: dict[str, _Place]) -> set[int]:
+    """How many rows the stored embedding and head have."""
+    rows = set()
+    for module in (model.names.embedding, model.names.head):
+        place = places.get(f"{module}.weight")
+        if place is not None:
+            with open_tensors(place.file) as stored:
+                rows.add(int(stored.get_slice(place.name).get_shape()[0]))
+    return rows
+
+
+def _mixed(
+    name: str, stored: tuple[int, ...], wanted: tuple[int, ...], file: Path, rows: set[int]
+) -> str:
+    """What a tensor of another shape than the config's means, and what helps; `rows` are those of
+    embedding and head."""
+    text = f"{name} has shape {stored} in {file}, but config.json gives {wanted}"
+    if rows == {stored[0]} and stored[1:] == wanted[1:]:
+        return (
+            f"{text}: set vocab_size to {stored[0]} there if the model was given other ids "
+            "(resize_token_embeddings), or fetch the config.json that was saved with these weights"
+        )
+    return f"{text}; the folder mixes two models: fetch config.json and weights from one place"
 
 
 def _places(model: CausalLM, path: Path) -> dict[str, _Place]:

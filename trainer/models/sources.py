@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 
 from data.errors import InputError, failure
 from data.files import follow_umask, sync_files
-from data.hub import is_offline, split_revision
+from data.gguf import gguf_files, is_gguf
+from data.hub import cached_snapshot, id_of_page, is_offline, split_revision
 from data.paths import home_expanded, require_utf8
 from data.tokenizers import holds_tokenizer
 from trainer.models.export import widen
-from trainer.models.gguf_header import check_gguf, is_gguf
+from trainer.models.gguf_header import check_gguf
 from trainer.models.weights import adapter_advice, weight_files
 
 _SMALL_FILES = (
@@ -73,6 +74,12 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
             "working folder keeps it from being taken for a hub id. Correct the path; or, if it is "
             f"one, start from another working folder, or {_download(text, option)}"
         )
+    page = id_of_page(text)
+    if page is not None:
+        raise InputError(
+            f"{option} {text}: is the address of a page; name the model by its hub id: "
+            f"{option} {page}"
+        )
     raise InputError(
         f"{option} {text}: no such model. Give a folder with config.json and *.safetensors, a "
         ".gguf file, a finished run's folder, or a hub id such as meta-llama/Llama-2-7b-hf "
@@ -81,7 +88,7 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
 
 
 def _from_folder(path: Path, option: str) -> Path:
-    files = [file for file in sorted(path.iterdir()) if is_gguf(file)]
+    files = gguf_files(path)
     for folder in (path, path / "model"):
         # A folder of GGUF files may hold the config of the model that they were made from.
         ours = not files or folder != path or any(path.glob("*.safetensors*"))
@@ -95,14 +102,26 @@ def _from_folder(path: Path, option: str) -> Path:
         raise InputError(adapter)
     if not files:
         _refuse_parts_of_runs(path, option)
-    inner = [file.parent.name for file in sorted(path.glob("*/config.json"))]
-    found = f"no config.json{f'; its folder {inner[-1]} does' if inner else ''}"
+    found = f"no config.json{_inner_models(path)}"
     if files:
         found = f"{len(files)} GGUF files; name one of them"
     raise InputError(
         f"{path} is not a model folder: it holds {found}. Expected config.json with "
         "*.safetensors, model/config.json, or one .gguf file"
     )
+
+
+def _inner_models(path: Path) -> str:
+    """Where in a folder without a model there is one, in words; empty where there is none."""
+    cached = cached_snapshot(path)
+    if cached is not None:
+        return f"; as a folder of the hub's cache it does in {cached}: name that one"
+    names = [file.parent.name for file in path.glob("*/config.json")]
+    # By number, as checkpoints are called: 1000 comes after 500.
+    names.sort(key=lambda name: [int(part) for part in re.findall(r"[0-9]+", name)] or [-1])
+    if len(names) < 2:
+        return f"; its folder {names[0]} does" if names else ""
+    return f"; its folders {', '.join(names[:-1][-3:])} and {names[-1]} do: name one of them"
 
 
 def _refuse_parts_of_runs(path: Path, option: str) -> None:

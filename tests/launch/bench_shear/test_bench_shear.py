@@ -128,3 +128,12 @@ def test_the_command_writes_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_bad_sizes_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         shear_timing.measure(BenchShearConfig(**TINY | changes))
+
+
+def test_a_default_that_does_not_fit_the_source_is_answered_with_one_that_does() -> None:
+    smaller = {name: TINY[name] for name in ("hidden", "layers", "heads", "ffn")}
+    with pytest.raises(InputError, match=r"the default --target .* does not fit this") as caught:
+        shear_timing.measure(BenchShearConfig(**smaller))
+    advised = str(caught.value).rpartition(" ")[2]
+    measured = shear_timing.measure(BenchShearConfig(**TINY | {"target": advised, "repeats": 1}))
+    assert measured["target"] == advised

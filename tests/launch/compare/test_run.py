@@ -5,6 +5,7 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,22 @@ def configure(tmp_path: Path) -> Callable[..., CompareConfig]:
         )
 
     return make
+
+
+def test_the_tokenizer_is_that_of_the_folder_which_the_source_stands_for(
+    configure: Callable[..., CompareConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the source is named by a run's output folder."""
+    ran: list[list[str]] = []
+    monkeypatch.setattr(
+        comparison_stages, "command", lambda words, **_: ran.append([str(word) for word in words])
+    )
+    model = write_model(tmp_path / "run" / "model")
+    for source in (tmp_path / "run", model):
+        maker = comparison_stages.StageMaker(replace(configure(), source=str(source)))
+        maker.inputs()[1].action()
+    assert len(ran) == 4
+    assert all(words[words.index("--tokenizer") + 1] == str(model) for words in ran)
 
 
 def held_out(folder: Path) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from data.errors import InputError
 from launch.demo import __main__ as demo
 from launch.demo.config import DemoConfig
-from launch.demo.stages import available_ranks, resolve_precision
+from launch.demo.stages import Demo, available_ranks, resolve_precision
 from tests.conftest import ROOT
 from tests.factories import write_model
 
@@ -63,6 +63,21 @@ def test_impossible_options_are_refused() -> None:
         DemoConfig(ranks=3)
     with pytest.raises(InputError, match="--cpt-steps 0: must be at least 1"):
         DemoConfig(cpt_steps=0)
+
+
+def test_a_target_that_the_source_cannot_give_is_refused_before_text_is_made(
+    tmp_path: Path,
+) -> None:
+    source, output = write_model(tmp_path / "tiny"), tmp_path / "demo"
+    default = Demo(DemoConfig(source=str(source), output=str(output)))
+    with pytest.raises(InputError, match=r"the default --target .* does not fit this") as caught:
+        default.run()
+    advised = str(caught.value).rpartition(" ")[2]
+    wrong = Demo(DemoConfig(source=str(source), output=str(output), target="layers=7"))
+    with pytest.raises(InputError, match=r"layers=7 is outside 1\.\.2"):
+        wrong.run()
+    assert not (output / "text").exists()
+    Demo(DemoConfig(source=str(source), output=str(output), target=advised))._require_target()
 
 
 def test_a_stated_precision_is_kept() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data.errors import InputError
 from data.reader import TokenReader
@@ -105,6 +106,28 @@ def test_several_models_stand_side_by_side(
     ):
         assert words in shown, words
     assert f"{several[1]['overall']['loss']:.4f}" in shown
+
+
+def test_a_damaged_model_is_named_and_its_json_is_json(
+    tmp_path: Path, tiny_model: Path, tiny_tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = write_model(tmp_path / "diverged")
+    state = load_file(damaged / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"][1, 2] = math.nan
+    save_file(state, damaged / "model.safetensors", {"format": "pt"})
+    text, found = tmp_path / "text.txt", tmp_path / "found.json"
+    text.write_text("some text to score")
+    arguments = ["--data", str(tiny_tokens), "--seq-len", "32", "--sequences", "2"]
+    arguments += ["--text", str(text), "--window", "64", "--json", str(found)]
+    main(["--model", str(tiny_model), str(damaged), *arguments])
+    shown = capsys.readouterr().err
+    assert f"the loss of {damaged} is not finite: its weights are damaged" in shown
+    assert f"the loss of {tiny_model}" not in shown
+    sound, broken = json.loads(found.read_text(), parse_constant=pytest.fail)["models"]
+    assert broken["overall"]["loss"] is broken["text"]["perplexity"] is None
+    assert sound["overall"]["loss"] > 0 and sound["text"]["perplexity"] > 0
+    main(["--model", str(damaged), "--text", str(text), "--window", "64"])
+    assert re.search(r"perplexity\s+│ nan", capsys.readouterr().out)
 
 
 def test_speed_alone(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

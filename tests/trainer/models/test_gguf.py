@@ -229,3 +229,21 @@ def test_damaged_headers_are_refused_or_read(tmp_path: Path) -> None:
 def test_many_damaged_headers_are_refused_or_read(tmp_path: Path) -> None:
     counts = _damage(tmp_path, range(1000, 1400))
     assert counts["refused"] > 200
+
+
+def test_text_is_tokenized_with_the_tokenizer_of_a_gguf_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same ids and under the same fingerprint as with the model that is made of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "gguf").mkdir()
+    file = write_gguf(tmp_path / "gguf" / "tiny.gguf")
+    (file.parent / "._tiny.gguf").write_bytes(b"notes")
+    converted = load_tokenizer(resolve_model(str(file)))
+    for place in (file, file.parent):
+        own = load_tokenizer(place)
+        assert own.record() == converted.record()
+        assert own.decode(own.encode(["the mask"])[0].tolist()) == "the mask"
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(InputError, match=r"its header is damaged .*; fetch the file again"):
+        load_tokenizer(file)

@@ -249,6 +249,21 @@ def test_nothing_is_loaded_from_a_folder_that_does_not_fit(tmp_path: Path) -> No
     assert all(bool((parameter == 7).all()) for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied", "gpt_neox"])
+def test_a_vocabulary_that_was_resized_is_told_from_two_models(name: str, tmp_path: Path) -> None:
+    path, _ = _folder(name, tmp_path / "model")
+    config = path / "config.json"
+    content = json.loads(config.read_text())
+    rows = content["vocab_size"]
+    config.write_text(json.dumps(content | {"vocab_size": rows - 3}))
+    with pytest.raises(InputError, match=f"set vocab_size to {rows} there if the model was"):
+        check_weights(path, load_config(path))
+    channels = content["intermediate_size"] + 1
+    config.write_text(json.dumps(content | {"intermediate_size": channels}))
+    with pytest.raises(InputError, match="mixes two models: fetch"):
+        check_weights(path, load_config(path))
+
+
 def _shard(model: CausalLM, policy: MixedPrecisionPolicy, replicas: int = 1) -> None:
     world = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (world,))

@@ -104,6 +104,51 @@ def test_what_looks_like_a_path_is_never_a_hub_id(
             resolve_model(text)
 
 
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("https://huggingface.co/some/model", "some/model"),
+        ("https://huggingface.co/some/model/tree/main", "some/model"),
+        ("hf.co/some/model/", "some/model"),
+        ("https://huggingface.co/some/model/blob/step3000/config.json", "some/model@step3000"),
+        ("https://huggingface.co/some/model?library=transformers", "some/model"),
+    ],
+)
+def test_the_address_of_a_page_is_answered_with_the_hub_id(page: str, name: str) -> None:
+    with pytest.raises(InputError, match=f"name the model by its hub id: --source {name}$"):
+        resolve_model(page, option="--source")
+    with pytest.raises(InputError, match=f"name the tokenizer by its hub id: {name}$"):
+        load_tokenizer(page)
+    assert is_hub_id(name)
+
+
+def test_a_folder_of_the_hubs_cache_names_its_newest_state(tmp_path: Path) -> None:
+    cached = tmp_path / "models--some--model"
+    states = [cached / "snapshots" / name for name in ("aaa", "bbb")]
+    _touch(*(state / "config.json" for state in states), cached / "refs" / "main")
+    for content, state in (("aaa", states[0]), ("gone", states[1])):
+        (cached / "refs" / "main").write_text(content)
+        with pytest.raises(InputError, match=f"in {state}: name that one"):
+            resolve_model(cached)
+        with pytest.raises(InputError, match=f"name the model in it, {state}$"):
+            load_tokenizer(cached)
+
+
+def test_several_checkpoints_are_named_by_their_number(tmp_path: Path) -> None:
+    for name in ("checkpoint-500", "checkpoint-1000", "final"):
+        _touch(tmp_path / name / "config.json")
+    with pytest.raises(InputError, match="folders final, checkpoint-500 and checkpoint-1000 do"):
+        resolve_model(tmp_path)
+
+
+def test_hidden_notes_about_a_gguf_file_are_no_second_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _touch(tmp_path / "m.gguf", tmp_path / "._m.gguf")
+    monkeypatch.setattr(sources, "convert_gguf", lambda path, _: path)
+    assert resolve_model(tmp_path) == tmp_path / "m.gguf"
+
+
 def test_a_folder_that_hides_the_hub_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
