@@ -224,6 +224,11 @@ class ShearConfig:
         """Whether the run changes weights before they are cut."""
         return self.train.steps > 0 and not self.masks.freeze_weights
 
+    @property
+    def refits(self) -> bool:
+        """Whether the weights that are kept are refitted."""
+        return self.refit.refit and not self.trains_weights
+
 
 def resolve(config: ShearConfig, model: ModelConfig, target: Shape) -> ShearConfig:
     """`config` with every option that is None filled in, for pruning `model` to `target`.

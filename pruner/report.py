@@ -87,7 +87,7 @@ def finish(
     assert shape_of(extraction.config) == target, extraction.config
     difference = _save_checked(trainer, extraction, masks, config, source)
     refitted = None
-    if config.refit.refit and not config.trains_weights:
+    if config.refits:
         dtype = getattr(torch, config.save_dtype)
         unchecked = output / UNCHECKED
         refitted = repair(trainer, extraction, config.refit, unchecked, source=source, dtype=dtype)

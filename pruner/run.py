@@ -124,8 +124,16 @@ def _prune(
         return None
     resuming = state.resuming
     pruned = config_of(inputs.target, inputs.model).num_parameters()
-    parameters, dtype = inputs.model.num_parameters(), config.save_dtype
-    require_room(output, parameters, config.train, context, saved=pruned, dtype=dtype)
+    require_room(
+        output,
+        inputs.model.num_parameters(),
+        config.train,
+        context,
+        saved=pruned,
+        dtype=config.save_dtype,
+        frozen=config.masks.freeze_weights,
+        refitted=config.refits,
+    )
     if proposal is not None:
         publish(context, proposal, output / TARGET_FILE)
     else:

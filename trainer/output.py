@@ -21,6 +21,7 @@ from trainer.checkpoint_files import RECORD, committed, step_of
 from trainer.config import TrainConfig
 from trainer.disk import CHECKPOINT_BYTES, room_problem
 from trainer.identity import FILE
+from trainer.memory import FROZEN_BYTES
 from trainer.parallel import DistributedContext
 
 REPORTS = ("shear.json", "cpt.json")
@@ -151,6 +152,8 @@ def require_room(
     *,
     saved: int,
     dtype: str,
+    frozen: bool = False,
+    refitted: bool = False,
 ) -> None:
     """Raises InputError on every rank when the checkpoints to come and the final model do not fit.
 
@@ -161,21 +164,25 @@ def require_room(
         context: the ranks.
         saved: parameters of the final model.
         dtype: the dtype that it will be written in, by name.
+        frozen: whether no weight is trained, so that checkpoints hold no moments.
+        refitted: whether it is written a second time, and its blocks in fp32 before that.
     """
-    model = saved * torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    model = saved * (2 * size + 4 if refitted else size)
+    checkpoint = parameters * (FROZEN_BYTES if frozen else CHECKPOINT_BYTES)
     context.raise_on_any_rank(
-        lambda: _check_room(output, parameters, train, model) if context.is_main else None
+        lambda: _check_room(output, checkpoint, train, model) if context.is_main else None
     )
 
 
-def _check_room(output: Path, parameters: int, train: TrainConfig, model: int) -> None:
+def _check_room(output: Path, checkpoint: int, train: TrainConfig, model: int) -> None:
     found = committed(output / "checkpoints")
     done = step_of(found[-1]) if found else 0
     every = train.save_interval or max(1, train.steps)
     saves = -(-train.steps // every) - done // every if done < train.steps else 0
     problem = room_problem(
         output,
-        checkpoint=CHECKPOINT_BYTES * parameters,
+        checkpoint=checkpoint,
         saves=saves,
         existing=len(found),
         keep=train.keep_checkpoints,

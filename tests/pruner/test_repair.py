@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.errors import InputError
 from pruner.config import RefitConfig, ShearConfig
 from pruner.refit import KeptBlocks
 from pruner.repair import sequences
@@ -18,6 +19,7 @@ from tests.distributed import run_ranks
 from tests.factories import write_model, write_tokens
 from tests.pruner.test_run import configure, losses
 from tests.trainer.tiny import options, pretrain
+from trainer import output as output_module
 from trainer.loop import Trainer
 
 
@@ -205,6 +207,24 @@ def test_a_frozen_run_resumes(
 def test_trained_weights_are_not_refitted(trained: Path, tmp_path: Path) -> None:
     shear(at_once(trained, tmp_path / "out", steps=2))
     assert report_of(tmp_path / "out")["refit"] is None
+
+
+def test_a_refit_writes_the_model_twice_and_frozen_weights_have_no_moments(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs: list[dict[str, int]] = []
+
+    def note(_: Path, **sizes: int) -> str:
+        needs.append(sizes)
+        return "full"
+
+    monkeypatch.setattr(output_module, "room_problem", note)
+    for changes in ({}, {"refit": False}, {"freeze_weights": False}):
+        options: dict[str, Any] = {"steps": 2, "freeze_weights": True} | changes
+        with pytest.raises(InputError, match="full"):
+            shear(at_once(trained, tmp_path / "out", **options))
+    assert needs[0]["model"] == 3 * needs[1]["model"] == 3 * needs[2]["model"]
+    assert 3 * needs[0]["checkpoint"] == 3 * needs[1]["checkpoint"] == needs[2]["checkpoint"]
 
 
 @pytest.mark.parametrize("steps", [0, 3])
