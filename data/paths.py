@@ -15,6 +15,11 @@ def home_expanded(text: str | Path, option: str) -> str:
     """
     text = str(text)
     first, _, rest = text.partition("/")
+    if first.startswith("$") and not os.path.lexists(first):
+        raise InputError(
+            f"{option} {text}: a variable in single quotes or in a file stays as it is: use double "
+            f"quotes, or write out what {first} stands for"
+        )
     if not first.startswith("~"):
         return text
     try:
