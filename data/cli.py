@@ -326,12 +326,12 @@ def _refuse_empty(
         empty = next((text for text in texts if not text.strip()), None)
         if empty is not None and option.default != "":
             raise InputError(
-                f"{option.flag} {empty!r}: is empty, perhaps by a variable that is "
+                f"{option.place} {empty!r}: is empty, perhaps by a variable that is "
                 "not set; give a value, or leave the option out"
             )
         if option.name in _WRITTEN and any("://" in text for text in texts):
             raise InputError(
-                f"{option.flag} {texts[0]}: is an address, and only files and folders of this "
+                f"{option.place} {texts[0]}: is an address, and only files and folders of this "
                 "machine are written; name one, and upload it afterwards"
             )
 

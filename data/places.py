@@ -9,6 +9,7 @@ from data.errors import failure
 from data.formats import is_known
 from data.gguf import gguf_files, is_gguf
 from data.hub import cached_snapshot
+from data.records import open_bytes
 
 _MANIFEST, _RUN = "manifest.json", "run.json"
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
@@ -19,6 +20,9 @@ _RUN_RECORDS = (_RUN, "shear.json", "cpt.json", "metrics.jsonl", "history.jsonl"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 EMPTY_FOLDER = "an empty folder"
 _SHARDS = (".bin", ".idx", ".crc")
+_DEEPEST = 3
+"""Levels below the folder of a run or of tokens at which something of it lies."""
+_RECORD_BYTES = 1 << 16
 _TEXT_LOOKED_AT = 1000
 """Entries of a folder among which text is looked for."""
 
@@ -45,15 +49,20 @@ def is_no_text(path: Path) -> bool:
     """Whether a file or folder, by its name and what lies beside or in it, is part of a model, of a
     run or of tokens, of which nothing is read as documents."""
     if path.is_dir():
-        names = (_MANIFEST, _RUN, _CONFIG, _ADAPTER, "tokenizer.json")
-        return what_is(path) != "" and any((path / name).is_file() for name in names)
+        ours = _holds_tokens(path) or _holds_model(path) or _holds_run(path)
+        return ours or _mentions(path / "tokenizer.json", b'"added_tokens"')
     beside = path.parent
     return (
         (_holds_model(beside) and (path.name in _RECORDS or path.suffix in _WEIGHTS))
         or (path.suffix in _SHARDS and _above(path, _MANIFEST) is not None)
-        or (path.name in _RUN_RECORDS and (beside / _RUN).is_file())
+        or (path.name in _RUN_RECORDS and _holds_run(beside))
         or (path.name == _MANIFEST and _holds_tokens(beside))
     )
+
+
+def run_above(path: Path) -> Path | None:
+    """The folder of the run that `path` lies in; None where it lies in none, or is one."""
+    return next((folder for folder in list(path.parents)[:_DEEPEST] if _holds_run(folder)), None)
 
 
 def odd_name(text: str, *, patterns: bool = True) -> str:
@@ -87,9 +96,9 @@ def _folder(path: Path) -> str:
     tokens = _above(path, _MANIFEST)
     if tokens is not None and path.relative_to(tokens).parts[0] in _SPLITS:
         return f"a part of the tokens in {tokens}, which --data takes"
-    if (path / _RUN).is_file():
+    if _holds_run(path):
         return "the folder of a run"
-    run = _above(path, _RUN)
+    run = run_above(path)
     if run is not None and not (path / _CONFIG).is_file():
         return f"a part of the run in {run}"
     if _holds_model(path):
@@ -114,7 +123,7 @@ def _file(path: Path) -> str:
         return "an empty file"
     if path.name == _MANIFEST and _holds_tokens(beside):
         return f"the manifest of the tokens in {beside}: --data takes the folder"
-    if path.name in _RUN_RECORDS and (beside / _RUN).is_file():
+    if path.name in _RUN_RECORDS and _holds_run(beside):
         return f"a record of the run in {beside}"
     if path.suffix in _SHARDS and _above(path, _MANIFEST) is not None:
         return f"a part of the tokens in {_above(path, _MANIFEST)}, which --data takes"
@@ -132,7 +141,23 @@ def _file(path: Path) -> str:
 
 
 def _holds_model(folder: Path) -> bool:
-    return (folder / _CONFIG).is_file()
+    return _mentions(folder / _CONFIG, b'"model_type"')
+
+
+def _holds_run(folder: Path) -> bool:
+    return _mentions(folder / _RUN, b'"command"')
+
+
+def _mentions(file: Path, word: bytes) -> bool:
+    """Whether `word` stands in what may be a record of ours or of transformers: other programs give
+    their files the same names."""
+    try:
+        if not file.is_file():
+            return False
+        with open_bytes(file) as content:
+            return word in content.read(_RECORD_BYTES)
+    except OSError:
+        return False
 
 
 def _holds_tokens(folder: Path) -> bool:
@@ -140,8 +165,9 @@ def _holds_tokens(folder: Path) -> bool:
 
 
 def _above(path: Path, name: str) -> Path | None:
-    """The folder over `path`, at most three levels up, that holds the file `name`."""
-    return next((folder for folder in list(path.parents)[:3] if (folder / name).is_file()), None)
+    """The folder over `path` that holds the file `name`."""
+    above = list(path.parents)[:_DEEPEST]
+    return next((folder for folder in above if (folder / name).is_file()), None)
 
 
 def _exists(name: str) -> bool:

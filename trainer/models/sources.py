@@ -124,9 +124,10 @@ def _from_folder(path: Path, option: str) -> Path:
 
 def _whose(file: Path) -> str:
     """What a file that is no model is instead, and the model's folder where it belongs to one."""
-    for folder in (file.parent, file.parent / "model"):
-        if (folder / "config.json").is_file():
-            return f": name the model's folder, {folder}"
+    run = (file.parent / "run.json").is_file()
+    folder = file.parent / "model" if run else file.parent
+    if (folder / "config.json").is_file():
+        return f": name the model's folder, {folder}"
     return (
         f", it is {what_is(file)}: name a folder with config.json and *.safetensors, a .gguf file, "
         "a run's folder or a hub id"
