@@ -10,7 +10,7 @@ _LOCAL_PREFIXES = (".", "~", "runs/", "models/")
 _FILE_SUFFIXES = (".json", ".jsonl", ".safetensors", ".gguf", ".model", ".bin", ".pt", ".txt")
 _TRUE = ("1", "ON", "YES", "TRUE")
 _PAGE = re.compile(
-    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[\w.-]+/[\w.-]+)"
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?)(?P<name>[\w.-]+/[\w.-]+)"
     r"(?:/(?:tree|blob|resolve|commit)/(?P<revision>[\w.-]+))?(?:[/?#].*)?"
 )
 

@@ -1,9 +1,10 @@
 """Paths as users write them: `~` written out, and a working folder that is gone."""
 
+import errno
 import os
 from pathlib import Path
 
-from data.errors import NO_WORKING_FOLDER, InputError
+from data.errors import NO_WORKING_FOLDER, InputError, failure
 
 
 def home_expanded(text: str | Path, option: str) -> str:
@@ -20,6 +21,7 @@ def home_expanded(text: str | Path, option: str) -> str:
             f"{option} {text}: a variable in single quotes or in a file stays as it is: use double "
             f"quotes, or write out what {first} stands for"
         )
+    _require_no_circle(text, option)
     if not first.startswith("~"):
         return text
     try:
@@ -32,6 +34,17 @@ def home_expanded(text: str | Path, option: str) -> str:
         f"{option} {text}: {whose} home folder is not known; give the path without `~`, or as "
         f"./{text} if a folder here is called {first}"
     )
+
+
+def _require_no_circle(text: str, option: str) -> None:
+    """Raises InputError for links that lead to each other, which `Path.resolve` does not take."""
+    try:
+        Path(text).stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InputError(f"{option} {text}: {failure(error)}") from None
+    except ValueError:  # a name that no file can have is for its reader to refuse
+        pass
 
 
 def require_utf8(path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """What a path is, in words with the option that takes it, for where it was given to another one."""
 
 import os
+import re
 from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
@@ -13,6 +14,7 @@ from data.records import open_bytes
 
 _MANIFEST, _RUN = "manifest.json", "run.json"
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
 _SPLITS = ("train", "held_out")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _RECORDS = (_CONFIG, "generation_config.json", "tokenizer_config.json", _ADAPTER, *_TOKENIZERS)
@@ -68,16 +70,19 @@ def run_above(path: Path) -> Path | None:
 def odd_name(text: str, *, patterns: bool = True) -> str:
     """What helps where a name leads nowhere because it was written for something else than this
     program; empty where it looks like a path. `patterns` says whether the option takes globs."""
-    if text.startswith("file://"):
-        return f"give the path alone: {unquote(text.removeprefix('file://'))}"
-    if "://" in text:
+    # A path that was made of an address has one slash.
+    if text.startswith("file:/"):
+        return f"give the path alone: /{unquote(text.removeprefix('file:').lstrip('/'))}"
+    if text == "-":
+        return "standard input is not read: write it to a file, and name that"
+    if _ADDRESS.match(text):
         return "only what is on this machine is read: download it first, such as with `hf download`"
     if "{" in text and "}" in text:
         return "leave braces outside the quotes, for only a shell knows them"
     if "$" in text:
         return "a variable in single quotes stays as it is: use double quotes"
     if not patterns and set(text) & set("*?["):
-        return "patterns are for --input alone: name one"
+        return "only --input takes patterns in quotes: leave them out for the shell, or name one"
     bare = text.strip().strip("'\"").strip()
     if bare != text and _exists(bare):
         return f"leave out the quotes and spaces around the name: {bare}"
@@ -112,9 +117,14 @@ def _folder(path: Path) -> str:
         return f"a folder of the hub's cache, with the model in {cached}"
     if gguf_files(path):
         return "a folder of GGUF files"
+    inner = next(
+        (file.parent for file in path.glob("*/config.json") if _holds_model(file.parent)), None
+    )
+    if inner is not None:
+        return f"a folder of models, such as {inner}"
     with os.scandir(path) as entries:
         text = any(is_known(Path(entry.name)) for entry in islice(entries, _TEXT_LOOKED_AT))
-    return "a folder of text, as --input takes it" if text else ""
+    return "a folder of text, as --input takes it" if text else "a folder of other files"
 
 
 def _file(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.errors import InputError
+from data.errors import InputError, naming
 from data.files import require_distinct, require_writable, write_copy
 from data.log import logger
 from data.manifest import TRAIN
@@ -188,7 +188,8 @@ def _read_text(path: Path) -> str:
 
 def _open_tokens(config: EvaluateConfig) -> TokenReader:
     assert config.data is not None
-    reader = TokenReader(Path(config.data), config.seq_len, split=config.split)
+    with naming("--data"):
+        reader = TokenReader(Path(config.data), config.seq_len, split=config.split)
     for domain, size in reader.sizes.items():
         # Damage shows here and not after the weights are loaded.
         reader.read(domain, np.arange(min(config.sequences, size)))

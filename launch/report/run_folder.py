@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from data.errors import InputError
-from data.places import run_above, what_is
+from data.places import odd_name, run_above, what_is
 from data.records import fits, require_regular, word_for
 from launch.report.forms import read_history, read_metrics, read_report, require_masks
 from pruner.history import FILE as HISTORY
@@ -95,6 +95,7 @@ def read_run(folder: Path) -> Run:
     found, run = what_is(folder), run_above(folder)
     if run is not None:
         advice = f"name the run's folder, {run}"
+    advice = odd_name(str(folder), patterns=False) or advice
     if not folder.is_dir():
         raise InputError(f"{folder}: {f'it is {found}' if found else 'no such folder'}; {advice}")
     identity = read_identity(folder)

@@ -105,7 +105,7 @@ def test_a_folder_without_tokens_is_told_by_what_it_is(name: str) -> None:
         ("/dev/null", "/dev/null is a pipe or a device"),
         ("file:///a/b%20c", "give the path alone: /a/b c"),
         ("model,run", "separate names by spaces: model run"),
-        ("mod*", "patterns are for --input alone"),
+        ("mod*", "only --input takes patterns"),
     ],
 )
 def test_what_is_no_tokenizer_is_told_with_the_option(name: str, advice: str) -> None:

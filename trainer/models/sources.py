@@ -113,7 +113,7 @@ def _from_folder(path: Path, option: str) -> Path:
         _refuse_parts_of_runs(path, option)
     inner = _inner_models(path)
     known = what_is(path)
-    found = f"no config.json{inner or (known and f', it is {known}')}"
+    found = f"no config.json{inner or (known and f'; it is {known}')}"
     if files:
         found = f"{len(files)} GGUF files; name one of them"
     raise InputError(
@@ -129,8 +129,8 @@ def _whose(file: Path) -> str:
     if (folder / "config.json").is_file():
         return f": name the model's folder, {folder}"
     return (
-        f", it is {what_is(file)}: name a folder with config.json and *.safetensors, a .gguf file, "
-        "a run's folder or a hub id"
+        f" (it is {what_is(file)}): name a folder with config.json and *.safetensors, a .gguf "
+        "file, a run's folder or a hub id"
     )
 
 
