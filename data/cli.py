@@ -28,6 +28,7 @@ from data.log import LEVEL_VARIABLE, LEVELS, level, logger, set_level
 from data.machine import LAUNCHED, PARENT, end_with_parent, rank, stand_alone
 from data.options import Option, build, convert, describe, options_of, summary
 from data.paths import home_expanded, require_working_folder
+from data.places import is_address
 from data.plain_parser import parse_plainly
 from data.records import read_text
 from data.terminal import escape_what_streams_lack, is_broken_pipe
@@ -329,7 +330,7 @@ def _refuse_empty(
                 f"{option.place} {empty!r}: is empty, perhaps by a variable that is "
                 "not set; give a value, or leave the option out"
             )
-        if option.name in _WRITTEN and any("://" in text for text in texts):
+        if option.name in _WRITTEN and any(map(is_address, texts)):
             raise InputError(
                 f"{option.place} {texts[0]}: is an address, and only files and folders of this "
                 "machine are written; name one, and upload it afterwards"

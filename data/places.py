@@ -67,15 +67,20 @@ def run_above(path: Path) -> Path | None:
     return next((folder for folder in list(path.parents)[:_DEEPEST] if _holds_run(folder)), None)
 
 
+def is_address(text: str) -> bool:
+    """Whether `text` is an address such as s3://bucket/x, or a path that was made of one, which has
+    one slash."""
+    return _ADDRESS.match(text) is not None
+
+
 def odd_name(text: str, *, patterns: bool = True) -> str:
     """What helps where a name leads nowhere because it was written for something else than this
     program; empty where it looks like a path. `patterns` says whether the option takes globs."""
-    # A path that was made of an address has one slash.
     if text.startswith("file:/"):
         return f"give the path alone: /{unquote(text.removeprefix('file:').lstrip('/'))}"
     if text == "-":
         return "standard input is not read: write it to a file, and name that"
-    if _ADDRESS.match(text):
+    if is_address(text):
         return "only what is on this machine is read: download it first, such as with `hf download`"
     if "{" in text and "}" in text:
         return "leave braces outside the quotes, for only a shell knows them"

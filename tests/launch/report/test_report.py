@@ -326,6 +326,11 @@ def test_whatever_comes_from_files_is_text(runs: Path, tmp_path: Path) -> None:
     [
         (["absent"], "absent: no such folder; name the --output folder"),
         (["."], "holds no run"),
+        (
+            ["SHEAR/metrics.jsonl"],
+            "it is a record of the run in .*; name the run's folder, .*shear$",
+        ),
+        (["abs*"], "only --input takes patterns in quotes"),
         (["SHEAR", "SHEAR"], "is named twice"),
         (["OTHER"], "a run of 'tokenize'"),
         (["DAMAGED"], "run.json: not valid JSON"),
