@@ -137,7 +137,7 @@ def _file(path: Path) -> str:
     if not path.stat().st_size:
         return "an empty file"
     if path.name == _MANIFEST and _holds_tokens(beside):
-        return f"the manifest of the tokens in {beside}: --data takes the folder"
+        return f"the manifest of the tokens in {beside}, which --data takes"
     if path.name in _RUN_RECORDS and _holds_run(beside):
         return f"a record of the run in {beside}"
     if path.suffix in _SHARDS and _above(path, _MANIFEST) is not None:

@@ -20,7 +20,7 @@ KINDS = {
     "tokens/": "a folder of tokens, as --data takes it",
     "tokens/train": "a part of the tokens in tokens, which --data takes",
     "tokens/train/a/0.bin": "a part of the tokens in tokens, which --data takes",
-    "tokens/manifest.json": "the manifest of the tokens in tokens: --data takes the folder",
+    "tokens/manifest.json": "the manifest of the tokens in tokens, which --data takes",
     "model": "a model's folder, as --model, --source and --tokenizer take it",
     "model/config.json": "a file of the model in model, which options take as a folder",
     "model/model.safetensors": "a file of the model in model, which options take as a folder",
