@@ -155,7 +155,7 @@ def require_writable(name: str | Path | None, option: str) -> None:
                 f"{option} {path}: would replace a file that a run, a model or a token folder "
                 "needs; name another file"
             )
-        if path.exists() and not _is_result(path):
+        if path.exists() and not _is_result(path, table=option == "--csv"):
             raise InputError(
                 f"{option} {path}: would replace a file that is no result of a command; name "
                 "another file"
@@ -169,14 +169,16 @@ def require_writable(name: str | Path | None, option: str) -> None:
         ) from None
 
 
-def _is_result(path: Path) -> bool:
+def _is_result(path: Path, *, table: bool) -> bool:
     """Whether a file has the name or the form of what commands write for the user: a page, a
-    picture, JSON or a table. Raises OSError."""
+    picture, JSON, or a table where `table` says that one is written. Raises OSError."""
     if path.suffix in (".html", ".htm", ".json", ".csv", ".png"):
         return True
     with open_bytes(path) as file:
         head = file.read(_RESULT_BYTES)
     if not head or head.startswith((b"<!doctype html", b"\x89PNG")):
+        return True
+    if table and b"," in head.partition(b"\n")[0] and b"\0" not in head:
         return True
     try:
         return len(head) < _RESULT_BYTES and isinstance(json.loads(head), dict)

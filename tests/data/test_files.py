@@ -78,6 +78,14 @@ def test_only_what_commands_write_is_replaced(
         require_writable(path, "--output")
 
 
+def test_a_table_is_replaced_by_a_table_alone(tmp_path: Path) -> None:
+    path = tmp_path / "times"
+    path.write_text("kernel,seconds\nrope,1\n")
+    require_writable(path, "--csv")
+    with pytest.raises(InputError, match="no result"):
+        require_writable(path, "--json")
+
+
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
