@@ -28,6 +28,7 @@ from data.log import LEVEL_VARIABLE, LEVELS, level, logger, set_level
 from data.machine import LAUNCHED, PARENT, end_with_parent, rank, stand_alone
 from data.options import Option, build, convert, describe, options_of, summary
 from data.paths import home_expanded, require_working_folder
+from data.places import is_address
 from data.plain_parser import parse_plainly
 from data.records import read_text
 from data.terminal import escape_what_streams_lack, is_broken_pipe
@@ -57,6 +58,8 @@ SECTIONS = (
 """Tables of shorn.toml that some command reads."""
 OTHER_VARIABLES = (CONFIG_VARIABLE, LEVEL_VARIABLE, PARENT, "SHORN_CUDA")
 """Variables that are ours without being options: SHORN_CUDA has setup.py build CUDA code."""
+_WRITTEN = ("output", "json", "csv", "figures")
+"""Options whose values are written to."""
 HELP_FLAGS = ("-h", "--help", "--help-all")
 LOG_LEVEL = Option(
     "log_level",
@@ -120,7 +123,7 @@ def parse(
     _refuse_repeated_lists(given, options)
     _refuse_left_over(words, options)
     values = _parse_words(options, words)
-    _refuse_empty(values, options)
+    _refuse_empty(values, options, words)
     values = {option.name: option.home_expanded(values[option.name]) for option in options}
     if values["log_level"] != level():
         set_level(values["log_level"])
@@ -309,13 +312,28 @@ def _refuse_left_over(words: Sequence[str], options: Sequence[Option]) -> None:
             )
 
 
-def _refuse_empty(values: Mapping[str, Any], options: Sequence[Option]) -> None:
-    """An empty folder's name would stand for the working folder, and be written into."""
+def _refuse_empty(
+    values: Mapping[str, Any], options: Sequence[Option], words: Sequence[str]
+) -> None:
+    """An empty folder's name would stand for the working folder, and be written into; an address
+    would be one of folders here."""
     for option in options:
-        if option.type is str and option.default != "" and not values[option.name].strip():
+        value = values[option.name]
+        texts = [str(one) for one in (value if isinstance(value, tuple) else (value,))]
+        texts = texts if option.type is str or (option.on_disk and value is not None) else []
+        # Path("") is Path(".").
+        if option.on_disk and "" in words and not option.metavar:
+            texts += [word for flag, word in itertools.pairwise(words) if flag == option.flag]
+        empty = next((text for text in texts if not text.strip()), None)
+        if empty is not None and option.default != "":
             raise InputError(
-                f"{option.flag} {values[option.name]!r}: is empty, perhaps by a variable that is "
+                f"{option.place} {empty!r}: is empty, perhaps by a variable that is "
                 "not set; give a value, or leave the option out"
+            )
+        if option.name in _WRITTEN and any(map(is_address, texts)):
+            raise InputError(
+                f"{option.place} {texts[0]}: is an address, and only files and folders of this "
+                "machine are written; name one, and upload it afterwards"
             )
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import isfinite
 from typing import Any
 
@@ -19,6 +21,17 @@ def require(condition: bool, name: str, value: object, limit: str) -> None:
     """Raises InputError naming the flag of the option `name` unless `condition` holds."""
     if not condition:
         raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Puts `option` in front of an InputError that names no option yet."""
+    try:
+        yield
+    except InputError as error:
+        if str(error).startswith("--"):
+            raise
+        raise InputError(f"{option}: {error}") from error
 
 
 def require_at_least(config: object, limit: float, *names: str, why: str = "") -> None:

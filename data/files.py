@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError, failure
+from data.records import open_bytes
 
 NEEDED = (
     "run.json",
@@ -35,6 +36,8 @@ NEEDED = (
     "model.safetensors.index.json",
 )
 """Files of runs, token folders and models, which no report may replace."""
+_RESULT_BYTES = 1 << 26
+"""More than any result has."""
 NEEDED_SUFFIXES = (".safetensors", ".gguf", ".model", ".bin", ".idx", ".crc", ".pt")
 """Suffixes of weights, tokenizers and shards, which none may replace either."""
 
@@ -129,7 +132,7 @@ def sync_folder(path: Path) -> None:
 
 def require_writable(name: str | Path | None, option: str) -> None:
     """Raises InputError, naming `option`, when `write_text` could not write the file `name`, or
-    would replace what a run, a model or a token folder cannot do without.
+    would replace what a run, a model or a token folder cannot do without, or what is no result.
 
     None is an option left out. Leaves nothing behind; a file that exists stays as it is. Refused
     too: what is no regular file, such as /dev/stdout, for `write_text` would put a file in its
@@ -152,6 +155,11 @@ def require_writable(name: str | Path | None, option: str) -> None:
                 f"{option} {path}: would replace a file that a run, a model or a token folder "
                 "needs; name another file"
             )
+        if path.exists() and not _is_result(path, table=option == "--csv"):
+            raise InputError(
+                f"{option} {path}: would replace a file that is no result of a command; name "
+                "another file"
+            )
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -159,6 +167,23 @@ def require_writable(name: str | Path | None, option: str) -> None:
         raise InputError(
             f"{option} {path}: cannot write there: {failure(error, 'name another file')}"
         ) from None
+
+
+def _is_result(path: Path, *, table: bool) -> bool:
+    """Whether a file has the name or the form of what commands write for the user: a page, a
+    picture, JSON, or a table where `table` says that one is written. Raises OSError."""
+    if path.suffix in (".html", ".htm", ".json", ".csv", ".png"):
+        return True
+    with open_bytes(path) as file:
+        head = file.read(_RESULT_BYTES)
+    if not head or head.startswith((b"<!doctype html", b"\x89PNG")):
+        return True
+    if table and b"," in head.partition(b"\n")[0] and b"\0" not in head:
+        return True
+    try:
+        return len(head) < _RESULT_BYTES and isinstance(json.loads(head), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _leads_to_a_stream(path: Path) -> bool:

@@ -16,6 +16,7 @@ from data.errors import InputError, failure
 from data.formats import DESCRIBING, FORMATS, is_known, refusal
 from data.log import logger
 from data.paths import home_expanded
+from data.places import is_no_text, odd_name, what_is
 
 GLOB_CHARACTERS = frozenset("*?[")
 NAMED = 5
@@ -77,6 +78,7 @@ def find_files(patterns: Sequence[str], output: Path | None = None) -> list[Path
 
 
 def _files_of_folder(pattern: str, folder: Path, skipped: Place | None) -> list[Path]:
+    _refuse_no_text(folder)
     found = _Found(skipped=skipped)
     _walk(folder, ["**", "*"], found, ())
     describing = [path for path in found.files if path.name in DESCRIBING]
@@ -168,16 +170,7 @@ def _advice(pattern: str, patterns: Sequence[str]) -> str:
     whole = _torn_apart(pattern, patterns)
     if whole:
         return f'quote a name that holds blanks, inside a variable too: "{whole}"'
-    if "://" in pattern:
-        return "only what is on this machine is read: download it first, such as with `hf download`"
-    if "{" in pattern and "}" in pattern:
-        return "leave braces outside the quotes, for only a shell knows them"
-    if "$" in pattern:
-        return "a variable in single quotes stays as it is: use double quotes"
-    names = pattern.split(",")
-    if len(names) > 1 and all(Path(name.strip()).exists() for name in names):
-        return f"separate names by spaces: {' '.join(name.strip() for name in names)}"
-    return "correct it"
+    return odd_name(pattern) or "correct it"
 
 
 def _torn_apart(pattern: str, patterns: Sequence[str]) -> str | None:
@@ -198,7 +191,16 @@ def _one_file(path: Path) -> Path:
     _sort_in(path, found)
     _refuse_unusable(str(path), found)
     _refuse_by_name(path)
+    _refuse_no_text(path)
     return path
+
+
+def _refuse_no_text(path: Path) -> None:
+    """Raises InputError for a model, a run and tokens, whose records are no documents."""
+    if is_no_text(path):
+        raise InputError(
+            f"--input {path}: is {what_is(path)}, and no text; name the files or folders of text"
+        )
 
 
 def _walk(folder: Path, parts: Sequence[str], found: _Found, above: tuple[Place, ...]) -> None:

@@ -53,6 +53,7 @@ _ARROW = (
     "and to_parquet('a.parquet')"
 )
 _ARRAYS = "it holds numbers, not text; leave it out of --input"
+_NUMBERS = (".npy", ".npz", ".pt", ".pth", ".pkl", ".safetensors", ".gguf", ".h5")
 REFUSED = (
     dict.fromkeys((".csv", ".tsv"), _TABLE.format(reader="csv"))
     | dict.fromkeys((".xls", ".xlsx", ".ods"), _TABLE.format(reader="excel"))
@@ -61,7 +62,7 @@ REFUSED = (
     | dict.fromkeys((".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar"), _ARCHIVE)
     | dict.fromkeys((".pdf", ".ps", ".djvu"), _PAGES.format(tool="pdftotext"))
     | dict.fromkeys((".docx", ".doc", ".odt", ".rtf", ".epub"), _PAGES.format(tool="pandoc"))
-    | dict.fromkeys((".npy", ".npz", ".pt", ".pkl", ".safetensors", ".gguf", ".h5"), _ARRAYS)
+    | dict.fromkeys(_NUMBERS, _ARRAYS)
 )
 """Suffixes that are never read as text, each with what helps."""
 

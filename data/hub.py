@@ -4,9 +4,13 @@ import os
 import re
 from pathlib import Path
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?")
+_LOCAL_PREFIXES = (".", "~", "runs/", "models/")
+# Of files, which no model is called after.
+_FILE_SUFFIXES = (".json", ".jsonl", ".safetensors", ".gguf", ".model", ".bin", ".pt", ".txt")
 _TRUE = ("1", "ON", "YES", "TRUE")
 _PAGE = re.compile(
-    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[\w.-]+/[\w.-]+)"
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?)(?P<name>[\w.-]+/[\w.-]+)"
     r"(?:/(?:tree|blob|resolve|commit)/(?P<revision>[\w.-]+))?(?:[/?#].*)?"
 )
 
@@ -22,6 +26,22 @@ def split_revision(name: str) -> tuple[str, str | None]:
     """`org/name@revision` as the name and the branch, tag or commit; None where none is given."""
     bare, _, revision = name.partition("@")
     return bare, revision or None
+
+
+def may_be_hub_id(text: str) -> bool:
+    """Whether `text` has the form of a name on the hub, and not that of a file."""
+    return _HUB_ID.fullmatch(text) is not None and not text.lower().endswith(_FILE_SUFFIXES)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` can name a model on the hub; what looks like a path here never does."""
+    looks_local = text.startswith(_LOCAL_PREFIXES) or owner_of(text).exists()
+    return may_be_hub_id(text) and not looks_local
+
+
+def owner_of(name: str) -> Path:
+    """The folder that a hub id would lie in if it were a path."""
+    return Path(split_revision(name)[0]).parent
 
 
 def id_of_page(text: str) -> str | None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from data.errors import InputError, failure
 from data.files import write_json
+from data.places import EMPTY_FOLDER, odd_name, what_is
 from data.records import is_kind, read_json, word_for, words_for
 
 VERSION = 1
@@ -141,7 +142,7 @@ class Manifest:
         except OSError as error:
             raise InputError(f"{path}: {failure(error)}") from None
         if not found:
-            raise InputError(_why_no_tokens(directory))
+            raise InputError(why_no_tokens(directory))
         content = read_json(path, DAMAGED, keys={"version": (int, str, float)})
         if content["version"] != VERSION:
             raise InputError(
@@ -220,25 +221,33 @@ def _annotations(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _why_no_tokens(directory: Path) -> str:
+def why_no_tokens(directory: Path) -> str:
     """What to say of a folder without a manifest: what it is instead, where that shows."""
+    found, advice = what_is(directory), odd_name(str(directory), patterns=False)
     make = f"`python -m data.tokenize --input ... --tokenizer ... --output {directory}`"
-    indexes = [directory.with_name(directory.name + ".idx")]
+    indexes = [directory.with_name(directory.name + ".idx")] if directory.name else []
     with contextlib.suppress(OSError):
         indexes += sorted(directory.glob("*.idx"))[:1]
-        if directory.is_file():
-            return f"no tokens at {directory}: it is a file; name the folder that holds {FILE_NAME}"
         if any((directory / ".partial").iterdir()):
             return (
                 f"no tokens at {directory} yet: tokenizing was not finished there; run the same "
                 "command again, it goes on where it stopped"
             )
-    if any(index.is_file() for index in indexes):
+    if "of text" in found:
+        return (
+            f"no tokens at {directory}: it is {found}; tokenize it with `python -m data.tokenize "
+            f"--input {directory} --tokenizer ... --output FOLDER`, and name FOLDER"
+        )
+    if "part of the tokens" not in found and any(index.is_file() for index in indexes):
         return (
             f"no tokens at {directory}: it holds Megatron's .bin and .idx files without the "
             f"{FILE_NAME} that names their tokenizer, domains and checksums; tokenize the text with"
             f" {make.replace(str(directory), 'FOLDER')}"
         )
+    if advice or found not in ("", EMPTY_FOLDER):
+        what = f"it is {found}" if found else "no such folder"
+        fix = advice or f"name the folder that holds {FILE_NAME}"
+        return f"no tokens at {directory}: {what}; {fix}"
     return (
         f"no tokens at {directory}: {directory / FILE_NAME} does not exist; make them with {make} "
         "or correct the folder"

@@ -64,6 +64,11 @@ class Option:
         return f"--{self.name.replace('_', '-')}"
 
     @property
+    def place(self) -> str:
+        """How messages name it, which has no flag where it is positional."""
+        return self.metavar.partition(" ")[0] or self.flag
+
+    @property
     def takes_several(self) -> bool:
         """Whether any number of values follow the flag."""
         return typing.get_origin(self.type) is tuple
@@ -73,8 +78,8 @@ class Option:
         if not self.on_disk or value is None:
             return value
         if self.takes_several:
-            return tuple(home_expanded(entry, self.flag) for entry in value)
-        return type(value)(home_expanded(value, self.flag))
+            return tuple(home_expanded(entry, self.place) for entry in value)
+        return type(value)(home_expanded(value, self.place))
 
 
 def options_of(config: type, base: Any = None, section: str = "") -> list[Option]:

@@ -1,10 +1,11 @@
 """Paths as users write them: `~` written out, and a working folder that is gone."""
 
+import errno
 import os
 import re
 from pathlib import Path
 
-from data.errors import NO_WORKING_FOLDER, InputError
+from data.errors import NO_WORKING_FOLDER, InputError, failure
 
 _VARIABLE = re.compile(r"\$\{\w+\}|(?:^|(?<=/))\$[A-Za-z_]\w*(?=/|$)|\$[A-Z][A-Z0-9_]+")
 """What a shell would have replaced by a variable's value: `${name}`, `$name` as a whole part of a
@@ -22,6 +23,7 @@ def home_expanded(text: str | Path, option: str) -> str:
     text = str(text)
     _refuse_variable(text, option)
     first, _, rest = text.partition("/")
+    _require_no_circle(text, option)
     if not first.startswith("~"):
         return text
     try:
@@ -44,6 +46,17 @@ def _refuse_variable(text: str, option: str) -> None:
                 "shorn.toml and in SHORN_ variables: use double quotes on the command line, or "
                 "write its value out (what is called so itself has to be there before)"
             )
+
+
+def _require_no_circle(text: str, option: str) -> None:
+    """Raises InputError for links that lead to each other, which `Path.resolve` does not take."""
+    try:
+        Path(text).stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InputError(f"{option} {text}: {failure(error)}") from None
+    except ValueError:  # a name that no file can have is for its reader to refuse
+        pass
 
 
 def require_utf8(path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from data.cli import parse, run
 from data.domain_names import chosen_domains
+from data.errors import naming
 from data.find import find_files
 from data.job import Job, TokenizeConfig
 from data.machine import available_cores
@@ -26,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(TokenizeConfig, section="tokenize", argv=argv, examples=EXAMPLES)
     domains = chosen_domains(config.domains)
     files = find_files(config.input, config.output)
-    tokenizer = load_tokenizer(config.tokenizer)
+    with naming("--tokenizer"):
+        tokenizer = load_tokenizer(config.tokenizer)
     fields = Fields(
         text=config.text_field,
         domain=config.domain_field,

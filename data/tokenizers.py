@@ -15,9 +15,18 @@ import numpy as np
 
 from data.errors import InputError, failure
 from data.gguf import gguf_files, is_gguf, read_header
-from data.hub import cached_snapshot, id_of_page, is_offline, split_revision
+from data.hub import (
+    cached_snapshot,
+    id_of_page,
+    is_hub_id,
+    is_offline,
+    may_be_hub_id,
+    owner_of,
+    split_revision,
+)
 from data.manifest import TokenizerRecord
 from data.paths import require_utf8
+from data.places import odd_name, what_is
 from data.records import read_json, require_no_mark
 
 # Runs of spaces, markup that looks like special tokens, several scripts, digits, a long word:
@@ -42,6 +51,10 @@ HUB_FILES = (
 # What holds a tokenizer, in the order in which it is looked for.
 _JSON, _SENTENCEPIECE, _BPE = "tokenizer.json", "tokenizer.model", ("vocab.json", "merges.txt")
 _RECORDS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TAKEN = (
+    "give a sentencepiece .model file, a folder with tokenizer.json, or a name on the Hugging Face "
+    "hub"
+)
 _FIX = "repair it or download it again"
 
 
@@ -240,7 +253,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if is_gguf(place):
         return _from_gguf(place)
     if place.is_file():
+        _require_no_other_file(place)
         return SentencePieceTokenizer(place)
+    if not place.is_dir():
+        raise InputError(f"{path} is a pipe or a device; {_TAKEN}")
     if (place / _JSON).is_file():
         return HuggingFaceTokenizer(place)
     if (place / _SENTENCEPIECE).is_file():
@@ -253,11 +269,30 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     cached = cached_snapshot(place)
     if cached is not None:
         raise InputError(f"{path} is a folder of the hub's cache: name the model in it, {cached}")
+    if files:
+        raise InputError(f"{path} holds {len(files)} GGUF files; name one of them")
     raise InputError(
-        f"{path} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt; "
-        "give a folder with one of them or a sentencepiece .model file"
-        + (f", here {place / 'model'}" if holds_tokenizer(place / "model") else "")
+        f"{path} holds neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt"
+        f"{_instead(place)}; give a folder with one of them or a sentencepiece .model file"
     )
+
+
+def _require_no_other_file(path: Path) -> None:
+    """Raises InputError for a file that is known to be no sentencepiece model."""
+    found = what_is(path)
+    if path.suffix != ".model" and found != "a file":
+        raise InputError(f"{path} is {found}, and no tokenizer{_instead(path.parent)}; {_TAKEN}")
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a tokenizer is, and where in it there are some."""
+    if holds_tokenizer(folder):
+        return f" (that is in {folder})"
+    inner = [place.parent for name in (_JSON, _SENTENCEPIECE) for place in folder.glob(f"*/{name}")]
+    if inner:
+        return f" ({min(inner)} does)"
+    found = what_is(folder)
+    return f" (it is {found})" if found else ""
 
 
 def _from_gguf(path: Path) -> Tokenizer:
@@ -316,11 +351,13 @@ def _from_hub(name: str) -> Path:
             f"{name} is the address of a page; name the tokenizer by its hub id: {page}"
         )
     bare, revision = split_revision(name)
-    is_name = bare.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not is_name or name.endswith((".model", ".json", "@")):
+    owner = owner_of(name)
+    of_others = may_be_hub_id(name) and owner.is_dir() and not (owner / "run.json").exists()
+    if not is_hub_id(name) and not of_others:
+        found, advice = what_is(Path(name)), odd_name(name, patterns=False)
         raise InputError(
-            f"no tokenizer at {name}: no such file or folder; give a sentencepiece .model file, a "
-            "folder with tokenizer.json, or a name on the Hugging Face hub"
+            f"no tokenizer at {name}: {f'it is {found}' if found else 'no such file or folder'}; "
+            f"{advice or _TAKEN}"
         )
     from huggingface_hub import snapshot_download
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.hub import is_hub_id
 from data.log import logger
 from data.reader import TokenReader
 from pruner.budget import parse_budget
@@ -52,7 +53,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.export import require_loadable
 from trainer.models.hf import check_weights, load_config
-from trainer.models.sources import is_hub_id, local_folder, resolve_model, weights_fingerprint
+from trainer.models.sources import local_folder, resolve_model, weights_fingerprint
 from trainer.output import (
     finish_removal,
     note_removal,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
+from data.hub import is_hub_id
 from data.log import logger
 from data.mixture import MixtureConfig
 from data.paths import home_expanded
@@ -45,7 +46,6 @@ from trainer.models.export import require_loadable
 from trainer.models.hf import check_weights, load_config
 from trainer.models.sources import (
     fetch_advice,
-    is_hub_id,
     local_folder,
     resolve_model,
     weights_fingerprint,

@@ -7,7 +7,8 @@ from data.errors import InputError
 from data.hub import is_offline
 from data.log import logger
 from data.machine import available_cores
-from data.manifest import FILE_NAME, HELD_OUT
+from data.manifest import FILE_NAME, HELD_OUT, why_no_tokens
+from data.places import EMPTY_FOLDER, odd_name, what_is
 from data.reader import TokenReader
 from data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
 from trainer.config import TrainConfig
@@ -33,8 +34,11 @@ def find_model_with_data(find: Callable[[], Path], data: str, seq_len: int, toke
 
 def missing_data(data: str, seq_len: int, tokenizer: Path | str) -> str | None:
     """How to make tokenized data in the folder `data`, or None where it is there."""
-    if (Path(data) / FILE_NAME).is_file():
+    folder = Path(data)
+    if (folder / FILE_NAME).is_file():
         return None
+    if what_is(folder) not in ("", EMPTY_FOLDER) or odd_name(data, patterns=False):
+        return f"--data {data}: {why_no_tokens(folder)}"
     where = " on a machine that may use the network, copy it here" if is_offline() else ""
     return (
         f"--data {data}: no tokenized data there. Fetch text{where} and tokenize it:\n"

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.errors import InputError
+from data.hub import is_hub_id
 from data.log import logger
 from data.paths import as_word
 from data.records import fits, read_json
@@ -19,7 +20,6 @@ from data.terminal import passing_over_what_is_not_shown
 from trainer.evaluate import DomainLoss, overall, report
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
-from trainer.models.sources import is_hub_id
 
 SHEARED, TRAINED = "sheared", "trained"
 REPORTS = {"shear.json": SHEARED, "cpt.json": TRAINED}

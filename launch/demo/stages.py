@@ -37,7 +37,9 @@ class Demo:
         self.output = Path(config.output)
         self.stages = Stages(self.output, number=9)
         given = config.source
-        self.source = self.output / "source" if given is None else resolve_model(given)
+        self.source = (
+            self.output / "source" if given is None else resolve_model(given, option="--source")
+        )
         self.precision = resolve_precision(config.precision)
         self.ranks = available_ranks(config.ranks, config.batch)
         self.models = {

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.errors import InputError
+from data.errors import InputError, naming
 from data.files import require_distinct, require_writable, write_copy
 from data.log import logger
 from data.manifest import TRAIN
+from data.places import odd_name
 from data.progress import Progress
 from data.reader import TokenReader
 from data.records import read_text
@@ -178,7 +179,8 @@ def _time(
 
 def _read_text(path: Path) -> str:
     try:
-        text = read_text(path, "give a readable UTF-8 file")
+        fix = odd_name(str(path), patterns=False) or "give a readable UTF-8 file"
+        text = read_text(path, fix)
     except InputError as error:
         raise InputError(f"--text {error}") from None
     if not text:
@@ -188,7 +190,8 @@ def _read_text(path: Path) -> str:
 
 def _open_tokens(config: EvaluateConfig) -> TokenReader:
     assert config.data is not None
-    reader = TokenReader(Path(config.data), config.seq_len, split=config.split)
+    with naming("--data"):
+        reader = TokenReader(Path(config.data), config.seq_len, split=config.split)
     for domain, size in reader.sizes.items():
         # Damage shows here and not after the weights are loaded.
         reader.read(domain, np.arange(min(config.sequences, size)))

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from data.errors import InputError
+from data.places import odd_name, run_above, what_is
 from data.records import fits, require_regular, word_for
 from launch.report.forms import read_history, read_metrics, read_report, require_masks
 from pruner.history import FILE as HISTORY
@@ -91,11 +92,16 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Reads an output folder. Raises InputError where there is none of a command in COMMANDS."""
     advice = "name the --output folder of pruner.shear or launch/cpt.py"
+    found, run = what_is(folder), run_above(folder)
+    if run is not None:
+        advice = f"name the run's folder, {run}"
+    advice = odd_name(str(folder), patterns=False) or advice
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; {advice}")
+        raise InputError(f"{folder}: {f'it is {found}' if found else 'no such folder'}; {advice}")
     identity = read_identity(folder)
     if identity is None:
-        raise InputError(f"{folder} holds no run (there is no {IDENTITY}); {advice}")
+        what = f"; it is {found}" if found else ""
+        raise InputError(f"{folder} holds no run (there is no {IDENTITY}{what}); {advice}")
     command = identity.get("command") if isinstance(identity, dict) else word_for(identity)
     if not isinstance(command, str) or command not in COMMANDS:
         raise InputError(f"{folder} is a run of {command!r}, which has no page; {advice}")

@@ -54,6 +54,38 @@ def test_a_writable_file_is_accepted_and_nothing_is_left_behind(tmp_path: Path) 
     assert (old.read_text(), old.stat().st_mtime_ns) == ("kept", before)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "replaced"),
+    [
+        ("page", b"<!doctype html>\n<html>", True),
+        ("numbers", b'{"a": 1}\n', True),
+        ("old.json", b"cut of", True),
+        ("empty", b"", True),
+        ("docs.jsonl", b'{"text": "a"}\n{"text": "b"}\n', False),
+        ("notes.txt", b"some text", False),
+        ("program", b"\x7fELF\0", False),
+    ],
+)
+def test_only_what_commands_write_is_replaced(
+    tmp_path: Path, name: str, content: bytes, replaced: bool
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    if replaced:
+        require_writable(path, "--output")
+        return
+    with pytest.raises(InputError, match=f"^--output .*{name}: would replace a file that is no"):
+        require_writable(path, "--output")
+
+
+def test_a_table_is_replaced_by_a_table_alone(tmp_path: Path) -> None:
+    path = tmp_path / "times"
+    path.write_text("kernel,seconds\nrope,1\n")
+    require_writable(path, "--csv")
+    with pytest.raises(InputError, match="no result"):
+        require_writable(path, "--json")
+
+
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(

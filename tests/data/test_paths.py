@@ -122,3 +122,33 @@ def test_a_variable_that_no_shell_wrote_out_is_no_folder(
 @pytest.mark.parametrize("text", ["cost$", "a$b/c", "$1", "US$/x", "$Recycle.Bin"])
 def test_other_dollars_stay(text: str) -> None:
     assert parse(Config, section="cpt", argv=["--output", text]).output == Path(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a", ""], r"^RUN '': is empty"),
+        (["--output", ""], r"^--output '': is empty"),
+        (["--json", " "], r"^--json ' ': is empty"),
+        (["--output", "s3://bucket/x"], r"^--output .*: is an address, and only files and folders"),
+        (["--json", "https://a.b/x"], r"^--json https://a.b/x: is an address"),
+        (["--output", "circle"], r"^--output circle: .* round in a circle"),
+        (["circle/a"], r"^RUN circle/a: .* round in a circle"),
+    ],
+)
+def test_names_that_would_stand_for_another_place_are_refused(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty name is the working folder, and an address a folder in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    with pytest.raises(InputError, match=message):
+        parse(Config, section="cpt", argv=words)
+
+
+def test_a_folder_that_is_called_as_a_variable_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("$SCRATCH").mkdir()
+    assert parse(Config, section="cpt", argv=["$SCRATCH/a"]).runs == ("$SCRATCH/a",)

@@ -12,11 +12,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from data.errors import InputError, failure
+from data.errors import InputError, failure, naming
 from data.files import follow_umask, sync_files
 from data.gguf import gguf_files, is_gguf
-from data.hub import cached_snapshot, id_of_page, is_offline, split_revision
+from data.hub import (
+    cached_snapshot,
+    id_of_page,
+    is_hub_id,
+    is_offline,
+    may_be_hub_id,
+    owner_of,
+    split_revision,
+)
 from data.paths import home_expanded, require_utf8
+from data.places import odd_name, what_is
 from data.tokenizers import holds_tokenizer
 from trainer.models.export import widen
 from trainer.models.gguf_header import check_gguf
@@ -35,9 +44,7 @@ _SMALL_FILES = (
 )
 # The same model in the layout of its makers' own programs.
 _OTHER_LAYOUTS = ("consolidated*", "original/*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?")
 _OTHER_CACHE = "set XDG_CACHE_HOME to a folder that can be written and has room"
-_LOCAL_PREFIXES = (".", "~", "runs/", "models/")
 
 
 def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--model") -> Path:
@@ -59,18 +66,18 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
     require_utf8(path)
     if path.is_file():
         if not is_gguf(path):
-            raise InputError(
-                f"{option} {text}: is one file, and no GGUF: name the model's folder, such as "
-                f"{path.parent}"
-            )
+            raise InputError(f"{option} {text}: is one file, and no GGUF{_whose(path)}")
         return convert_gguf(path, _gguf_cache(path))
     if path.is_dir():
-        return _from_folder(path, option)
+        with naming(option):
+            return _from_folder(path, option)
     if is_hub_id(text):
         return _from_hub(text, weights, option)
-    if _HUB_ID.fullmatch(text) and _owner(text).is_dir():
+    if path.parent.is_dir():
+        _refuse_parts_of_runs(path, option)
+    if may_be_hub_id(text) and owner_of(text).is_dir():
         raise InputError(
-            f"{option} {text}: no such model here, and the folder {_owner(text)}/ in this "
+            f"{option} {text}: no such model here, and the folder {owner_of(text)}/ in this "
             "working folder keeps it from being taken for a hub id. Correct the path; or, if it is "
             f"one, start from another working folder, or {_download(text, option)}"
         )
@@ -80,8 +87,10 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
             f"{option} {text}: is the address of a page; name the model by its hub id: "
             f"{option} {page}"
         )
+    found, advice = what_is(path), odd_name(text, patterns=False)
     raise InputError(
-        f"{option} {text}: no such model. Give a folder with config.json and *.safetensors, a "
+        f"{option} {text}: no such model{found and f', it is {found}'}{advice and f'; {advice}'}. "
+        "Give a folder with config.json and *.safetensors, a "
         ".gguf file, a finished run's folder, or a hub id such as meta-llama/Llama-2-7b-hf "
         "(with @ and a branch, tag or commit: meta-llama/Llama-2-7b-hf@main)"
     )
@@ -102,12 +111,26 @@ def _from_folder(path: Path, option: str) -> Path:
         raise InputError(adapter)
     if not files:
         _refuse_parts_of_runs(path, option)
-    found = f"no config.json{_inner_models(path)}"
+    inner = _inner_models(path)
+    known = what_is(path)
+    found = f"no config.json{inner or (known and f'; it is {known}')}"
     if files:
         found = f"{len(files)} GGUF files; name one of them"
     raise InputError(
         f"{path} is not a model folder: it holds {found}. Expected config.json with "
         "*.safetensors, model/config.json, or one .gguf file"
+    )
+
+
+def _whose(file: Path) -> str:
+    """What a file that is no model is instead, and the model's folder where it belongs to one."""
+    run = (file.parent / "run.json").is_file()
+    folder = file.parent / "model" if run else file.parent
+    if (folder / "config.json").is_file():
+        return f": name the model's folder, {folder}"
+    return (
+        f" (it is {what_is(file)}): name a folder with config.json and *.safetensors, a .gguf "
+        "file, a run's folder or a hub id"
     )
 
 
@@ -138,17 +161,6 @@ def _refuse_parts_of_runs(path: Path, option: str) -> None:
             f"{option} {path}: is {part} of a run that has not finished, so there is no model yet; "
             "resume it with the command that started it"
         )
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether `text` can name a model on the hub; what looks like a path here never does."""
-    looks_local = text.startswith(_LOCAL_PREFIXES) or _owner(text).exists()
-    return _HUB_ID.fullmatch(text) is not None and not looks_local
-
-
-def _owner(name: str) -> Path:
-    """The folder that a hub id would lie in if it were a path."""
-    return Path(split_revision(name)[0]).parent
 
 
 def fetch_advice(name: str, option: str) -> str:

@@ -326,6 +326,8 @@ def test_whatever_comes_from_files_is_text(runs: Path, tmp_path: Path) -> None:
     [
         (["absent"], "absent: no such folder; name the --output folder"),
         (["."], "holds no run"),
+        (["RECORD"], "it is a record of the run in .*; name the run's folder, .*shear$"),
+        (["abs*"], "only --input takes patterns in quotes"),
         (["SHEAR", "SHEAR"], "is named twice"),
         (["OTHER"], "a run of 'tokenize'"),
         (["DAMAGED"], "run.json: not valid JSON"),
@@ -350,6 +352,7 @@ def test_what_cannot_be_shown_is_refused(
         (tmp_path / name / "run.json").write_text(content)
     known = {"SHEAR": runs / "shear", "OTHER": tmp_path / "other", "OLD": tmp_path / "old"}
     known |= {"DAMAGED": tmp_path / "damaged", "FOLDER": tmp_path, ".": tmp_path}
+    known["RECORD"] = runs / "shear" / "metrics.jsonl"
     known["FILE"] = tmp_path / "other" / "run.json"
     known["FILE/page.html"] = known["FILE"] / "page.html"
     with pytest.raises(InputError, match=message):

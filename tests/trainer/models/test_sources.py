@@ -8,10 +8,11 @@ import torch
 from huggingface_hub.errors import RevisionNotFoundError
 
 from data.errors import InputError
+from data.hub import is_hub_id
 from data.tokenizers import load_tokenizer
 from trainer.models import sources
 from trainer.models.hf import load_model
-from trainer.models.sources import convert_gguf, is_hub_id, resolve_model
+from trainer.models.sources import convert_gguf, resolve_model
 
 
 def _touch(*files: Path) -> None:
@@ -90,6 +91,8 @@ def test_a_hub_model_that_cannot_be_fetched_says_what_to_run(
         ("a/b/c", False),
         ("model", False),
         ("here/typo", False),
+        ("absent/tokenizer.json", False),
+        ("absent/model.GGUF", False),
     ],
 )
 def test_what_looks_like_a_path_is_never_a_hub_id(
@@ -105,11 +108,45 @@ def test_what_looks_like_a_path_is_never_a_hub_id(
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("texts/a.txt", r"and no GGUF \(it is a file of text\): name a folder"),
+        ("model/config.json", r"and no GGUF: name the model's folder, model$"),
+        ("run/run.json", r"and no GGUF: name the model's folder, run/model$"),
+        ("open/model", r"is a part of a run that has not finished"),
+        ("texts", r"no config\.json; it is a folder of text"),
+        ("texts/a.txt/b", r"no such model, it is below texts/a\.txt, which is no folder"),
+        ("absent/model.safetensors", r"no such model\. Give"),
+        ("file:///model", r"no such model; give the path alone: /model\. Give"),
+        ("model,run", r"no such model; separate names by spaces: model run\. Give"),
+        ("mod*", r"no such model; only --input takes patterns"),
+    ],
+)
+def test_what_stands_for_something_else_is_told_with_the_option(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of these is asked for on the hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    _touch(*(Path(each) for each in ("model/model.safetensors", "run/model/model.safetensors")))
+    for folder in (Path("model"), Path("run/model")):
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    for folder in (Path("run"), Path("open")):
+        folder.mkdir(exist_ok=True)
+        (folder / "run.json").write_text('{"command": "cpt"}')
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("x")
+    with pytest.raises(InputError, match=f"^--teacher.*{message}"):
+        resolve_model(name, option="--teacher")
+
+
+@pytest.mark.parametrize(
     ("page", "name"),
     [
         ("https://huggingface.co/some/model", "some/model"),
         ("https://huggingface.co/some/model/tree/main", "some/model"),
         ("hf.co/some/model/", "some/model"),
+        ("hf://some/model", "some/model"),
         ("https://huggingface.co/some/model/blob/step3000/config.json", "some/model@step3000"),
         ("https://huggingface.co/some/model?library=transformers", "some/model"),
     ],
