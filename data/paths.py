@@ -1,6 +1,7 @@
 """Paths as users write them: `~` written out, and a working folder that is gone."""
 
 import os
+import shlex
 from pathlib import Path
 
 from data.errors import NO_WORKING_FOLDER, InputError
@@ -49,6 +50,11 @@ def beside(folder: Path, suffix: str) -> Path:
 def as_word(path: str | Path) -> str:
     """A path as a word of a command, which is neither an option nor below the home folder."""
     return f"./{path}" if str(path).startswith(("-", "~")) else str(path)
+
+
+def quoted(path: str | Path) -> str:
+    """The same as it is typed in a shell, in quotes where it holds spaces or the like."""
+    return shlex.quote(as_word(path))
 
 
 def require_working_folder() -> None:
