@@ -254,7 +254,8 @@ def measured_reference(
     if bad:
         raise InputError(
             f"the start model's loss on training text of {', '.join(bad)} is not finite: its "
-            "weights are damaged, or --precision does not suit it"
+            "weights are damaged, or --precision does not suit them (--precision fp32 is the safe "
+            "one)"
         )
     return losses
 
