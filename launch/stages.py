@@ -220,7 +220,7 @@ def _announce_time_left(
     seconds = seconds_left(tasks, unfinished, stages.seconds, jobs)
     if unfinished and seconds is not None:
         hours, minutes = divmod(round(seconds / 60), 60)
-        spelled = f"{hours} h {minutes} min" if hours else f"{max(1, minutes)} min"
+        spelled = f"{hours} h {minutes} min" if hours else f"{minutes} min"
         logger.info(f"{len(unfinished)} of {len(tasks)} stages left, about {spelled}")
 
 

@@ -86,9 +86,10 @@ def texts(path: Path, *, printed: bool) -> Iterator[tuple[int, str]]:
     named = [call for call in calls if re.search(r"(InputError|warning)$", ast.unparse(call.func))]
     for root in named if printed else [tree]:
         for node in ast.walk(root):
-            text = node.value if isinstance(node, ast.Constant) and id(node) not in docs else None
-            if isinstance(text, str):
-                yield node.lineno, text
+            if not isinstance(node, ast.Constant) or id(node) in docs:
+                continue
+            if isinstance(node.value, str):
+                yield node.lineno, node.value
 
 
 def named_options(path: Path, *, printed: bool = False) -> Iterator[tuple[int, str]]:

@@ -289,8 +289,8 @@ def find_model(model: str, *, weights: bool = True) -> Path:
     if not path.exists() and not is_hub_id(model):
         raise InputError(
             f"--model {model}: no such folder. Name a Hugging Face folder or hub id, or shear a "
-            f"model first: {fetch_advice(SOURCE, '--source')} to\n    shorn shear --source "
-            f"{local_folder(SOURCE)} --target 1.3b --output {quoted(run)}"
+            f"model first: {fetch_advice(SOURCE, '--source')} to\n    python -m "
+            f"pruner.shear --source {local_folder(SOURCE)} --target 1.3b --output {quoted(run)}"
         )
     return resolve_model(model, weights=weights)
 
