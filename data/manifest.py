@@ -22,6 +22,12 @@ from data.records import is_kind, read_json, word_for, words_for
 VERSION = 1
 FILE_NAME = "manifest.json"
 DAMAGED = "copy it again, or tokenize again with --overwrite"
+FIELD_OPTIONS = {
+    "text": "--text-field",
+    "domain": "--domain-field",
+    "skip_incomplete": "--skip-incomplete",
+}
+"""What the names of a record's fields are called on the command line."""
 TRAIN = "train"
 HELD_OUT = "held_out"
 # 32-bit ids are signed because the index format has no unsigned 32-bit type.
@@ -263,13 +269,27 @@ def dtype_for(vocab_size: int) -> str:
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Describes each key whose value differs, for error messages."""
+    """Describes each argument that differs by its option, for error messages."""
+    options = [_as_options(arguments) for arguments in (mine, theirs)]
     lines = []
-    for key in sorted(mine.keys() | theirs.keys()):
-        ours, other = mine.get(key), theirs.get(key)
+    for option in sorted(options[0].keys() | options[1].keys()):
+        ours, other = (values.get(option) for values in options)
         if ours != other:
-            lines.append(f"{key}: {_shorten(other)} there, {_shorten(ours)} now")
+            lines.append(f"{option}: {_shorten(other)} there, {_shorten(ours)} now")
     return lines
+
+
+def _as_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's arguments by what they are called on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in arguments.items():
+        if key == "fields" and isinstance(value, dict):
+            found |= {FIELD_OPTIONS.get(name, str(name)): entry for name, entry in value.items()}
+        elif key == "bytes_per_task" and is_kind(value, int):
+            found["--task-mib"] = f"{value / 2**20:g}"
+        else:
+            found["--input" if key == "files" else f"--{key.replace('_', '-')}"] = value
+    return found
 
 
 def _plain(record: TokenizerRecord | ShardRecord) -> dict[str, Any]:
@@ -278,5 +298,8 @@ def _plain(record: TokenizerRecord | ShardRecord) -> dict[str, Any]:
 
 
 def _shorten(value: Any) -> str:
-    text = str(value)
+    words = {None: "not given", True: "on", False: "off"}
+    text = words[value] if value is None or isinstance(value, bool) else str(value)
+    if isinstance(value, list):
+        text = " ".join(map(str, value)) or "not given"
     return text if len(text) <= 120 else text[:117] + "..."

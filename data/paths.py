@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shlex
 from pathlib import Path
 
 from data.errors import NO_WORKING_FOLDER, InputError, failure
@@ -79,6 +80,11 @@ def beside(folder: Path, suffix: str) -> Path:
 def as_word(path: str | Path) -> str:
     """A path as a word of a command, which is neither an option nor below the home folder."""
     return f"./{path}" if str(path).startswith(("-", "~")) else str(path)
+
+
+def quoted(path: str | Path) -> str:
+    """The same as it is typed in a shell, in quotes where it holds spaces or the like."""
+    return shlex.quote(as_word(path))
 
 
 def require_working_folder() -> None:

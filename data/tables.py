@@ -33,6 +33,11 @@ def print_table(table: Table, console: Console | None = None) -> None:
     console.width = before
 
 
+def millions(count: int) -> str:
+    """A number of parameters in words, in millions unless it is far below one: "46.5M"."""
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,}"
+
+
 def _widths(column: Column) -> tuple[int, int]:
     """The least and the natural width of a column, in characters."""
     texts = [str(text) for text in (column.header, *column.cells)]

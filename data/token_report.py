@@ -90,11 +90,10 @@ def _held_out_warnings(manifest: Manifest) -> Iterator[str]:
     if fraction:
         counts = _some([f"{domain} ({count:,})" for domain, count in documents.items()])
         fewest = min(documents.values())
-        fix = (
-            f"--held-out {fraction:g} takes one document in {1 / fraction:,.0f} or so: "
-            f"use --held-out {max(fraction, min(0.5, 3 / fewest)):.2g}, or split long files into "
-            "several documents"
-        )
+        larger = min(0.5, 3 / fewest)
+        fix = f"--held-out {fraction:g} takes one document in {1 / fraction:,.0f} or so: "
+        fix += f"use --held-out {larger:.2g}, or " if larger > fraction else ""
+        fix += "split long files into several documents"
     yield f"no held-out documents in {counts}; evaluation leaves these domains out ({fix})"
 
 

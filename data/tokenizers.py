@@ -145,6 +145,7 @@ class HuggingFaceTokenizer(Tokenizer):
     Args:
         folder: holds tokenizer.json, or vocab.json and merges.txt, read by transformers'
             AutoTokenizer. Code that may lie there is never run.
+        origin: what errors name in place of a folder that the user does not know.
 
     Raises:
         InputError: it cannot be read, has no end-of-sequence token, or gives other ids than the
@@ -153,7 +154,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     kind = "huggingface"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, origin: Path | None = None) -> None:
         from transformers import AutoTokenizer
 
         for name in _RECORDS:
@@ -172,9 +173,10 @@ class HuggingFaceTokenizer(Tokenizer):
             with_special = tokenizer("a").input_ids
             self.probe()
         except Exception as error:  # transformers raises many types for a bad folder
-            raise InputError(f"no tokenizer can be read from {folder}: {error}; {_FIX}") from None
+            place = origin or folder
+            raise InputError(f"no tokenizer can be read from {place}: {error}; {_FIX}") from None
         self.fingerprint = _fingerprint(folder)
-        self.eos_id = _required_eos(eos_id, folder)
+        self.eos_id = _required_eos(eos_id, origin or folder)
         self.adds_bos = self.bos_id is not None and with_special[:1] == [self.bos_id]
         self.largest_id = self._largest_id()
         self._compare_with_sentencepiece(folder / _SENTENCEPIECE)
@@ -312,7 +314,7 @@ def _from_gguf(path: Path) -> Tokenizer:
                 f"no tokenizer can be read from {path}: {error or type(error).__name__}; give a "
                 "folder with tokenizer.json"
             ) from None
-        return HuggingFaceTokenizer(Path(folder))
+        return HuggingFaceTokenizer(Path(folder), path)
 
 
 def _fingerprint(folder: Path) -> str:
@@ -337,9 +339,11 @@ def _configured_bos(folder: Path) -> bool:
 
 def _required_eos(eos_id: int | None, path: Path) -> int:
     if eos_id is None:
+        fix = "set eos_token in its tokenizer_config.json"
+        if path.is_file():
+            fix = "give a folder with tokenizer.json, and eos_token in its tokenizer_config.json"
         raise InputError(
-            f"the tokenizer {path} has no end-of-sequence token, which separates documents; set "
-            "eos_token in its tokenizer_config.json"
+            f"the tokenizer {path} has no end-of-sequence token, which separates documents; {fix}"
         )
     return int(eos_id)
 

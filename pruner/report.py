@@ -25,6 +25,7 @@ from pruner.repair import FOLDER, repair
 from pruner.rules import Rule
 from pruner.shapes import Shape, shape_of
 from pruner.units import kept_indices, label, on_counts, polarised, span, to_masks
+from trainer.config import TrainConfig
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
@@ -267,6 +268,11 @@ def _show_verdict(report: dict[str, Any], config: ShearConfig) -> None:
     words = ["--model", as_word(output), "--data", as_word(config.data)]
     words += ["--output", as_word(beside(output, "-cpt"))]
     words += ["--seq-len", str(config.train.seq_len)]
+    # Another seed draws samples that shearing has seen; other sequences can't be compared with.
+    default = TrainConfig()
+    for name in ("seed", "eval_sequences"):
+        if getattr(config.train, name) != getattr(default, name):
+            words += [f"--{name.replace('_', '-')}", str(getattr(config.train, name))]
     stages = stages_of(output)
     if stages:
         show(conclude(stages, report["weights"]), [shlex.join(["shorn", "cpt", *words])])

@@ -162,10 +162,12 @@ def check_sizes(sizes: Mapping[str, int], source: Shape) -> None:
     for key, size in sizes.items():
         limit = source.size(key)
         if not 1 <= size <= limit:
-            nearest = min(max(size, 1), limit)
+            fix = f"use for example {key}=1"
+            if size > 0:
+                fix = f"use a smaller number, or {key}={limit} to keep all"
             raise InputError(
                 f"target {key}={size} is outside 1..{limit} (the source has {limit}): "
-                f"pruning only removes units, use for example {key}={nearest}"
+                f"pruning only removes units, {fix}"
             )
 
 

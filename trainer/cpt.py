@@ -8,7 +8,7 @@ from data.errors import InputError
 from data.hub import is_hub_id
 from data.log import logger
 from data.mixture import MixtureConfig
-from data.paths import home_expanded
+from data.paths import home_expanded, quoted
 from data.reader import TokenReader
 from trainer import parallel
 from trainer.config import (
@@ -299,7 +299,6 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
 def find_model(model: str, *, weights: bool = True) -> Path:
     """Resolves --model; raises InputError telling how to make or fetch one that is missing."""
     path = Path(home_expanded(model, "--model"))
-    shear = f"python -m pruner.shear --source {local_folder(SOURCE)} --target 1.3b"
     run = run_of(path) if path.name == "model" or path.is_symlink() else path
     run = path if (path / "run.json").exists() else run
     # A report that was cut off before anything was in it counts for nothing.
@@ -307,12 +306,13 @@ def find_model(model: str, *, weights: bool = True) -> Path:
     if (run / "run.json").exists() and not whole:
         raise InputError(
             f"--model {model}: that run has not finished; resume it with the command that started "
-            f"it, for example {shear} --output {run}"
+            f"it, the one with --output {quoted(run)}"
         )
     if not path.exists() and not is_hub_id(model):
         raise InputError(
             f"--model {model}: no such folder. Name a Hugging Face folder or hub id, or shear a "
-            f"model first: {fetch_advice(SOURCE, '--source')} to\n    {shear} --output {run}"
+            f"model first: {fetch_advice(SOURCE, '--source')} to\n    python -m "
+            f"pruner.shear --source {local_folder(SOURCE)} --target 1.3b --output {quoted(run)}"
         )
     return resolve_model(model, weights=weights)
 

@@ -55,11 +55,15 @@ def room_problem(
     for folder, needed in needs:
         free = free_bytes(folder)
         if free < needed:
+            fixes = ["free some space", "name another --output"]
+            if keep > 1 and most > 1:
+                fixes.append(f"lower --keep-checkpoints (now {keep})")
+            if saves > 1:
+                fixes.append("use --save-interval 0, which saves once at the end")
             return (
                 f"{folder}: no room for what this run will write: {size_text(needed)} are needed "
-                f"({_parts(most, checkpoint, model)}), {size_text(free)} are free; free some space,"
-                f" name another --output, lower --keep-checkpoints (now {keep}) or use "
-                "--save-interval 0, which saves once at the end"
+                f"({_parts(most, checkpoint, model)}), {size_text(free)} are free; "
+                f"{', '.join(fixes[:-1])} or {fixes[-1]}"
             )
     return None
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from data.errors import InputError
+from data.paths import quoted
 from data.reader import TokenReader
 from data.tokenizers import holds_tokenizer, load_tokenizer
 from trainer.config import DISTILL_WEIGHT, DistillationConfig, TrainConfig
@@ -74,11 +75,11 @@ def resolve_teacher(
     if known.get("weight"):
         default = asdict(DistillationConfig())
         options = asdict(config).items()
-        config = replace(config, **{key: known[key] for key, v in options if v == default[key]})
+        config = replace(config, **{k: known.get(k, v) for k, v in options if v == default[k]})
     if config.weight is None and name is None and sheared and not known.get("weight"):
         note = "note: shearing had no teacher, so training has none either"
         if sheared.get("source"):
-            note += f"; to learn from the source: --teacher {sheared['source']}"
+            note += f"; to learn from the source: --teacher {quoted(sheared['source'])}"
         return None, replace(config, weight=0.0), note
     if config.weight is None:
         config = replace(config, weight=0.0 if name is None else DISTILL_WEIGHT)

@@ -11,9 +11,9 @@ from data.errors import InputError
 from data.log import logger
 from data.mixture import FORMER_INTERVAL, MixtureConfig, parse_values
 from data.reader import TokenReader
-from data.records import is_finite, is_kind, read_json
+from data.records import fits, is_finite, is_kind, read_json
 from data.weight_history import WeightHistory, read_history
-from trainer.config import TrainConfig
+from trainer.config import DistillationConfig, TrainConfig
 from trainer.evaluate import evaluate
 from trainer.models.decoder import CausalLM
 from trainer.parallel import DistributedContext
@@ -230,7 +230,25 @@ def sheared_report(model: Path) -> dict[str, Any] | None:
     used = samples.get("used") or {} if isinstance(samples, dict) else None
     if not isinstance(used, dict) or not all(is_kind(n, int) and n >= 0 for n in used.values()):
         raise InputError(f"{path}: `samples` must hold the samples used per domain; {fix}")
+    known = report.get("distillation") or {}
+    if not _is_distillation(known):
+        raise InputError(f"{path}: `distillation` is not what shearing writes; {fix}")
+    if known.get("weight") and not is_kind(report.get("source"), str):
+        raise InputError(f"{path}: `source` must name the model that shearing learned from; {fix}")
     return report
+
+
+def _is_distillation(known: object) -> bool:
+    """Whether a report says this of a teacher; former versions left some of it out."""
+    form = {"weight?": (float, type(None)), "kind?": str, "temperature?": float, "top_k?": int}
+    if not isinstance(known, dict) or not fits(known, form):
+        return False
+    default = asdict(DistillationConfig())
+    try:
+        DistillationConfig(**{name: known.get(name, value) for name, value in default.items()})
+    except InputError:
+        return False
+    return bool(known.get("kind", default["kind"]) == default["kind"])
 
 
 def _loss(value: Any) -> Any:
@@ -249,7 +267,8 @@ def measured_reference(
     if bad:
         raise InputError(
             f"the start model's loss on training text of {', '.join(bad)} is not finite: its "
-            "weights are damaged, or --precision does not suit it"
+            "weights are damaged, or --precision does not suit them (--precision fp32 is the safe "
+            "one)"
         )
     return losses
 

@@ -12,7 +12,7 @@ from data.log import logger
 from data.mixture import MixtureConfig
 from data.options import options_of
 from data.records import read_json
-from trainer.checkpoint_files import MARKER, committed, step_of
+from trainer.checkpoint_files import MARKER, committed, step_of, way_around
 from trainer.config import DistillationConfig, TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext
@@ -50,6 +50,8 @@ SCHEDULE_FIELDS = (
 )
 """Options that decide the trajectory. The others (micro-batch, intervals, threads, ...) may change
 on resume."""
+PRECISIONS = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}
+"""What --precision calls the dtypes that runs note."""
 CHANGEABLE = ("lr", "min_lr_ratio", "clip", "weight_decay")
 """Those of SCHEDULE_FIELDS that may change on resume too: they bring a diverging run back on track,
 and the order of the data does not depend on them."""
@@ -157,8 +159,7 @@ def _identity_of(checkpoint: Path | None) -> dict[str, Any] | None:
     """The identity in a checkpoint; former versions wrote none."""
     if checkpoint is None:
         return None
-    fix = f"restore it, or delete the folder {checkpoint} to resume from the one before it"
-    run = read_json(checkpoint / MARKER, fix).get("run")
+    run = read_json(checkpoint / MARKER, way_around(checkpoint)).get("run")
     return run if isinstance(run, dict) else None
 
 
@@ -275,7 +276,15 @@ def _flag(config: type, field: str, prefix: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    """A value as it is given to its flag, where that is a matter of words."""
+    if value is None or isinstance(value, bool):
+        return {None: "not given", True: "on", False: "off"}[value]
+    if isinstance(value, dict):
+        text = ",".join(f"{name}={number}" for name, number in value.items())
+    elif isinstance(value, str):
+        text = repr(PRECISIONS.get(value, value))
+    else:
+        text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

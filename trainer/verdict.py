@@ -203,7 +203,8 @@ def show_trained(content: dict[str, Any], output: Path, start: Path | None, data
         verdict.lines.append("it started from random weights")
     elif len(stages) == 1 and stages[0].losses:
         verdict.lines.append("the model before training was not measured on this text")
-    runs = [as_word(Path(stage.model).parent) for stage in stages if stage.name != "source"]
+    models_here = [Path(stage.model) for stage in stages if stage.name != "source"]
+    runs = [as_word(model.parent) for model in models_here if model.exists()]
     commands = [compare_command(models, data, on["seq_len"])] if stages[-1].losses else []
     show(verdict, [*commands, shlex.join(["shorn", "report", *runs])])
 

@@ -49,4 +49,8 @@ class BenchShearConfig:
         require_threads(self.threads)
         require_at_least(self, 2, "seq_len")
         if self.hidden % self.heads:
-            raise InputError(f"--hidden {self.hidden} is not a multiple of --heads {self.heads}")
+            nearest = max(1, round(self.hidden / self.heads)) * self.heads
+            raise InputError(
+                f"--hidden {self.hidden} is not a multiple of --heads {self.heads}: use for "
+                f"example --hidden {nearest}"
+            )

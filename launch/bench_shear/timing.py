@@ -135,7 +135,8 @@ def measure(config: BenchShearConfig) -> dict[str, Any]:
     )
     if train.global_batch % train.micro_batch:
         raise InputError(
-            f"--micro-batch {train.micro_batch} does not divide --batch {train.global_batch}"
+            f"--micro-batch {train.micro_batch} does not divide --batch {train.global_batch}; use "
+            f"a divisor, or leave it out for all {train.global_batch} at once"
         )
     context = parallel.init(threads=config.threads)
     large, small = (_trainer(model, train, context) for model in (source, pruned))

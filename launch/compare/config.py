@@ -6,11 +6,13 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
+from data.cli import all_options
 from data.errors import InputError, require, require_at_least, require_threads
 from data.mixture import parse_values
 from data.options import ON_DISK
 from pruner.budget import BUDGETS, budget_error, refuse_budget
-from trainer.config import Precision
+from pruner.config import ShearConfig
+from trainer.config import CptConfig, Precision
 
 TARGETS = {
     "half": "layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152",
@@ -212,6 +214,18 @@ def _variant(text: str, ours: Method, steps: int) -> Method:
                 f"--variant {text!r}: --{_option(word)} is the comparison's to set, because every "
                 "method must get the same; leave it out"
             )
+    for words, command, options in (
+        (shear_words, "shear", all_options(ShearConfig)),
+        (cpt_words, "cpt", all_options(CptConfig)),
+    ):
+        known = {option.flag[2:] for option in options}
+        known |= {f"no-{option.flag[2:]}" for option in options if option.type is bool}
+        for option in filter(None, map(_option, words)):
+            if option not in known:
+                raise InputError(
+                    f"--variant {text!r}: `shorn {command}` has no --{option}; "
+                    f"`shorn {command} --help-all` shows its options"
+                )
     if "steps" in map(_option, cpt_words):
         raise InputError(
             f"--variant {text!r}: training takes what shearing leaves of {steps} steps; give "

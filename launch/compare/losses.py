@@ -9,7 +9,7 @@ from rich.table import Table
 
 from data.errors import InputError
 from data.log import logger
-from data.tables import print_table
+from data.tables import millions, print_table
 from launch.compare.config import (
     METHODS,
     OURS,
@@ -158,13 +158,13 @@ def _describe(config: CompareConfig, source: ModelConfig, shapes: dict[str, Shap
     whole = source.num_parameters(embeddings=False)
     tokens = config.batch * config.seq_len
     announce(
-        f"{config.source}: {whole / 1e6:.1f}M parameters without embeddings; every method trains "
+        f"{config.source}: {millions(whole)} parameters without embeddings; every method trains "
         f"on {config.steps * tokens:,} tokens, {len(config.seeds)} seeds"
     )
     for name, target in shapes.items():
         wanted = _non_embedding(source, target)
         logger.info(
-            f"{name}: {target.describe()}, {wanted / 1e6:.2f}M ({100 * wanted / whole:.1f}%)"
+            f"{name}: {target.describe()}, {millions(wanted)} ({100 * wanted / whole:.1f}%)"
         )
         for method in methods_of(config):
             if method.whole_blocks:
@@ -321,12 +321,12 @@ def print_results(results: dict[str, Any]) -> None:
         if not entries:
             continue
         table = Table(title=f"{target}: {shape}; held-out loss, mean (min..max over seeds)")
-        for heading in ("method", "parameters", "not on", "after", *domains):
+        for heading in ("method", "without\nembeddings", "not on", "after", *domains):
             left = heading in ("method", "after")
             table.add_column(heading, justify="left" if left else "right")
         whole = results["source_non_embedding_parameters"]
         source = [f"{loss:.3f}" for loss in results["source_held_out"].values()]
-        table.add_row("source", f"{whole / 1e6:.1f}M", "", "", *source, end_section=True)
+        table.add_row("source", millions(whole), "", "", *source, end_section=True)
         for entry in entries:
             _add_rows(table, entry, domains)
         print_table(table, console)
@@ -343,7 +343,7 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def _add_rows(table: Table, entry: dict[str, Any], domains: list[str]) -> None:
-    size = f"{entry['non_embedding_parameters'] / 1e6:.1f}M"
+    size = millions(entry["non_embedding_parameters"])
     not_on = entry["kept_not_alive"]
     span = _range(min(not_on), max(not_on), "d") if not_on else ""
     first = (entry["method"], size, span)

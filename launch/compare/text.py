@@ -40,11 +40,11 @@ def split_documents(
     for domain in domains:
         if len(found[domain]) <= held_out:
             known = sorted(others | {name for name, part in found.items() if part})
+            lower = ", or lower --held-out-documents" if len(found[domain]) > 1 else ""
             raise InputError(
                 f"domain {domain!r} has {len(found[domain])} different documents and "
                 f"--held-out-documents is {held_out}, which leaves none to train on; name other "
-                f"domains with --domain-weights (the input has {known}), or lower "
-                "--held-out-documents"
+                f"domains with --domain-weights (the input has {known}){lower}"
             )
     for name, part in {"held_out": slice(held_out), "train": slice(held_out, None)}.items():
         chosen = itertools.chain.from_iterable(found[domain][part] for domain in domains)

@@ -12,7 +12,7 @@ from rich.text import Text
 from data.errors import InputError
 from data.files import write_json
 from data.records import fits, read_json
-from data.tables import print_table
+from data.tables import millions, print_table
 from launch.demo.generation import silence_transformers
 from launch.report import page
 from launch.report.config import ReportConfig
@@ -206,10 +206,8 @@ def _tables(report: dict[str, Any], console: Console) -> list[Table]:
     domains = list(rows["source"]["held_out"])
     busy = report.get("busy") is not None
     sizes = {
-        "parameters": [f"{row['parameters'] / 1e6:.1f}M" for row in rows.values()],
-        "without\nembeddings": [
-            f"{row['non_embedding_parameters'] / 1e6:.1f}M" for row in rows.values()
-        ],
+        "parameters": [millions(row["parameters"]) for row in rows.values()],
+        "without\nembeddings": [millions(row["non_embedding_parameters"]) for row in rows.values()],
     }
     losses = {
         domain: [f"{row['held_out'].get(domain, float('nan')):.3f}" for row in rows.values()]

@@ -134,10 +134,12 @@ def _warn_of_damage(candidates: list[Candidate], results: list[dict[str, Any]]) 
         losses = [domain["loss"] for domain in result.get("domains", {}).values()]
         losses += [result["text"]["nll"]] if "text" in result else []
         if not all(math.isfinite(loss) for loss in losses):
-            logger.warning(
-                f"the loss of {one.name} is not finite: its weights are damaged, or --precision "
-                f"{result['precision']} does not suit it"
+            other = (
+                ""
+                if result["precision"] == "float32"
+                else (f", or {result['precision']} does not suit them: try --precision fp32")
             )
+            logger.warning(f"the loss of {one.name} is not finite: its weights are damaged{other}")
 
 
 def _without_nan(value: Any) -> Any:

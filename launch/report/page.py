@@ -35,6 +35,7 @@ from launch.report.run_folder import (
 )
 from launch.report.verdicts import verdict_sections
 from pruner.units import label
+from trainer.disk import size_text
 
 HERE = Path(__file__).parent
 UNKNOWN = "not known yet"
@@ -69,7 +70,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
     write_copy(config.json, numbers)
     if config.figures is not None:
         write_figures(Path(config.figures), groups)
-    logger.info(f"{path} ({numbers['bytes'] / 1e6:.1f} MB)")
+    logger.info(f"{path} ({size_text(numbers['bytes'])})")
     return numbers
 
 

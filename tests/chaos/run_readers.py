@@ -36,6 +36,8 @@ from trainer import parallel
 from trainer.callbacks.metrics import truncate_after
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import latest_step
+from trainer.config import DistillationConfig
+from trainer.distillation import resolve_teacher
 from trainer.domains import (
     DomainOptions,
     samples_used,
@@ -106,6 +108,7 @@ def run_readers(chaos: Workspace) -> list[Reader]:
         found = starting_domains(
             reader.sizes, DomainOptions(), parameters=1000, sheared=report, needs_reference=True
         )
+        resolve_teacher(None, DistillationConfig(), report)
         return [found.weights, found.reference, samples_used(report, reader, 0)]
 
     def start_flaw(value: Any) -> str | None:

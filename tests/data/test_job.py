@@ -38,15 +38,15 @@ def test_output_of_other_arguments_is_refused_unless_overwritten(
     make_job: Callable[..., Job], source: Path
 ) -> None:
     make_job().run(1)
-    with pytest.raises(InputError, match=r"held_out: 0\.1 there, 0\.3 now.*--overwrite"):
+    with pytest.raises(InputError, match=r"--held-out: 0\.1 there, 0\.3 now.*--overwrite"):
         make_job(held_out=0.3).run(1)
-    with pytest.raises(InputError, match=r"bytes_per_task: 1 there, 9999999 now"):
+    with pytest.raises(InputError, match=r"--task-mib: .* there, 9\.53674 now"):
         make_job(bytes_per_task=9_999_999).run(1)
     make_job(held_out=0.0, overwrite=True).run(1)
     make_job("fresh", held_out=0.0).run(1)
     assert files_of(make_job().output) == files_of(make_job("fresh").output)
     (source / "7.jsonl").write_text((source / "0.jsonl").read_text())
-    with pytest.raises(InputError, match=r"files: 6 files there, 7 files, among them .*7\.jsonl"):
+    with pytest.raises(InputError, match=r"--input: 6 files there, 7 files, among them .*7\.jsonl"):
         make_job(held_out=0.0).run(1)
 
 

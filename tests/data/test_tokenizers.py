@@ -141,8 +141,15 @@ def test_probes_tell_tokenizers_apart(tiny_tokenizer: Path, sentencepiece_model:
 
 def test_missing_eos_is_refused(tiny_tokenizer: Path) -> None:
     edit_json(tiny_tokenizer / "tokenizer_config.json", lambda content: content.pop("eos_token"))
-    with pytest.raises(InputError, match="no end-of-sequence token"):
+    with pytest.raises(InputError, match=r"no end-of-sequence token.*; set eos_token in"):
         load_tokenizer(tiny_tokenizer)
+    # Of what is no folder, a user cannot edit the settings; nor those of a folder made on the way.
+    model = tiny_tokenizer / "one.gguf"
+    model.touch()
+    with pytest.raises(
+        InputError, match=r"one\.gguf has no .*; give a folder with tokenizer\.json"
+    ):
+        HuggingFaceTokenizer(tiny_tokenizer, model)
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,12 @@ import pytest
 
 from data.errors import InputError
 from data.locks import folder_lock
-from pruner import shear
+from pruner import report, shear
 from pruner.config import ShearConfig
 from pruner.run import shear as run
 from tests.pruner.test_run import configure
+from tests.trainer.test_verdict import SHEARED, SOURCE
+from trainer.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +48,17 @@ def test_a_missing_model_is_one_error_that_says_how_to_get_it(tmp_path: Path) ->
     assert failed.returncode == 2
     assert failed.stderr.count("error:") == 1 and "Traceback" not in failed.stderr
     assert "meta-llama/Llama-2-7b-hf" in failed.stderr and "hf download" in failed.stderr
+
+
+def test_the_next_command_goes_on_in_the_order_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(report, "stages_of", lambda _: [SOURCE, SHEARED])
+    monkeypatch.setattr(report, "show", lambda _, commands: said.extend(commands))
+    for train in (TrainConfig(seq_len=32), TrainConfig(seq_len=32, seed=5, eval_sequences=3)):
+        config = ShearConfig(target="ffn=8", data="my tokens", output="runs/s", train=train)
+        report._show_verdict({"weights": {}}, config)
+    command = "shorn cpt --model runs/s --data 'my tokens' --output runs/s-cpt --seq-len 32"
+    assert said == [command, f"{command} --seed 5 --eval-sequences 3"]
 
 
 def check_both_halves(message: str) -> None:

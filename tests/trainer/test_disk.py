@@ -28,6 +28,14 @@ def test_room_is_looked_at_before_the_first_step(
         run(workspace, tmp_path, save_interval=0)
 
 
+def test_only_what_makes_room_is_advised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 1)
+    once = room_problem(tmp_path, checkpoint=9, saves=1, existing=0, keep=1, model=9)
+    assert once is not None and once.endswith("; free some space or name another --output")
+    often = room_problem(tmp_path, checkpoint=9, saves=5, existing=0, keep=1, model=9)
+    assert often is not None and "--save-interval 0" in often and "--keep-ch" not in often
+
+
 @pytest.mark.parametrize(("name", "size"), [("float32", 4), ("bfloat16", 2), (None, 4)])
 def test_room_is_counted_in_the_type_that_is_written(
     name: Any, size: int, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

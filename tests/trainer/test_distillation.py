@@ -309,6 +309,18 @@ def test_an_unnamed_weight_depends_on_the_teacher() -> None:
     assert resolve_teacher("some/model", off, None) == ("some/model", off, None)
 
 
+def test_a_report_of_a_former_version_may_lack_what_was_no_option_then(teachers: Path) -> None:
+    known = {"weight": 0.25, "kind": "forward-kl", "temperature": 2.0}
+    sheared = {"source": str(teachers / "tied"), "distillation": known}
+    _, config, _ = resolve_teacher(None, DistillationConfig(), sheared)
+    assert config == DistillationConfig(weight=0.25, temperature=2.0)
+
+
+def test_a_teacher_is_named_as_a_shell_takes_it() -> None:
+    _, _, note = resolve_teacher(None, DistillationConfig(), {"source": "my models/base"})
+    assert note is not None and note.endswith("--teacher 'my models/base'")
+
+
 @pytest.mark.parametrize("known", [None, {}, {"weight": 0.0}])
 def test_training_after_shearing_without_a_teacher_says_that_it_has_none(known: Any) -> None:
     sheared = {"source": "models/base", "distillation": known}

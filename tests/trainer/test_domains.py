@@ -137,6 +137,13 @@ def test_finds_the_report_beside_the_model(tmp_path: Path) -> None:
         (f'{{"reference": {{"c4": {HUGE}}}}}', "`reference` must hold"),
         ('{"samples": {"used": {"c4": 0.5}}}', "`samples` must hold"),
         ('{"samples": 5}', "`samples` must hold"),
+        ('{"distillation": "x"}', "`distillation` is not what shearing writes"),
+        ('{"distillation": {"weight": "a"}}', "`distillation` is not"),
+        ('{"distillation": {"weight": 7, "top_k": 0}}', "`distillation` is not"),
+        ('{"distillation": {"temperature": null}}', "`distillation` is not"),
+        ('{"distillation": {"kind": "other"}}', "`distillation` is not"),
+        ('{"distillation": {"weight": 0.5}}', "`source` must name the model"),
+        ('{"distillation": {"weight": 0.5}, "source": 3}', "`source` must name"),
     ],
 )
 def test_a_damaged_report_is_named(tmp_path: Path, content: str, message: str) -> None:

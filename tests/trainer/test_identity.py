@@ -11,7 +11,7 @@ from data.errors import InputError
 from tests.trainer.tiny import SHAPE, options
 from trainer import parallel
 from trainer.config import TrainConfig
-from trainer.identity import read_identity, run_identity, verify_run
+from trainer.identity import _in_words, read_identity, run_identity, verify_run
 from trainer.models.config import ModelConfig
 from trainer.models.sources import weights_fingerprint
 
@@ -45,6 +45,19 @@ def test_differences_are_named(tmp_path: Path) -> None:
         verify(tmp_path, options(), data="def")
     with pytest.raises(InputError, match=r"--model is another model \(num_layers was 2, now 3\)"):
         verify(tmp_path, options(), replace(SHAPE, num_layers=3))
+
+
+def test_old_values_are_told_as_their_flags_take_them(tmp_path: Path) -> None:
+    before: dict[str, Any] = {"precision": "torch.float32", "mixture": {"interval": None}}
+    before |= {"masks.compact": True, "domain_weights": {"a": 0.25, "b": 0.75}}
+    after: dict[str, Any] = {"precision": "torch.bfloat16", "mixture": {"interval": 5}}
+    after |= {"masks.compact": False, "domain_weights": {"a": 0.5, "b": 0.5}}
+    assert _in_words(before, after, sorted(before)) == [
+        "--compact was on, now off",
+        "--domain-weights was a=0.25,b=0.75, now a=0.5,b=0.5",
+        "--mixture-interval was not given, now 5",
+        "--precision was 'fp32', now 'bf16'",
+    ]
 
 
 def checkpoint(output: Path, step: int) -> None:

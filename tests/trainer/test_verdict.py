@@ -14,7 +14,15 @@ import pytest
 from tests.factories import write_model
 from tests.trainer.tiny import options, pretrain
 from trainer.evaluate import DomainLoss
-from trainer.verdict import Stage, Verdict, conclude, read_stage, show, stages_of
+from trainer.verdict import (
+    Stage,
+    Verdict,
+    conclude,
+    read_stage,
+    show,
+    show_trained,
+    stages_of,
+)
 
 ON = {"data": "f", "seq_len": 32}
 
@@ -74,6 +82,17 @@ def test_a_gap_of_nothing_has_no_share() -> None:
     assert "gap closed" not in conclude([SOURCE, same, TRAINED], {}).header
     worse = conclude([SOURCE, SHEARED, stage("trained", 5.0, 5.0)], {})
     assert worse.rows[-1][-1] == "-75%" and "made it worse" in worse.lines[0]
+
+
+def test_the_next_report_leaves_out_runs_that_are_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    before = [replace(SHEARED, model=str(tmp_path / "gone" / "model")).to_json()]
+    content = {"before": before, "held_out": {}, "held_out_on": {"data": "d", "seq_len": 8}}
+    show_trained(content, model.parent, tmp_path / "start", "tokens")
+    assert f"next: shorn report {model.parent}\n" in capsys.readouterr().out
 
 
 def test_nothing_measured_is_no_verdict(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,13 @@ def test_variants_are_ours_with_other_flags() -> None:
     assert joined == Method("late", 0, (*rate, "--init=flat"), after)
 
 
+@pytest.mark.parametrize("flags", ["--bogus 3", "|--mask-lr 1", "--teacher x", "--no-init"])
+def test_variants_have_options_of_their_commands(flags: str) -> None:
+    with pytest.raises(InputError, match=r"`shorn (shear|cpt)` has no --.* --help-all` shows"):
+        methods_of(configure(methods=(), variant=(f"late={flags}",)))
+    methods_of(configure(methods=(), variant=("late=--no-compact --mask-lr 1|--mixture-clip",)))
+
+
 def test_targets_are_named_shapes() -> None:
     found = targets_of(configure(targets=("half", "small=layers=2,hidden=24")))
     assert found == {"half": TARGETS["half"], "small": "layers=2,hidden=24"}
