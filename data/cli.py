@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 
 from data.errors import InputError, explain
 from data.help_page import help_page
+from data.idle import option_name, say_idle, say_repeated
 from data.log import LEVEL_VARIABLE, LEVELS, level, logger, set_level
 from data.machine import LAUNCHED, PARENT, end_with_parent, rank, stand_alone
 from data.options import Option, build, convert, describe, options_of, summary
@@ -107,6 +108,7 @@ def parse(
     options = all_options(config)
     overrides = _file_overrides(section, options) | _environment_overrides(options)
     given = _given_flags(words)
+    own = options
     options = [
         dataclasses.replace(option, default=_convert(overrides[option.name], option.type))
         if option.name in overrides
@@ -120,13 +122,17 @@ def parse(
     _refuse_repeated_lists(given, options)
     _refuse_left_over(words, options)
     values = _parse_words(options, words)
-    _refuse_empty(values, options)
-    values = {option.name: option.home_expanded(values[option.name]) for option in options}
     if values["log_level"] != level():
         set_level(values["log_level"])
     _say_origins(overrides, given)
+    names = [option_name(flag) for flag in given]
+    say_repeated(names)
+    _refuse_empty(values, own)
+    values = {option.name: option.home_expanded(values[option.name]) for option in options}
     _warn_of_unknown_variables(options)
-    return build(config, values)
+    built = build(config, values)
+    say_idle(built, values, {*names, *overrides})
+    return built
 
 
 def all_options(config: type) -> list[Option]:
@@ -297,10 +303,17 @@ def _refuse_left_over(words: Sequence[str], options: Sequence[Option]) -> None:
     flags = {option.flag: option for option in options}
     for start, word in enumerate(words):
         option = flags.get("".join(_given_flags([word.partition("=")[0]])))
-        if option is None or option.takes_several or option.type is bool:
+        if option is None or option.takes_several:
             continue
-        behind = words[start + (1 if "=" in word else 2) :]
+        switch = option.type is bool
+        behind = words[start + (1 if "=" in word or switch else 2) :]
         over = list(itertools.takewhile(lambda other: not other.startswith("-"), behind))
+        if switch and (over or "=" in word):
+            value = word.partition("=")[2] if "=" in word else over[0]
+            raise InputError(
+                f"{option.flag} takes no value, and {value!r} is given: {option.flag} turns it on, "
+                f"--no-{option.flag[2:]} off"
+            )
         if over:
             shown = " ".join(over[:3]) + (f" and {len(over) - 3} more" if len(over) > 3 else "")
             raise InputError(
@@ -312,9 +325,12 @@ def _refuse_left_over(words: Sequence[str], options: Sequence[Option]) -> None:
 def _refuse_empty(values: Mapping[str, Any], options: Sequence[Option]) -> None:
     """An empty folder's name would stand for the working folder, and be written into."""
     for option in options:
-        if option.type is str and option.default != "" and not values[option.name].strip():
+        value = values[option.name]
+        entries = value if option.takes_several else (value,)
+        empty = [entry for entry in entries if isinstance(entry, str) and not entry.strip()]
+        if empty and option.default != "":
             raise InputError(
-                f"{option.flag} {values[option.name]!r}: is empty, perhaps by a variable that is "
+                f"{option.flag} {empty[0]!r}: is empty, perhaps by a variable that is "
                 "not set; give a value, or leave the option out"
             )
 
@@ -421,7 +437,7 @@ def _convert(override: _Override, kind: Any) -> Any:
         if isinstance(value, list):
             words = [str(entry) for entry in value]
         elif isinstance(value, str) and typing.get_origin(kind) is tuple:
-            words = shlex.split(value)
+            words = shlex.split(value) or [value]
         else:
             words = [str(value)]
         return convert(words, kind)

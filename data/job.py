@@ -69,7 +69,7 @@ class TokenizeConfig:
     tokenizer: Annotated[str, ON_DISK]
     """A sentencepiece .model file, a .gguf file, a folder with tokenizer.json or tokenizer.model, a
     run's output folder, or a name on the Hugging Face hub."""
-    output: Path = Path("runs/tokens")
+    output: Annotated[str, ON_DISK] = "runs/tokens"
     """Folder for the shards and manifest.json."""
     seq_len: int = 4096
     """Sample length for the counts in the closing report; the shards fit any length."""
@@ -110,6 +110,12 @@ class TokenizeConfig:
             raise InputError(f"--held-out {self.held_out} is a fraction: use 0 up to, not with, 1")
         require_at_least(self, 1, "workers", "seq_len", "task_mib", "max_bytes_per_domain")
         require_at_least(self, 1, "max_record_mib")
+
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        if self.max_bytes_per_domain is None or self.workers in (None, 1):
+            return {}
+        return {"workers": "--max-bytes-per-domain takes one process"}
 
 
 class Job:

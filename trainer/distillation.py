@@ -82,6 +82,15 @@ def resolve_teacher(
         return None, replace(config, weight=0.0), note
     if config.weight is None:
         config = replace(config, weight=0.0 if name is None else DISTILL_WEIGHT)
+    if name is None and not asked and not config.weight:
+        default, options = asdict(DistillationConfig()), asdict(config)
+        idle = [
+            f"--distill-{key.replace('_', '-')}"
+            for key in ("temperature", "top_k")
+            if options[key] != default[key]
+        ]
+        note = f"note: no effect of {', '.join(idle)}: there is no teacher; --teacher names one"
+        return None, config, note if idle else None
     if name is not None or not config.weight or not sheared:
         return name, config, None
     source = sheared["source"]

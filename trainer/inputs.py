@@ -35,6 +35,8 @@ def missing_data(data: str, seq_len: int, tokenizer: Path | str) -> str | None:
     """How to make tokenized data in the folder `data`, or None where it is there."""
     if (Path(data) / FILE_NAME).is_file():
         return None
+    if Path(data).is_file():
+        return f"--data {data}: is a file; name the folder that holds it, {Path(data).parent}"
     where = " on a machine that may use the network, copy it here" if is_offline() else ""
     return (
         f"--data {data}: no tokenized data there. Fetch text{where} and tokenize it:\n"

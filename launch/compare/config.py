@@ -109,6 +109,14 @@ class CompareConfig:
         methods_of(self)
         targets_of(self)
 
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        if not self.dead_units:
+            return {"sparsities": "only --dead-units removes fractions of the units"}
+        losses = ("methods", "variant", "targets", "sequences", "cpt_steps")
+        rates = ("ours_lr", "cpt_lr", "random_lr")
+        return dict.fromkeys((*losses, *rates), "--dead-units compares no losses")
+
     @property
     def domains(self) -> list[str]:
         """Names of the domains."""
