@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from data.errors import InputError
+from data.log import logger
 
 REDPAJAMA_PREFIX = "RedPajama"
 LONGEST = 255
@@ -84,4 +85,8 @@ def chosen_domains(names: tuple[str, ...]) -> tuple[str, ...]:
     for name, domain in zip(names, domains, strict=True):
         if not domain:
             raise InputError(f"--domains {name!r} holds no letter or digit; correct it")
+        if "," in name:
+            logger.info(
+                f"note: --domains {name!r} is one domain, {domain}; blanks separate several"
+            )
     return domains

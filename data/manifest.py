@@ -223,7 +223,7 @@ def _annotations(kind: type) -> dict[str, Any]:
 def _why_no_tokens(directory: Path) -> str:
     """What to say of a folder without a manifest: what it is instead, where that shows."""
     make = f"`python -m data.tokenize --input ... --tokenizer ... --output {directory}`"
-    indexes = [directory.with_name(directory.name + ".idx")]
+    indexes = [Path(f"{directory}.idx")]  # the folder may be `.`, which has no name
     with contextlib.suppress(OSError):
         indexes += sorted(directory.glob("*.idx"))[:1]
         if directory.is_file():

@@ -103,6 +103,10 @@ def _check_copy(path: Path, report: Path) -> None:
     copy, output = path.resolve(), report.parent.resolve()
     if copy == report.resolve():
         return
+    if output.is_relative_to(copy):
+        raise InputError(
+            f"--json {path} is the folder of --output, or around it; name a file in it"
+        )
     own = copy.relative_to(output).parts[:1] if copy.is_relative_to(output) else ()
     if own and (own[0] in REPLACED or own[0] in NEEDED):
         raise InputError(f"--json {path}: the run itself writes {own[0]} there; name another file")

@@ -59,7 +59,7 @@ class EvaluateConfig:
 
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""
-        found = {}
+        found: dict[str, str] = {}
         if self.text is None:
             found |= dict.fromkeys(("window", "stride", "bos"), "there is no --text to score")
         if self.data is None:
