@@ -329,9 +329,10 @@ def _refuse_empty(values: Mapping[str, Any], options: Sequence[Option]) -> None:
         entries = value if option.takes_several else (value,)
         empty = [entry for entry in entries if isinstance(entry, str) and not entry.strip()]
         if empty and option.default != "":
+            name = option.metavar.partition(" ")[0] or option.flag
             raise InputError(
-                f"{option.flag} {empty[0]!r}: is empty, perhaps by a variable that is "
-                "not set; give a value, or leave the option out"
+                f"{name} {empty[0]!r}: is empty, perhaps by a variable that is not set; give a "
+                "value, or leave the option out"
             )
 
 

@@ -60,6 +60,10 @@ FOLLOWING = {
 """What differs, where it was not given, because one of these fields does."""
 
 
+_PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
+"""What --precision calls the types that a run's identity names."""
+
+
 def run_identity(
     config: TrainConfig, model: ModelConfig, *, precision: str, data: str, **others: Any
 ) -> dict[str, Any]:
@@ -233,7 +237,7 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
     for name in names:
         old, new = saved.get(name), wanted.get(name)
         part, _, field = name.partition(".")
-        values = f"was {_short(old)}, now {_short(new)}"
+        values = f"was {_as_given(old)}, now {_as_given(new)}"
         if name == "initial_weights" and None in (old, new):
             continue  # --init says it
         if name in FOLLOWING and not FOLLOWING[name].isdisjoint(names):
@@ -241,7 +245,9 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
         if name in ("source", "initial_weights"):
             told.setdefault(model, f"{model} is another model")
         elif part == "model":
-            told.setdefault(model, f"{model} is another model ({field} {values})")
+            told.setdefault(
+                model, f"{model} is another model ({field} was {_short(old)}, now {_short(new)})"
+            )
         elif name == "data":
             told["--data"] = "--data holds other tokens"
         elif part == "distill" and (saved.get("distill.teacher") is None) != (
@@ -254,7 +260,8 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
         elif isinstance(old, dict) and isinstance(new, dict) and name == "mixture":
             for key in (k for k in new | old if old.get(k) != new.get(k)):
                 flag = _flag(MixtureConfig, key, "mixture")
-                told[flag] = f"{flag} was {_short(old.get(key))}, now {_short(new.get(key))}"
+                values = f"was {_as_given(old.get(key))}, now {_as_given(new.get(key))}"
+                told[flag] = f"{flag} {values}"
         else:
             flag = "--" + (field or name).replace("_", "-")
             if part == "distill":
@@ -269,6 +276,15 @@ def _flag(config: type, field: str, prefix: str) -> str:
     names = {option.name for option in options_of(config)}
     own = field if field in names else f"{prefix}_{field}"
     return "--" + (own if own in names else prefix).replace("_", "-")
+
+
+def _as_given(value: Any) -> str:
+    """The value of an option as a command line gives it, so that it can be repeated."""
+    if value is None:
+        return "left out"
+    if isinstance(value, dict):
+        return ",".join(f"{name}={number}" for name, number in value.items())
+    return _PRECISIONS.get(value, _short(value)) if isinstance(value, str) else _short(value)
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from data.errors import InputError, require, require_at_least
+from data.errors import InputError, require, require_at_least, require_threads
 from data.options import ON_DISK
 
 KNOWN_ARCHS = (80, 90, 100)
@@ -47,7 +47,8 @@ class BenchKernelsConfig:
         for arch in self.archs:
             if arch not in KNOWN_ARCHS:
                 raise InputError(f"--archs {arch} is not one of {', '.join(map(str, KNOWN_ARCHS))}")
-        require_at_least(self, 1, "vocabularies", "tokens", "hidden", "repeats", "threads")
+        require_at_least(self, 1, "vocabularies", "tokens", "hidden", "repeats")
+        require_threads(self.threads)
         require(self.budget_seconds > 0, "budget_seconds", self.budget_seconds, "above 0")
 
     def idle(self) -> dict[str, str]:

@@ -19,14 +19,14 @@ def split_documents(
     and the `train` that follow them. A text that came before, in any domain, is passed over, so
     that none is both trained on and measured.
 
-    Reads no further than the last document it needs. Raises InputError when a domain has too few
+    What lies beside `folder` is passed over: the comparison made it. Reads no further than the last document it needs. Raises InputError when a domain has too few
     documents to measure and train on.
     """
     wanted = held_out + train
     found: dict[str, list[Document]] = {domain: [] for domain in domains}
     others: set[str] = set()
     seen: set[str] = set()
-    for document in _documents(patterns):
+    for document in _documents(patterns, folder.parent):
         kept = found.get(document.domain)
         if kept is None:
             others.add(document.domain)
@@ -54,6 +54,6 @@ def split_documents(
                 stream.write(json.dumps(record).encode() + b"\n")
 
 
-def _documents(patterns: Iterable[str]) -> Iterator[Document]:
-    for path in find_files(list(patterns)):
+def _documents(patterns: Iterable[str], output: Path) -> Iterator[Document]:
+    for path in find_files(list(patterns), output):
         yield from iterate_documents(path, Fields())

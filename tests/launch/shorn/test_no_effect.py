@@ -90,5 +90,5 @@ def test_only_options_of_the_command_are_named(line: str) -> None:
     command, *words = line.split()
     config = COMMANDS[command].load_config()
     words = [*REQUIRED.get(command, "").split(), *words]
-    built = parse(config, section=command.replace("-", "_"), argv=words)
+    built: object = parse(config, section=command.replace("-", "_"), argv=words)
     assert idle_options(built).keys() <= {option.name for option in options_of(config)}
