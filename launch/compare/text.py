@@ -19,7 +19,8 @@ def split_documents(
     and the `train` that follow them. A text that came before, in any domain, is passed over, so
     that none is both trained on and measured.
 
-    What lies beside `folder` is passed over: the comparison made it. Reads no further than the last document it needs. Raises InputError when a domain has too few
+    What lies beside `folder` is passed over where `patterns` meet it: the comparison made it.
+    Reads no further than the last document it needs. Raises InputError when a domain has too few
     documents to measure and train on.
     """
     wanted = held_out + train
