@@ -103,7 +103,7 @@ def _check_copy(path: Path, report: Path) -> None:
     copy, output = path.resolve(), report.parent.resolve()
     if copy == report.resolve():
         return
-    if output.is_relative_to(copy):
+    if output.is_relative_to(copy) and not copy.exists():
         raise InputError(
             f"--json {path} is the folder of --output, or around it; name a file in it"
         )
