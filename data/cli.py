@@ -7,57 +7,43 @@ section of `shorn.toml`, the dataclass default.
 
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import os
-import shlex
 import signal
 import sys
 import time
-import tomllib
 import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from data.errors import InputError, explain
 from data.help_page import help_page
-from data.log import LEVEL_VARIABLE, LEVELS, level, logger, set_level
-from data.machine import LAUNCHED, PARENT, end_with_parent, rank, stand_alone
-from data.options import Option, build, convert, describe, options_of, summary
-from data.paths import home_expanded, require_working_folder
+from data.idle import option_name, say_idle, say_repeated
+from data.log import LEVELS, level, logger, set_level
+from data.machine import LAUNCHED, end_with_parent, rank, stand_alone
+from data.options import Option, build, options_of, summary
+from data.overrides import (
+    Override,
+    converted,
+    environment_overrides,
+    file_overrides,
+    warn_of_unknown_variables,
+)
+from data.paths import require_working_folder
 from data.places import is_address
 from data.plain_parser import parse_plainly
-from data.records import read_text
 from data.terminal import escape_what_streams_lack, is_broken_pipe
 
 T = TypeVar("T")
 
-CONFIG_VARIABLE = "SHORN_CONFIG"
-VARIABLE_PREFIX = "SHORN_"
-DEFAULT_FILE = "shorn.toml"
 STOPPED = 75
 """Exit status of a training run that was asked to stop and saved: the same command resumes it. It
 is EX_TEMPFAIL of sysexits.h, which says: try again."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C where there was nothing to save."""
 SECONDS_FOR_RANK_ZERO = 30.0
-SECTIONS = (
-    "tokenize",
-    "shear",
-    "cpt",
-    "evaluate",
-    "report",
-    "compare",
-    "demo",
-    "bench_kernels",
-    "bench_shear",
-)
-"""Tables of shorn.toml that some command reads."""
-OTHER_VARIABLES = (CONFIG_VARIABLE, LEVEL_VARIABLE, PARENT, "SHORN_CUDA")
-"""Variables that are ours without being options: SHORN_CUDA has setup.py build CUDA code."""
 _WRITTEN = ("output", "json", "csv", "figures")
 """Options whose values are written to."""
 HELP_FLAGS = ("-h", "--help", "--help-all")
@@ -67,20 +53,6 @@ LOG_LEVEL = Option(
     "info",
     "How much is shown. debug: messages of all ranks too; warning, error: no progress.",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Override:
-    """A value found outside the command line, not yet converted to its field's type."""
-
-    value: Any
-    origin: str
-
-    @property
-    def text(self) -> str:
-        """The value as words of a command line."""
-        entries = self.value if isinstance(self.value, list) else [self.value]
-        return " ".join(map(str, entries))
 
 
 def parse(
@@ -108,10 +80,11 @@ def parse(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     options = all_options(config)
-    overrides = _file_overrides(section, options) | _environment_overrides(options)
+    overrides = file_overrides(section, options) | environment_overrides(options)
     given = _given_flags(words)
+    own = options
     options = [
-        dataclasses.replace(option, default=_convert(overrides[option.name], option.type))
+        dataclasses.replace(option, default=converted(overrides[option.name], option.type))
         if option.name in overrides
         else option
         for option in options
@@ -123,13 +96,17 @@ def parse(
     _refuse_repeated_lists(given, options)
     _refuse_left_over(words, options)
     values = _parse_words(options, words)
-    _refuse_empty(values, options, words)
-    values = {option.name: option.home_expanded(values[option.name]) for option in options}
     if values["log_level"] != level():
         set_level(values["log_level"])
     _say_origins(overrides, given)
-    _warn_of_unknown_variables(options)
-    return build(config, values)
+    names = [option_name(flag) for flag in given]
+    say_repeated(names)
+    _refuse_empty(values, own, words)
+    values = {option.name: option.home_expanded(values[option.name]) for option in options}
+    warn_of_unknown_variables(options)
+    built = build(config, values)
+    say_idle(built, values, {*names, *overrides})
+    return built
 
 
 def all_options(config: type) -> list[Option]:
@@ -300,16 +277,27 @@ def _refuse_left_over(words: Sequence[str], options: Sequence[Option]) -> None:
     flags = {option.flag: option for option in options}
     for start, word in enumerate(words):
         option = flags.get("".join(_given_flags([word.partition("=")[0]])))
-        if option is None or option.takes_several or option.type is bool:
+        if option is None or option.takes_several:
             continue
-        behind = words[start + (1 if "=" in word else 2) :]
+        switch = option.type is bool
+        behind = words[start + (1 if "=" in word or switch else 2) :]
         over = list(itertools.takewhile(lambda other: not other.startswith("-"), behind))
+        if switch and (over or "=" in word):
+            value = word.partition("=")[2] if "=" in word else over[0]
+            raise InputError(
+                f"{option.flag} takes no value, and {value!r} is given: {option.flag} turns it on, "
+                f"--no-{option.flag[2:]} off"
+            )
         if over:
             shown = " ".join(over[:3]) + (f" and {len(over) - 3} more" if len(over) > 3 else "")
             raise InputError(
                 f"{option.flag} takes one value, and {shown} stood behind it: give one, in quotes "
                 "where it holds spaces"
             )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | Path)
 
 
 def _refuse_empty(
@@ -319,8 +307,7 @@ def _refuse_empty(
     would be one of folders here."""
     for option in options:
         value = values[option.name]
-        texts = [str(one) for one in (value if isinstance(value, tuple) else (value,))]
-        texts = texts if option.type is str or (option.on_disk and value is not None) else []
+        texts = [str(one) for one in (value if option.takes_several else (value,)) if _is_text(one)]
         # Path("") is Path(".").
         if option.on_disk and "" in words and not option.metavar:
             texts += [word for flag, word in itertools.pairwise(words) if flag == option.flag]
@@ -337,125 +324,13 @@ def _refuse_empty(
             )
 
 
-def _say_origins(overrides: Mapping[str, _Override], given: Sequence[str]) -> None:
+def _say_origins(overrides: Mapping[str, Override], given: Sequence[str]) -> None:
     """Says which values did not come from the command line, without naming those it replaced."""
     for name, override in overrides.items():
         flag = f"--{name.replace('_', '-')}"
         # A command hands its log level on to those it starts.
         if name != LOG_LEVEL.name and not {flag, f"--no-{flag[2:]}"} & set(given):
             logger.info(f"{flag} {override.text}  (from {override.origin})")
-
-
-def _warn_of_unknown_variables(options: Sequence[Option]) -> None:
-    """Names the SHORN_ variables that this command does not read."""
-    names = [VARIABLE_PREFIX + option.name.upper() for option in options]
-    for variable in sorted(os.environ):
-        known = variable in names or variable in OTHER_VARIABLES or not os.environ[variable]
-        if known or not variable.upper().startswith(VARIABLE_PREFIX):
-            continue
-        near = difflib.get_close_matches(variable.upper(), names, n=1, cutoff=0.8)
-        text = f"{variable} is set, but names no option of this command"
-        if near:
-            logger.warning(f"{text}; did you mean {near[0]}?")
-        else:  # perhaps another command's
-            logger.info(text)
-
-
-def _file_overrides(section: str, options: Sequence[Option]) -> dict[str, _Override]:
-    named = os.environ.get(CONFIG_VARIABLE)
-    path = Path(home_expanded(named or DEFAULT_FILE, CONFIG_VARIABLE))
-    if not path.is_file():
-        if path.exists() or path.is_symlink():
-            raise InputError(
-                f"{path}: not a regular file, or a link to none; write the options into a file, or "
-                + (f"unset {CONFIG_VARIABLE}" if named else "move it away")
-            )
-        if named:
-            raise InputError(f"{CONFIG_VARIABLE}={named}: no such file; correct it or unset it")
-        return {}
-    try:
-        content = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
-    for key, value in content.items():
-        if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
-            raise InputError(
-                f"{path}: [[{key}]] begins one of several tables; write [{key}], which there is "
-                "once"
-            )
-        if not isinstance(value, dict):
-            raise InputError(
-                f"{path}: `{key}` stands outside a section; put it under the section of the program"
-                f" it is for, such as [{section}]"
-            )
-    if section not in content:
-        strange = [name for name in content if name not in SECTIONS]
-        for near in difflib.get_close_matches(section, strange, n=1, cutoff=0.7):
-            raise InputError(f"{path}: unknown section [{near}]; did you mean [{section}]?")
-    _warn_of_unknown_sections(path, [name for name in content if name != section])
-    if section not in content:
-        return {}
-    names = [option.name for option in options]
-    found: dict[str, _Override] = {}
-    for key, value in content[section].items():
-        name = key.replace("-", "_")
-        if name not in names:
-            positive = name.removeprefix("no_")
-            if any(option.name == positive and option.type is bool for option in options):
-                raise InputError(
-                    f"{path}: `{key}` in [{section}] is a flag's name; write "
-                    f"`{positive.replace('_', '-')} = false` in its place"
-                )
-            near_names = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean `{near_names[0]}`? " if near_names else ""
-            raise InputError(
-                f"{path}: unknown key `{key}` in [{section}]; {hint}known: {', '.join(names)}"
-            )
-        if name in found:
-            raise InputError(f"{path}: [{section}] holds `{name}` in two spellings; keep one")
-        found[name] = _Override(value, f"{path} [{section}] {key}")
-    return found
-
-
-def _warn_of_unknown_sections(path: Path, names: Sequence[str]) -> None:
-    for name in names:
-        if name not in SECTIONS:
-            near = difflib.get_close_matches(name, SECTIONS, n=1)
-            hint = f"did you mean [{near[0]}]?" if near else f"known: {', '.join(SECTIONS)}"
-            logger.warning(f"{path}: no command reads section [{name}]; {hint}")
-
-
-def _environment_overrides(options: Sequence[Option]) -> dict[str, _Override]:
-    found: dict[str, _Override] = {}
-    for option in options:
-        variable = VARIABLE_PREFIX + option.name.upper()
-        text = os.environ.get(variable)
-        if text and variable != CONFIG_VARIABLE:
-            found[option.name] = _Override(text, variable)
-    return found
-
-
-def _convert(override: _Override, kind: Any) -> Any:
-    """Converts a TOML or environment value just as the same text on the command line would be."""
-    value = override.value
-    try:
-        entries = value if isinstance(value, list) else [value]
-        if any(isinstance(entry, list | dict) for entry in entries):
-            raise ValueError(value)
-        if isinstance(value, list):
-            words = [str(entry) for entry in value]
-        elif isinstance(value, str) and typing.get_origin(kind) is tuple:
-            words = shlex.split(value)
-        else:
-            words = [str(value)]
-        return convert(words, kind)
-    except ValueError:
-        several = isinstance(value, str) and typing.get_origin(kind) is tuple
-        fix = ", in words as a shell reads them: quote what holds blanks or quotes"
-        raise InputError(
-            f"{override.origin} = {value!r} is not a valid value: expected {describe(kind)}"
-            + (fix if several else "")
-        ) from None
 
 
 def _parse_words(options: Sequence[Option], words: list[str]) -> dict[str, Any]:
@@ -486,7 +361,7 @@ def _parse_words(options: Sequence[Option], words: list[str]) -> dict[str, Any]:
 def _print_help(
     config: type,
     options: Sequence[Option],
-    overrides: Mapping[str, _Override],
+    overrides: Mapping[str, Override],
     examples: str,
     everything: bool,
 ) -> None:

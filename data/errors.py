@@ -52,12 +52,18 @@ def require_threads(threads: int | None) -> None:
     require(threads is None or 1 <= threads <= most, "threads", threads, limit)
 
 
+LARGEST = 1e30
+"""What a number given for an option may come to: single precision ends at 3e38."""
+
+
 def require_finite(config: Any) -> None:
-    """Raises InputError when a number among the fields of the dataclass `config` is not finite."""
+    """Raises InputError when a number among the fields of the dataclass `config` is not finite, or
+    so large that computing with it in single precision is not."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float):
             require(isfinite(value), field.name, value, "a finite number")
+            require(abs(value) <= LARGEST, field.name, value, f"at most {LARGEST:g}")
 
 
 _STORAGE = ("the storage failed", "check the disk or the network mount, then run the command again")

@@ -231,7 +231,7 @@ def why_no_tokens(directory: Path) -> str:
     """What to say of a folder without a manifest: what it is instead, where that shows."""
     found, advice = what_is(directory), odd_name(str(directory), patterns=False)
     make = f"`python -m data.tokenize --input ... --tokenizer ... --output {directory}`"
-    indexes = [directory.with_name(directory.name + ".idx")] if directory.name else []
+    indexes = [Path(f"{directory}.idx")]  # the folder may be `.`, which has no name
     with contextlib.suppress(OSError):
         indexes += sorted(directory.glob("*.idx"))[:1]
         if any((directory / ".partial").iterdir()):

@@ -74,6 +74,15 @@ class MixtureConfig:
                 f"--mixture {self.kind}: add --mixture replay, or leave the file out"
             )
 
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        if self.kind == "dynamic":
+            return {}
+        rule = ("mixture_strength", "mixture_floor", "mixture_ceiling", "mixture_clip")
+        if self.kind == "replay":
+            return dict.fromkeys(rule, "--mixture replay takes the weights of --mixture-history")
+        return dict.fromkeys((*rule, "mixture_interval"), "--mixture fixed moves no weights")
+
     def steps_between(self, steps: int) -> int:
         """Steps between updates in a run of `steps`."""
         return self.interval or max(1, steps // UPDATES)

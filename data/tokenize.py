@@ -1,14 +1,17 @@
 """`python -m data.tokenize`: text files to checksummed token shards per domain, with a manifest."""
 
+from pathlib import Path
+
 from data.cli import parse, run
 from data.domain_names import chosen_domains
 from data.errors import naming
 from data.find import find_files
-from data.job import Job, TokenizeConfig
+from data.job import Job
 from data.machine import available_cores
 from data.sources import Fields
 from data.tasks import Settings
 from data.token_report import print_report
+from data.tokenize_config import TokenizeConfig
 from data.tokenizers import load_tokenizer
 
 EXAMPLES = """
@@ -26,7 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command with `argv` (default: the process's arguments)."""
     config = parse(TokenizeConfig, section="tokenize", argv=argv, examples=EXAMPLES)
     domains = chosen_domains(config.domains)
-    files = find_files(config.input, config.output)
+    output = Path(config.output)
+    files = find_files(config.input, output)
     with naming("--tokenizer"):
         tokenizer = load_tokenizer(config.tokenizer)
     fields = Fields(
@@ -43,9 +47,9 @@ def main(argv: list[str] | None = None) -> None:
         bytes_per_task=config.task_mib << 20,
         merge_domains=config.merge_domains,
     )
-    job = Job(files, settings, tokenizer, config.output, config.overwrite)
+    job = Job(files, settings, tokenizer, output, config.overwrite)
     manifest, worked = job.run(config.workers or available_cores(), config.verify)
-    print_report(manifest, config.output, config.seq_len, worked)
+    print_report(manifest, output, config.seq_len, worked)
 
 
 if __name__ == "__main__":

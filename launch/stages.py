@@ -14,9 +14,24 @@ from typing import Any
 
 from data.errors import InputError, failure
 from data.files import write_json
+from data.locks import FILE_NAME as LOCK
 from data.log import logger
 from data.records import is_finite, read_json
 from launch.commands import CommandError, interrupted_by_sigterm
+
+MARKERS = ".stages"
+
+
+def require_own(output: Path) -> None:
+    """Raises InputError where the folder `output` holds what no stage made: stages begin with empty
+    folders of names such as text and tokens, and would remove those of others."""
+    if not output.is_dir() or (output / MARKERS).is_dir():
+        return
+    others = sorted(entry.name for entry in output.iterdir() if entry.name != LOCK)
+    if others:
+        raise InputError(
+            f"--output {output} holds other files ({', '.join(others[:3])}); name a new folder"
+        )
 
 
 class Stages:
@@ -28,7 +43,7 @@ class Stages:
     """
 
     def __init__(self, output: Path, number: int) -> None:
-        self.markers = output / ".stages"
+        self.markers = output / MARKERS
         self.number = number
         self.started = 0
         self.identities: dict[str, str] = {}

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from data.errors import InputError, require, require_at_least, require_finite
+from data.log import logger
 from data.mixture import MixtureConfig
 from data.options import ON_DISK
 from pruner.shapes import Shape
@@ -42,6 +43,14 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 """What options are that are None: by rule, part of ShearConfig and option."""
 AT_ONCE = {"train": {"min_lr_ratio": MIN_LR_RATIO}, "distillation": {"weight": 0.0}}
 """The same where nothing is trained (--steps 0)."""
+_TRAINING = (
+    *("lr", "min_lr_ratio", "warmup_ratio", "weight_decay", "beta1", "beta2", "eps", "clip"),
+    *("save_interval", "eval_interval", "log_interval", "mask_lr", "mask_clip", "target_warmup"),
+    *("harden", "temperature", "final_temperature", "mask_noise", "mask_draws"),
+    *("implicit_gradient", "mixture_strength", "mixture_floor", "mixture_ceiling"),
+    *("mixture_clip", "mixture_interval"),
+)
+"""Options that only steps of training use."""
 ALIASES: dict[str, Literal["sheared-llama"]] = {"paper": "sheared-llama"}
 """Former names of rules."""
 
@@ -132,6 +141,19 @@ class MaskConfig:
             self.calibration_sequences,
             "at least 1; use for example 32, or --init flat for no calibration pass",
         )
+
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        found = {}
+        if self.rule != "projection":
+            own = ("harden", "temperature", "final_temperature", "mask_noise", "implicit_gradient")
+            found = dict.fromkeys(own, f"--rule {self.rule} knows none of it")
+        masks = resolve_masks(self)
+        if masks.init in ("flat", "magnitude") and masks.basis == "source":
+            found["calibration_sequences"] = (
+                f"--init {masks.init} with --basis source calibrates nothing"
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,6 +251,17 @@ class ShearConfig:
         """Whether the weights that are kept are refitted."""
         return self.refit.refit and not self.trains_weights
 
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        found = {} if self.train.steps else dict.fromkeys(_TRAINING, "--steps 0 trains nothing")
+        for flag, value in (
+            ("--reference-losses", self.reference_losses),
+            ("--reference-fit", self.reference_fit),
+        ):
+            if value is not None:
+                found["reference_sequences"] = f"{flag} takes the place of what they would measure"
+        return found
+
 
 def resolve(config: ShearConfig, model: ModelConfig, target: Shape) -> ShearConfig:
     """`config` with every option that is None filled in, for pruning `model` to `target`.
@@ -279,7 +312,11 @@ def _basis(
             f"--basis principal needs a model with RMSNorm, and {model.family} has LayerNorm: use "
             "--basis source"
         )
-    return masks.basis if rotatable and target.hidden < model.hidden_size else "source"
+    if rotatable and target.hidden < model.hidden_size:
+        return masks.basis
+    if masks.basis == "principal":
+        logger.info("note: no effect of --basis principal: the target keeps all hidden dimensions")
+    return "source"
 
 
 def _fill(part: Part, defaults: dict[str, Any]) -> Part:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.cli import all_options
-from data.job import TokenizeConfig
+from data.tokenize_config import TokenizeConfig
 from launch.bench_kernels.config import BenchKernelsConfig
 from launch.bench_shear.config import BenchShearConfig
 from launch.compare.config import CompareConfig

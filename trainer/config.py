@@ -1,7 +1,6 @@
 """Options of training runs."""
 
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Annotated, ClassVar, Literal
 
 from data.errors import InputError, require, require_at_least, require_finite, require_threads
@@ -18,6 +17,12 @@ MIN_LR_RATIO = 0.1
 """Default of TrainConfig.min_lr_ratio where nothing else is said."""
 MUON_MOMENTUM = 0.95
 """Default of TrainConfig.muon_momentum."""
+HOTTEST = 1000.0
+"""Highest temperature of distillation, and the inverse of the lowest: beyond, rounding is left."""
+SMALLEST_EPS = 1e-30
+"""Of a lower AdamW epsilon nothing is left in single precision."""
+MOST_STEPS = 10**12
+"""More steps than a run could make."""
 MOST_SEQUENCES = 2**24
 """Largest global batch: of more, a step would draw for hours, or end for want of memory."""
 
@@ -140,6 +145,19 @@ class TrainConfig:
         require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         require(self.lr > 0, "lr", self.lr, "above 0")
         require(self.eps > 0, "eps", self.eps, "above 0")
+        require(self.eps >= SMALLEST_EPS, "eps", self.eps, f"at least {SMALLEST_EPS:g}")
+        require(self.steps <= MOST_STEPS, "steps", self.steps, f"at most {MOST_STEPS:,}")
+
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        if not self.steps:
+            return {}
+        late = f"it comes after --steps {self.steps}; the end of the run is what counts"
+        names = ("save_interval", "eval_interval", "log_interval")
+        found = {name: late for name in names if getattr(self, name) > self.steps}
+        if not self.eval_sequences:
+            found["eval_interval"] = "--eval-sequences 0 turns evaluation off"
+        return found
 
     @property
     def momentum(self) -> float | None:
@@ -178,10 +196,10 @@ class DistillationConfig:
             self.weight is None or 0 <= self.weight <= 1, "distill_weight", self.weight, "in [0, 1]"
         )
         require(
-            self.temperature > 0 and isfinite(self.temperature),
+            1 / HOTTEST <= self.temperature <= HOTTEST,
             "distill_temperature",
             self.temperature,
-            "above 0 and finite; use for example 1 or 2",
+            f"above 0 and finite, from {1 / HOTTEST:g} to {HOTTEST:g}; use for example 1 or 2",
         )
         require(
             self.top_k >= 0 and self.top_k != 1,
@@ -189,6 +207,11 @@ class DistillationConfig:
             self.top_k,
             "0 (the whole vocabulary) or at least 2 (over a single id nothing is compared)",
         )
+
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        names = ("distill_kind", "distill_temperature", "distill_top_k")
+        return dict.fromkeys(names, "--distill-weight 0 has no teacher") if self.weight == 0 else {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,6 +254,13 @@ class CptConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        if self.mixture.kind == "dynamic":
+            return {}
+        steers = f"--mixture {self.mixture.kind} steers towards no losses"
+        return dict.fromkeys(("reference_losses", "reference_fit"), steers)
 
 
 def check_layout(config: TrainConfig, world: int) -> None:

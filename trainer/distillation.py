@@ -83,6 +83,13 @@ def resolve_teacher(
         return None, replace(config, weight=0.0), note
     if config.weight is None:
         config = replace(config, weight=0.0 if name is None else DISTILL_WEIGHT)
+    if name is None and not asked and not config.weight:
+        base = DistillationConfig()
+        given = {"temperature": config.temperature, "top-k": config.top_k}
+        usual = {"temperature": base.temperature, "top-k": base.top_k}
+        idle = [f"--distill-{key} {given[key]:g}" for key in given if given[key] != usual[key]]
+        note = f"note: no effect of {', '.join(idle)}: there is no teacher; --teacher names one"
+        return None, config, note if idle else None
     if name is not None or not config.weight or not sheared:
         return name, config, None
     source = sheared["source"]

@@ -245,7 +245,9 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
         if name in ("source", "initial_weights"):
             told.setdefault(model, f"{model} is another model")
         elif part == "model":
-            told.setdefault(model, f"{model} is another model ({field} {values})")
+            told.setdefault(
+                model, f"{model} is another model ({field} was {_short(old)}, now {_short(new)})"
+            )
         elif name == "data":
             told["--data"] = "--data holds other tokens"
         elif part == "distill" and (saved.get("distill.teacher") is None) != (
@@ -258,7 +260,8 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
         elif isinstance(old, dict) and isinstance(new, dict) and name == "mixture":
             for key in (k for k in new | old if old.get(k) != new.get(k)):
                 flag = _flag(MixtureConfig, key, "mixture")
-                told[flag] = f"{flag} was {_short(old.get(key))}, now {_short(new.get(key))}"
+                values = f"was {_short(old.get(key))}, now {_short(new.get(key))}"
+                told[flag] = f"{flag} {values}"
         else:
             flag = "--" + (field or name).replace("_", "-")
             if part == "distill":

@@ -64,18 +64,23 @@ def open_data(
     missing = missing_data(data, config.seq_len, source)
     if missing is not None:
         raise InputError(missing)
-    if config.seq_len > model.max_position_embeddings:
-        raise InputError(
-            f"--seq-len {config.seq_len} is longer than the model's "
-            f"{model.max_position_embeddings} positions; use --seq-len "
-            f"{model.max_position_embeddings} or less"
-        )
+    require_positions(config.seq_len, model)
     reader = TokenReader(folder, config.seq_len)
     check_tokenizer(reader, model, source, data)
     longest = max(reader.manifest.tokens(HELD_OUT).values(), default=0)
     if not config.eval_sequences or longest < config.seq_len:
         return reader, None
     return reader, TokenReader(folder, config.seq_len, split=HELD_OUT)
+
+
+def require_positions(seq_len: int, model: ModelConfig) -> None:
+    """Raises InputError for sequences that are longer than `model` was made for."""
+    most = model.max_position_embeddings
+    if seq_len > most:
+        raise InputError(
+            f"--seq-len {seq_len} is longer than the model's {most} positions; use --seq-len "
+            f"{most} or less"
+        )
 
 
 def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data: str) -> None:

@@ -103,9 +103,13 @@ def _check_copy(path: Path, report: Path) -> None:
     copy, output = path.resolve(), report.parent.resolve()
     if copy == report.resolve():
         return
-    own = copy.is_relative_to(output) and copy.relative_to(output).parts[0]
-    if own and (own in REPLACED or own in NEEDED):
-        raise InputError(f"--json {path}: the run itself writes {own} there; name another file")
+    if output.is_relative_to(copy) and not copy.exists():
+        raise InputError(
+            f"--json {path} is the folder of --output, or around it; name a file in it"
+        )
+    own = copy.relative_to(output).parts[:1] if copy.is_relative_to(output) else ()
+    if own and (own[0] in REPLACED or own[0] in NEEDED):
+        raise InputError(f"--json {path}: the run itself writes {own[0]} there; name another file")
     require_writable(path, "--json")
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from data.errors import InputError, require, require_at_least
+from data.errors import InputError, require, require_at_least, require_threads
 from data.options import ON_DISK
 
 KNOWN_ARCHS = (80, 90, 100)
@@ -47,5 +47,18 @@ class BenchKernelsConfig:
         for arch in self.archs:
             if arch not in KNOWN_ARCHS:
                 raise InputError(f"--archs {arch} is not one of {', '.join(map(str, KNOWN_ARCHS))}")
-        require_at_least(self, 1, "vocabularies", "tokens", "hidden", "repeats", "threads")
+        require_at_least(self, 1, "vocabularies", "tokens", "hidden", "repeats")
+        require_threads(self.threads)
         require(self.budget_seconds > 0, "budget_seconds", self.budget_seconds, "above 0")
+
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        found = {}
+        if not self.static:
+            found["archs"] = "only --static compiles for architectures"
+        if not self.cpu:
+            names = ("vocabularies", "tokens", "hidden", "repeats", "threads")
+            found |= dict.fromkeys(names, "only --cpu measures with it")
+        if self.static or self.cpu:
+            found |= dict.fromkeys(("budget_seconds", "csv"), "nothing is timed on a GPU")
+        return found

@@ -84,7 +84,7 @@ def measure(config: BenchKernelsConfig) -> dict[str, Any]:
     Raises:
         InputError: there is not enough memory for the full logits.
     """
-    require_memory(config.tokens, max(config.vocabularies))
+    require_memory(config.tokens, max(config.vocabularies), config.hidden)
     keep_freed_memory()
     torch.set_num_threads(config.threads)
     losses = [measure_loss(config, vocabulary) for vocabulary in config.vocabularies]

@@ -48,16 +48,18 @@ def peak_bytes(kind: str, **sizes: int) -> int:
     return int(result.stdout)
 
 
-def require_memory(tokens: int, vocabulary: int) -> None:
-    """Raises InputError where the logits, their softmax and its gradient, fp32, do not fit."""
-    needed = 3 * 4 * tokens * vocabulary
+def require_memory(tokens: int, vocabulary: int, hidden: int) -> None:
+    """Raises InputError where the logits, their softmax and its gradient, and what they are made
+    of, with gradients, do not fit; all in fp32."""
+    needed = 4 * (3 * tokens * vocabulary + 2 * hidden * (tokens + vocabulary))
     if MEMORY.exists():
         available = _read_bytes(MEMORY, "MemAvailable")
         # Others use memory too, and a system that runs out of it stops whom it likes.
         if 1.25 * needed > available:
             raise InputError(
-                f"full logits of {tokens} tokens and {vocabulary} ids take {needed / 1e9:.1f} GB, "
-                f"and {available / 1e9:.1f} GB are free; lower --tokens"
+                f"full logits of {tokens} tokens and {vocabulary} ids at width {hidden} take "
+                f"{needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free; lower --tokens, "
+                "--vocabularies or --hidden"
             )
 
 

@@ -113,9 +113,24 @@ class CompareConfig:
         outside = [value for value in self.sparsities if not 0 < value < 1]
         if outside:
             raise InputError(f"--sparsities {outside[0]}: must lie between 0 and 1, such as 0.5")
-        parse_values(self.domain_weights, "--domain-weights")
+        if not self.sparsities or len(set(self.sparsities)) < len(self.sparsities):
+            raise InputError(
+                f"--sparsities {list(self.sparsities)}: give at least one, and each once"
+            )
+        if not any(parse_values(self.domain_weights, "--domain-weights").values()):
+            raise InputError(
+                f"--domain-weights {self.domain_weights!r}: the weights sum to 0; give one above 0"
+            )
         methods_of(self)
         targets_of(self)
+
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        if not self.dead_units:
+            return {"sparsities": "only --dead-units removes fractions of the units"}
+        losses = ("methods", "variant", "targets", "sequences", "cpt_steps")
+        rates = ("ours_lr", "cpt_lr", "random_lr")
+        return dict.fromkeys((*losses, *rates), "--dead-units compares no losses")
 
     @property
     def domains(self) -> list[str]:

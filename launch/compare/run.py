@@ -1,6 +1,7 @@
 """A comparison from its options to the table."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from data.files import require_writable, write_copy
@@ -10,7 +11,8 @@ from launch.compare.config import CompareConfig
 from launch.compare.dead_units import dead_units_plan
 from launch.compare.losses import losses_plan
 from launch.compare.stages import StageMaker
-from launch.stages import Stages, Task, run_tasks
+from launch.stages import Stages, Task, require_own, run_tasks
+from trainer.inputs import require_positions
 from trainer.models.hf import load_config
 from trainer.models.sources import resolve_model
 
@@ -23,8 +25,10 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     into the same output; at the end for stages that failed.
     """
     source = load_config(resolve_model(config.source, weights=False, option="--source"))
+    require_positions(config.seq_len, source)
     require_writable(config.json, "--json")
-    find_files(config.input)
+    require_own(Path(config.output))
+    find_files(config.input, Path(config.output))
     maker = StageMaker(config)
     plan = dead_units_plan(maker, source) if config.dead_units else losses_plan(maker, source)
     done: set[str] = set()

@@ -19,6 +19,7 @@ def split_documents(
     and the `train` that follow them. A text that came before, in any domain, is passed over, so
     that none is both trained on and measured.
 
+    What lies beside `folder` is passed over where `patterns` meet it: the comparison made it.
     Reads no further than the last document it needs. Raises InputError when a domain has too few
     documents to measure and train on.
     """
@@ -26,7 +27,7 @@ def split_documents(
     found: dict[str, list[Document]] = {domain: [] for domain in domains}
     others: set[str] = set()
     seen: set[str] = set()
-    for document in _documents(patterns):
+    for document in _documents(patterns, folder.parent):
         kept = found.get(document.domain)
         if kept is None:
             others.add(document.domain)
@@ -54,6 +55,6 @@ def split_documents(
                 stream.write(json.dumps(record).encode() + b"\n")
 
 
-def _documents(patterns: Iterable[str]) -> Iterator[Document]:
-    for path in find_files(list(patterns)):
+def _documents(patterns: Iterable[str], output: Path) -> Iterator[Document]:
+    for path in find_files(list(patterns), output):
         yield from iterate_documents(path, Fields())

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from data.errors import InputError, require_at_least, require_finite
+from data.errors import InputError, require, require_at_least, require_finite
 from data.options import ON_DISK
 from trainer.config import Precision
 
@@ -49,5 +49,8 @@ class DemoConfig:
         require_finite(self)
         counts = ("shear_steps", "cpt_steps", "sequences", "ranks", "batch", "text_bytes")
         require_at_least(self, 1, *counts)
+        require_at_least(self, 2, "seq_len", why=" (a token and its successor)")
+        for name in ("shear_lr", "cpt_lr", "random_lr"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         if self.batch % self.ranks:
             raise InputError(f"--batch {self.batch}: must be a multiple of --ranks {self.ranks}")

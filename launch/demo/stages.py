@@ -16,9 +16,10 @@ from launch.demo import report
 from launch.demo.config import DemoConfig
 from launch.demo.generation import compare_generation, silence_transformers
 from launch.demo.text import DOMAINS, collect
-from launch.stages import Stages, announce
+from launch.stages import Stages, announce, require_own
 from pruner.budget import parse_budget
 from pruner.shapes import config_of, parse_default, shape_of
+from trainer.inputs import require_positions
 from trainer.models.hf import load_config
 from trainer.models.sources import convert_gguf, resolve_model
 
@@ -51,6 +52,7 @@ class Demo:
 
     def run(self) -> int:
         """All stages; the exit status. Raises InputError where another process runs them there."""
+        require_own(self.output)
         with folder_lock(self.output, "running the demo"):
             return self._run()
 
@@ -80,8 +82,10 @@ class Demo:
         return status
 
     def _require_target(self) -> None:
-        """Raises InputError for a shape that the source cannot give, before text is made for it."""
+        """Raises InputError for a shape that the source cannot give and for sequences that it was
+        not made for, before text is made."""
         model, target = load_config(self.source), self.config.target
+        require_positions(self.config.seq_len, model)
         if parse_budget(target) is None:
             config_of(parse_default(target, DemoConfig().target, shape_of(model)), model).to_hf()
 

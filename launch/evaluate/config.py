@@ -56,3 +56,15 @@ class EvaluateConfig:
         require_at_least(self, 1, "sequences", "batch", "stride")
         require_threads(self.threads)
         require_at_least(self, 2, "seq_len", "window", why=" (a token and its successor)")
+
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        found: dict[str, str] = {}
+        if self.text is None:
+            found |= dict.fromkeys(("window", "stride", "bos"), "there is no --text to score")
+        if self.data is None:
+            names = ("split", "sequences", "seq_len")
+            found |= dict.fromkeys(names, "there is no --data to measure on")
+        if self.text is None and self.data is None:
+            found |= dict.fromkeys(("batch", "kernels"), "--speed alone times plain transformers")
+        return found

@@ -25,7 +25,9 @@ class Command:
 
 COMMANDS = {
     "tokenize": Command(
-        "data.tokenize", "data.job:TokenizeConfig", "text files to token shards per domain"
+        "data.tokenize",
+        "data.tokenize_config:TokenizeConfig",
+        "text files to token shards per domain",
     ),
     "shear": Command(
         "pruner.shear", "pruner.config:ShearConfig", "prune a model to a named shape", True

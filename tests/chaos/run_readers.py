@@ -14,9 +14,9 @@ import numpy as np
 
 from data.cli import parse
 from data.errors import InputError, failure
-from data.job import TokenizeConfig
 from data.locks import folder_lock
 from data.reader import TokenReader
+from data.tokenize_config import TokenizeConfig
 from launch.compare.losses import _PRUNED as PRUNED
 from launch.compare.losses import _losses as losses_of
 from launch.compare.stages import read_result

@@ -10,11 +10,12 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 
-from data import cli, log
+from data import log
 from data.cli import parse
 from data.errors import InputError
 from data.log import logger
 from data.options import Name, options_of
+from data.overrides import SECTIONS
 from tests.data.helpers import join
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,7 +252,7 @@ def test_what_no_command_reads_is_named(
 def test_the_sections_are_those_of_the_commands() -> None:
     from launch.shorn.commands import COMMANDS
 
-    assert {name.replace("-", "_") for name in COMMANDS} == set(cli.SECTIONS)
+    assert {name.replace("-", "_") for name in COMMANDS} == set(SECTIONS)
 
 
 @pytest.mark.parametrize(
@@ -389,3 +390,60 @@ def test_a_list_with_an_odd_quote_says_how_it_is_read(monkeypatch: pytest.Monkey
         get("--data", "d")
     monkeypatch.setenv("SHORN_INPUTS", "\"John's/*.txt\" 'my texts'")
     assert get("--data", "d").inputs == ("John's/*.txt", "my texts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Texts:
+    """What the program does."""
+
+    names: tuple[str, ...] = ()
+    """Several texts."""
+    copy: str | None = None
+    """A text that may be left out."""
+
+
+@pytest.mark.parametrize("option", ["names", "copy"])
+@pytest.mark.parametrize("text", ["", "  "])
+def test_empty_texts_are_refused_from_everywhere(
+    option: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refusal = rf"^--{option} '{text}': is empty"
+    for words in ([f"--{option}", text], [f"--{option}={text}"]):
+        with pytest.raises(InputError, match=refusal):
+            parse(Texts, section="prune", argv=words)
+    (tmp_path / "shorn.toml").write_text(f'[prune]\n{option} = "{text}"\n')
+    with pytest.raises(InputError, match=refusal):
+        parse(Texts, section="prune", argv=[])
+
+
+def test_an_empty_name_of_a_folder_in_a_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shorn.toml").write_text('[prune]\noutput = ""\n')
+    with pytest.raises(InputError, match=r"^--output '': is empty"):
+        parse(Place, section="prune", argv=[])
+
+
+@pytest.mark.parametrize("words", [("--fast", "true"), ("--fast=true",), ("--fast", "0")])
+def test_a_switch_takes_no_value(words: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match=r"^--fast takes no value, .*: --fast turns it on, --no-"):
+        get("--data", "d", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (("--lr", "1", "--lr", "2"), "--lr"),
+        (("--lr=1", "--lr=2"), "--lr"),
+        (("--fast", "--no-fast"), "--fast"),
+    ],
+)
+def test_the_last_of_repeated_options_counts_and_that_is_said(
+    words: tuple[str, ...], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = get("--data", "d", *words)
+    assert config.train.lr in (2, 1e-4)
+    assert not config.fast
+    assert f"note: {flag} is given 2 times, of which the last one counts" in capsys.readouterr().out

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from data.errors import InputError
-from data.job import Job, TokenizeConfig
+from data.job import Job
 from data.locks import folder_lock
 from data.manifest import Manifest
+from data.tokenize_config import TokenizeConfig
 from tests.data.helpers import FILES, files_of, stop_after
 
 

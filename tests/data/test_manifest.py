@@ -132,6 +132,9 @@ def test_a_folder_without_manifest_is_called_what_it_is(tmp_path: Path) -> None:
             Manifest.load(directory)
     with pytest.raises(InputError, match="is a file; name the folder"):
         Manifest.load(megatron / "text_document.idx")
+    for nameless in (Path(), Path("/")):
+        with pytest.raises(InputError, match=f"no tokens at {nameless}: .*does not exist"):
+            Manifest.load(nameless)
     (tmp_path / "job" / ".partial" / "tasks").mkdir(parents=True)
     with pytest.raises(InputError, match="not finished there; run the same command again"):
         Manifest.load(tmp_path / "job")

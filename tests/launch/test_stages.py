@@ -13,7 +13,7 @@ import pytest
 
 from data.errors import InputError
 from launch.commands import CommandError, command
-from launch.stages import Stages, Task, run_tasks, seconds_left
+from launch.stages import Stages, Task, require_own, run_tasks, seconds_left
 
 
 class Recorder:
@@ -272,3 +272,14 @@ def test_a_damaged_marker_makes_its_stage_run_again(
     )
     assert calls == ["a", "a"]
     assert "a.json: " in capsys.readouterr().err
+
+
+def test_a_folder_of_others_is_not_filled_with_stages(tmp_path: Path) -> None:
+    require_own(tmp_path / "new")
+    (tmp_path / ".lock").touch()
+    require_own(tmp_path)
+    (tmp_path / "text").mkdir()
+    with pytest.raises(InputError, match=r"--output .* holds other files \(text\); name a new"):
+        require_own(tmp_path)
+    (tmp_path / ".stages").mkdir()
+    require_own(tmp_path)

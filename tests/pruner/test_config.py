@@ -64,6 +64,11 @@ def test_numbers_that_are_not_finite_are_refused(name: str, value: float) -> Non
         MaskConfig(**{name: value})  # type: ignore[arg-type]
 
 
+def test_numbers_beyond_single_precision_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^--mask-lr 1e\+300: must be at most 1e\+30"):
+        MaskConfig(mask_lr=1e300)
+
+
 def test_the_basis_follows_rule_family_and_target() -> None:
     def found(case: dict[str, Any], hidden: int = 24, **options: Any) -> str | None:
         model = ModelConfig.from_hf(case)

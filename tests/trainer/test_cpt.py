@@ -91,6 +91,20 @@ def test_an_unwritable_copy_is_refused_before_anything_is_read(tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("inside", [".", "deeper/out"])
+def test_a_copy_that_would_be_the_folder_of_the_run_is_refused(inside: str, tmp_path: Path) -> None:
+    copy = tmp_path / "new"
+    with pytest.raises(InputError, match=r"^--json .*new is the folder of --output, or around it"):
+        pretrain(
+            options(steps=1),
+            model=tmp_path / "none",
+            data=tmp_path / "none",
+            output=copy / inside,
+            json=str(copy),
+        )
+    assert not copy.exists()
+
+
 def test_no_steps_are_refused(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--steps 0: must be at least 1 to train"):
         pretrain(

@@ -304,7 +304,9 @@ def test_a_bad_teacher_is_refused_before_any_weight_is_read(
 def test_an_unnamed_weight_depends_on_the_teacher() -> None:
     unnamed = DistillationConfig(top_k=64)
     for name, weight in (("some/model", DISTILL_WEIGHT), (None, 0.0)):
-        assert resolve_teacher(name, unnamed, None) == (name, replace(unnamed, weight=weight), None)
+        found = resolve_teacher(name, unnamed, None)
+        assert found[:2] == (name, replace(unnamed, weight=weight))
+        assert (found[2] is None) == (name is not None)  # --distill-top-k alone has no effect
     off = DistillationConfig(weight=0.0)
     assert resolve_teacher("some/model", off, None) == ("some/model", off, None)
 

@@ -1,13 +1,14 @@
 """What makes a run the same one, and which options may differ on a resume."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.errors import InputError
+from data.mixture import MixtureConfig
 from tests.trainer.tiny import SHAPE, options
 from trainer import parallel
 from trainer.config import TrainConfig
@@ -118,6 +119,25 @@ def test_more_steps_are_another_schedule(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"steps was 20, now 40.*schedule; .*--model .*model"):
         verify(tmp_path, options(steps=40))
+
+
+def test_differences_are_told_as_options_are_given(tmp_path: Path) -> None:
+    mixture = asdict(MixtureConfig())
+    weights = {"a": 0.5, "b": 0.5}
+    verify(tmp_path, options(), started=False, mixture=mixture, domain_weights=weights)
+    with pytest.raises(InputError, match=r"--mixture-interval was not given, now 3\. Repeat"):
+        verify(tmp_path, options(), mixture=mixture | {"interval": 3}, domain_weights=weights)
+    with pytest.raises(
+        InputError, match=r"--domain-weights was a=0\.5,b=0\.5, now a=0\.4,b=0\.6\."
+    ):
+        verify(tmp_path, options(), mixture=mixture, domain_weights={"a": 0.4, "b": 0.6})
+    precisions = ("torch.float32", "torch.bfloat16")
+    old, new = (
+        run_identity(options(), SHAPE, precision=precision, data="abc") for precision in precisions
+    )
+    verify_run(tmp_path / "other", old, parallel.init(threads=1), started=False)
+    with pytest.raises(InputError, match=r"--precision was fp32, now bf16\. Repeat"):
+        verify_run(tmp_path / "other", new, parallel.init(threads=1), started=True)
 
 
 def test_what_follows_from_other_data_is_not_told_besides(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_the_loss_meets_its_memory_goal() -> None:
 
 def test_a_measurement_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"full logits .* lower --tokens"):
-        kernel_memory.require_memory(10**9, 10**6)
+        kernel_memory.require_memory(10**9, 10**6, 64)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,12 @@ def test_targets_are_named_shapes() -> None:
         ({"seeds": ()}, r"--seeds \[\]"),
         ({"seeds": (1, 1)}, r"--seeds \[1, 1\]"),
         ({"sparsities": (0.5, 95.0)}, r"--sparsities 95.0: must lie between 0 and 1"),
+        (
+            {"sparsities": (0.5, 0.5)},
+            r"--sparsities \[0.5, 0.5\]: give at least one, and each once",
+        ),
+        ({"sparsities": ()}, r"--sparsities \[\]: give at least one"),
+        ({"domain_weights": "c4=0,github=0"}, r"--domain-weights .*: the weights sum to 0"),
         ({"shear_steps": 0}, r"--shear-steps 0: must be at least 1"),
         ({"jobs": 0}, r"--jobs 0"),
         ({"seq_len": 1}, r"--seq-len 1: must be at least 2"),

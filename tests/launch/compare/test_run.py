@@ -166,6 +166,7 @@ def test_what_cannot_work_is_refused_before_any_stage(
         r"--input '/nowhere/\*.zst' matches no files": {"input": ("/nowhere/*.zst",)},
         r"--json .*folder is a folder": {"json": str(tmp_path / "folder")},
         r"--targets odd: hidden size 23 is not a multiple": {"targets": ("odd=hidden=23",)},
+        r"--seq-len 999 is longer than the model's 256 positions": {"seq_len": 999},
         r"--sparsities 0.001: target .* is the source's own": {
             "dead_units": True,
             "sparsities": (0.001,),

@@ -63,6 +63,10 @@ def test_impossible_options_are_refused() -> None:
         DemoConfig(ranks=3)
     with pytest.raises(InputError, match="--cpt-steps 0: must be at least 1"):
         DemoConfig(cpt_steps=0)
+    with pytest.raises(InputError, match="--seq-len 1: must be at least 2"):
+        DemoConfig(seq_len=1)
+    with pytest.raises(InputError, match="--random-lr -1: must be above 0"):
+        DemoConfig(random_lr=-1)
 
 
 def test_a_target_that_the_source_cannot_give_is_refused_before_text_is_made(
@@ -76,6 +80,9 @@ def test_a_target_that_the_source_cannot_give_is_refused_before_text_is_made(
     wrong = Demo(DemoConfig(source=str(source), output=str(output), target="layers=7"))
     with pytest.raises(InputError, match=r"layers=7 is outside 1\.\.2"):
         wrong.run()
+    long = Demo(DemoConfig(source=str(source), output=str(output), seq_len=300))
+    with pytest.raises(InputError, match=r"--seq-len 300 is longer than the model's 256 positions"):
+        long.run()
     assert not (output / "text").exists()
     Demo(DemoConfig(source=str(source), output=str(output), target=advised))._require_target()
 
