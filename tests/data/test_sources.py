@@ -252,7 +252,7 @@ def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
         (b'{\n "text": "a"\n}', "jq -c"),
         (b"true", "true or false"),
         (b"<!DOCTYPE html><html>", "holds a web page, not JSON Lines"),
-        (gzip.compress(b"x"), r"holds gzip data, not JSON Lines; give it the suffix \.gz"),
+        (gzip.compress(b"x", mtime=0), r"holds gzip data, not JSON Lines; give it the suffix \.gz"),
         ('{"text": "a"}'.encode("utf-16"), "UTF-16.*iconv"),
         ('{"text": "a"}'.encode("utf-16-be"), "UTF-16.*iconv"),
     ],

@@ -133,7 +133,7 @@ def test_what_stands_in_for_a_file_is_refused(
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (gzip.compress(b"x"), r"holds gzip data, not zstd data; give it the suffix \.gz"),
+        (gzip.compress(b"x", mtime=0), r"holds gzip data, not zstd data; give it the suffix \.gz"),
         (b"<html><body>login", "holds a web page, not zstd data"),
         (b"PK\x03\x04....", "holds a zip archive"),
         (b"Entry not found", "damaged: zstd data does not start with b'Entry not found'"),
