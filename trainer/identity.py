@@ -285,7 +285,7 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         text = ",".join(f"{name}={number}" for name, number in value.items())
     elif isinstance(value, str):
-        text = repr(PRECISIONS.get(value, value))
+        text = PRECISIONS.get(value) or repr(value)
     else:
         text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -57,7 +57,7 @@ def test_old_values_are_told_as_their_flags_take_them(tmp_path: Path) -> None:
         "--compact was on, now off",
         "--domain-weights was a=0.25,b=0.75, now a=0.5,b=0.5",
         "--mixture-interval was not given, now 5",
-        "--precision was 'fp32', now 'bf16'",
+        "--precision was fp32, now bf16",
     ]
 
 
