@@ -133,9 +133,7 @@ def test_a_folder_without_manifest_is_called_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a file; name the folder"):
         Manifest.load(megatron / "text_document.idx")
     for nameless in (Path(), Path("/")):
-        with pytest.raises(
-            InputError, match=f"no tokens at {nameless}: it is a folder of other files"
-        ):
+        with pytest.raises(InputError, match=f"no tokens at {nameless}: it is a folder of"):
             Manifest.load(nameless)
     (tmp_path / "job" / ".partial" / "tasks").mkdir(parents=True)
     with pytest.raises(InputError, match="not finished there; run the same command again"):
