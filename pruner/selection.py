@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.errors import InputError
+from data.places import what_is
 from data.records import read_json
 from pruner.config import ShearConfig
 from pruner.shapes import Shape, shape_of
@@ -26,7 +27,9 @@ from trainer.models.decoder import CausalLM
 from trainer.models.families import Role
 from trainer.models.hf import load_config, load_model
 from trainer.models.sources import weights_fingerprint
+from trainer.models.weights import stored_dtype
 from trainer.output import run_of
+from trainer.verdict import SHEARED, stages_of
 
 MASKS = "masks.safetensors"
 COMPARED_IDS = 4096
@@ -65,9 +68,14 @@ def read_selection(path: str, source: Path, model: ModelConfig) -> Selection:
     run = folder if (folder / MASKS).exists() else run_of(folder)
     if (run / MASKS).exists():
         return _of_run(run, source, model)
+    for trained in (folder, run):
+        if (trained / "cpt.json").is_file():
+            raise _trained(path, trained)
     if not (folder / "config.json").exists():
+        found = what_is(folder)
         raise InputError(
-            f"--selection {path}: is neither a run of shorn shear nor a Hugging Face folder"
+            f"--selection {path}: is neither a finished run of shorn shear nor a Hugging Face "
+            f"folder{found and f' (it is {found})'}; name one of these"
         )
     return _of_model(folder, source, model)
 
@@ -93,6 +101,17 @@ def selected(config: ShearConfig, selection: Selection) -> ShearConfig:
     init = config.masks.init if config.masks.init not in (None, "flat") else "importance"
     masks = replace(config.masks, basis=basis, init=init)
     return replace(config, target=shape, masks=masks)
+
+
+def _trained(path: str, run: Path) -> InputError:
+    """Names the run of shearing that the model of `run`, one of continued pre-training, began as,
+    which knows its units."""
+    sheared = next((stage.model for stage in stages_of(run) if stage.name == SHEARED), "")
+    fix = f"a run of shorn shear{sheared and f', such as the one it came from: {sheared}'}"
+    return InputError(
+        f"--selection {path}: is a run of shorn cpt, whose weights no longer tell what was kept; "
+        f"name {fix}"
+    )
 
 
 def _of_run(run: Path, source: Path, model: ModelConfig) -> Selection:
@@ -126,8 +145,9 @@ def _of_model(folder: Path, source: Path, model: ModelConfig) -> Selection:
                 f"--selection {folder}: {name} is {other!r}, and {own!r} in --source; name a model "
                 "that was cut from it"
             )
-    # What bf16 rounds to the same is hardly another row.
-    pruned, whole = (load_model(path, dtype=torch.bfloat16) for path in (folder, source))
+    # What 16 bits round to the same is hardly another row. A cut in fp16 was rounded so already.
+    dtype = torch.float16 if stored_dtype(folder) == "float16" else torch.bfloat16
+    pruned, whole = (load_model(path, dtype=dtype) for path in (folder, source))
     return Matcher(whole, pruned, folder).match()
 
 
@@ -242,7 +262,7 @@ class Matcher:
 
 
 def _keys(rows: Tensor) -> list[bytes]:
-    """What tells rows [n, m] of bf16 apart."""
+    """What tells rows [n, m] of bf16 or fp16 apart."""
     values: Any = rows.contiguous().view(torch.int16).numpy()
     return [row.tobytes() for row in values]
 

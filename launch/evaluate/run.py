@@ -16,7 +16,7 @@ from data.places import odd_name
 from data.progress import Progress
 from data.reader import TokenReader
 from data.records import read_text
-from data.tokenizers import load_tokenizer
+from data.tokenizers import holds_tokenizer, load_tokenizer
 from launch.evaluate.config import EvaluateConfig
 from launch.evaluate.document import (
     DocumentPerplexity,
@@ -237,6 +237,12 @@ def _held_out(
 
 def _tokenize(config: EvaluateConfig, path: Path, text: str) -> Document:
     """The text in tokens; raises InputError when window, stride, BOS or length do not fit it."""
+    if not holds_tokenizer(path):
+        raise InputError(
+            f"--text {config.text} is tokenized by the model's own tokenizer, and {path} holds "
+            "none: copy tokenizer.json and tokenizer_config.json (or tokenizer.model) there from "
+            "the model that it was made from, or measure it with --data"
+        )
     tokenizer = load_tokenizer(path)
     bos = resolve_bos(config.bos, tokenizer.bos_id, tokenizer.adds_bos)
     ids = [int(token) for token in tokenizer.encode([text])[0]]

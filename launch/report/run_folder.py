@@ -213,11 +213,23 @@ def parameters(run: Run) -> dict[str, int]:
     return counts
 
 
+def newest(run: Run, key: str) -> dict[str, Any]:
+    """The newest object that the metrics hold under `key`; empty where there is none."""
+    found: dict[str, Any] = next((r[key] for r in reversed(run.metrics) if r.get(key)), {})
+    return found
+
+
+def held_out_of(run: Run) -> dict[str, Any]:
+    """Held-out losses {domain: {loss, tokens}} of the run's model: the report's, which are those of
+    a refitted model too, else the newest of the metrics; empty where there are none."""
+    measured: dict[str, Any] = (run.report or {}).get("held_out") or newest(run, "held_out")
+    return measured
+
+
 def facts(run: Run) -> dict[str, Any]:
     """The numbers at the head of the page, JSON-able; None where something is not known."""
     last = run.metrics[-1] if run.metrics else {}
-    measured = [record["held_out"] for record in run.metrics if record.get("held_out")]
-    held_out = measured[-1] if measured else {}
+    held_out = held_out_of(run)
     result: dict[str, Any] = {
         "folder": str(run.folder),
         "command": run.command,

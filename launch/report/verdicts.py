@@ -6,7 +6,7 @@ from typing import Any
 
 from launch.report.lineage import Line, is_random, run_names, text_of
 from launch.report.markup import Html, element, table
-from launch.report.run_folder import Run, mean_loss, parameters
+from launch.report.run_folder import held_out_of, mean_loss, newest, parameters
 from trainer.verdict import (
     SHEARED,
     TRAINED,
@@ -50,7 +50,7 @@ def _going_on(line: Line) -> list[Stage]:
     keys = ("data", "seq_len")
     on: dict[str, Any] = {key: last.identity[key] for key in keys if key in last.identity}
     called = SHEARED if last.command == "shear" else TRAINED
-    losses = losses_of(newest(last, "held_out"))
+    losses = losses_of(held_out_of(last))
     now = Stage(
         called,
         str(last.folder / "model"),
@@ -64,17 +64,11 @@ def _going_on(line: Line) -> list[Stage]:
     return [*before, now]
 
 
-def newest(run: Run, key: str) -> dict[str, Any]:
-    """The newest object that the metrics hold under `key`; empty where there is none."""
-    found: dict[str, Any] = next((r[key] for r in reversed(run.metrics) if r.get(key)), {})
-    return found
-
-
 def _beside(lines: Sequence[Line]) -> Html | None:
     """Every run's newest held-out losses, of those measured on the text of the first."""
     runs = [run for line in lines for run in line.runs]
     starts = [run for line in lines for run in (line.after, *line.runs[:-1])]
-    found = [newest(run, "held_out") for run in runs]
+    found = [held_out_of(run) for run in runs]
     measured = [index for index, losses in enumerate(found) if losses]
     if not measured:
         return None

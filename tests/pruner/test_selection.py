@@ -18,6 +18,7 @@ from pruner.units import to_masks, unit_kinds, unit_sizes
 from tests.factories import write_model, write_tokens
 from tests.pruner.test_refit import CASES, build
 from tests.pruner.test_run import configure
+from tests.trainer.tiny import options, pretrain
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config, load_model, save_tensors
 
@@ -63,6 +64,20 @@ def random_half(source: CausalLM) -> dict[str, Tensor]:
             row[torch.randperm(units, generator=draw)[: max(1, units // 2)]] = 1.0
     z["layer"] = torch.tensor([[1.0, 0.0, 1.0]])
     return z
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cut_may_be_kept_in_16_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = build("llama")
+    z = random_half(source)
+    extraction = Extraction(source.config, to_masks(z, shape_of(source.config), hold_scale=False))
+    cut = CausalLM(extraction.config)
+    pairs = [(key, value.detach()) for key, value in source.named_parameters()]
+    cut.load_state_dict(dict(extraction.tensors(pairs)))
+    folders = save(source, tmp_path / "source"), save(cut.to(dtype), tmp_path / "cut")
+    found = read_selection(str(folders[1]), folders[0], load_config(folders[0]))
+    assert torch.equal(found.z["hidden"].float(), z["hidden"])
+    assert torch.equal(found.z["layer"].float(), z["layer"])
 
 
 @pytest.fixture(scope="module")
@@ -136,5 +151,26 @@ def test_a_run_from_another_source_is_refused(inputs: Path, tmp_path: Path) -> N
     save_tensors(tensors, other / "model.safetensors")
     with pytest.raises(InputError, match=r"was cut from another model than --source"):
         read_selection(str(tmp_path / "run"), other, load_config(other))
-    with pytest.raises(InputError, match=r"neither a run of shorn shear nor a Hugging Face folder"):
+    with pytest.raises(InputError, match=r"nothing: is neither a finished run of shorn shear nor"):
         read_selection(str(tmp_path / "nothing"), other, load_config(other))
+    with pytest.raises(InputError, match=r"nor a Hugging Face folder \(it is a folder of tokens"):
+        read_selection(str(inputs / "tokens"), other, load_config(other))
+
+
+def test_a_model_that_was_trained_on_names_the_run_before(inputs: Path, tmp_path: Path) -> None:
+    shear(configure(inputs, tmp_path / "run", steps=0))
+    pretrain(
+        options(steps=1, seq_len=32),
+        model=tmp_path / "run",
+        data=inputs / "tokens",
+        output=tmp_path / "cpt",
+    )
+    source = inputs / "model"
+    for place in (tmp_path / "cpt", tmp_path / "cpt" / "model"):
+        with pytest.raises(InputError, match=r"run of shorn cpt.*came from: .*/run/model$") as met:
+            read_selection(str(place), source, load_config(source))
+    named = str(met.value).rpartition(": ")[2]
+    assert read_selection(named, source, load_config(source)).shape.layers == 2
+    (tmp_path / "cpt" / "cpt.json").write_text("{}")
+    with pytest.raises(InputError, match=r"kept; name a run of shorn shear$"):
+        read_selection(str(tmp_path / "cpt"), source, load_config(source))

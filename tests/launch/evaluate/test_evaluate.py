@@ -198,6 +198,20 @@ def test_a_bos_the_tokenizer_lacks_is_refused_before_weights_load(
         main(["--model", str(tiny_model), "--text", str(text), "--bos", "yes", "--window", "64"])
 
 
+def test_a_model_without_a_tokenizer_is_told_what_to_bring(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some text that is long enough")
+    kept = tiny_model / "tokenizer.json", tmp_path / "tokenizer.json"
+    kept[0].rename(kept[1])
+    words = ["--model", str(tiny_model), "--text", str(text), "--window", "16"]
+    with pytest.raises(InputError, match=r"own tokenizer, and .* holds none: copy tokenizer\.json"):
+        main(words)
+    kept[1].rename(kept[0])
+    main(words)
+
+
 def damage(tokens: Path, domain: str) -> None:
     """Flip one byte in the held-out shard of `domain`."""
     file = next(

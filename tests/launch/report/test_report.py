@@ -295,6 +295,23 @@ def test_a_run_of_no_steps(runs: Path, tmp_path: Path) -> None:
         assert words not in page.source, words
 
 
+def test_what_was_measured_behind_the_last_step_is_shown_everywhere(
+    runs: Path, tmp_path: Path
+) -> None:
+    flags: dict[str, Any] = {"refit_sequences": 16, "refit_held_out": 8}
+    folders = [tmp_path / name for name in ("frozen", "none")]
+    shear(configure(runs, folders[0], steps=2, freeze_weights=True, **flags))
+    shear(configure(runs, folders[1], steps=0, init="magnitude", **flags))
+    page, numbers = make(tmp_path, *folders)
+    assert "not measured" not in page.text.split("Runs beside each other")[1].split("Shearing:")[0]
+    for folder, run in zip(folders, numbers["runs"], strict=True):
+        report = json.loads((folder / "shear.json").read_text())
+        assert run["held_out"] == {name: row["loss"] for name, row in report["held_out"].items()}
+        for row in report["held_out"].values():
+            # In the verdict and beside the other run.
+            assert page.source.count(f"{row['loss']:.4f}") >= 2
+
+
 def test_continued_pretraining_alone(runs: Path, tmp_path: Path) -> None:
     page, numbers = make(tmp_path, runs / "cpt")
     check_self_contained(page)
