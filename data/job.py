@@ -132,9 +132,11 @@ class Job:
         if not self.output.is_dir():
             raise InputError(f"--output {self.output} is not a folder; choose another path")
         ours = (self.output / FILE_NAME).is_file() or self.partial.is_dir()
-        if not ours and any(entry.name != LOCK for entry in self.output.iterdir()):
+        foreign = sorted(entry.name for entry in self.output.iterdir() if entry.name != LOCK)
+        if foreign and not ours:
             raise InputError(
-                f"--output {self.output} holds files that are not tokens; choose a new folder"
+                f"--output {self.output} holds files that are not tokens, such as {foreign[0]}; "
+                "choose a new folder, and keep logs beside it, not in it"
             )
 
     def _finished(self, verify: bool) -> Manifest | None:

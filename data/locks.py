@@ -13,7 +13,7 @@ from typing import IO
 
 from data.errors import InputError, failure
 from data.log import logger
-from data.machine import rank
+from data.machine import rank, tasks_without_ranks
 from data.records import read_json
 
 FILE_NAME = ".lock"
@@ -54,9 +54,9 @@ def folder_lock(
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            fix = tasks_without_ranks() or f"wait for it to end, or name another {option}"
             raise InputError(
-                f"{option} {folder}: another process is {doing} there{_owner(path)}; wait for it "
-                f"to end, or name another {option}"
+                f"{option} {folder}: another process is {doing} there{_owner(path)}; {fix}"
             ) from None
         except OSError as error:
             if error.errno not in _CANNOT_LOCK:

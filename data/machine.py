@@ -23,6 +23,12 @@ GROUP_VARIABLES = (
 """What a launcher tells each of the ranks it starts."""
 LAUNCHED = "TORCHELASTIC_RUN_ID"
 """Set where the parent of this process is a launcher: torchrun, or `shorn --ranks`."""
+TASKS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+}
+"""What tells the number of tasks that a program started which says nothing of ranks."""
 PARENT = "SHORN_PARENT"
 """Number of the process that this one must not outlive, set by a command that starts others."""
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -100,6 +106,22 @@ def rank() -> int:
         return 0
     own, world = map(int, texts)
     return own if own < world else 0
+
+
+def tasks_without_ranks() -> str:
+    """What is wrong and helps where this process is one of several tasks of srun or mpirun, none of
+    which knows its rank; empty elsewhere."""
+    if os.environ.get("RANK") or os.environ.get(LAUNCHED):
+        return ""
+    for name, program in TASKS.items():
+        text = os.environ.get(name, "")
+        if text.isdecimal() and int(text) > 1:
+            return (
+                f"{program} started {text} tasks ({name}) and RANK is not set, so each runs "
+                "apart; start one task per machine, for training and evaluation on all of it with "
+                "`shorn --ranks N` (one machine) or torchrun (several) in the task"
+            )
+    return ""
 
 
 def stand_alone() -> None:

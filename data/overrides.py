@@ -159,9 +159,24 @@ def converted(override: Override, kind: Any) -> Any:
             words = [str(value)]
         return convert(words, kind)
     except ValueError:
+        pairs = _as_pairs(value) if describe(kind) == "TEXT" else ""
+        if pairs:
+            raise InputError(
+                f"{override.origin} = {value!r} is not a valid value: expected one text, with the "
+                f'pairs in it: "{pairs}"'
+            ) from None
         several = isinstance(value, str) and typing.get_origin(kind) is tuple
         fix = ", in words as a shell reads them: quote what holds blanks or quotes"
         raise InputError(
             f"{override.origin} = {value!r} is not a valid value: expected {describe(kind)}"
             + (fix if several else "")
         ) from None
+
+
+def _as_pairs(value: Any) -> str:
+    """A table or list of names with values as options take it, "a=1,b=2"; empty for another."""
+    if isinstance(value, dict) and all(isinstance(entry, int | float) for entry in value.values()):
+        return ",".join(f"{name}={entry}" for name, entry in value.items())
+    if isinstance(value, list) and all(isinstance(entry, str) and "=" in entry for entry in value):
+        return ",".join(value)
+    return ""

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -11,7 +12,8 @@ from typing import Any
 
 from data.domain_names import LONGEST, domain_name
 from data.errors import InputError
-from data.formats import Format, format_of
+from data.formats import Format, compression_of, format_of
+from data.log import logger
 from data.records import Ambiguous, parse_json, word_for
 from data.streams import (
     ONE_A_LINE,
@@ -31,6 +33,8 @@ REDPAJAMA_FIELD = "meta.redpajama_set_name"
 FOLDER = "folder"
 AUTO = "auto"
 MAX_RECORD_MIB = 64
+_TO_UTF_8 = "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+"""Where text is not UTF-8, it most often is what Windows wrote, or Latin-1 within that."""
 _BY_A_GLOB = "(a quoted glob in a folder's place takes only what it matches)"
 ROWS = 1024
 """Rows of a parquet file that are held at once, fewer where they are large."""
@@ -121,6 +125,27 @@ Rows = Iterator[tuple[int, Document | None]]
 """Rows from 1, each with its document, or None where it is to be left out."""
 
 
+def warn_of_folders_with_one_name(files: Sequence[Path], fields: Fields) -> None:
+    """Says which folders, where files are named by theirs, make one domain because they are called
+    the same, as `data` in many data sets."""
+    if fields.domain not in (AUTO, FOLDER):
+        return
+    named = (p for p in files if fields.domain == FOLDER or format_of(p) is Format.TEXT)
+    written = sorted({path.absolute().parent for path in named})
+    folders: dict[str, list[Path]] = {}
+    for folder in {folder.resolve(): folder for folder in written}.values():
+        folders.setdefault(folder.name, []).append(folder)
+    shared = [same for same in folders.values() if len(same) > 1]
+    if shared:
+        one, other, *rest = max(shared, key=len)
+        more = f" (and {len(shared) - 1} more such names)" if len(shared) > 1 else ""
+        logger.warning(
+            f"{len(rest) + 2} folders called {one.name!r} make one domain: {one}, {other}"
+            f"{', ...' if rest else ''}{more}; for a domain each, give --input a folder of links "
+            f"to them with other names, such as by ln -s {shlex.quote(str(one))} PARTS/NAME"
+        )
+
+
 def _json_documents(path: Path, fields: Fields, advance: Callable[[int], None]) -> Rows:
     for number, line in enumerate(read_lines(path, fields.max_bytes, advance), start=1):
         if not line.strip():
@@ -133,7 +158,10 @@ def _json_documents(path: Path, fields: Fields, advance: Callable[[int], None]) 
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             _refuse_foreign(path, number)
-            raise InputError(f"{place}: not UTF-8 text (byte {error.start:,}); {fix}") from None
+            raise InputError(
+                f"{place}: not UTF-8 text (byte {error.start:,}); {fix}; a file in another "
+                f"encoding can be converted, such as with {_TO_UTF_8}"
+            ) from None
         try:
             record = parse_json(text, place, fix, kind=(object, bool), record=True)
         except InputError:
@@ -233,9 +261,10 @@ def _text_document(
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         _refuse_foreign(path, 1, content)
+        others = f"; grep -rlaxv '.*' {shlex.quote(str(path.parent))} lists all such files there"
         raise InputError(
-            f"{path}: not UTF-8 text (byte {error.start:,}: {error.reason}); convert it or leave "
-            "it out of --input"
+            f"{path}: not UTF-8 text (byte {error.start:,}: {error.reason}); convert it, such as "
+            f"with {_TO_UTF_8}, or leave it out of --input{'' if compression_of(path) else others}"
         ) from None
     if is_wide(content):
         _refuse_foreign(path, 1, content)
@@ -322,11 +351,13 @@ def _why_nothing(record: dict[str, Any], dotted: str, what: str, others: Sequenc
             f"{dotted!r}, which is null; leave such records out with --skip-incomplete, or name "
             f"another field with --{what}-field"
         )
-    folder = ", or use --domain-field folder to take the name of each file's folder"
+    other = ", or use --domain-field folder to take the name of each file's folder"
+    if what == "text":
+        how = "" if others else f" with jq -c '.{dotted} = .KEY' OLD > NEW.jsonl"
+        other = f", or rename it{how} where other files do have {dotted!r}"
     return (
         f"{dotted!r}{_beside(record, dotted)}; keys present: {_keys(record, others)}; name the "
-        f"right one with --{what}-field{folder if what == 'domain' else ''}, or leave such records "
-        "out with --skip-incomplete"
+        f"right one with --{what}-field{other}, or leave such records out with --skip-incomplete"
     )
 
 

@@ -8,7 +8,7 @@ from data.errors import naming
 from data.find import find_files
 from data.job import Job
 from data.machine import available_cores
-from data.sources import Fields
+from data.sources import Fields, warn_of_folders_with_one_name
 from data.tasks import Settings
 from data.token_report import print_report
 from data.tokenize_config import TokenizeConfig
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         skip_incomplete=config.skip_incomplete,
         max_bytes=config.max_record_mib << 20,
     )
+    warn_of_folders_with_one_name(files, fields)
     settings = Settings(
         fields=fields,
         domains=domains,

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from data.errors import InputError, first_line
-from data.machine import Group, available_cores, group
+from data.log import logger
+from data.machine import Group, available_cores, group, tasks_without_ranks
 from trainer.meeting import meet
 
 T = TypeVar("T")
@@ -140,6 +141,8 @@ def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext
     if on_cuda:
         device = torch.device("cuda", _gpu(started))
         _prepare_cuda(device)
+    if started is None and (lonely := tasks_without_ranks()):
+        logger.warning(lonely)
     if not dist.is_initialized():
         _join(started, device)
     world = dist.get_world_size()

@@ -447,3 +447,29 @@ def test_the_last_of_repeated_options_counts_and_that_is_said(
     assert config.train.lr in (2, 1e-4)
     assert not config.fast
     assert f"note: {flag} is given 2 times, of which the last one counts" in capsys.readouterr().out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pairs:
+    """An option that takes names with values."""
+
+    weights: str | None = None
+    """Such as a=1,b=2."""
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("weights = {a = 0.6, b = 1}", r'expected one text, .* in it: "a=0\.6,b=1"$'),
+        ("[prune.weights]\na = 0.6\nb = 1", r'expected one text, .* in it: "a=0\.6,b=1"$'),
+        ("weights = ['a=1', 'b=2']", r'expected one text, .* in it: "a=1,b=2"$'),
+        ("weights = {a = 'x'}", "is not a valid value: expected TEXT$"),
+        ("weights = []", "is not a valid value: expected TEXT$"),
+    ],
+)
+def test_a_table_of_pairs_is_told_as_the_option_takes_it(
+    tmp_path: Path, content: str, named: str
+) -> None:
+    (tmp_path / "shorn.toml").write_text(f"[prune]\n{content}\n")
+    with pytest.raises(InputError, match=named):
+        parse(Pairs, section="prune", argv=[], examples="")

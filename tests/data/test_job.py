@@ -65,7 +65,7 @@ def test_folder_of_something_else_is_refused(make_job: Callable[..., Job]) -> No
     output = make_job().output
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="files that are not tokens"):
+    with pytest.raises(InputError, match=r"not tokens, such as thesis\.tex; .*logs beside"):
         make_job(overwrite=True).run(1)
     assert (output / "thesis.tex").exists()
 

@@ -20,13 +20,20 @@ with folder_lock(Path(sys.argv[1]), "training"):
 """
 
 
-def test_the_second_is_refused_and_a_killed_owner_leaves_nothing(tmp_path: Path) -> None:
+def test_the_second_is_refused_and_a_killed_owner_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "new" / "run"
     command = [sys.executable, "-c", HOLD, str(folder)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == "held\n"
         pattern = f"another process is training there \\(process {owner.pid} on "
+        with pytest.raises(InputError, match=pattern), folder_lock(folder, "training"):
+            pass
+        # The tasks of srun would each wait, or train apart, if they were told to.
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+        pattern += ".*; srun started 8 tasks .*torchrun"
         with pytest.raises(InputError, match=pattern), folder_lock(folder, "training"):
             pass
         owner.kill()

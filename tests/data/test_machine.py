@@ -26,7 +26,7 @@ GROUP = {
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*machine.GROUP_VARIABLES, machine.LAUNCHED, machine.PARENT):
+    for name in (*machine.GROUP_VARIABLES, *machine.TASKS, machine.LAUNCHED, machine.PARENT):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -215,3 +215,23 @@ def test_the_number_of_another_process_is_no_parent(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(machine.PARENT, "1" if os.getppid() != 1 else "2")
     machine.end_with_parent()
     assert not started
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 tasks (SLURM_STEP_NUM_TASKS)"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 tasks"),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, ""),
+        ({"SLURM_NTASKS": "8"}, ""),  # a batch script, which runs once
+        ({"SLURM_STEP_NUM_TASKS": "8", "RANK": "0"}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "2", machine.LAUNCHED: "x"}, ""),
+    ],
+)
+def test_tasks_that_do_not_know_their_rank(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = machine.tasks_without_ranks()
+    assert found.startswith(said) and bool(found) == bool(said)

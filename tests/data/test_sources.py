@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import zstandard
 
 from data.errors import InputError
-from data.sources import Document, Fields, iterate_documents
+from data.sources import Document, Fields, iterate_documents, warn_of_folders_with_one_name
 
 Compress = Callable[[bytes], bytes]
 
@@ -425,3 +426,48 @@ def test_records_joined_on_one_line_are_called_so(tmp_path: Path) -> None:
     for line in (LINE + b",", LINE + b" x", b"1 2"):
         with pytest.raises(InputError, match=r"a\.jsonl:2: not valid JSON"):
             read(write(tmp_path / "a.jsonl", LINE + b"\n" + line))
+
+
+def test_text_in_another_encoding_says_how_to_find_and_convert_it(tmp_path: Path) -> None:
+    folder = tmp_path / "old books"
+    content = "caf\u00e9 au lait\n".encode("latin-1")
+    for name in ("a.txt", "b.txt"):
+        write(folder / name, content)
+    write(folder / "c.txt", "caf\u00e9".encode())
+    with pytest.raises(InputError, match=r"a\.txt: not UTF-8 text \(byte 3.*iconv") as refused:
+        read(folder / "a.txt")
+    command = str(refused.value).partition("; grep")[2].partition(" lists all")[0]
+    line = ["env", "LC_ALL=C.UTF-8", "sh", "-c", f"grep{command}"]
+    found = subprocess.run(line, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert sorted(found) == ["", str(folder / "a.txt"), str(folder / "b.txt")]
+    with pytest.raises(InputError, match=r"iconv.*--input$"):
+        read(write(tmp_path / "a.txt.gz", gzip.compress(content)))
+    with pytest.raises(InputError, match=r"a\.jsonl:1: not UTF-8 text .*iconv"):
+        read(write(tmp_path / "a.jsonl", b'{"text": "' + content.strip() + b'"}'))
+
+
+def test_texts_of_other_names_can_be_brought_together(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"content": "t", "id": 1}')
+    with pytest.raises(InputError, match=r"rename it with jq -c '\.text = \.KEY' OLD > NEW\.jsonl"):
+        read(path)
+    table = pyarrow.table({"content": ["t"], "id": [1]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="or rename it where other files do have 'text'"):
+        read(tmp_path / "a.parquet")
+
+
+def test_folders_of_one_name_that_make_one_domain_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / name for name in ("c4/data/a.jsonl", "github/data/b.jsonl", "data/c.txt")]
+    warn_of_folders_with_one_name(paths, Fields())
+    warn_of_folders_with_one_name(paths, Fields(domain="meta.source"))
+    warn_of_folders_with_one_name([*paths[:1], paths[0].with_name("z")], Fields(domain="folder"))
+    assert capsys.readouterr().err == ""
+    others = [tmp_path / "x" / "en" / "a.txt", tmp_path / "y" / "en" / "b.txt"]
+    warn_of_folders_with_one_name([*paths, *others], Fields(domain="folder"))
+    said = capsys.readouterr().err
+    assert "3 folders called 'data' make one domain" in said and "(and 1 more such" in said
+    assert f"ln -s {tmp_path / 'c4' / 'data'} PARTS/NAME" in said
+    warn_of_folders_with_one_name(others, Fields())
+    assert "2 folders called 'en' make one domain" in capsys.readouterr().err

@@ -14,13 +14,19 @@ from tests.distributed import run_ranks
 from trainer import parallel
 
 
-def test_stands_alone_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stands_alone_without_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert parallel.world_size() == 1
     context = parallel.init(threads=1)
     assert (context.rank, context.world, context.is_main) == (0, 1, True)
     assert torch.get_num_threads() == 1
+    assert "srun" not in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    parallel.init(threads=1)
+    assert "warning: srun started 2 tasks" in capsys.readouterr().err
     assert context.gather("x") == ["x"] and context.broadcast(3) == 3
     with pytest.raises(InputError, match="too big"):
         context.raise_first("too big")
