@@ -227,7 +227,7 @@ def test_a_refit_writes_the_model_twice_and_frozen_weights_have_no_moments(
     assert 3 * needs[0]["checkpoint"] == 3 * needs[1]["checkpoint"] == needs[2]["checkpoint"]
 
 
-@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("steps", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_ranks_refit_as_one(steps: int, trained: Path, tmp_path: Path) -> None:
     """With masks on frozen weights before it, too."""
     run_ranks(_refit_on_ranks, 1, trained, tmp_path / "one", steps)
