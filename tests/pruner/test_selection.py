@@ -15,7 +15,7 @@ from pruner.run import shear
 from pruner.selection import read_selection
 from pruner.shapes import shape_of
 from pruner.units import to_masks, unit_kinds, unit_sizes
-from tests.factories import write_model, write_tokens
+from tests.factories import write_model
 from tests.pruner.test_refit import CASES, build
 from tests.pruner.test_run import configure
 from tests.trainer.tiny import options, pretrain
@@ -78,14 +78,6 @@ def test_a_cut_may_be_kept_in_16_bits(dtype: torch.dtype, tmp_path: Path) -> Non
     found = read_selection(str(folders[1]), folders[0], load_config(folders[0]))
     assert torch.equal(found.z["hidden"].float(), z["hidden"])
     assert torch.equal(found.z["layer"].float(), z["layer"])
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("inputs")
-    model = write_model(root / "model", num_hidden_layers=3)
-    write_tokens(root / "tokens", model, number=40)
-    return root
 
 
 def again(inputs: Path, output: Path, selection: Path, **changes: Any) -> dict[str, Any]:
