@@ -74,12 +74,18 @@ class BatchStream:
         plan = self.sampler.next_batch(self.global_batch)
         share = self.global_batch // self.world
         rows = plan[self.rank * share : (self.rank + 1) * share]
-        ids = np.empty((share, self.reader.seq_len), np.int64)
+        ids = self.read(rows)
+        self._announce_epochs()
+        return Batch(ids=ids, domains=rows[:, 0].copy(), step=step)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Token ids, int64 [n, seq_len], of the samples `rows` [n, 3] as the sampler draws them.
+        Raises InputError where a shard is damaged."""
+        ids = np.empty((len(rows), self.reader.seq_len), np.int64)
         for domain in np.unique(rows[:, 0]):
             chosen = np.flatnonzero(rows[:, 0] == domain)
             ids[chosen] = self.reader.read(self.domains[domain], rows[chosen, 2])
-        self._announce_epochs()
-        return Batch(ids=ids, domains=rows[:, 0].copy(), step=step)
+        return ids
 
     def order(self) -> dict[str, Any]:
         """What tells the order of samples, and how many of each domain were drawn: JSON-able."""

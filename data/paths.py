@@ -1,4 +1,4 @@
-"""Paths as users write them: `~` written out, and a working folder that is gone."""
+"""Paths as users write them, and as commands are told to be typed."""
 
 import errno
 import os

@@ -1,5 +1,6 @@
 """The stage behind the cut: the saved model refitted, and the better of the two kept."""
 
+import copy
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,8 +14,6 @@ from torch import Tensor
 from data.files import replace_folder
 from data.log import logger
 from data.progress import Progress
-from data.reader import TokenReader
-from data.sampler import DomainSampler
 from pruner.config import RefitConfig
 from pruner.extract import Extraction
 from pruner.importance import calibration_batches
@@ -97,28 +96,14 @@ def sequences(trainer: Trainer, config: RefitConfig) -> tuple[Tensor, Tensor]:
     So what the weights are refitted on is what they are then trained on, in the mixture's own
     proportions. A sequence comes once; where the data has too few, at most a quarter is held out.
     """
-    drawn = trainer.stream.sampler
-    sizes = dict(zip(drawn.domains, drawn.sizes, strict=True))
-    sampler = DomainSampler(sizes, drawn.weights, drawn.seed, drawn.fingerprint)
-    sampler.load_state_dict(drawn.state_dict())
+    stream = trainer.stream
     wanted = config.refit_sequences + config.refit_held_out
-    rows = sampler.next_batch(wanted)[:, [0, 2]]
-    _, first = np.unique(rows, axis=0, return_index=True)
+    rows = copy.deepcopy(stream.sampler).next_batch(wanted)
+    _, first = np.unique(rows[:, [0, 2]], axis=0, return_index=True)
     rows = rows[np.sort(first)]
     share = config.refit_held_out if len(rows) == wanted else len(rows) // 4
-    held_out = min(config.refit_held_out, share)
-    cut = len(rows) - held_out
-    reader = trainer.stream.reader
-    return _read(reader, rows[:cut]), _read(reader, rows[cut:])
-
-
-def _read(reader: TokenReader, rows: np.ndarray) -> Tensor:
-    """Sequences [n, S] of `rows` [n, 2] of (domain, sample)."""
-    ids = np.empty((len(rows), reader.seq_len), np.int64)
-    for domain in np.unique(rows[:, 0]):
-        chosen = np.flatnonzero(rows[:, 0] == domain)
-        ids[chosen] = reader.read(reader.domains[domain], rows[chosen, 1])
-    return torch.from_numpy(ids)
+    cut = len(rows) - min(config.refit_held_out, share)
+    return torch.from_numpy(stream.read(rows[:cut])), torch.from_numpy(stream.read(rows[cut:]))
 
 
 def _key(extraction: Extraction, ids: Tensor, config: RefitConfig) -> str:

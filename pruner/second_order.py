@@ -30,8 +30,8 @@ class WriterInputs:
     """Forward hooks that sum the outer products of what the writing matrices get, the first
     position of each sequence left out; use as a context manager.
 
-    `weights` [B] says how much each sequence of the next forward pass counts (0 for padding). Holds
-    [n, n] fp32 for every matrix: for LLaMA-2-7B 17.7 GB, of which ranks need their own.
+    `weights` [B] says how much each sequence of the next forward pass counts (0 for padding). Every
+    rank holds [n, n] in fp32 for every matrix: 17.7 GB for LLaMA-2-7B.
     """
 
     def __init__(self, model: CausalLM) -> None:
