@@ -67,7 +67,7 @@ def halves(config: ModelConfig) -> tuple[Half, Half]:
 
 
 class Block:
-    """One block in fp32, run half by half.
+    """One block, run half by half in `dtype`; a refit changes its parameters in their own.
 
     `tensors` are its parameters by their names inside the block.
     """
@@ -77,15 +77,18 @@ class Block:
         config: ModelConfig,
         tensors: dict[str, Tensor],
         device: torch.device,
+        dtype: torch.dtype,
         *,
         fitted: bool = False,
     ) -> None:
         self.config = config
+        self.tensors = tensors
+        self.dtype = dtype
         self.fitted = fitted
         """Whether its matrices are what a refit made of them."""
         with torch.device("meta"):
             self.module: nn.Module = pkgutil.resolve_name(config.traits.block)(config)
-        values = {name: t.to(device, torch.float32) for name, t in tensors.items()}
+        values = {name: t.to(device, dtype) for name, t in tensors.items()}
         self.module.load_state_dict(values, assign=True)
         self.frequencies = inverse_frequencies(config).to(device)
 
@@ -111,9 +114,13 @@ class Block:
         assert isinstance(module, nn.Linear)
         return module
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The block's parameters on the CPU, by their names inside it."""
-        return {name: p.detach().cpu() for name, p in self.module.named_parameters()}
+    def change(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
+        """Adds to weight and bias of the matrix called `name` inside the block."""
+        for key, change in ((f"{name}.weight", weight), (f"{name}.bias", bias)):
+            if change is not None:
+                tensor = self.tensors[key]
+                self.tensors[key] = (tensor.double() + change.to(tensor.device)).to(tensor.dtype)
+                self.module.get_parameter(key).copy_(self.tensors[key])
 
     @contextmanager
     def watch(self, *names: str) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
@@ -142,11 +149,10 @@ class Ridge:
     """
 
     def __init__(self, linears: list[nn.Linear]) -> None:
-        self.linears = linears
+        self.rows = [linear.weight.shape[0] for linear in linears]
         self.biased = linears[0].bias is not None
         weight = linears[0].weight
-        inputs = weight.shape[1] + self.biased
-        outputs = sum(linear.weight.shape[0] for linear in linears)
+        inputs, outputs = weight.shape[1] + self.biased, sum(self.rows)
         self.gram = self._zeros(weight, inputs, inputs)
         """[in, in]"""
         self.moment = self._zeros(weight, inputs, outputs)
@@ -157,13 +163,18 @@ class Ridge:
 
     def add(self, inputs: Tensor, residual: Tensor) -> None:
         """Adds tokens: inputs [n, in] and what is missing from the outputs [n, all outputs]."""
+        # Sums over tokens in less than fp32 would be wrong by as much as the penalty.
+        inputs, residual = inputs.float(), residual.float()
         if self.biased:
             inputs = F.pad(inputs, (0, 1), value=1.0)
         self.gram += (inputs.t() @ inputs).double()
         self.moment += (inputs.t() @ residual).double()
 
-    def solve(self, ridge: float, context: DistributedContext) -> None:
-        """Changes the matrices in place, equally on every rank; collective."""
+    def solve(
+        self, ridge: float, context: DistributedContext
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """The change of each matrix's weight [out, in] and bias [out] in fp64; collective, equal on
+        every rank."""
         context.all_reduce_sum(self.gram)
         context.all_reduce_sum(self.moment)
         diagonal = self.gram.diagonal()
@@ -180,16 +191,13 @@ class Ridge:
             penalty *= 10
             factor, failed = torch.linalg.cholesky_ex(self.gram)
         change = torch.cholesky_solve(self.moment, factor).t()
-        parts = change.split([linear.weight.shape[0] for linear in self.linears])
-        for linear, part in zip(self.linears, parts, strict=True):
-            linear.weight.copy_((linear.weight.double() + part[:, :size]).float())
-            if self.biased:
-                linear.bias.copy_((linear.bias.double() + part[:, size]).float())
+        parts = change.split(self.rows)
+        return [(part[:, :size], part[:, size] if self.biased else None) for part in parts]
 
 
 @dataclass(slots=True)
 class Streams:
-    """A batch of sequences on its way through both models; tensors [B, S, d] on the host."""
+    """A batch of sequences on its way through both models; fp32 [B, S, d] on the host."""
 
     source: Tensor
     pruned: Tensor
@@ -251,8 +259,10 @@ class Refit:
             stream = stream * masks.mask.to(stream)
         return stream if masks.units is None else stream[..., masks.units.to(stream.device)]
 
-    def _to_device(self, *tensors: Tensor) -> list[Tensor]:
-        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+    def _on_device(self, stream: Tensor, block: Block | None = None) -> Tensor:
+        """`stream` on the device; in the type that `block` computes in, if it reads it."""
+        dtype = stream.dtype if block is None else block.dtype
+        return stream.to(self.device, dtype, non_blocking=True)
 
     @torch.no_grad()
     def keep(self, index: int, source: Block, pruned: Block) -> None:
@@ -303,44 +313,48 @@ class Refit:
         self, half: Half, source: Block, pruned: Block, rows: dict[str, Tensor | None]
     ) -> None:
         """Refits what reads in a half, and moves the source's streams past that half."""
-        linears = [pruned.linear(name) for name in half.readers]
-        equations = Ridge(linears)
+        equations = Ridge([pruned.linear(name) for name in half.readers])
         for streams in self.streams:
             with source.watch(*half.readers) as seen:
                 self._advance_source(half, source, streams)
-            inputs = self._tokens(pruned.normed(half, *self._to_device(streams.pruned_read)))
+            inputs = pruned.normed(half, self._on_device(streams.pruned_read, pruned))
+            inputs = self._tokens(inputs)
             missing = []
-            for name, linear in zip(half.readers, linears, strict=True):
+            for name in half.readers:
                 wanted, own = seen[name][1], rows[name]
                 if own is not None:
                     wanted = wanted[..., own.to(wanted.device)]
-                missing.append(self._tokens(wanted) - linear(inputs))
+                missing.append(self._tokens(wanted).float() - pruned.linear(name)(inputs))
             equations.add(inputs, torch.cat(missing, dim=-1))
-        equations.solve(self.ridge, self.context)
+        self._change(pruned, half.readers, equations)
 
     def _fit_writer(self, half: Half, block: Block) -> None:
         """Refits what writes in a half to the source's stream."""
-        linear = block.linear(half.writer)
-        equations = Ridge([linear])
+        equations = Ridge([block.linear(half.writer)])
         for streams in self.streams:
-            read, own, wanted = self._to_device(streams.pruned_read, streams.pruned, streams.source)
             with block.watch(half.writer) as seen:
-                update = block.update(half, read)
-            missing = self._kept(wanted) - own - update
+                update = block.update(half, self._on_device(streams.pruned_read, block))
+            wanted = self._kept(self._on_device(streams.source))
+            missing = wanted - self._on_device(streams.pruned) - update
             equations.add(self._tokens(seen[half.writer][0]), self._tokens(missing))
-        equations.solve(self.ridge, self.context)
+        self._change(block, (half.writer,), equations)
+
+    def _change(self, block: Block, names: tuple[str, ...], equations: Ridge) -> None:
+        changes = equations.solve(self.ridge, self.context)
+        for name, (weight, bias) in zip(names, changes, strict=True):
+            block.change(name, weight, bias)
 
     def _advance(self, half: Half, block: Block) -> None:
         """Moves the pruned model's streams past a half."""
         for streams in self.streams:
-            read, own = self._to_device(streams.pruned_read, streams.pruned)
-            streams.pruned = (own + block.update(half, read)).cpu()
+            update = block.update(half, self._on_device(streams.pruned_read, block))
+            streams.pruned = (self._on_device(streams.pruned) + update).cpu()
             if self._moves_on(half):
                 streams.pruned_read = streams.pruned
 
     def _advance_source(self, half: Half, source: Block, streams: Streams) -> None:
-        read, own = self._to_device(streams.source_read, streams.source)
-        streams.source = (own + source.update(half, read)).cpu()
+        update = source.update(half, self._on_device(streams.source_read, source))
+        streams.source = (self._on_device(streams.source) + update).cpu()
         if self._moves_on(half):
             streams.source_read = streams.source
 
@@ -361,6 +375,7 @@ def refit(
     ridge: float,
     batch: int,
     context: DistributedContext,
+    dtype: torch.dtype = torch.float32,
     kept: Path | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The pruned model's (name, tensor), refitted; collective. See `Refit`.
@@ -372,6 +387,7 @@ def refit(
         ridge: weight of the penalty.
         batch: sequences computed at once.
         context: the ranks.
+        dtype: what blocks compute in; streams and equations are in fp32 and fp64 in any case.
         kept: folder of the blocks that are refitted already, by an interrupted refit of the same
             model on the same sequences; their streams are carried on without fitting.
     """
@@ -385,10 +401,9 @@ def refit(
     def finished() -> Iterator[tuple[str, Tensor]]:
         block = work.finish_pending()
         if block is not None:
-            found = block.tensors()
             if not block.fitted:
-                files.keep(numbers[last], found)
-            for name, tensor in found.items():
+                files.keep(numbers[last], block.tensors)
+            for name, tensor in block.tensors.items():
                 yield f"{prefix}{numbers[last]}.{name}", tensor
 
     for index, group in _by_block(tensors, prefix):
@@ -398,7 +413,7 @@ def refit(
                 work.embed(group[f"{extraction.names.embedding}.weight"])
             continue
         inner = {name.removeprefix(f"{prefix}{index}."): t for name, t in group.items()}
-        source = Block(extraction.source, inner, work.device)
+        source = Block(extraction.source, inner, work.device, dtype)
         if index not in numbers:
             work.skip(source)
             continue
@@ -408,7 +423,8 @@ def refit(
         if own is None:
             start = f"{prefix}{numbers[index]}."
             own = {n.removeprefix(start): t for n, t in extraction.tensors(group.items())}
-        work.keep(index, source, Block(extraction.config, own, work.device, fitted=fitted))
+        pruned = Block(extraction.config, own, work.device, dtype, fitted=fitted)
+        work.keep(index, source, pruned)
         last = index
     yield from finished()
     yield from extraction.tensors(outer.items())

@@ -22,6 +22,7 @@ from trainer.callbacks.evaluate import EvaluateCallback
 from trainer.loop import Trainer
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.hf import load_config
+from trainer.parallel import compute_dtype
 from trainer.run import build_model, pretrained
 from trainer.saving import full_tensors, save_tensors_of
 
@@ -61,7 +62,8 @@ def repair(
         logger.warning("not refitted: the data has too few sequences to hold any out")
         return told | {"held_out_sequences": 0, "before": None, "after": None, "kept": False}
     before = _loss(_load(plain, trainer), held_out, trainer)
-    folder = output / FOLDER / _key(extraction, ids, config)
+    compute = compute_dtype(trainer.config.precision, context.device)
+    folder = output / FOLDER / _key(extraction, ids, config, compute)
     refitted = output / REFITTED
     pairs = refit(
         extraction,
@@ -70,6 +72,7 @@ def repair(
         ridge=config.refit_ridge,
         batch=trainer.config.micro_batch,
         context=context,
+        dtype=compute,
         kept=folder,
     )
     shown = _shown(pairs, extraction)
@@ -106,12 +109,12 @@ def sequences(trainer: Trainer, config: RefitConfig) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(stream.read(rows[:cut])), torch.from_numpy(stream.read(rows[cut:]))
 
 
-def _key(extraction: Extraction, ids: Tensor, config: RefitConfig) -> str:
-    """Tells refits apart: of other units, on other sequences, with another ridge."""
+def _key(extraction: Extraction, ids: Tensor, config: RefitConfig, dtype: torch.dtype) -> str:
+    """Tells refits apart: of other units, on other sequences, with another ridge or precision."""
     digest = hashlib.blake2b(digest_size=8)
     for name, mask in sorted(extraction.masks.tensors().items()):
         digest.update(name.encode() + mask.float().numpy().tobytes())
-    digest.update(ids.numpy().tobytes() + repr(config.refit_ridge).encode())
+    digest.update(ids.numpy().tobytes() + f"{config.refit_ridge} {dtype}".encode())
     return digest.hexdigest()
 
 

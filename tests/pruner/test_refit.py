@@ -102,22 +102,41 @@ def test_ridge_is_the_minimum(biased: bool) -> None:
     """Against the same problem as one least-squares system in fp64."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(6, 4, bias=biased)
-    before = linear.weight.detach().double()
     inputs, residual = torch.randn(50, 6), torch.randn(50, 4)
     equations = Ridge([linear])
     with torch.no_grad():
         for part in range(0, 50, 20):
             equations.add(inputs[part : part + 20], residual[part : part + 20])
-        equations.solve(0.3, alone())
+        ((weight, bias),) = equations.solve(0.3, alone())
     a = torch.nn.functional.pad(inputs.double(), (0, int(biased)), value=1.0)
     penalty = 0.3 * inputs.double().square().sum(0).mean()
     rows = penalty.sqrt() * torch.eye(6, 6 + biased, dtype=torch.float64)
     wanted = torch.linalg.lstsq(
         torch.cat([a, rows]), torch.cat([residual.double(), torch.zeros(6, 4)])
     ).solution
-    torch.testing.assert_close(
-        linear.weight.double() - before, wanted[:6].t(), atol=1e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(weight, wanted[:6].t(), atol=1e-6, rtol=1e-5)
+    assert (bias is not None) == biased
+    if bias is not None:
+        torch.testing.assert_close(bias, wanted[6], atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_fits_as_well() -> None:
+    """Blocks in bf16; what is not changed keeps all its digits."""
+    model = build("llama-biases")
+    extraction = Extraction(model.config, half_masks(shape_of(model.config)))
+    source = [(key, value.detach()) for key, value in model.named_parameters()]
+    plain = dict(extraction.tensors(source))
+    exact: dict[str, Tensor] = {}
+    rounded: dict[str, Tensor] = {}
+    for found, dtype in ((exact, torch.float32), (rounded, torch.bfloat16)):
+        options = {"ridge": 0.01, "batch": 90, "context": alone(), "dtype": dtype}
+        found.update(refit(extraction, source, tokens(400), **options))
+    errors = [stream_error(model, tensors, extraction) for tensors in (plain, exact, rounded)]
+    assert errors[2] < errors[1] + 0.05 * (errors[0] - errors[1])
+    for key in plain:
+        assert rounded[key].dtype == torch.float32
+        if "norm" in key:
+            assert torch.equal(rounded[key], plain[key])
 
 
 def test_ranks_share_the_sequences(tmp_path: Path) -> None:
