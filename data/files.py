@@ -24,6 +24,7 @@ NEEDED = (
     "shear.json",
     "cpt.json",
     "masks.safetensors",
+    "moments.safetensors",
     "source.safetensors",
     ".checkpointed",
     ".lock",

@@ -203,7 +203,8 @@ class ShearConfig:
     data: Annotated[str, ON_DISK] = "runs/tokens"
     """Folder made by `shorn tokenize`."""
     output: Annotated[str, ON_DISK] = "runs/shear"
-    """Folder of this run: model/, masks.safetensors, shear.json, metrics.jsonl, checkpoints/."""
+    """Folder of this run: model/, masks.safetensors, moments.safetensors, shear.json,
+    metrics.jsonl, checkpoints/."""
     domain_weights: str | None = None
     """Initial weights, "c4=0.6,github=0.4". Default: proportional to tokens."""
     reference_losses: str | None = None
@@ -216,6 +217,9 @@ class ShearConfig:
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in OUTPUT/model; float32 loses nothing before continued pre-training,
     which returns to the source's type."""
+    save_moments: bool = True
+    """Write OUTPUT/moments.safetensors: the optimizer's moments of what is kept, 8 bytes per
+    parameter, with which `shorn cpt` goes on. Where no weight is trained there are none."""
     json: Annotated[str | None, ON_DISK] = None
     """Copy the final report to this file."""
     masks: MaskConfig = field(default_factory=MaskConfig)
@@ -250,6 +254,11 @@ class ShearConfig:
     def refits(self) -> bool:
         """Whether the weights that are kept are refitted."""
         return self.refit.refit and not self.trains_weights
+
+    @property
+    def saves_moments(self) -> bool:
+        """Whether the moments of what is kept are written."""
+        return self.save_moments and self.trains_weights
 
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""

@@ -20,6 +20,7 @@ from data.terminal import passing_over_what_is_not_shown
 from pruner.config import ShearConfig
 from pruner.extract import Extraction
 from pruner.measurements import Measurements
+from pruner.moments import save_moments
 from pruner.proposal import measured_seconds
 from pruner.repair import FOLDER, repair
 from pruner.rules import Rule
@@ -110,6 +111,8 @@ def finish(
         "refit": refitted,
     }
     context.raise_first(_put_in_place(z, measured.rotation, output) if context.is_main else None)
+    if config.saves_moments:
+        save_moments(trainer, extraction, output)
     publish(context, report, config.json, output / "shear.json")
     if context.is_main:
         shutil.rmtree(output / FOLDER, ignore_errors=True)

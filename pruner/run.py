@@ -134,6 +134,7 @@ def _prune(
         dtype=config.save_dtype,
         frozen=config.masks.freeze_weights,
         refitted=config.refits,
+        moments=config.saves_moments,
     )
     if proposal is not None:
         publish(context, proposal, output / TARGET_FILE)

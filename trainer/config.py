@@ -15,6 +15,8 @@ DISTILL_WEIGHT = 0.9
 """Weight of the divergence from a teacher when none is named."""
 MIN_LR_RATIO = 0.1
 """Default of TrainConfig.min_lr_ratio where nothing else is said."""
+WARMUP_RATIO = 0.03
+"""Default of TrainConfig.warmup_ratio where nothing else is said."""
 MUON_MOMENTUM = 0.95
 """Default of TrainConfig.muon_momentum."""
 HOTTEST = 1000.0
@@ -51,8 +53,9 @@ class TrainConfig:
     """Learning rate at the last step, as a fraction of the peak. Default: 0.1; in shearing by the
     projection rule 1, because training goes on after it."""
 
-    warmup_ratio: float = 0.03
-    """Fraction of the steps over which the learning rate rises linearly."""
+    warmup_ratio: float | None = WARMUP_RATIO
+    """Fraction of the steps over which the learning rate rises linearly. Default: 0.03; in shearing
+    0.1; in training that goes on with shearing's moments 0."""
 
     optimizer: Optimizer = "adamw"
     """muon: the matrices in blocks move along their orthogonalised momentum, by as much as AdamW
@@ -142,7 +145,8 @@ class TrainConfig:
             )
         ratio = self.min_lr_ratio
         require(ratio is None or 0 <= ratio <= 1, "min_lr_ratio", ratio, "in [0, 1]")
-        require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        ratio = self.warmup_ratio
+        require(ratio is None or 0 <= ratio <= 1, "warmup_ratio", ratio, "in [0, 1]")
         require(self.lr > 0, "lr", self.lr, "above 0")
         require(self.eps > 0, "eps", self.eps, "above 0")
         require(self.eps >= SMALLEST_EPS, "eps", self.eps, f"at least {SMALLEST_EPS:g}")
@@ -246,6 +250,8 @@ class CptConfig:
     teacher: Annotated[str | None, ON_DISK] = None
     """Model to learn from besides the text, named like --model; same vocabulary. Default: for a
     sheared model the source, at shearing's --distill-weight; else none."""
+    moments: bool = True
+    """Go on with the optimizer's moments that shearing left beside --model, if it left any."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in OUTPUT/model. Default: the original's, also after shearing in
     float32; bfloat16 where nothing states it."""
@@ -253,7 +259,7 @@ class CptConfig:
     """Copy the final report to this file."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(warmup_ratio=None))
 
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""

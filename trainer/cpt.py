@@ -13,6 +13,7 @@ from data.reader import TokenReader
 from trainer import parallel
 from trainer.config import (
     MIN_LR_RATIO,
+    WARMUP_RATIO,
     CptConfig,
     DistillationConfig,
     TrainConfig,
@@ -37,7 +38,7 @@ from trainer.domains import (
     start_reference,
     starting_domains,
 )
-from trainer.identity import run_identity, verify_run
+from trainer.identity import moments_of, run_identity, verify_run
 from trainer.inputs import find_model_with_data, open_data
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
@@ -50,6 +51,8 @@ from trainer.models.sources import (
     resolve_model,
     weights_fingerprint,
 )
+from trainer.moments import FILE as MOMENTS
+from trainer.moments import Moments, find_moments, load_moments
 from trainer.output import (
     REPORTS,
     finish_removal,
@@ -97,6 +100,10 @@ class Inputs:
     """None when distillation is off."""
     note: str | None
     """What to say about the teacher."""
+    moments: Moments | None
+    """What the optimizer starts with; None: nothing."""
+    moments_note: str | None
+    """What to say about them."""
 
 
 def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trainer | None:
@@ -105,8 +112,6 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     Returns None when the run was finished before. Raises InputError before any weight is loaded,
     also when another process trains into OUTPUT.
     """
-    if config.train.min_lr_ratio is None:
-        config = replace(config, train=replace(config.train, min_lr_ratio=MIN_LR_RATIO))
     train, output = config.train, Path(config.output)
     _check_steps(train)
     context = parallel.init(replicas=train.replicas, threads=train.threads)
@@ -114,6 +119,7 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     require_copy(context, config.json, output / "cpt.json")
     with context.rank_zero_first():
         inputs = open_inputs(config)
+    config = replace(config, train=_scheduled(train, inputs.moments))
     _require_one_teacher(inputs, context)
     with owned(output, "cpt.json", context):
         return _train(config, inputs, context, kernels, tensorboard)
@@ -167,6 +173,9 @@ def _train(
         description="cpt",
         tensorboard=tensorboard,
     )
+    if inputs.moments is not None and not resuming:
+        moments = inputs.moments
+        context.raise_on_any_rank(lambda: load_moments(moments, model, trainer.optimizer))
     trainer.fit()
     if not trainer.stopping:
         note_removal(output, train, context)
@@ -211,11 +220,48 @@ def open_inputs(config: CptConfig) -> Inputs:
     teacher = open_teacher(name, distillation, train, shape, reader)
     models = {"--model": source} | ({} if teacher is None else {"--teacher": teacher.folder})
     require_apart(Path(config.output), models=models, data=Path(config.data))
+    moments, moments_note = None, None
     if weights:
         source = find_model(config.model)
         check_weights(source, shape)
+        if config.moments:
+            moments, moments_note = _moments(source, config)
     return Inputs(
-        source, shape, reader, held_out, domains, used, mixture, distillation, teacher, note
+        source=source,
+        shape=shape,
+        reader=reader,
+        held_out=held_out,
+        domains=domains,
+        used=used,
+        mixture=mixture,
+        distillation=distillation,
+        teacher=teacher,
+        note=note,
+        moments=moments,
+        moments_note=moments_note,
+    )
+
+
+def _moments(source: Path, config: CptConfig) -> tuple[Moments | None, str | None]:
+    """The moments that training starts or started with, and what to say about them."""
+    run = run_of(source)
+    steps = moments_of(Path(config.output))
+    if steps:
+        # Those of a run that goes on are in its checkpoints; the file may be gone.
+        return Moments(run / MOMENTS, steps), None
+    found, problem = find_moments(run, source, config.train.optimizer)
+    if found is not None:
+        return found, f"optimizer: goes on with its moments after {found.steps:,} steps of shearing"
+    return None, problem and f"note: the optimizer starts with empty moments: {problem}"
+
+
+def _scheduled(train: TrainConfig, moments: Moments | None) -> TrainConfig:
+    """`train` with the schedule filled in; moments that are there need no warm-up."""
+    ratio, warmup = train.min_lr_ratio, train.warmup_ratio
+    if warmup is None:
+        warmup = WARMUP_RATIO if moments is None else 0.0
+    return replace(
+        train, min_lr_ratio=MIN_LR_RATIO if ratio is None else ratio, warmup_ratio=warmup
     )
 
 
@@ -243,6 +289,8 @@ def _log_notes(inputs: Inputs, config: CptConfig) -> None:
     if any(inputs.used.values()):
         total = sum(inputs.used.values())
         logger.info(f"data: goes on after the {total:,} samples that shearing has drawn")
+    if inputs.moments_note is not None:
+        logger.info(inputs.moments_note)
     if config.init == "pretrained":
         _log_origin(inputs, config)
     if config.train.eval_sequences and inputs.held_out is None:
@@ -292,6 +340,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
         mixture=mixture_identity(inputs.mixture, inputs.domains, config.train.steps),
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference if dynamic else None,
+        **({} if inputs.moments is None else {"moments": inputs.moments.steps}),
         **teacher_identity(inputs.distillation, inputs.teacher),
     )
 

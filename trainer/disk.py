@@ -11,6 +11,8 @@ from data.errors import is_full
 
 CHECKPOINT_BYTES = 12
 """Per parameter at most: the weight and both Adam moments in fp32; Muon keeps one of a matrix."""
+MOMENT_BYTES = 8
+"""Per parameter at most, of them the moments."""
 PROBE_BYTES = 1 << 20
 """What must fit on a disk that is not called full."""
 

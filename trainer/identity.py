@@ -11,7 +11,7 @@ from data.files import write_json
 from data.log import logger
 from data.mixture import MixtureConfig
 from data.options import options_of
-from data.records import read_json
+from data.records import is_kind, read_json
 from trainer.checkpoint_files import MARKER, committed, step_of, way_around
 from trainer.config import DistillationConfig, TrainConfig
 from trainer.models.config import ModelConfig
@@ -28,6 +28,7 @@ WRITTEN = (
     "shear.json",
     "cpt.json",
     "masks.safetensors",
+    "moments.safetensors",
     "source.safetensors",
     "reference.json",
     "target.json",
@@ -298,6 +299,16 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         raise InputError(
             f"--output {path.parent} cannot be written: {failure(error)}, or choose another folder"
         ) from None
+
+
+def moments_of(output: Path) -> int:
+    """Steps of shearing whose moments the run in `output` started with; 0 where there are none."""
+    try:
+        steps: Any = (read_identity(output) or {}).get("moments")
+    except InputError:
+        # Whether it can be done without is judged where the run is verified.
+        return 0
+    return int(steps) if is_kind(steps, int) else 0
 
 
 def read_identity(output: Path) -> dict[str, Any] | None:

@@ -266,6 +266,7 @@ class Trainer:
     def _set_learning_rate(self) -> float:
         config = self.config
         assert config.min_lr_ratio is not None, "options are resolved before training"
+        assert config.warmup_ratio is not None, "options are resolved before training"
         rate = learning_rate(
             self.step,
             steps=config.steps,

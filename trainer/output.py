@@ -19,7 +19,7 @@ from data.records import is_kind, read_json
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import RECORD, committed, step_of
 from trainer.config import TrainConfig
-from trainer.disk import CHECKPOINT_BYTES, room_problem
+from trainer.disk import CHECKPOINT_BYTES, MOMENT_BYTES, room_problem
 from trainer.identity import FILE
 from trainer.memory import FROZEN_BYTES
 from trainer.parallel import DistributedContext
@@ -154,6 +154,7 @@ def require_room(
     dtype: str,
     frozen: bool = False,
     refitted: bool = False,
+    moments: bool = False,
 ) -> None:
     """Raises InputError on every rank when the checkpoints to come and the final model do not fit.
 
@@ -166,9 +167,10 @@ def require_room(
         dtype: the dtype that it will be written in, by name.
         frozen: whether no weight is trained, so that checkpoints hold no moments.
         refitted: whether it is written a second time, and its blocks in fp32 before that.
+        moments: whether the optimizer's moments are written beside it.
     """
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    model = saved * (2 * size + 4 if refitted else size)
+    model = saved * ((2 * size + 4 if refitted else size) + (MOMENT_BYTES if moments else 0))
     checkpoint = parameters * (FROZEN_BYTES if frozen else CHECKPOINT_BYTES)
     context.raise_on_any_rank(
         lambda: _check_room(output, checkpoint, train, model) if context.is_main else None
