@@ -11,6 +11,8 @@ from pruner.shapes import Shape
 from trainer.config import DISTILL_WEIGHT, MIN_LR_RATIO, DistillationConfig, TrainConfig
 from trainer.models.config import ModelConfig
 
+WARMUP_RATIO = 0.1
+"""Default of TrainConfig.warmup_ratio in shearing."""
 COLDEST = 1e-4
 """Lowest temperature at which rounding of the scores leaves the count exact."""
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -24,7 +26,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "mask_draws": "step",
         },
         # Training goes on after it, from the source's own predictions.
-        "train": {"min_lr_ratio": 1.0},
+        "train": {"min_lr_ratio": 1.0, "warmup_ratio": WARMUP_RATIO},
         "distillation": {"weight": DISTILL_WEIGHT},
     },
     "sheared-llama": {
@@ -36,12 +38,15 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "target_warmup": 0.2,
             "mask_draws": "micro-batch",
         },
-        "train": {"min_lr_ratio": MIN_LR_RATIO},
+        "train": {"min_lr_ratio": MIN_LR_RATIO, "warmup_ratio": WARMUP_RATIO},
         "distillation": {"weight": 0.0},
     },
 }
 """What options are that are None: by rule, part of ShearConfig and option."""
-AT_ONCE = {"train": {"min_lr_ratio": MIN_LR_RATIO}, "distillation": {"weight": 0.0}}
+AT_ONCE = {
+    "train": {"min_lr_ratio": MIN_LR_RATIO, "warmup_ratio": WARMUP_RATIO},
+    "distillation": {"weight": 0.0},
+}
 """The same where nothing is trained (--steps 0)."""
 _TRAINING = (
     *("lr", "min_lr_ratio", "warmup_ratio", "weight_decay", "beta1", "beta2", "eps", "clip"),
@@ -232,7 +237,7 @@ class ShearConfig:
             global_batch=32,
             micro_batch=4,
             min_lr_ratio=None,
-            warmup_ratio=0.1,
+            warmup_ratio=WARMUP_RATIO,
             activation_checkpointing=True,
         )
     )

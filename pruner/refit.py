@@ -418,12 +418,9 @@ def refit(
             work.skip(source)
             continue
         yield from finished()
-        own = files.read(numbers[index])
-        fitted = own is not None
-        if own is None:
-            start = f"{prefix}{numbers[index]}."
-            own = {n.removeprefix(start): t for n, t in extraction.tensors(group.items())}
-        pruned = Block(extraction.config, own, work.device, dtype, fitted=fitted)
+        fitted, start = files.read(numbers[index]), f"{prefix}{numbers[index]}."
+        own = fitted or {n.removeprefix(start): t for n, t in extraction.tensors(group.items())}
+        pruned = Block(extraction.config, own, work.device, dtype, fitted=fitted is not None)
         work.keep(index, source, pruned)
         last = index
     yield from finished()
