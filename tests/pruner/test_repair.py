@@ -219,11 +219,14 @@ def test_a_refit_writes_the_model_twice_and_frozen_weights_have_no_moments(
         return "full"
 
     monkeypatch.setattr(output_module, "room_problem", note)
-    for changes in ({}, {"refit": False}, {"freeze_weights": False}):
+    trains = {"freeze_weights": False}
+    for changes in ({}, {"refit": False}, trains, trains | {"save_moments": False}):
         options: dict[str, Any] = {"steps": 2, "freeze_weights": True} | changes
         with pytest.raises(InputError, match="full"):
             shear(at_once(trained, tmp_path / "out", **options))
-    assert needs[0]["model"] == 3 * needs[1]["model"] == 3 * needs[2]["model"]
+    assert needs[0]["model"] == 3 * needs[1]["model"] == 3 * needs[3]["model"]
+    # Two moments in fp32 beside the fp32 model.
+    assert needs[2]["model"] == 3 * needs[3]["model"]
     assert 3 * needs[0]["checkpoint"] == 3 * needs[1]["checkpoint"] == needs[2]["checkpoint"]
 
 
