@@ -7,6 +7,9 @@ importance  Activations over a calibration set as in Minitron (arXiv 2407.14679,
 taylor      First-order estimate of the loss without the unit (arXiv 1906.10771, section 3, with
             the unit's mask as its weight): the mean over sequences of |d loss / d z| at z = 1.
 magnitude   Norm of the unit's weights; needs no text.
+
+What is measured on text is measured on bootstrap replicates of it as well, so that ranks which
+another draw of the text would change can be told from those it would not.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from data.progress import Progress
 from pruner.shapes import Shape, shape_of
-from pruner.units import to_masks, unit_sizes
+from pruner.units import UnitKind, to_masks, top_units, unit_sizes
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.families import Names, Role
 from trainer.parallel import DistributedContext
@@ -35,20 +38,28 @@ _WRITERS = {Role.ATTENTION_OUTPUT: "query_head", Role.FEED_FORWARD_OUTPUT: "inte
 """Matrices whose rows write to the residual stream, and the kind of units in their columns."""
 
 
+REPLICATES = 32
+"""Bootstrap replicates of a calibration set."""
+SURE = 0.95
+"""Share of the replicates in which a unit must be kept, or left out, not to be in doubt."""
+
+
 class ActivationStatistics:
     """Forward hooks that accumulate the importance of every unit; use as a context manager.
 
-    `weights` [B] says how much each sequence of the next forward pass counts (0 for padding).
+    `weights` [B, C] says how much each sequence of the next forward pass counts (0 for padding), in
+    each of C sums.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, sums: int) -> None:
         self.model = model
         self.shape = shape_of(model.config)
+        self.sums = sums
         self.weights = torch.ones(0)
         self.device = next(model.parameters()).device
         shape = self.shape
-        self.hidden = self._zeros(1, shape.hidden)
-        self.layer = self._zeros(1, shape.layers)
+        self.hidden = self._zeros(shape.hidden)
+        self.layer = self._zeros(shape.layers)
         self.heads = self._zeros(shape.layers, shape.heads)
         self.intermediate = self._zeros(shape.layers, shape.ffn)
         self._handles: list[Any] = []
@@ -70,20 +81,20 @@ class ActivationStatistics:
         self._handles.clear()
 
     def reduce(self, context: DistributedContext) -> dict[str, Tensor]:
-        """Importance of each kind's units [rows, units], fp64 on the CPU, summed over ranks."""
+        """Importance of each kind's units [C, rows, units], fp64 on the CPU, summed over ranks."""
         sums = [self.hidden, self.layer, self.heads, self.intermediate]
         hidden, layer, heads, intermediate = (context.all_reduce_sum(s).cpu() for s in sums)
-        grouped = heads.view(-1, self.shape.group)
+        grouped = heads.view(self.sums, -1, self.shape.group)
         return {
-            "hidden": hidden,
-            "layer": layer,
-            "kv_group": grouped.sum(-1).view(self.shape.layers, self.shape.kv_heads),
+            "hidden": hidden[:, None],
+            "layer": layer[:, None],
+            "kv_group": grouped.sum(-1).view(self.sums, self.shape.layers, self.shape.kv_heads),
             "query_head": grouped,
             "intermediate": intermediate,
         }
 
     def _zeros(self, *size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.float64, device=self.device)
+        return torch.zeros(self.sums, *size, dtype=torch.float64, device=self.device)
 
     def _watch(
         self, block: nn.Module, role: Role, add: Callable[..., None], *arguments: int
@@ -92,25 +103,25 @@ class ActivationStatistics:
 
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             per_sequence = inputs[0].detach().float().abs().mean(1).double().square()
-            add((per_sequence * self.weights[:, None]).sum(0), *arguments)
+            add(self.weights.t() @ per_sequence, *arguments)
 
         module = block.get_submodule(self.model.names.with_role(role))
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def _add_hidden(self, squares: Tensor) -> None:
-        self.hidden[0] += squares
+        self.hidden += squares
 
     def _add_heads(self, squares: Tensor, index: int) -> None:
-        self.heads[index] += squares.view(self.shape.heads, -1).sum(-1)
+        self.heads[:, index] += squares.view(self.sums, self.shape.heads, -1).sum(-1)
 
     def _add_channels(self, squares: Tensor, index: int) -> None:
-        self.intermediate[index] += squares
+        self.intermediate[:, index] += squares
 
     def _block_hook(self, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             cosine = F.cosine_similarity(inputs[0].float(), output.float(), dim=-1)
             change = (1 - cosine).mean(-1).double()
-            self.layer[0, index] += (change * self.weights).sum()
+            self.layer[:, index] += self.weights.t() @ change
 
         return hook
 
@@ -122,13 +133,14 @@ def measure(
     context: DistributedContext,
     micro_batch: int,
 ) -> dict[str, Tensor]:
-    """Importance of the units of all kinds: [rows, units] fp64 on the CPU, non-negative.
+    """Importance of the units of all kinds: [C, rows, units] fp64 on the CPU, non-negative; on the
+    calibration set and, where it is of text, on its replicates (C = 1 + REPLICATES).
 
     `kind` is "importance", "taylor" or "magnitude"; `sequences` [n, S] is the calibration set.
     Collective: every rank gets all sequences and runs its share; the result is the same on all.
     """
     if kind == "magnitude":
-        return magnitudes(model)
+        return {name: values[None] for name, values in magnitudes(model).items()}
     if kind == "taylor":
         return taylor(model, sequences, context)
     return activations(model, sequences, context, micro_batch)
@@ -139,29 +151,62 @@ def activations(
     model: CausalLM, sequences: Tensor, context: DistributedContext, micro_batch: int
 ) -> dict[str, Tensor]:
     """Strength of the units' activations, summed over `sequences` [n, S]; see `measure`."""
-    with ActivationStatistics(model) as statistics:
-        batches = calibration_batches(sequences, context, micro_batch, "measure importance")
+    counts = replicate_counts(len(sequences))
+    with ActivationStatistics(model, counts.shape[1]) as statistics:
+        batches = calibration_batches(sequences, context, micro_batch, "measure importance", counts)
         for weights, ids in batches:
             statistics.weights = weights
             model(ids, targets=ids, weights=torch.zeros(ids.shape, device=ids.device))
         return statistics.reduce(context)
 
 
+def replicate_counts(number: int) -> Tensor:
+    """How often each of `number` sequences counts [number, 1 + REPLICATES], fp64: once in the set
+    itself, a Poisson number of times in a replicate, so that sums can be taken in one pass (Hanley
+    and MacGibbon, "Creating non-parametric bootstrap samples using Poisson frequencies", 2006)."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.poisson(torch.ones(number, REPLICATES, dtype=torch.float64), generator=draw)
+    return torch.cat([torch.ones(number, 1, dtype=torch.float64), drawn], dim=1)
+
+
+def in_doubt(importance: dict[str, Tensor], kinds: dict[str, UnitKind]) -> dict[str, int]:
+    """How many units of each kind would be kept in some replicates and not in others, if the most
+    important were; empty where nothing was measured on replicates.
+
+    `importance` as from `measure`.
+    """
+    found = {}
+    for name, kind in kinds.items():
+        replicates = importance[name][1:]
+        if len(replicates):
+            kept = torch.zeros_like(replicates).scatter_(-1, top_units(replicates, kind.target), 1)
+            share = kept.mean(0)
+            found[name] = int(((share > 1 - SURE) & (share < SURE)).sum())
+    return found
+
+
 def calibration_batches(
-    sequences: Tensor, context: DistributedContext, micro_batch: int, description: str
+    sequences: Tensor,
+    context: DistributedContext,
+    micro_batch: int,
+    description: str,
+    counts: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of `sequences` [n, S]: fp64 weights [B], 1 or 0, and ids [B, S]; equally
-    many batches on every rank, the last of what is left. `description` names the work in the
-    progress."""
+    """This rank's share of `sequences` [n, S]: their rows of `counts` [n, ...], by default fp64
+    ones [n], and ids [B, S]; equally many batches on every rank, the last of what is left.
+    `description` names the work in the progress."""
+    counts = torch.ones(len(sequences), dtype=torch.float64) if counts is None else counts
     with Progress(description, total=len(sequences), unit="sequence", transient=True) as bar:
         for start in range(0, len(sequences), micro_batch * context.world):
-            passed = sequences[start : start + micro_batch * context.world]
-            mine = passed[context.rank * micro_batch :][:micro_batch]
-            # Ranks without work left run a sequence that does not count: gathers are collective.
-            ids = mine if len(mine) else passed[:1]
-            weights = torch.full((len(ids),), float(len(mine) > 0), dtype=torch.float64)
+            passed = slice(start, start + micro_batch * context.world)
+            mine = slice(context.rank * micro_batch, (context.rank + 1) * micro_batch)
+            ids, weights = sequences[passed][mine], counts[passed][mine]
+            if not len(ids):
+                # Ranks without work left run a sequence that does not count: gathers are
+                # collective.
+                ids, weights = sequences[start : start + 1], 0 * counts[start : start + 1]
             yield weights.to(context.device), ids.to(context.device)
-            bar.update(len(passed))
+            bar.update(len(sequences[passed]))
 
 
 def taylor(model: CausalLM, sequences: Tensor, context: DistributedContext) -> dict[str, Tensor]:
@@ -176,18 +221,19 @@ def taylor(model: CausalLM, sequences: Tensor, context: DistributedContext) -> d
         name: torch.ones(size, device=device, requires_grad=True)
         for name, size in unit_sizes(shape).items()
     }
+    replicates = replicate_counts(len(sequences))
     sums = {
-        name: torch.zeros(size, dtype=torch.float64, device=device)
+        name: torch.zeros(replicates.shape[1], *size, dtype=torch.float64, device=device)
         for name, size in unit_sizes(shape).items()
     }
-    batches = calibration_batches(sequences, context, 1, "measure importance")
+    batches = calibration_batches(sequences, context, 1, "measure importance", replicates)
     for counts, ids in batches:
         targets, valid = next_token_targets(ids)
         weights = valid.float() / valid.sum()
         loss = model(ids, masks=to_masks(z, shape), targets=targets, weights=weights).loss
         gradients = torch.autograd.grad(loss, list(z.values()))
         for total, gradient in zip(sums.values(), gradients, strict=True):
-            total += counts * gradient.double().abs()
+            total += counts.view(-1, 1, 1) * gradient.double().abs()
     return {
         name: context.all_reduce_sum(total).cpu() / len(sequences) for name, total in sums.items()
     }

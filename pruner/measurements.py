@@ -20,10 +20,11 @@ from data.log import logger
 from data.reader import TokenReader
 from data.records import fits, parse_json
 from pruner.config import ShearConfig
-from pruner.importance import measure
+from pruner.importance import in_doubt, measure
 from pruner.rotation import measure_rotation, rotate
 from pruner.second_order import second_order
 from pruner.selection import Selection
+from pruner.units import UnitKind
 from trainer.domains import measured_reference
 from trainer.evaluate import evaluate, report
 from trainer.models.decoder import CausalLM
@@ -52,6 +53,9 @@ class Measurements:
     rotation: Tensor | None = None
     """[d, d] fp64: what rotates the residual stream before it is pruned (pruner.rotation); None: it
     stays as it is."""
+    in_doubt: dict[str, int] | None = None
+    """Units of each kind that the most important ones are told from by the calibration text's
+    chance (pruner.importance.in_doubt)."""
 
 
 def measurements_key(
@@ -64,7 +68,7 @@ def measurements_key(
     train, masks = config.train, config.masks
     parts = [source, data, train.seq_len, train.eval_sequences, train.precision]
     parts += [masks.init, masks.calibration_sequences, config.domain_weights]
-    parts += [config.reference_sequences, masks.basis]
+    parts += [config.reference_sequences, masks.basis, config.target]
     if selection is not None:
         parts.append(selection.key)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -134,13 +138,14 @@ def measure_source(
     reader: TokenReader,
     held_out: TokenReader | None,
     weights: dict[str, float],
+    kinds: dict[str, UnitKind],
     selection: Selection | None = None,
 ) -> Measurements:
     """Measures a loaded source, and rotates it to its principal components on the way if
     `config.masks.basis` says so; collective.
 
-    `weights` are the initial domain weights, `config` is resolved. A `selection` takes the place of
-    importance and components.
+    `weights` are the initial domain weights, `config` is resolved, `kinds` are pruned. A
+    `selection` takes the place of importance and components.
     """
     batch = config.train.micro_batch
     losses = {}
@@ -159,15 +164,16 @@ def measure_source(
     if masks.basis == "principal":
         rotation = measure_rotation(model, sequences, context, batch)
         rotate(model, rotation)
-    importance = None
-    if masks.init is not None and masks.init != "flat":
-        if masks.init == "second-order":
-            importance = second_order(model, sequences, context, batch)
-        else:
-            importance = measure(masks.init, model, sequences, context, batch)
-        reshard(model)
-        _require_finite(importance)
-    return Measurements(losses, reference, importance, rotation)
+    if masks.init is None or masks.init == "flat":
+        return Measurements(losses, reference, None, rotation)
+    if masks.init == "second-order":
+        found = second_order(model, sequences, context, batch)
+    else:
+        found = measure(masks.init, model, sequences, context, batch)
+    reshard(model)
+    importance = {name: values[0] for name, values in found.items()}
+    _require_finite(importance)
+    return Measurements(losses, reference, importance, rotation, in_doubt(found, kinds))
 
 
 def _require_finite(importance: dict[str, Tensor]) -> None:
@@ -213,7 +219,8 @@ def _read(path: Path, key: str | None) -> Measurements | None:
     if not finite or not fits(held_out, _LOSSES) or not fits(reference, {"*": float}):
         return None
     rotation = tensors.pop(ROTATION, None)
-    return Measurements(held_out, reference, tensors if importance else None, rotation)
+    doubt = parse_json(metadata.get("in_doubt", "{}"), f"{path}, in_doubt", "", kind=dict)
+    return Measurements(held_out, reference, tensors if importance else None, rotation, doubt)
 
 
 def _write(path: Path, key: str, measurements: Measurements, options: dict[str, int]) -> str | None:
@@ -223,6 +230,7 @@ def _write(path: Path, key: str, measurements: Measurements, options: dict[str, 
         "held_out": json.dumps(measurements.held_out),
         "reference": json.dumps(measurements.reference),
         "importance": json.dumps(measurements.importance is not None),
+        "in_doubt": json.dumps(measurements.in_doubt or {}),
     }
     tensors = dict(measurements.importance or {"none": torch.zeros(0)})
     if measurements.rotation is not None:

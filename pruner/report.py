@@ -107,7 +107,7 @@ def finish(
         **_before(trainer, source, measured, output),
         "basis": config.masks.basis,
         "reload_difference": difference,
-        "selection": _selection(config),
+        "selection": _selection(config) | {"in_doubt": measured.in_doubt},
         "refit": refitted,
     }
     context.raise_first(_put_in_place(z, measured.rotation, output) if context.is_main else None)

@@ -27,7 +27,7 @@ from pruner.scores import initial_scores, make_rule
 from pruner.selection import Selection, read_selection, selected
 from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
 from pruner.sheared_llama import require_reachable
-from pruner.units import unit_kinds
+from pruner.units import label, unit_kinds
 from trainer import parallel
 from trainer.config import check_layout
 from trainer.distillation import (
@@ -288,10 +288,12 @@ def _measurements(
         what = "" if inputs.selection else " and importance of its units"
         logger.info(f"measuring the source: held-out loss{what}")
         data = (inputs.reader, inputs.held_out, inputs.domains.weights)
-        measured = measure_source(model, config, context, *data, inputs.selection)
+        kinds = unit_kinds(inputs.target, inputs.source)
+        measured = measure_source(model, config, context, *data, kinds, inputs.selection)
         keep(measured, output, key, context, config)
     elif model is not None and measured.rotation is not None:
         rotate(model, measured.rotation)
+    _log_doubt(measured, inputs)
     if measured.rotation is not None:
         rotated = int(((measured.rotation != 0).sum(0) > 1).sum())
         logger.info(
@@ -300,6 +302,21 @@ def _measurements(
     for domain, values in measured.held_out.items():
         logger.info(f"source, held-out {domain}: loss {values['loss']:.4f}")
     return measured
+
+
+def _log_doubt(measured: Measurements, inputs: Inputs) -> None:
+    """Says which units' importance is within the noise of the calibration text."""
+    parts = []
+    for name, kind in unit_kinds(inputs.target, inputs.source).items():
+        count = (measured.in_doubt or {}).get(name, 0)
+        if count:
+            parts.append(f"{label(name)} {count:,} of {kind.rows * kind.units:,}")
+    if parts:
+        number = inputs.config.masks.calibration_sequences
+        logger.info(
+            f"importance: on other text, other units would be among the strongest: "
+            f"{', '.join(parts)} (--calibration-sequences, now {number})"
+        )
 
 
 def _assemble(

@@ -71,19 +71,19 @@ def second_order(
     model: CausalLM, sequences: Tensor, context: DistributedContext, micro_batch: int
 ) -> dict[str, Tensor]:
     """Importance of the units of all kinds, as pruner.importance.measure; collective."""
-    with ActivationStatistics(model) as statistics, WriterInputs(model) as inputs:
+    with ActivationStatistics(model, 1) as statistics, WriterInputs(model) as inputs:
         for weights, ids in calibration_batches(
             sequences, context, micro_batch, "measure importance"
         ):
-            statistics.weights = inputs.weights = weights
+            statistics.weights, inputs.weights = weights[:, None], weights
             model(ids, targets=ids, weights=torch.zeros(ids.shape, device=ids.device))
         found = statistics.reduce(context)
     reshard(model)
     errors = _errors(model, inputs, context)
     shape = shape_of(model.config)
     for name in ("kv_group", "query_head", "intermediate"):
-        found[name] = torch.stack([errors[index][name] for index in range(shape.layers)])
-    found["query_head"] = found["query_head"].view(-1, shape.group)
+        found[name] = torch.stack([errors[index][name] for index in range(shape.layers)])[None]
+    found["query_head"] = found["query_head"].view(1, -1, shape.group)
     return found
 
 

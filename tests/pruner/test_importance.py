@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pruner.importance import measure
+from pruner.importance import REPLICATES, in_doubt, measure, replicate_counts
 from pruner.shapes import shape_of
-from pruner.units import to_masks
+from pruner.units import UnitKind, to_masks
 from tests.distributed import run_ranks
 from tests.factories import write_model
 from trainer import parallel
@@ -26,7 +26,7 @@ def sequences(count: int) -> Tensor:
     return torch.randint(0, 259, (count, 12), generator=torch.Generator().manual_seed(2))
 
 
-def measured(
+def replicated(
     folder: Path, count: int, micro_batch: int = 2, kind: str = "importance"
 ) -> dict[str, Tensor]:
     context = parallel.init(threads=1)
@@ -36,6 +36,11 @@ def measured(
     found = measure(kind, model, sequences(count), context, micro_batch)
     assert all(parameter.grad is None for parameter in model.parameters())
     return found
+
+
+def measured(folder: Path, count: int, **options: Any) -> dict[str, Tensor]:
+    """On the calibration set itself."""
+    return {name: values[0] for name, values in replicated(folder, count, **options).items()}
 
 
 @pytest.fixture
@@ -157,10 +162,10 @@ def test_magnitudes_are_norms_of_what_removal_would_remove(tmp_path: Path, tied:
     ("kind", "count"), [("importance", 4), ("importance", 5), ("taylor", 5), ("magnitude", 1)]
 )
 def test_ranks_share_the_work_and_agree(folder: Path, kind: str, count: int) -> None:
-    (expected,) = run_ranks(measured, 1, folder, count, 2, kind)
+    (expected,) = run_ranks(replicated, 1, folder, count, 2, kind)
     assert set(expected) == {"hidden", "layer", "kv_group", "query_head", "intermediate"}
     for world, micro_batch in ((2, 1), (3, 2)):
-        first, *others = run_ranks(measured, world, folder, count, micro_batch, kind)
+        first, *others = run_ranks(replicated, world, folder, count, micro_batch, kind)
         for name, values in expected.items():
             assert torch.allclose(first[name], values, rtol=2e-5, atol=1e-8), name
             assert all(torch.equal(first[name], other[name]) for other in others), name
@@ -190,3 +195,31 @@ def test_gpt_neox_is_measured_by_all_means(tmp_path: Path) -> None:
     assert found["kv_group"][1, 1].item() == pytest.approx(expected, rel=1e-5)
     taylor = measured(tmp_path, 2, kind="taylor")
     assert all(bool((values > 0).all()) for values in taylor.values())
+
+
+@pytest.mark.parametrize("kind", ["importance", "taylor"])
+def test_replicates_are_sums_over_sequences_drawn_again(folder: Path, kind: str) -> None:
+    """Against the importance of each sequence alone, which adds up."""
+    found = replicated(folder, 5, kind=kind)
+    counts = replicate_counts(5)
+    assert counts.shape == (5, 1 + REPLICATES) and bool((counts[:, 0] == 1).all())
+    assert 0.8 < float(counts[:, 1:].mean()) < 1.2 and float(counts[:, 1:].max()) > 1
+    context = parallel.init(threads=1)
+    model = build_model(
+        load_config(folder), TrainConfig(precision="fp32"), context, load=pretrained(folder)
+    )
+    parts = [measure(kind, model, ids, context, 1) for ids in sequences(5).split(1)]
+    for name, values in found.items():
+        each = torch.stack([part[name][0] for part in parts])
+        expected = torch.tensordot(counts.t(), each, dims=1) / (5 if kind == "taylor" else 1)
+        torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_units_that_chance_decides_are_in_doubt() -> None:
+    kinds = {"intermediate": UnitKind("intermediate", 2, 4, 2)}
+    values = torch.tensor([[4.0, 3.0, 1.0, 0.5], [4.0, 2.0, 2.0, 1.0]]).repeat(1 + REPLICATES, 1, 1)
+    # In row 1, units 1 and 2 change places in a quarter of the replicates; unit 3 once only.
+    values[1 : 1 + REPLICATES // 4, 1, 1] = 1.5
+    values[-1, 1, 3] = 2.5
+    assert in_doubt({"intermediate": values}, kinds) == {"intermediate": 2}
+    assert in_doubt({"intermediate": values[:1]}, kinds) == {}
