@@ -163,12 +163,14 @@ class Ridge:
 
     def add(self, inputs: Tensor, residual: Tensor) -> None:
         """Adds tokens: inputs [n, in] and what is missing from the outputs [n, all outputs]."""
+        dtype = inputs.dtype
         # Sums over tokens in less than fp32 would be wrong by as much as the penalty.
         inputs, residual = inputs.float(), residual.float()
         if self.biased:
             inputs = F.pad(inputs, (0, 1), value=1.0)
-        self.gram += (inputs.t() @ inputs).double()
-        self.moment += (inputs.t() @ residual).double()
+        with _factors_in(dtype):
+            self.gram += (inputs.t() @ inputs).double()
+            self.moment += (inputs.t() @ residual).double()
 
     def solve(
         self, ridge: float, context: DistributedContext
@@ -193,6 +195,18 @@ class Ridge:
         change = torch.cholesky_solve(self.moment, factor).t()
         parts = change.split(self.rows)
         return [(part[:, :size], part[:, size] if self.biased else None) for part in parts]
+
+
+@contextmanager
+def _factors_in(dtype: torch.dtype) -> Iterator[None]:
+    """Lets fp32 products read their factors in bf16, of which nothing is lost if `dtype` is bf16;
+    sums stay fp32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(slots=True)
