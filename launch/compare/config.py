@@ -80,6 +80,9 @@ class CompareConfig:
     """Documents of each domain after those, for training."""
     sequences: int = 24
     """Held-out sequences measured per domain."""
+    text: Annotated[str | None, ON_DISK] = None
+    """UTF-8 text on which trained models and the source are measured as well, as one document in
+    windows of 2,048 tokens: for example WikiText-2's test split."""
     seq_len: int = 256
     """Tokens per sequence."""
     batch: int = 8
@@ -128,7 +131,7 @@ class CompareConfig:
         """Options that have no effect beside the others, and why (data.idle)."""
         if not self.dead_units:
             return {"sparsities": "only --dead-units removes fractions of the units"}
-        losses = ("methods", "variant", "targets", "sequences", "cpt_steps")
+        losses = ("methods", "variant", "targets", "sequences", "text", "cpt_steps")
         rates = ("ours_lr", "cpt_lr", "random_lr")
         return dict.fromkeys((*losses, *rates), "--dead-units compares no losses")
 

@@ -1,5 +1,6 @@
 """Held-out losses of pruning methods: the rows of a comparison, its results and its table."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,9 +41,11 @@ _PRUNED = _COUNTS | {
     "kept_not_alive": {"*": int},
 }
 _TRAINED = _COUNTS
-_MEASURED = {"domains": {"*": {"loss": float}}}
+_MEASURED = {"domains": {"*": {"loss": float}}, "text?": {"nll": float}}
 """What the results of stages must hold."""
-WIDTH = 120
+WINDOW = 2048
+"""Tokens that models see at once of --text, if they have as many positions."""
+WIDTH = 150
 """Columns of the table where there is no terminal."""
 
 
@@ -85,7 +88,7 @@ def losses_plan(maker: StageMaker, source: ModelConfig) -> Plan:
         )
     _describe(config, source, shapes)
     tasks = {task.name: task for task in maker.inputs()}
-    measured = maker.measure("source", None, "measure source")
+    measured = maker.measure("source", None, "measure source", window=window_of(source))
     tasks[measured.name] = measured
     rows = []
     for seed in config.seeds:
@@ -98,6 +101,11 @@ def losses_plan(maker: StageMaker, source: ModelConfig) -> Plan:
                         tasks.setdefault(task.name, task)
     results = partial(results_of, config, source, shapes, rows, measured)
     return Plan(list(tasks.values()), results, print_results)
+
+
+def window_of(source: ModelConfig) -> int:
+    """Tokens that models see at once of --text."""
+    return min(WINDOW, source.max_position_embeddings)
 
 
 def block_count(source: ModelConfig, parameters: int) -> int:
@@ -150,7 +158,7 @@ def _row(
     shear = maker.shear(f"{common}/shear", sizes, method, shear_seed, f"shear {kind}")
     pruned = maker.measure(f"{common}/pruned", shear, f"measure {target}")
     cpt = maker.train(f"{own}/cpt", shear, method, seed, f"cpt {target} {method.name}")
-    trained = maker.measure(f"{own}/trained", cpt, f"measure {target}")
+    trained = maker.measure(f"{own}/trained", cpt, f"measure {target}", window=window_of(source))
     return Row(target, method, seed, shear, cpt, None if method.random else pruned, trained)
 
 
@@ -197,6 +205,7 @@ def results_of(
         "source": config.source,
         "source_non_embedding_parameters": source.num_parameters(embeddings=False),
         "source_held_out": _losses(measured),
+        "source_text": _perplexity(measured),
         "tokens": config.steps * tokens,
         "tokens_per_step": tokens,
         "targets": {name: shape.describe() for name, shape in shapes.items()},
@@ -236,6 +245,7 @@ def _numbers(config: CompareConfig, row: Row) -> dict[str, Any]:
         "kept_not_alive": None if row.method.random else report["kept_not_alive"],
         "pruned": None if row.pruned is None else _losses(row.pruned),
         "trained": _losses(row.trained),
+        "text": _perplexity(row.trained),
     }
 
 
@@ -246,9 +256,15 @@ def _losses(task: Task) -> dict[str, float]:
     return losses | {ALL: sum(losses.values()) / len(losses)}
 
 
+def _perplexity(task: Task) -> float | None:
+    """Perplexity per token of --text; None where there is none."""
+    found = read_result(task, EVALUATION, _MEASURED).get("text")
+    return None if found is None else math.exp(min(found["nll"], 700))
+
+
 def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every target and method, in the order of `rows`: mean, min and max over the seeds of the
-    losses before and after training, per domain."""
+    losses before and after training, per domain, and of the perplexity of --text."""
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         grouped.setdefault((row["target"], row["method"]), []).append(row)
@@ -265,6 +281,8 @@ def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 domain: _spread([values[domain] for values in losses])
                 for domain in (losses[0] if losses else ())
             }
+        texts = [row["text"] for row in members if row["text"] is not None]
+        entry["text"] = _spread(texts) if texts else None
         found.append(entry)
     return found
 
@@ -321,11 +339,13 @@ def print_results(results: dict[str, Any]) -> None:
         if not entries:
             continue
         table = Table(title=f"{target}: {shape}; held-out loss, mean (min..max over seeds)")
-        for heading in ("method", "without\nembeddings", "not on", "after", *domains):
+        text = [] if results.get("source_text") is None else ["text\n(perplexity)"]
+        for heading in ("method", "without\nembeddings", "not on", "after", *domains, *text):
             left = heading in ("method", "after")
             table.add_column(heading, justify="left" if left else "right")
         whole = results["source_non_embedding_parameters"]
         source = [f"{loss:.3f}" for loss in results["source_held_out"].values()]
+        source += [f"{results['source_text']:.2f}"] if text else []
         table.add_row("source", millions(whole), "", "", *source, end_section=True)
         for entry in entries:
             _add_rows(table, entry, domains)
@@ -350,6 +370,8 @@ def _add_rows(table: Table, entry: dict[str, Any], domains: list[str]) -> None:
     for stage in ("pruned", "trained"):
         if entry[stage]:
             cells = [_cell(entry[stage][domain]) for domain in domains]
+            if stage == "trained" and entry.get("text"):
+                cells.append(_cell(entry["text"]))
             words = {"pruned": "pruning", "trained": "training"}[stage]
             table.add_row(*first, words, *cells, end_section=stage == "trained")
             first = ("", "", "")

@@ -67,12 +67,15 @@ class StageMaker:
         )
         return [text, tokens]
 
-    def measure(self, name: str, model: Task | None, kind: str) -> Task:
-        """Held-out losses of a finished run, or of the source."""
+    def measure(self, name: str, model: Task | None, kind: str, *, window: int = 0) -> Task:
+        """Held-out losses of a finished run, or of the source; with a `window` also of --text, if
+        there is one."""
         config = self.config
         folder = config.source if model is None else model.folder
         flags = ["--split", "train", "--seq-len", config.seq_len, "--sequences", config.sequences]
         flags += ["--precision", config.precision]
+        if window and config.text is not None:
+            flags += ["--text", config.text, "--window", window]
         words = ["-m", "launch.evaluate", "--model", folder, *flags]
         words += ["--data", self.output / "tokens" / "held_out"]
         words += ["--json", self.output / name / EVALUATION]

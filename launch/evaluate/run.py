@@ -70,7 +70,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """
     require_distinct({"--text": config.text, "--json": config.json})
     require_writable(config.json, "--json")
-    text = _read_text(Path(config.text)) if config.text is not None else None
+    text = read_document(Path(config.text)) if config.text is not None else None
     reader = _open_tokens(config) if config.data is not None else None
     context = parallel.init(threads=config.threads)
     kernels = choose_kernels(config.kernels, context)
@@ -179,7 +179,8 @@ def _time(
     return too_busy(dict(zip(names, timings, strict=True)), dict(zip(names, shapes, strict=True)))
 
 
-def _read_text(path: Path) -> str:
+def read_document(path: Path) -> str:
+    """The text of --text. Raises InputError for a file that cannot be read, or is empty."""
     try:
         fix = odd_name(str(path), patterns=False) or "give a readable UTF-8 file"
         text = read_text(path, fix)

@@ -1,6 +1,7 @@
 """Rows of a comparison: what is planned, and that numbers are those of the stages."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ def write_stages(plan_tasks: list[Any], losses: dict[str, tuple[float, float]]) 
         for part, values in losses.items():
             if part in task.name:
                 domains = dict(zip(("c4", "github"), ({"loss": v} for v in values), strict=True))
-                (task.folder / "evaluation.json").write_text(json.dumps({"domains": domains}))
+                found: dict[str, Any] = {"domains": domains}
+                if "--text" in task.settings.get("flags", ()):
+                    found["text"] = {"nll": sum(values) / 4}
+                (task.folder / "evaluation.json").write_text(json.dumps(found))
         report = {
             "target_shape": {"layers": 24},
             **spent(task),
@@ -134,7 +138,7 @@ def test_numbers_are_those_of_the_stages(
 ) -> None:
     methods = ("ours", "activation", "random")
     options: dict[str, Any] = {"methods": methods, "targets": ("half",), "seeds": (0, 1)}
-    plan = losses_plan(maker(tmp_path, **options), source)
+    plan = losses_plan(maker(tmp_path, text="wiki.txt", **options), source)
     losses = {
         "source": (3.0, 2.0),
         "ours/seed-0/pruned": (6.0, 5.0),
@@ -153,8 +157,10 @@ def test_numbers_are_those_of_the_stages(
     assert results is not None
     assert results["tokens"] == 40 * 8 * 256 and results["missing_rows"] == 1
     assert results["source_held_out"] == {"c4": 3.0, "github": 2.0, "all": 2.5}
+    assert results["source_text"] == pytest.approx(math.exp(1.25))
     rows = {(row["method"], row["seed"]): row for row in results["rows"]}
     assert len(rows) == 5
+    assert rows["ours", 0]["text"] == pytest.approx(math.exp(2.25))
     assert rows["ours", 1]["pruned"] == {"c4": 6.5, "github": 5.5, "all": 6.0}
     assert rows["activation", 0]["pruned"] == rows["activation", 1]["pruned"]
     assert rows["random", 0]["pruned"] is None and rows["random", 0]["kept_not_alive"] is None

@@ -116,7 +116,10 @@ def test_a_comparison_runs_resumes_and_grows(
     commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
 ) -> None:
     methods = ("ours", "blocks", "random")
-    results = run(configure(methods=methods, variant=("once=--steps 0 --init taylor",)))
+    (tmp_path / "wiki.txt").write_text("A text of a few words. " * 30)
+    text = str(tmp_path / "wiki.txt")
+    once = ("once=--steps 0 --init taylor",)
+    results = run(configure(methods=methods, variant=once, text=text))
     assert results is not None and json.loads((tmp_path / "out.json").read_text()) == results
     rows = {row["method"]: row for row in results["rows"]}
     assert set(rows) == {*methods, "once"}
@@ -124,6 +127,7 @@ def test_a_comparison_runs_resumes_and_grows(
     for name, row in rows.items():
         trained = held_out(small / name / "seed-0" / "trained")
         assert {domain: row["trained"][domain] for domain in trained} == trained
+        assert row["text"] > 1 and results["source_text"] > 1
         assert row["shear_steps"] + row["cpt_steps"] == 4 and row["tokens"] == 4 * 2 * 32
     assert rows["blocks"]["shape"]["hidden"] == 32 and rows["blocks"]["shape"]["layers"] == 1
     assert rows["ours"]["pruned"]["alpha"] == held_out(small / "ours/seed-0/pruned")["alpha"]
@@ -131,19 +135,19 @@ def test_a_comparison_runs_resumes_and_grows(
     assert not list(tmp_path.glob("out/**/checkpoints"))
 
     commands.clear()
-    again = run(configure(methods=methods, variant=("once=--steps 0 --init taylor",)))
+    again = run(configure(methods=methods, variant=once, text=text))
     assert again == results and commands == []
 
-    run(configure(methods=(*methods, "activation"), threads=None))
+    run(configure(methods=(*methods, "activation"), threads=None, text=text))
     # The one-shot model is there already, because the random one has its shape.
     assert commands == ["launch.evaluate", "launch.cpt", "launch.evaluate"]
 
     commands.clear()
-    run(configure(methods=("blocks",), seeds=(0, 1)))
+    run(configure(methods=("blocks",), seeds=(0, 1), text=text))
     assert commands == ["launch.cpt", "launch.evaluate"]
 
     commands.clear()
-    run(configure(methods=("ours",), cpt_steps=3))
+    run(configure(methods=("ours",), cpt_steps=3, text=text))
     assert commands == ["launch.cpt", "launch.evaluate"]
 
 
@@ -164,6 +168,7 @@ def test_what_cannot_work_is_refused_before_any_stage(
     (tmp_path / "folder").mkdir()
     refused: dict[str, dict[str, Any]] = {
         r"--input '/nowhere/\*.zst' matches no files": {"input": ("/nowhere/*.zst",)},
+        r"--text /nowhere/wiki.txt": {"text": "/nowhere/wiki.txt"},
         r"--json .*folder is a folder": {"json": str(tmp_path / "folder")},
         r"--targets odd: hidden size 23 is not a multiple": {"targets": ("odd=hidden=23",)},
         r"--seq-len 999 is longer than the model's 256 positions": {"seq_len": 999},
