@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,17 +30,23 @@ from pruner.timing import Timing, too_busy
 from pruner.units import indicator, unit_kinds
 from trainer import parallel
 from trainer.config import TrainConfig
+from trainer.disk import size_text
 from trainer.kernels import registry
 from trainer.loop import Callback, Trainer
 from trainer.models import folding
 from trainer.models.config import ModelConfig
 from trainer.optimizer import build_optimizer
-from trainer.parallel import DistributedContext
+from trainer.parallel import DistributedContext, to_local
 from trainer.run import build_model, random_init
 from trainer.throughput import Throughput
 
 RUN_STEPS = 1000
 """Steps of the run whose schedule the timed steps are taken from."""
+TRAINED = "compact, 50% of the way"
+FROZEN = f"{TRAINED}, weights frozen"
+"""Steps that differ only in whether weights are trained."""
+MEMORY = ("dense source", FROZEN, "target", "target, by Muon")
+"""Kinds of steps whose weights, gradients and moments are counted."""
 PROGRESS = (0.0, 0.25, 0.5, 0.75)
 """Fractions of the way to the target at which compact steps are timed, besides the target."""
 
@@ -152,10 +158,16 @@ def measure(config: BenchShearConfig) -> dict[str, Any]:
     variants["compact, hardened"] = Variant(large, RUN_STEPS - 2, at_target)
     dense = _shear(source, config, context, polarised=True, compact=False)
     variants["dense masked"] = Variant(large, last, dense)
+    muon = _trainer(pruned, replace(train, optimizer="muon"), context)
+    variants["target, by Muon"] = Variant(muon)
+    frozen = _trainer(source, train, context, frozen=True)
+    shear = _shear(source, config, context, polarised=False)
+    variants[FROZEN] = Variant(frozen, variants[TRAINED].step, shear)
     clock = Clock(context.device)
     seconds = _alternate(variants, clock, config.repeats)
     share = _operator_share(variants["compact at target"], clock, config.repeats)
-    return _result(config, source, pruned, seconds, share, context)
+    held = {name: held_bytes(variants[name].trainer) for name in MEMORY}
+    return _result(config, source, pruned, seconds, share, context) | {"held_bytes": held}
 
 
 def model_config(config: BenchShearConfig) -> ModelConfig:
@@ -173,8 +185,23 @@ def model_config(config: BenchShearConfig) -> ModelConfig:
     )
 
 
-def _trainer(model: ModelConfig, train: TrainConfig, context: DistributedContext) -> Trainer:
-    network = build_model(model, train, context, load=random_init(train.seed))
+def held_bytes(trainer: Trainer) -> int:
+    """What a rank holds between two steps and for the gradients of one: weights, gradients and
+    moments, in bytes."""
+    total = 0
+    for parameter in trainer.model.parameters():
+        local = to_local(parameter)
+        total += local.nbytes * (1 + parameter.requires_grad)
+        state = trainer.optimizer.state.get(parameter, {}).values()
+        total += sum(to_local(value).nbytes for value in state)
+    return total
+
+
+def _trainer(
+    model: ModelConfig, train: TrainConfig, context: DistributedContext, *, frozen: bool = False
+) -> Trainer:
+    load = random_init(train.seed)
+    network = build_model(model, train, context, load=load, frozen=frozen)
     stream: Any = RandomStream(model.vocab_size, train)
     speed = Throughput(model, seq_len=train.seq_len, device=context.device, world=context.world)
     return Trainer(
@@ -303,6 +330,8 @@ def _result(
         "hardened_over_target_cpt": ratio("compact, hardened", "target", names[0]),
         "dense_masked_over_dense": ratio("dense masked", "dense source", names[0]),
         "dense_masked_step_over_dense": ratio("dense masked", "dense source", names[1]),
+        "muon_step_over_adamw": ratio("target, by Muon", "target", names[1]),
+        "frozen_step_over_trained": ratio(FROZEN, TRAINED, names[1]),
         "gather_scale_share": share,
     }
 
@@ -329,7 +358,11 @@ def print_result(result: dict[str, Any]) -> None:
         "hardened_over_target_cpt",
         "dense_masked_over_dense",
         "dense_masked_step_over_dense",
+        "muon_step_over_adamw",
+        "frozen_step_over_trained",
         "gather_scale_share",
     ):
         console.print(f"{key:32} {result[key]:.3f}")
+    for name, held in result["held_bytes"].items():
+        console.print(f"{name}: weights, gradients and moments {size_text(held)}")
     console.print(f"gather-scale: {result['gather_scale']}")

@@ -29,6 +29,8 @@ RATIOS = (
     "hardened_over_target_cpt",
     "dense_masked_over_dense",
     "dense_masked_step_over_dense",
+    "muon_step_over_adamw",
+    "frozen_step_over_trained",
     "gather_scale_share",
 )
 
@@ -39,7 +41,13 @@ def test_ratios_follow_from_the_measured_steps(capsys: pytest.CaptureFixture[str
         *("dense source", "target", "dense masked"),
         *(f"compact, {percent}% of the way" for percent in (0, 25, 50, 75)),
         *("compact at target", "compact, hardened"),
+        *("compact, 50% of the way, weights frozen", "target, by Muon"),
     }
+    held = result["held_bytes"]
+    dense, frozen = held["dense source"], held["compact, 50% of the way, weights frozen"]
+    # A weight with its gradient and two moments in fp32, and a weight alone; step counts are small.
+    assert frozen * 4 <= dense < frozen * 4.01
+    assert held["target, by Muon"] < held["target"]
     for times in result["seconds"].values():
         assert 0 < times["forward_backward"] < times["step"]
     assert all(result[name] > 0 for name in RATIOS)
