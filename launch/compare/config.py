@@ -24,6 +24,8 @@ _AT_ONCE = ("blocks", "blocks+kl", "activation", "activation+kl", "magnitude")
 METHODS = (OURS, "paper", *_AT_ONCE, "random")
 REFITTED = ("principal+kl", "principal+refit+kl", "activation+refit+kl", "blocks+refit+kl")
 """Known as well, but not run unless they are named."""
+WARMUP_RATIO = 0.1
+"""Of learning masks, and of training after the peers' pruning."""
 _PUBLISHED = ("--basis", "source", "--norm-scale", "live")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 _EQUAL_FLAGS = (
@@ -163,12 +165,15 @@ class Method:
     """Train the shape from scratch instead of the pruned weights."""
     prunes_as: str | None = None
     """Name of the method whose pruned models this one starts from; None: its own."""
+    warmup: float | None = WARMUP_RATIO
+    """--warmup-ratio of training after pruning; None: the command's default, which is none after
+    moments."""
 
 
 def methods_of(config: CompareConfig) -> list[Method]:
     """The methods that `config` names. Raises InputError for unknown, repeated or bad ones."""
     rate = ("--lr", str(config.ours_lr))
-    ours = Method(OURS, config.shear_steps, rate, (*rate, "--warmup-ratio", "0.03"))
+    ours = Method(OURS, config.shear_steps, rate, rate, warmup=None)
     known = {method.name: method for method in (ours, *_peers(config), *_refitted(config, ours))}
     found: list[Method] = []
     for name in config.methods:
@@ -192,7 +197,7 @@ def _peers(config: CompareConfig) -> list[Method]:
     published = (*_PUBLISHED, "--no-refit")
     activation = Method("activation", 0, ("--init", "importance", *published), seeded=False)
     return [
-        Method("paper", config.shear_steps, ("--rule", "paper")),
+        Method("paper", config.shear_steps, ("--rule", "paper"), ("--no-moments",)),
         blocks,
         replace(blocks, name="blocks+kl", cpt_flags=distilled, prunes_as="blocks"),
         activation,
@@ -212,7 +217,7 @@ def _refitted(config: CompareConfig, ours: Method) -> list[Method]:
         Method(REFITTED[2], 0, ("--init", "importance", *_PUBLISHED)),
         Method(REFITTED[3], 0, whole_blocks=True),
     ]
-    return [replace(method, cpt_flags=training) for method in known]
+    return [replace(method, cpt_flags=training, warmup=None) for method in known]
 
 
 def _variant(text: str, ours: Method, steps: int) -> Method:
@@ -265,7 +270,7 @@ def _variant(text: str, ours: Method, steps: int) -> Method:
         shear_steps = int(value)
     # The last of two equal options counts.
     shear_flags, cpt_flags = (*ours.shear_flags, *others), (*ours.cpt_flags, *cpt_words)
-    return Method(name, shear_steps, shear_flags, cpt_flags)
+    return Method(name, shear_steps, shear_flags, cpt_flags, warmup=None)
 
 
 def _option(word: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from data.errors import InputError
 from data.records import fits, read_json
 from launch.commands import ROOT, command, python
-from launch.compare.config import CompareConfig, Method
+from launch.compare.config import WARMUP_RATIO, CompareConfig, Method
 from launch.compare.text import split_documents
 from launch.stages import Task
 from trainer.models.sources import resolve_model
@@ -92,7 +92,7 @@ class StageMaker:
         config = self.config
         flags = ["--target", target, "--steps", method.shear_steps, "--lr", config.shear_lr]
         # A fixed mixture steers towards no losses, so measuring them would be lost time.
-        flags += [*self._training_flags(seed), "--reference-sequences", 1]
+        flags += [*self._training_flags(seed, WARMUP_RATIO), "--reference-sequences", 1]
         flags += ["--no-activation-checkpointing", *self._refit_flags(method)]
         flags += [word.replace("{seed}", str(seed)) for word in method.shear_flags]
         words = ["-m", "pruner.shear", "--source", config.source, *flags]
@@ -113,7 +113,7 @@ class StageMaker:
         config = self.config
         rate = config.random_lr if method.random else config.cpt_lr
         flags = ["--steps", config.steps - method.shear_steps, "--lr", rate]
-        flags += self._training_flags(seed)
+        flags += self._training_flags(seed, method.warmup)
         flags += ["--init", "random"] if method.random else []
         flags += [word.replace("{seed}", str(seed)) for word in method.cpt_flags]
         words = [ROOT / "launch" / "cpt.py", "--model", pruned.folder, *flags]
@@ -149,11 +149,12 @@ class StageMaker:
     ) -> Task:
         return Task(name, kind or name, settings, after, self.output / name, action)
 
-    def _training_flags(self, seed: int) -> list[object]:
+    def _training_flags(self, seed: int, warmup: float | None) -> list[object]:
         config = self.config
         return [
             *("--seq-len", config.seq_len, "--global-batch", config.batch),
-            *("--micro-batch", config.batch, "--warmup-ratio", 0.1),
+            *("--micro-batch", config.batch),
+            *(() if warmup is None else ("--warmup-ratio", warmup)),
             *("--precision", config.precision, "--mixture", "fixed"),
             *("--domain-weights", config.domain_weights, "--eval-sequences", 0, "--seed", seed),
         ]

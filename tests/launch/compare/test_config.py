@@ -35,19 +35,22 @@ def test_every_method_trains_for_the_same_number_of_steps() -> None:
     with_teacher = {name for name, method in methods.items() if "--teacher" in method.cpt_flags}
     assert with_teacher == {"blocks+kl", "activation+kl"}
     assert methods["ours"].shear_flags == ("--lr", "0.0008")
-    assert methods["ours"].cpt_flags == ("--lr", "0.0008", "--warmup-ratio", "0.03")
+    assert methods["ours"].cpt_flags == ("--lr", "0.0008") and methods["ours"].warmup is None
+    # As published.
+    assert methods["paper"].cpt_flags == ("--no-moments",) and methods["paper"].warmup == 0.1
 
 
 def test_variants_are_ours_with_other_flags() -> None:
     variants = ("taylor=--init taylor", "late=--steps 2 --mask-lr 1|--lr 3e-4 --eps {seed}")
     found = methods_of(configure(methods=(), variant=variants, shear_steps=5))
-    rate, after = ("--lr", "0.0008"), ("--lr", "0.0008", "--warmup-ratio", "0.03")
+    rate = ("--lr", "0.0008")
+    late = (*rate, "--lr", "3e-4", "--eps", "{seed}")
     assert found == [
-        Method("taylor", 5, (*rate, "--init", "taylor"), after),
-        Method("late", 2, (*rate, "--mask-lr", "1"), (*after, "--lr", "3e-4", "--eps", "{seed}")),
+        Method("taylor", 5, (*rate, "--init", "taylor"), rate, warmup=None),
+        Method("late", 2, (*rate, "--mask-lr", "1"), late, warmup=None),
     ]
     (joined,) = methods_of(configure(methods=(), variant=("late=--steps=0 --init=flat",)))
-    assert joined == Method("late", 0, (*rate, "--init=flat"), after)
+    assert joined == Method("late", 0, (*rate, "--init=flat"), rate, warmup=None)
 
 
 @pytest.mark.parametrize("flags", ["--bogus 3", "|--mask-lr 1", "--teacher x", "--no-init"])
