@@ -310,7 +310,8 @@ def _log_doubt(measured: Measurements, inputs: Inputs) -> None:
     for name, kind in unit_kinds(inputs.target, inputs.source).items():
         count = (measured.in_doubt or {}).get(name, 0)
         if count:
-            parts.append(f"{label(name)} {count:,} of {kind.rows * kind.units:,}")
+            what = label(name).partition(" per ")[0]
+            parts.append(f"{count:,} of {kind.rows * kind.units:,} {what}")
     if parts:
         number = inputs.config.masks.calibration_sequences
         logger.info(
