@@ -60,6 +60,7 @@ and the order of the data does not depend on them."""
 FOLLOWING = {
     "domain_weights": {"data", "seq_len"},
     "reference_losses": {"data", "seq_len", "mixture"},
+    "warmup_ratio": {"moments"},
 }
 """What differs, where it was not given, because one of these fields does."""
 
@@ -256,6 +257,9 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
         ):
             had = "no teacher" if saved.get("distill.teacher") is None else "a teacher"
             told["--teacher"] = f"--teacher, --distill-weight: it had {had}"
+        elif name == "moments":
+            had = "empty moments" if old is None else "the moments of shearing"
+            told["--moments"] = f"--moments: it started with {had}"
         elif name == "distill.teacher":
             told["--teacher"] = "--teacher is another model"
         elif isinstance(old, dict) and isinstance(new, dict) and name == "mixture":

@@ -134,6 +134,16 @@ def test_a_resumed_run_needs_the_file_no_longer(
     assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_goes_on_as_it_started(
+    first: bool, sheared: Path, workspace: Path, tmp_path: Path
+) -> None:
+    had = "the moments of shearing" if first else "empty moments"
+    train(sheared, workspace, tmp_path / "out", moments=first)
+    with pytest.raises(InputError, match=f": --moments: it started with {had}. Repeat"):
+        train(sheared, workspace, tmp_path / "out", moments=not first)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
