@@ -8,6 +8,7 @@ from rich.table import Table
 
 from data.log import logger
 from data.tables import print_table
+from launch.evaluate.tasks import metrics_of
 from trainer.verdict import LEAST_GAP
 
 BOS_WORDS = {
@@ -25,6 +26,8 @@ def print_results(names: Sequence[str], results: list[dict[str, Any]], busy: str
         _print_one(console, result)
     if len(results) > 1:
         _print_several(console, names, results)
+    if "tasks" in results[0]:
+        print_table(_task_table(names, results), console)
     missing = results[0].get("missing")
     if missing:
         console.print(
@@ -107,6 +110,49 @@ def _print_several(console: Console, names: Sequence[str], results: list[dict[st
         speeds = (f"{times[0]['seconds'] / time['seconds']:.2f}x" for time in times)
         table.add_row("speed", *speeds)
     print_table(table, console)
+
+
+def _task_table(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
+    """A row for every metric of every task, but for those within groups; of tasks that a set names
+    the metric that counts alone."""
+    first = results[0]["tasks"]
+    apart = ", difference to the first" if len(results) > 1 else ""
+    table = Table(title=f"tasks: value ± standard error{apart}")
+    table.add_column("task", overflow="fold")
+    for heading in ("shots", "questions"):
+        table.add_column(heading, justify="right")
+    table.add_column("metric")
+    for name in names if len(results) > 1 else ["value"]:
+        table.add_column(name, justify="right", overflow="fold")
+    for task, row in first.items():
+        if "of" in row:
+            continue
+        facts = ["" if row[key] is None else str(row[key]) for key in ("shots", "n")]
+        labels = [task, *facts]
+        for metric in [row["metric"]] if "set" in row else metrics_of(row):
+            rows = [one["tasks"][task] for one in results]
+            cells = _cells([(row[metric], row.get(f"{metric}_stderr")) for row in rows])
+            table.add_row(*labels, metric, *cells)
+            labels = [""] * len(labels)
+    for name, entry in results[0].get("task_sets", {}).items():
+        table.add_section()
+        sets = [one["task_sets"][name] for one in results]
+        cells = _cells([(one["average"], one["average_stderr"]) for one in sets])
+        table.add_row(f"{name}, {entry['tasks']} tasks", "", "", "average", *cells)
+    return table
+
+
+def _cells(found: list[tuple[float | None, float | None]]) -> list[str]:
+    """Values with their standard errors and, from the second on, the difference to the first."""
+    cells: list[str] = []
+    for value, error in found:
+        text = "nan" if value is None else f"{value:.4f}"
+        text += "" if error is None else f" ± {error:.4f}"
+        first = found[0][0]
+        if cells and value is not None and first is not None:
+            text += f", {value - first:+.4f}"
+        cells.append(text)
+    return cells
 
 
 def _pace(result: dict[str, Any]) -> str:
