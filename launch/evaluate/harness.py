@@ -90,6 +90,8 @@ class Harness:
         Raises InputError where its data cannot be had, and for what it cannot be used for here.
         """
         assert self.manager is not None
+        for leaf, config in self.leaves(name).items():
+            _refuse_unusable(name, leaf, config, shots)
         _seed()
         try:
             loaded = self.manager.load([name])
@@ -107,8 +109,7 @@ class Harness:
             ) from None
         if not loaded["tasks"]:
             raise InputError(f"--tasks {name}: holds no task; name another")
-        for leaf, task in loaded["tasks"].items():
-            _refuse_unusable(name, leaf, task, shots)
+        for task in loaded["tasks"].values():
             own = task.get_config("num_fewshot")
             if shots is not None or own is None:
                 task.set_config(key="num_fewshot", value=shots or 0)
@@ -281,20 +282,21 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _unknown(name: str, known: Sequence[str], files: Path | None) -> str:
     near = difflib.get_close_matches(name, known, n=3)
-    advice = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-    place = f", nor is it in {files}" if files else "; describe your own in --task-files"
-    return f"--tasks {name}: lm-eval {version('lm_eval')} knows no such task{place}; {advice}"
+    advice = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them."
+    place = f", nor is it in {files}" if files else ""
+    own = "" if files else " Tasks of your own are found with --task-files"
+    return f"--tasks {name}: lm-eval {version('lm_eval')} knows no such task{place}; {advice}{own}"
 
 
-def _refuse_unusable(name: str, leaf: str, task: Any, shots: int | None) -> None:
-    if getattr(task, "UNSAFE_CODE", False):
+def _refuse_unusable(name: str, leaf: str, config: dict[str, Any], shots: int | None) -> None:
+    if config.get("unsafe_code"):
         raise InputError(
             f"--tasks {name}: {leaf} runs code that the model writes; leave it out here and run "
             "`lm-eval run --confirm_run_unsafe_code` on the model's folder in a closed environment"
         )
-    if getattr(task, "MULTIMODAL", False):
+    if config.get("doc_to_image") or config.get("doc_to_audio"):
         raise InputError(f"--tasks {name}: {leaf} needs images or sound; name tasks of text")
-    if shots and task.get_config("num_fewshot") == 0:
+    if shots and config.get("num_fewshot") == 0:
         raise InputError(
             f"--shots {shots}: {leaf} has no examples by definition; leave out --shots or the task"
         )

@@ -86,12 +86,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             check_tokenizer(reader, shape, path, str(config.data))
         document = _tokenize(config, path, text) if text is not None else None
         candidates.append(Candidate(name, path, shape, document))
-    logger.info(kernels)
     dtype = parallel.compute_dtype(config.precision, context.device)
     if config.speed:
         _require_memory(candidates, context, dtype)
     if tasks is not None:
         tasks.prepare([one.path for one in candidates], dtype, context)
+    logger.info(kernels)
     results = [_measure(config, one, reader, tasks, context, dtype) for one in candidates]
     busy = None
     if config.speed and context.is_main:

@@ -1,6 +1,7 @@
 """What `python -m launch.evaluate` prints: one model's numbers, or several models side by side."""
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from data.tables import print_table
 from launch.evaluate.tasks import metrics_of
 from trainer.verdict import LEAST_GAP
 
+TASK_CELL = len("0.4750 ± 0.0800")
+"""Characters of a task's value, and of the lines of a model's name above it."""
 BOS_WORDS = {
     "no": "none",
     "yes": "one in front of the document",
@@ -123,7 +126,8 @@ def _task_table(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("metric")
     for name in names if len(results) > 1 else ["value"]:
-        table.add_column(name, justify="right", overflow="fold")
+        # Names may be broken and numbers not, so no column folds.
+        table.add_column("\n".join(wrap(name, TASK_CELL)), justify="right")
     for task, row in first.items():
         if "of" in row:
             continue
@@ -143,14 +147,15 @@ def _task_table(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
 
 
 def _cells(found: list[tuple[float | None, float | None]]) -> list[str]:
-    """Values with their standard errors and, from the second on, the difference to the first."""
+    """Values with their standard errors and, from the second on, a line with the difference to the
+    first."""
     cells: list[str] = []
     for value, error in found:
         text = "nan" if value is None else f"{value:.4f}"
         text += "" if error is None else f" ± {error:.4f}"
         first = found[0][0]
         if cells and value is not None and first is not None:
-            text += f", {value - first:+.4f}"
+            text += f"\n{value - first:+.4f}"
         cells.append(text)
     return cells
 

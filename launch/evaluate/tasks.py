@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -136,12 +136,14 @@ class Tasks:
                 )
             load_tokenizer(folder)
         finished = [self.finished(folder, dtype, on) for folder in folders]
-        for asked in self.asked:
-            if all(asked.name in kept for kept in finished):
-                continue
-            # The first rank fetches data, and the others find it.
-            with on.rank_zero_first():
-                self.loaded[asked.name] = self.harness.load(asked.name, asked.shots)
+        # The first rank fetches data, and the others find it.
+        with on.rank_zero_first():
+            self.load(lambda asked: not all(asked.name in kept for kept in finished))
+
+    def load(self, wanted: Callable[[Asked], bool] = lambda asked: True) -> None:
+        """Loads the `wanted` ones. Raises InputError for data that cannot be had."""
+        for asked in filter(wanted, self.asked):
+            self.loaded[asked.name] = self.harness.load(asked.name, asked.shots)
 
     def finished(
         self, folder: Path, dtype: torch.dtype, on: DistributedContext
