@@ -291,8 +291,8 @@ def _unknown(name: str, known: Sequence[str], files: Path | None) -> str:
 def _refuse_unusable(name: str, leaf: str, config: dict[str, Any], shots: int | None) -> None:
     if config.get("unsafe_code"):
         raise InputError(
-            f"--tasks {name}: {leaf} runs code that the model writes; leave it out here and run "
-            "`lm-eval run --confirm_run_unsafe_code` on the model's folder in a closed environment"
+            f"--tasks {name}: {leaf} runs code that the model writes; leave it out here, and run it "
+            "with lm-eval's own command on the model's folder, in a closed environment"
         )
     if config.get("doc_to_image") or config.get("doc_to_audio"):
         raise InputError(f"--tasks {name}: {leaf} needs images or sound; name tasks of text")

@@ -121,7 +121,7 @@ def _task_table(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
     first = results[0]["tasks"]
     apart = ", difference to the first" if len(results) > 1 else ""
     table = Table(title=f"tasks: value ± standard error{apart}")
-    table.add_column("task", overflow="fold")
+    table.add_column("task")
     for heading in ("shots", "questions"):
         table.add_column(heading, justify="right")
     table.add_column("metric")
