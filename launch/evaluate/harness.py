@@ -44,8 +44,8 @@ class Harness:
         self.files = files
         self.digest = "" if files is None else read_task_files(files)
         # Its own 14,000 take a quarter of a minute to list.
-        self.manager = TaskManager(include_path=files, include_defaults=False) if files else None
-        if self.manager is None or not all(map(self._is_known, names)):
+        self.manager = TaskManager(include_path=files, include_defaults=files is None)
+        if files is not None and not all(map(self._is_known, names)):
             self.manager = TaskManager(include_path=files)
         for name in names:
             if name not in self.manager.task_index:
@@ -53,25 +53,30 @@ class Harness:
 
     def _is_known(self, name: str) -> bool:
         """Whether a task is there, and all that a group names."""
-        assert self.manager is not None
-        return name in self.manager.task_index and not any(
-            isinstance(member, str) and member not in self.manager.task_index
-            for member in _members(self.manager.task_index[name])
+        entry = self.manager.task_index.get(name)
+        return entry is not None and all(
+            self._is_known(member)
+            for member in map(_name_of, _members(entry))
+            if isinstance(member, str)
         )
 
     def leaves(self, name: str) -> dict[str, dict[str, Any]]:
         """The tasks that `name` stands for, each with its settings."""
-        assert self.manager is not None
         entry = self.manager.task_index.get(name)
         members = () if entry is None else _members(entry)
-        if not members:
-            return {name: dict((entry and entry.cfg) or {})}
+        config = dict((entry and entry.cfg) or {})
+        return self._leaves_of(members) if members else {name: config}
+
+    def _leaves_of(self, members: Sequence[Any]) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for member in members:
-            if isinstance(member, str):
-                found |= self.leaves(member)
-            elif isinstance(name := member.get("task", member.get("group")), str):
-                found |= {leaf: config | member for leaf, config in self.leaves(name).items()}
+            own = {} if isinstance(member, str) else member
+            name, inner = _name_of(member), own.get("task")
+            if name is not None:
+                leaves = self.leaves(name)
+            else:
+                leaves = self._leaves_of(inner) if isinstance(inner, list) else {str(inner): {}}
+            found |= {leaf: config | own for leaf, config in leaves.items()}
         return found
 
     def identity(self, name: str) -> dict[str, Any]:
@@ -89,7 +94,6 @@ class Harness:
 
         Raises InputError where its data cannot be had, and for what it cannot be used for here.
         """
-        assert self.manager is not None
         for leaf, config in self.leaves(name).items():
             _refuse_unusable(name, leaf, config, shots)
         _seed()
@@ -271,6 +275,14 @@ def _members(entry: Any) -> Sequence[Any]:
     return members if isinstance(members, list) else ()
 
 
+def _name_of(member: Any) -> str | None:
+    """The task or group that a group refers to; None where it describes one itself."""
+    if isinstance(member, str):
+        return member
+    name = member.get("task", member.get("group"))
+    return name if isinstance(name, str) and "dataset_path" not in member else None
+
+
 def _texts(value: Any) -> Iterator[str]:
     """All texts in nested lists and objects."""
     if isinstance(value, str):
@@ -291,8 +303,8 @@ def _unknown(name: str, known: Sequence[str], files: Path | None) -> str:
 def _refuse_unusable(name: str, leaf: str, config: dict[str, Any], shots: int | None) -> None:
     if config.get("unsafe_code"):
         raise InputError(
-            f"--tasks {name}: {leaf} runs code that the model writes; leave it out here, and run it "
-            "with lm-eval's own command on the model's folder, in a closed environment"
+            f"--tasks {name}: {leaf} runs code that the model writes; leave it out here, and run "
+            "it with lm-eval's own command on the model's folder, in a closed environment"
         )
     if config.get("doc_to_image") or config.get("doc_to_audio"):
         raise InputError(f"--tasks {name}: {leaf} needs images or sound; name tasks of text")

@@ -119,6 +119,23 @@ def test_numbers_are_those_of_lm_evals_own_model(tiny_model: Path, files: Path, 
             assert found[metric] == pytest.approx(value, rel=1e-5), metric
 
 
+def test_groups_of_any_form_are_taken_apart(files: Path) -> None:
+    """As lm-eval does: names, names with other settings, groups and tasks that stand there."""
+    own: dict[str, Any] = {"task": "own", "dataset_path": "json", "test_split": "test"}
+    own |= {"dataset_kwargs": {"data_files": {"test": str(files.parent / "questions.jsonl")}}}
+    own |= {"output_type": "multiple_choice", "doc_to_text": "{{query}}"}
+    own |= {"doc_to_target": "gold", "doc_to_choice": "choices"}
+    inner = {"group": "inner", "task": ["text", {"task": "said", "num_fewshot": 2}]}
+    members = ["both", inner, own]
+    (files / "all.yaml").write_text(json.dumps({"group": "all", "task": members}))
+    harness = Harness(["all"], files)
+    found = harness.leaves("all")
+    assert list(found) == ["choice", "choice_b", "text", "said", "own"]
+    assert found["said"]["num_fewshot"] == 2 and found["own"]["dataset_path"] == "json"
+    loaded = harness.load("all", None)["tasks"]
+    assert [name.split("::")[-1] for name in loaded] == list(found)
+
+
 @pytest.mark.slow
 def test_the_sets_name_tasks_and_metrics_that_lm_eval_has() -> None:
     harness = Harness(sorted({task for tasks in SETS.values() for task, _, _ in tasks}), None)
