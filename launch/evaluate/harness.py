@@ -41,6 +41,8 @@ class Harness:
         """Finds `names`, of tasks, groups and tags. Raises InputError for those that nobody knows,
         and for task files that cannot be read; lm-eval passes over them."""
         self.version = version("lm_eval")
+        if not hasattr(TaskManager, "task_index"):
+            raise InputError(f"--tasks: lm-eval {self.version} is too old: upgrade it to 0.4.13")
         self.files = files
         self.digest = "" if files is None else read_task_files(files)
         # Its own 14,000 take a quarter of a minute to list.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data.errors import InputError, failure
+from data.errors import InputError, failure, first_line
 from data.files import require_writable, write_json
 from data.log import logger
 from data.records import fits, read_json
@@ -48,8 +48,9 @@ SETS: dict[str, tuple[tuple[str, int, str], ...]] = {
     ),
 }
 """Tasks of papers, each with its shots and its metric: table 2 of Sheared LLaMA (arXiv 2310.06694)
-and the seven of Shortened LLaMA (arXiv 2402.02834). The former names no metrics; its row of OPT-1.3B
-agrees with these in lm-eval's own results for that model, LogiQA (26.9) with acc_norm."""
+and the seven of Shortened LLaMA (arXiv 2402.02834). The former names no metrics; its row of
+OPT-1.3B agrees with these in lm-eval's own results for that model, LogiQA's 26.9 with acc_norm."""
+INSTALL = "pip install 'shorn[eval]' (or 'lm-eval>=0.4.13' and accelerate)"
 _FACTS = {
     "n": (int, type(None)),
     "shots": (int, type(None)),
@@ -103,7 +104,12 @@ class Tasks:
     def __init__(self, config: EvaluateConfig) -> None:
         """Raises InputError without lm-eval, and for tasks that it does not know."""
         require_harness()
-        from launch.evaluate.harness import Harness
+        try:
+            from launch.evaluate.harness import Harness
+        except ImportError as error:
+            raise InputError(
+                f"--tasks: lm-eval cannot be imported ({first_line(error)}): {INSTALL}"
+            ) from None
 
         self.config = config
         self.asked = asked_tasks(config.tasks, config.shots)
@@ -236,10 +242,7 @@ def require_harness() -> None:
     """Raises InputError where lm-eval cannot be imported."""
     missing = [name for name in ("lm_eval", "accelerate") if find_spec(name) is None]
     if missing:
-        raise InputError(
-            f"--tasks needs {' and '.join(missing)}: pip install 'shorn[eval]' (or lm-eval and "
-            "accelerate)"
-        )
+        raise InputError(f"--tasks needs {' and '.join(missing)}: {INSTALL}")
 
 
 def results_folder(config: EvaluateConfig) -> Path | None:

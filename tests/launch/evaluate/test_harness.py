@@ -17,6 +17,7 @@ from trainer.models.hf import load_model
 pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'shorn[eval]')")
 pytest.importorskip("accelerate")
 
+from launch.evaluate import harness
 from launch.evaluate import run as run_module
 from launch.evaluate.__main__ import main
 from launch.evaluate.harness import Harness, TaskModel, measure, read_task_files
@@ -109,8 +110,8 @@ def plain_results(folder: Path, files: Path, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_numbers_are_those_of_lm_evals_own_model(tiny_model: Path, files: Path, name: str) -> None:
-    harness = Harness([name], files)
-    found = measure(task_model(tiny_model), harness.load(name, 1), None)[name]
+    known = Harness([name], files)
+    found = measure(task_model(tiny_model), known.load(name, 1), None)[name]
     assert (found["n"], found["shots"]) == (3, 1)
     expected = plain_results(tiny_model, files, name)
     for key, value in expected.items():
@@ -128,19 +129,19 @@ def test_groups_of_any_form_are_taken_apart(files: Path) -> None:
     inner = {"group": "inner", "task": ["text", {"task": "said", "num_fewshot": 2}]}
     members = ["both", inner, own]
     (files / "all.yaml").write_text(json.dumps({"group": "all", "task": members}))
-    harness = Harness(["all"], files)
-    found = harness.leaves("all")
+    known = Harness(["all"], files)
+    found = known.leaves("all")
     assert list(found) == ["choice", "choice_b", "text", "said", "own"]
     assert found["said"]["num_fewshot"] == 2 and found["own"]["dataset_path"] == "json"
-    loaded = harness.load("all", None)["tasks"]
+    loaded = known.load("all", None)["tasks"]
     assert [name.split("::")[-1] for name in loaded] == list(found)
 
 
 @pytest.mark.slow
 def test_the_sets_name_tasks_and_metrics_that_lm_eval_has() -> None:
-    harness = Harness(sorted({task for tasks in SETS.values() for task, _, _ in tasks}), None)
+    known = Harness(sorted({task for tasks in SETS.values() for task, _, _ in tasks}), None)
     for task, shots, metric in (entry for tasks in SETS.values() for entry in tasks):
-        leaves = harness.leaves(task)
+        leaves = known.leaves(task)
         assert len(leaves) == (57 if task == "mmlu" else 1)
         for config in leaves.values():
             assert metric in [entry["metric"] for entry in config["metric_list"]]
@@ -149,11 +150,11 @@ def test_the_sets_name_tasks_and_metrics_that_lm_eval_has() -> None:
 
 def test_every_rank_has_the_result_of_one(tiny_model: Path, files: Path) -> None:
     """Requests are shared by ranks, three questions by two, with the examples of one process."""
-    harness = Harness(list(KINDS), files)
+    known = Harness(list(KINDS), files)
 
     def results() -> list[Any]:
         model = task_model(tiny_model)
-        return [measure(model, harness.load(name, 1), None) for name in KINDS]
+        return [measure(model, known.load(name, 1), None) for name in KINDS]
 
     (one,) = run_ranks(results, 1)
     for other in run_ranks(results, 2):
@@ -161,8 +162,8 @@ def test_every_rank_has_the_result_of_one(tiny_model: Path, files: Path) -> None
             for name, row in expected.items():
                 assert found[name].keys() == row.keys()
                 for key, value in row.items():
-                    known = value is None or isinstance(value, str)
-                    assert found[name][key] == (value if known else pytest.approx(value, rel=1e-5))
+                    exact = value is None or isinstance(value, str)
+                    assert found[name][key] == (value if exact else pytest.approx(value, rel=1e-5))
 
 
 def test_models_stand_side_by_side_and_finished_tasks_are_kept(
@@ -232,12 +233,11 @@ def test_impossible_requests_are_refused_before_weights_load(
     message: str,
 ) -> None:
     # lm-eval's own tasks take long to list, and none of these names one.
-    import launch.evaluate.harness as harness
+    class OnlyFiles(harness.TaskManager):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**(options | {"include_defaults": False}))
 
-    real = harness.TaskManager
-    monkeypatch.setattr(
-        harness, "TaskManager", lambda **options: real(**(options | {"include_defaults": False}))
-    )
+    monkeypatch.setattr(harness, "TaskManager", OnlyFiles)
     choice = (files / "choice.yaml").read_text()
     changed = {
         "lost": choice.replace("questions", "nowhere"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ def test_without_lm_eval_the_extra_is_named(
         tasks_module, "find_spec", lambda name: None if name == "lm_eval" else real(name)
     )
     with pytest.raises(InputError, match=r"--tasks needs lm_eval: pip install 'shorn\[eval\]'"):
+        main(["--model", str(tiny_model), "--tasks", "piqa"])
+
+
+def test_an_lm_eval_that_cannot_be_imported_is_named(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks_module, "require_harness", lambda: None)
+    monkeypatch.delitem(sys.modules, "launch.evaluate.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(InputError, match=r"lm-eval cannot be imported \(.*pip install 'shorn"):
         main(["--model", str(tiny_model), "--tasks", "piqa"])
 
 
