@@ -85,6 +85,13 @@ class CompareConfig:
     text: Annotated[str | None, ON_DISK] = None
     """UTF-8 text on which trained models and the source are measured as well, as one document in
     windows of 2,048 tokens: for example WikiText-2's test split."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval, or sets of them, on which trained models and the source are measured as
+    well, as by `shorn evaluate`."""
+    task_files: Annotated[str | None, ON_DISK] = None
+    """Folder of further task files for lm-eval."""
+    limit: int | None = None
+    """Questions of each of --tasks, the first ones. Default: all."""
     seq_len: int = 256
     """Tokens per sequence."""
     batch: int = 8
@@ -106,7 +113,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         counts = ("shear_steps", "cpt_steps", "sequences", "batch", "jobs", "held_out_documents")
-        require_at_least(self, 1, *counts, "train_documents")
+        require_at_least(self, 1, *counts, "train_documents", "limit")
         require_threads(self.threads)
         require_at_least(self, 2, "seq_len", why=" (a token and its successor)")
         for name in ("ours_lr", "shear_lr", "cpt_lr", "random_lr"):
@@ -131,11 +138,14 @@ class CompareConfig:
 
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""
+        of_tasks = ("task_files", "limit")
         if not self.dead_units:
-            return {"sparsities": "only --dead-units removes fractions of the units"}
-        losses = ("methods", "variant", "targets", "sequences", "text", "cpt_steps")
+            found = {"sparsities": "only --dead-units removes fractions of the units"}
+            why = "there are no --tasks to measure on"
+            return found if self.tasks else found | dict.fromkeys(of_tasks, why)
+        losses = ("methods", "variant", "targets", "sequences", "text", "tasks", "cpt_steps")
         rates = ("ours_lr", "cpt_lr", "random_lr")
-        return dict.fromkeys((*losses, *rates), "--dead-units compares no losses")
+        return dict.fromkeys((*losses, *of_tasks, *rates), "--dead-units compares no losses")
 
     @property
     def domains(self) -> list[str]:

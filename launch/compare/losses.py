@@ -41,7 +41,12 @@ _PRUNED = _COUNTS | {
     "kept_not_alive": {"*": int},
 }
 _TRAINED = _COUNTS
-_MEASURED = {"domains": {"*": {"loss": float}}, "text?": {"nll": float}}
+_MEASURED = {
+    "domains": {"*": {"loss": float}},
+    "text?": {"nll": float},
+    "tasks?": {"*": {"metric": str, "of?": str}},
+    "task_sets?": {"*": {"average": (float, type(None)), "average_stderr": (float, type(None))}},
+}
 """What the results of stages must hold."""
 WINDOW = 2048
 """Tokens that models see at once of --text, if they have as many positions."""
@@ -206,6 +211,7 @@ def results_of(
         "source_non_embedding_parameters": source.num_parameters(embeddings=False),
         "source_held_out": _losses(measured),
         "source_text": _perplexity(measured),
+        "source_tasks": _accuracy(measured),
         "tokens": config.steps * tokens,
         "tokens_per_step": tokens,
         "targets": {name: shape.describe() for name, shape in shapes.items()},
@@ -246,6 +252,7 @@ def _numbers(config: CompareConfig, row: Row) -> dict[str, Any]:
         "pruned": None if row.pruned is None else _losses(row.pruned),
         "trained": _losses(row.trained),
         "text": _perplexity(row.trained),
+        "tasks": _accuracy(row.trained),
     }
 
 
@@ -262,9 +269,30 @@ def _perplexity(task: Task) -> float | None:
     return None if found is None else math.exp(min(found["nll"], 700))
 
 
+def _accuracy(task: Task) -> dict[str, dict[str, Any]] | None:
+    """For every one of --tasks and the sets among them the metric that counts, its value and its
+    standard error; None where there are none."""
+    found = read_result(task, EVALUATION, _MEASURED)
+    if "tasks" not in found:
+        return None
+    rows = {name: row for name, row in found["tasks"].items() if "of" not in row}
+    accuracy = {
+        name: _measured(row["metric"], row.get(row["metric"]), row.get(f"{row['metric']}_stderr"))
+        for name, row in rows.items()
+    }
+    for name, entry in found.get("task_sets", {}).items():
+        accuracy[name] = _measured("average", entry["average"], entry["average_stderr"])
+    return accuracy
+
+
+def _measured(metric: str, value: float | None, stderr: float | None) -> dict[str, Any]:
+    return {"metric": metric, "value": value, "stderr": stderr}
+
+
 def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every target and method, in the order of `rows`: mean, min and max over the seeds of the
-    losses before and after training, per domain, and of the perplexity of --text."""
+    losses before and after training, per domain, of the perplexity of --text and of --tasks, with
+    the mean of their standard errors: all seeds answer the same questions."""
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         grouped.setdefault((row["target"], row["method"]), []).append(row)
@@ -283,8 +311,21 @@ def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         texts = [row["text"] for row in members if row["text"] is not None]
         entry["text"] = _spread(texts) if texts else None
+        entry["tasks"] = _task_spreads([row["tasks"] for row in members if row["tasks"]])
         found.append(entry)
     return found
+
+
+def _task_spreads(rows: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]] | None:
+    """Per task; one that a model's damaged weights give no value for is left out."""
+    found = {}
+    for name in rows[0] if rows else ():
+        values = [row[name]["value"] for row in rows]
+        errors = [row[name]["stderr"] for row in rows]
+        if None not in values:
+            stderr = None if None in errors else sum(errors) / len(errors)
+            found[name] = {"metric": rows[0][name]["metric"], **_spread(values), "stderr": stderr}
+    return found if rows else None
 
 
 def leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -340,15 +381,18 @@ def print_results(results: dict[str, Any]) -> None:
             continue
         table = Table(title=f"{target}: {shape}; held-out loss, mean (min..max over seeds)")
         text = [] if results.get("source_text") is None else ["text\n(perplexity)"]
-        for heading in ("method", "without\nembeddings", "not on", "after", *domains, *text):
+        tasks = results.get("source_tasks") or {}
+        columns = [*domains, *text, *(f"{name}\n({row['metric']})" for name, row in tasks.items())]
+        for heading in ("method", "without\nembeddings", "not on", "after", *columns):
             left = heading in ("method", "after")
             table.add_column(heading, justify="left" if left else "right")
         whole = results["source_non_embedding_parameters"]
         source = [f"{loss:.3f}" for loss in results["source_held_out"].values()]
         source += [f"{results['source_text']:.2f}"] if text else []
+        source += [_value(row["value"], row["stderr"]) for row in tasks.values()]
         table.add_row("source", millions(whole), "", "", *source, end_section=True)
         for entry in entries:
-            _add_rows(table, entry, domains)
+            _add_rows(table, entry, domains, list(tasks))
         print_table(table, console)
         for lead in results["leads"]:
             if lead["target"] == target:
@@ -362,7 +406,7 @@ def print_results(results: dict[str, Any]) -> None:
         console.print(f"{results['missing_rows']} rows are not finished")
 
 
-def _add_rows(table: Table, entry: dict[str, Any], domains: list[str]) -> None:
+def _add_rows(table: Table, entry: dict[str, Any], domains: list[str], tasks: list[str]) -> None:
     size = millions(entry["non_embedding_parameters"])
     not_on = entry["kept_not_alive"]
     span = _range(min(not_on), max(not_on), "d") if not_on else ""
@@ -372,6 +416,8 @@ def _add_rows(table: Table, entry: dict[str, Any], domains: list[str]) -> None:
             cells = [_cell(entry[stage][domain]) for domain in domains]
             if stage == "trained" and entry.get("text"):
                 cells.append(_cell(entry["text"]))
+            if stage == "trained" and entry.get("tasks"):
+                cells += [_task_cell(entry["tasks"].get(name)) for name in tasks]
             words = {"pruned": "pruning", "trained": "training"}[stage]
             table.add_row(*first, words, *cells, end_section=stage == "trained")
             first = ("", "", "")
@@ -380,6 +426,18 @@ def _add_rows(table: Table, entry: dict[str, Any], domains: list[str]) -> None:
 def _cell(spread: dict[str, float]) -> str:
     extremes = _range(spread["min"], spread["max"], ".2f")
     return f"{spread['mean']:.3f} ({extremes})"
+
+
+def _task_cell(spread: dict[str, Any] | None) -> str:
+    if spread is None:
+        return "nan"
+    extremes = _range(spread["min"], spread["max"], ".2f")
+    return f"{_value(spread['mean'], spread['stderr'])} ({extremes})"
+
+
+def _value(value: float | None, stderr: float | None) -> str:
+    error = "" if stderr is None else f" ±{stderr:.3f}"
+    return "nan" if value is None else f"{value:.3f}{error}"
 
 
 def _range(low: float, high: float, form: str) -> str:

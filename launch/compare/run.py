@@ -11,7 +11,9 @@ from launch.compare.config import CompareConfig
 from launch.compare.dead_units import dead_units_plan
 from launch.compare.losses import losses_plan
 from launch.compare.stages import StageMaker
+from launch.evaluate.config import EvaluateConfig
 from launch.evaluate.run import read_document
+from launch.evaluate.tasks import Tasks
 from launch.stages import Stages, Task, require_own, run_tasks
 from trainer.inputs import require_positions
 from trainer.models.hf import load_config
@@ -31,6 +33,9 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     require_own(Path(config.output))
     if config.text is not None:
         read_document(Path(config.text))
+    if config.tasks:
+        # Missing data would end the comparison after hours of training.
+        Tasks(EvaluateConfig(tasks=config.tasks, task_files=config.task_files)).load()
     find_files(config.input, Path(config.output))
     maker = StageMaker(config)
     plan = dead_units_plan(maker, source) if config.dead_units else losses_plan(maker, source)

@@ -17,6 +17,8 @@ REFIT_SEQUENCES, REFIT_HELD_OUT = 256, 32
 """At most as many sequences are refitted on, and held out of that."""
 EVALUATION = "evaluation.json"
 """File of held-out losses in the folder of a measuring stage."""
+TASK_RESULTS = ".tasks"
+"""Folder of results of tasks in the output folder."""
 
 
 def read_result(task: Task, name: str, form: dict[str, Any]) -> dict[str, Any]:
@@ -68,15 +70,22 @@ class StageMaker:
         return [text, tokens]
 
     def measure(self, name: str, model: Task | None, kind: str, *, window: int = 0) -> Task:
-        """Held-out losses of a finished run, or of the source; with a `window` also of --text, if
-        there is one."""
+        """Held-out losses of a finished run, or of the source; with a `window` also what --text and
+        --tasks name, if they do."""
         config = self.config
         folder = config.source if model is None else model.folder
         flags = ["--split", "train", "--seq-len", config.seq_len, "--sequences", config.sequences]
         flags += ["--precision", config.precision]
         if window and config.text is not None:
             flags += ["--text", config.text, "--window", window]
-        words = ["-m", "launch.evaluate", "--model", folder, *flags]
+        kept: list[object] = []
+        if window and config.tasks:
+            flags += ["--tasks", *config.tasks]
+            flags += [] if config.task_files is None else ["--task-files", config.task_files]
+            flags += [] if config.limit is None else ["--limit", config.limit]
+            # Outlives the stage's folder, which begins empty where tasks are added.
+            kept = ["--task-results", self.output / TASK_RESULTS]
+        words = ["-m", "launch.evaluate", "--model", folder, *flags, *kept]
         words += ["--data", self.output / "tokens" / "held_out"]
         words += ["--json", self.output / name / EVALUATION]
         return self._task(

@@ -10,9 +10,11 @@ from trainer.config import Kernels, Precision
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """Measure models on held-out tokens, on a text file, or on both."""
+    """Measure models on held-out tokens, on a text file, on tasks, or on all of them."""
 
-    ESSENTIAL: ClassVar = "model data text sequences seq-len window batch speed json"
+    ESSENTIAL: ClassVar = (
+        "model data text tasks task-files sequences seq-len window batch speed json"
+    )
 
     model: Annotated[tuple[str, ...], ON_DISK] = ("runs/cpt",)
     """Model folder, a run's output folder, a .gguf file or a hub id. Several are compared: name
@@ -33,8 +35,20 @@ class EvaluateConfig:
     """Tokens between window starts in --text. Default: windows do not overlap."""
     bos: Literal["auto", "no", "yes", "every"] = "auto"
     """BOS in --text. yes: before the document; every: before each window; auto: the tokenizer's."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval, such as piqa or mmlu, or all of a paper with its shots and metrics:
+    sheared-llama, shortened-llm."""
+    task_files: Annotated[str | None, ON_DISK] = None
+    """Folder of further task files for lm-eval (its --include_path)."""
+    shots: int | None = None
+    """Solved examples in front of each question of --tasks. Default: as many as the task says."""
+    limit: int | None = None
+    """Questions of each of --tasks, the first ones. Default: all."""
+    task_results: Annotated[str | None, ON_DISK] = None
+    """Folder in which every finished task is kept, by weights and settings, so that it is not
+    measured again. Default: beside --json."""
     batch: int = 8
-    """Sequences or windows per rank in one forward pass."""
+    """Sequences, windows or answers per rank in one forward pass."""
     speed: bool = False
     """Time greedy decoding at batch 1 too, with weights drawn at random, models taking turns."""
     precision: Precision = "auto"
@@ -47,13 +61,15 @@ class EvaluateConfig:
     """File for the same results as JSON; for several models a list of them, under "models"."""
 
     def __post_init__(self) -> None:
-        if self.data is None and self.text is None and not self.speed:
+        if self.data is None and self.text is None and not self.tasks and not self.speed:
             raise InputError(
-                "nothing to measure: give --data TOKENS, --text FILE, --speed, or some of them"
+                "nothing to measure: give --data TOKENS, --text FILE, --tasks NAME, --speed, or "
+                "some of them"
             )
         if not self.model:
             raise InputError("--model names no model; give the folder of one, such as runs/cpt")
-        require_at_least(self, 1, "sequences", "batch", "stride")
+        require_at_least(self, 1, "sequences", "batch", "stride", "limit")
+        require_at_least(self, 0, "shots")
         require_threads(self.threads)
         require_at_least(self, 2, "seq_len", "window", why=" (a token and its successor)")
 
@@ -65,6 +81,9 @@ class EvaluateConfig:
         if self.data is None:
             names = ("split", "sequences", "seq_len")
             found |= dict.fromkeys(names, "there is no --data to measure on")
-        if self.text is None and self.data is None:
+        if not self.tasks:
+            of_tasks = ("task_files", "shots", "limit", "task_results")
+            found |= dict.fromkeys(of_tasks, "there are no --tasks to measure on")
+        if self.text is None and self.data is None and not self.tasks:
             found |= dict.fromkeys(("batch", "kernels"), "--speed alone times plain transformers")
         return found

@@ -25,6 +25,7 @@ from launch.evaluate.document import (
     scored_rows,
 )
 from launch.evaluate.tables import print_results
+from launch.evaluate.tasks import Tasks
 from pruner.latency import decode_timer
 from pruner.shapes import shape_of
 from pruner.timing import too_busy
@@ -72,6 +73,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     require_writable(config.json, "--json")
     text = read_document(Path(config.text)) if config.text is not None else None
     reader = _open_tokens(config) if config.data is not None else None
+    tasks = Tasks(config) if config.tasks else None
     context = parallel.init(threads=config.threads)
     kernels = choose_kernels(config.kernels, context)
     with context.rank_zero_first():
@@ -84,11 +86,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             check_tokenizer(reader, shape, path, str(config.data))
         document = _tokenize(config, path, text) if text is not None else None
         candidates.append(Candidate(name, path, shape, document))
-    logger.info(kernels)
     dtype = parallel.compute_dtype(config.precision, context.device)
     if config.speed:
         _require_memory(candidates, context, dtype)
-    results = [_measure(config, one, reader, context, dtype) for one in candidates]
+    if tasks is not None:
+        tasks.prepare([one.path for one in candidates], dtype, context)
+    logger.info(kernels)
+    results = [_measure(config, one, reader, tasks, context, dtype) for one in candidates]
     busy = None
     if config.speed and context.is_main:
         busy = _time(candidates, results, context, dtype)
@@ -107,10 +111,11 @@ def _measure(
     config: EvaluateConfig,
     candidate: Candidate,
     reader: TokenReader | None,
+    tasks: Tasks | None,
     context: parallel.DistributedContext,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Losses of one model; its weights are gone afterwards."""
+    """Losses and accuracy of one model; its weights are gone afterwards."""
     result: dict[str, Any] = {
         "model": str(candidate.path),
         "parameters": candidate.shape.num_parameters(),
@@ -118,14 +123,17 @@ def _measure(
         "precision": str(dtype).removeprefix("torch."),
     }
     document = candidate.document
-    if reader is None and document is None:
-        return result
-    model = load_model(candidate.path, context.device, dtype)
-    if reader is not None:
+    waiting = tasks is not None and not tasks.are_finished(candidate.path, dtype, context)
+    model = None
+    if reader is not None or document is not None or waiting:
+        model = load_model(candidate.path, context.device, dtype)
+    if reader is not None and model is not None:
         result |= _held_out(config, candidate, model, reader, context)
-    if document is not None and context.is_main:
+    if document is not None and model is not None and context.is_main:
         score = _score(config, model, document, context)
         result["text"] = {"file": config.text, "bytes": document.text_bytes, **score.to_dict()}
+    if tasks is not None:
+        result |= tasks.measure(candidate.name, candidate.path, model, dtype, context)
     return result
 
 
@@ -133,6 +141,8 @@ def _warn_of_damage(candidates: list[Candidate], results: list[dict[str, Any]]) 
     for one, result in zip(candidates, results, strict=True):
         losses = [domain["loss"] for domain in result.get("domains", {}).values()]
         losses += [result["text"]["nll"]] if "text" in result else []
+        tasks = result.get("tasks", {}).values()
+        losses += [math.nan for row in tasks if row[row["metric"]] is None]
         if not all(math.isfinite(loss) for loss in losses):
             other = (
                 ""

@@ -1,6 +1,7 @@
 """What `python -m launch.evaluate` prints: one model's numbers, or several models side by side."""
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
@@ -8,8 +9,11 @@ from rich.table import Table
 
 from data.log import logger
 from data.tables import print_table
+from launch.evaluate.tasks import metrics_of
 from trainer.verdict import LEAST_GAP
 
+TASK_CELL = len("0.4750 ± 0.0800")
+"""Characters of a task's value, and of the lines of a model's name above it."""
 BOS_WORDS = {
     "no": "none",
     "yes": "one in front of the document",
@@ -25,6 +29,8 @@ def print_results(names: Sequence[str], results: list[dict[str, Any]], busy: str
         _print_one(console, result)
     if len(results) > 1:
         _print_several(console, names, results)
+    if "tasks" in results[0]:
+        print_table(_task_table(names, results), console)
     missing = results[0].get("missing")
     if missing:
         console.print(
@@ -107,6 +113,51 @@ def _print_several(console: Console, names: Sequence[str], results: list[dict[st
         speeds = (f"{times[0]['seconds'] / time['seconds']:.2f}x" for time in times)
         table.add_row("speed", *speeds)
     print_table(table, console)
+
+
+def _task_table(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
+    """A row for every metric of every task, but for those within groups; of tasks that a set names
+    the metric that counts alone."""
+    first = results[0]["tasks"]
+    apart = ", difference to the first" if len(results) > 1 else ""
+    table = Table(title=f"tasks: value ± standard error{apart}")
+    table.add_column("task")
+    for heading in ("shots", "questions"):
+        table.add_column(heading, justify="right")
+    table.add_column("metric")
+    for name in names if len(results) > 1 else ["value"]:
+        # Names may be broken and numbers not, so no column folds.
+        table.add_column("\n".join(wrap(name, TASK_CELL)), justify="right")
+    for task, row in first.items():
+        if "of" in row:
+            continue
+        facts = ["" if row[key] is None else str(row[key]) for key in ("shots", "n")]
+        labels = [task, *facts]
+        for metric in [row["metric"]] if "set" in row else metrics_of(row):
+            rows = [one["tasks"][task] for one in results]
+            cells = _cells([(row[metric], row.get(f"{metric}_stderr")) for row in rows])
+            table.add_row(*labels, metric, *cells)
+            labels = [""] * len(labels)
+    for name, entry in results[0].get("task_sets", {}).items():
+        table.add_section()
+        sets = [one["task_sets"][name] for one in results]
+        cells = _cells([(one["average"], one["average_stderr"]) for one in sets])
+        table.add_row(f"{name}, {entry['tasks']} tasks", "", "", "average", *cells)
+    return table
+
+
+def _cells(found: list[tuple[float | None, float | None]]) -> list[str]:
+    """Values with their standard errors and, from the second on, a line with the difference to the
+    first."""
+    cells: list[str] = []
+    for value, error in found:
+        text = "nan" if value is None else f"{value:.4f}"
+        text += "" if error is None else f" ± {error:.4f}"
+        first = found[0][0]
+        if cells and value is not None and first is not None:
+            text += f"\n{value - first:+.4f}"
+        cells.append(text)
+    return cells
 
 
 def _pace(result: dict[str, Any]) -> str:

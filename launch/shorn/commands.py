@@ -38,7 +38,7 @@ COMMANDS = {
     "evaluate": Command(
         "launch.evaluate.__main__",
         "launch.evaluate.config:EvaluateConfig",
-        "held-out loss and perplexity",
+        "held-out loss, perplexity, accuracy on tasks",
         True,
     ),
     "report": Command(

@@ -113,6 +113,8 @@ def write_stages(plan_tasks: list[Any], losses: dict[str, tuple[float, float]]) 
                 found: dict[str, Any] = {"domains": domains}
                 if "--text" in task.settings.get("flags", ()):
                     found["text"] = {"nll": sum(values) / 4}
+                if "--tasks" in task.settings.get("flags", ()):
+                    found |= task_results(values[0] / 10)
                 (task.folder / "evaluation.json").write_text(json.dumps(found))
         report = {
             "target_shape": {"layers": 24},
@@ -124,6 +126,20 @@ def write_stages(plan_tasks: list[Any], losses: dict[str, tuple[float, float]]) 
         (task.folder / "cpt.json").write_text(json.dumps(spent(task)))
         identity = {"distill.weight": 0.9} if "/ours/" in task.name else {}
         (task.folder / "run.json").write_text(json.dumps(identity))
+
+
+def task_results(accuracy: float) -> dict[str, Any]:
+    """What `shorn evaluate --tasks` writes about a group and a set."""
+    row = {"acc": accuracy, "acc_stderr": 0.02, "acc_norm": accuracy + 0.1, "acc_norm_stderr": 0.03}
+    average = {"average": accuracy + 0.2, "average_stderr": 0.01, "tasks": 1}
+    return {
+        "tasks": {
+            "mmlu": row | {"metric": "acc"},
+            "mmlu_law": row | {"metric": "acc", "of": "mmlu"},
+            "openbookqa": row | {"metric": "acc_norm", "set": "some"},
+        },
+        "task_sets": {"some": average},
+    }
 
 
 def spent(task: Task) -> dict[str, int]:
@@ -184,6 +200,49 @@ def test_numbers_are_those_of_the_stages(
     assert "5.100 (5.00..5.20)" in table and "8.000 (8.00)" in table
     assert "1 rows are not finished" in table
     assert "c4: ours is 0.300 below the best other, activation, more than the spread" in table
+
+
+def test_accuracy_on_tasks_is_that_of_trained_models_and_the_source(
+    source: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"methods": ("ours",), "targets": ("half",), "seeds": (0, 1)}
+    tasks = {"tasks": ("mmlu", "some"), "task_files": "files", "limit": 9}
+    before = losses_plan(maker(tmp_path, **options), source)
+    plan = losses_plan(maker(tmp_path, **options, **tasks), source)
+    changed = []
+    for old, new in zip(before.tasks, plan.tasks, strict=True):
+        if old.settings != new.settings:
+            changed.append(new.name)
+            flags = ["--tasks", "mmlu", "some", "--task-files", "files", "--limit", 9]
+            assert new.settings["flags"] == [*old.settings["flags"], *flags]
+    # All that was pruned or trained before, and measured before training, is reused.
+    assert changed == ["source", "half/ours/seed-0/trained", "half/ours/seed-1/trained"]
+    losses = {"source": (5.0, 2.0), "pruned": (6.0, 5.0)}
+    losses |= {"seed-0/trained": (4.0, 4.0), "seed-1/trained": (3.0, 4.0)}
+    write_stages(plan.tasks, losses)
+    results = plan.results({task.name for task in plan.tasks})
+    assert results is not None
+    assert results["source_tasks"] == {
+        "mmlu": {"metric": "acc", "value": 0.5, "stderr": 0.02},
+        "openbookqa": {"metric": "acc_norm", "value": 0.6, "stderr": 0.03},
+        "some": {"metric": "average", "value": 0.7, "stderr": 0.01},
+    }
+    assert [row["tasks"]["mmlu"]["value"] for row in results["rows"]] == [0.4, 0.3]
+    (ours,) = results["summary"]
+    spread = {"mean": pytest.approx(0.45), "min": pytest.approx(0.4), "max": pytest.approx(0.5)}
+    assert ours["tasks"]["openbookqa"] == {"metric": "acc_norm", "stderr": 0.03} | spread
+    capsys.readouterr()
+    plan.show(results)
+    table = capsys.readouterr().out
+    for text in ("mmlu", "(acc_norm)", "(average)", "0.600 ±0.030", "0.450 ±0.030", "(0.40..0.50)"):
+        assert text in table, text
+    assert "mmlu_law" not in table
+
+    write_stages(before.tasks, losses)
+    results = before.results({task.name for task in plan.tasks})
+    assert results is not None and results["source_tasks"] is None
+    before.show(results)
+    assert "mmlu" not in capsys.readouterr().out
 
 
 def test_rows_of_other_lengths_are_refused(source: ModelConfig, tmp_path: Path) -> None:

@@ -107,6 +107,31 @@ def test_the_tokenizer_is_that_of_the_folder_which_the_source_stands_for(
     assert all(words[words.index("--tokenizer") + 1] == str(model) for words in ran)
 
 
+def test_tasks_are_measured_too(
+    commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'shorn[eval]')")
+    files, data = tmp_path / "files", tmp_path / "data.jsonl"
+    files.mkdir()
+    lines = [{"query": "A model", "choices": [" a", " b"], "gold": gold} for gold in (0, 1)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task: dict[str, Any] = {"task": "two", "dataset_path": "json", "test_split": "test"}
+    task |= {"dataset_kwargs": {"data_files": {"test": str(data)}}}
+    task |= {"output_type": "multiple_choice", "doc_to_text": "{{query}}"}
+    task |= {"doc_to_target": "gold", "doc_to_choice": "choices"}
+    metric = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    # JSON is YAML too.
+    (files / "two.yaml").write_text(json.dumps(task | {"metric_list": [metric]}))
+    options: dict[str, Any] = {"methods": ("blocks",), "task_files": str(files)}
+    with pytest.raises(InputError, match="--tasks twoo"):
+        run(configure(tasks=("twoo",), **options))
+    assert not commands
+    results = run(configure(tasks=("two",), **options))
+    assert results is not None and results["source_tasks"]["two"]["value"] == 0.5
+    assert results["rows"][0]["tasks"]["two"] == results["source_tasks"]["two"]
+    assert len(list((tmp_path / "out" / ".tasks").glob("two-*.json"))) == 2
+
+
 def held_out(folder: Path) -> dict[str, float]:
     domains = json.loads((folder / "evaluation.json").read_text())["domains"]
     return {name: values["loss"] for name, values in domains.items()}
