@@ -1,5 +1,6 @@
 """Global batches split over ranks."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,13 @@ class BatchStream:
             chosen = np.flatnonzero(rows[:, 0] == domain)
             ids[chosen] = self.reader.read(self.domains[domain], rows[chosen, 2])
         return ids
+
+    def ahead(self, count: int) -> np.ndarray:
+        """Token ids, int64 [n, seq_len], of the next `count` samples over all ranks, one that comes
+        again left out; they stay to be drawn. Raises InputError where a shard is damaged."""
+        rows = copy.deepcopy(self.sampler).next_batch(count)
+        _, first = np.unique(rows[:, [0, 2]], axis=0, return_index=True)
+        return self.read(rows[np.sort(first)])
 
     def order(self) -> dict[str, Any]:
         """What tells the order of samples, and how many of each domain were drawn: JSON-able."""

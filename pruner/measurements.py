@@ -10,15 +10,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data.batches import BatchStream
 from data.errors import InputError
 from data.log import logger
 from data.reader import TokenReader
 from data.records import fits, parse_json
+from data.sampler import DomainSampler
 from pruner.config import ShearConfig
 from pruner.importance import in_doubt, measure
 from pruner.rotation import measure_rotation, rotate
@@ -68,7 +69,7 @@ def measurements_key(
     train, masks = config.train, config.masks
     parts = [source, data, train.seq_len, train.eval_sequences, train.precision]
     parts += [masks.init, masks.calibration_sequences, config.domain_weights]
-    parts += [config.reference_sequences, masks.basis, config.target]
+    parts += [config.reference_sequences, masks.basis, config.target, train.seed]
     if selection is not None:
         parts.append(selection.key)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -159,7 +160,10 @@ def measure_source(
             rotate(model, selection.rotation)
         return Measurements(losses, reference, selection.z, selection.rotation)
     masks = config.masks
-    sequences = calibration_set(reader, weights, masks.calibration_sequences)
+    sampler = DomainSampler(reader.sizes, weights, config.train.seed, reader.fingerprint)
+    # What the run then trains on, in the mixture's own proportions.
+    ids = BatchStream(reader, sampler, 1).ahead(masks.calibration_sequences)
+    sequences = torch.from_numpy(ids)
     rotation = None
     if masks.basis == "principal":
         rotation = measure_rotation(model, sequences, context, batch)
@@ -184,16 +188,6 @@ def _require_finite(importance: dict[str, Tensor]) -> None:
                 f"the importance of {name} row {rows[0]} is not finite: the source's weights are "
                 "damaged, or --precision does not suit it; use --precision fp32"
             )
-
-
-def calibration_set(reader: TokenReader, weights: dict[str, float], count: int) -> Tensor:
-    """About `count` training sequences [n, S], spread evenly over each domain; at least one of
-    each."""
-    parts = []
-    for domain in reader.domains:
-        share = max(1, round(count * weights[domain]))
-        parts.append(reader.read(domain, reader.spread(domain, share)))
-    return torch.from_numpy(np.concatenate(parts))
 
 
 def _read(path: Path, key: str | None) -> Measurements | None:

@@ -1,13 +1,11 @@
 """The stage behind the cut: the saved model refitted, and the better of the two kept."""
 
-import copy
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,14 +97,11 @@ def sequences(trainer: Trainer, config: RefitConfig) -> tuple[Tensor, Tensor]:
     So what the weights are refitted on is what they are then trained on, in the mixture's own
     proportions. A sequence comes once; where the data has too few, at most a quarter is held out.
     """
-    stream = trainer.stream
     wanted = config.refit_sequences + config.refit_held_out
-    rows = copy.deepcopy(stream.sampler).next_batch(wanted)
-    _, first = np.unique(rows[:, [0, 2]], axis=0, return_index=True)
-    rows = rows[np.sort(first)]
-    share = config.refit_held_out if len(rows) == wanted else len(rows) // 4
-    cut = len(rows) - min(config.refit_held_out, share)
-    return torch.from_numpy(stream.read(rows[:cut])), torch.from_numpy(stream.read(rows[cut:]))
+    ids = torch.from_numpy(trainer.stream.ahead(wanted))
+    share = config.refit_held_out if len(ids) == wanted else len(ids) // 4
+    cut = len(ids) - min(config.refit_held_out, share)
+    return ids[:cut], ids[cut:]
 
 
 def _key(extraction: Extraction, ids: Tensor, config: RefitConfig, dtype: torch.dtype) -> str:
