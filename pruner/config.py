@@ -13,6 +13,10 @@ from trainer.models.config import ModelConfig
 
 WARMUP_RATIO = 0.1
 """Default of TrainConfig.warmup_ratio in shearing."""
+CALIBRATION_TOKENS, CALIBRATION_SEQUENCES = 65_536, 32
+"""What a calibration pass reads at least by default."""
+CALIBRATION = "masks.calibration_sequences"
+"""What former versions called that in a run's identity."""
 COLDEST = 1e-4
 """Lowest temperature at which rounding of the scores leaves the count exact."""
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -83,8 +87,9 @@ class MaskConfig:
     """How norms scale their output while hidden dimensions are pruned. held: those that remain keep
     their scale; live: they are normed over the remaining ones, as in a smaller model with the same
     gains. Default: held for projection, live (as published) for sheared-llama."""
-    calibration_sequences: int = 32
-    """Training sequences of the calibration pass."""
+    calibration_sequences: int | None = None
+    """Sequences of the calibration pass: those that training draws first. Default: as many as hold
+    65,536 tokens, and at least 32."""
     mask_lr: float | None = None
     """Adam's learning rate for the scores. Default: 0.05 for projection, 1.0 for sheared-llama."""
     mask_clip: float = 1.0
@@ -141,7 +146,7 @@ class MaskConfig:
         require(self.mask_clip > 0, "mask_clip", self.mask_clip, "above 0; use for example 1.0")
         require(self.mask_noise >= 0, "mask_noise", self.mask_noise, "0 (no noise) or more")
         require(
-            self.calibration_sequences >= 1,
+            self.calibration_sequences is None or self.calibration_sequences >= 1,
             "calibration_sequences",
             self.calibration_sequences,
             "at least 1; use for example 32, or --init flat for no calibration pass",
@@ -283,7 +288,11 @@ def resolve(config: ShearConfig, model: ModelConfig, target: Shape) -> ShearConf
     Raises InputError when an option cannot be had for `model`.
     """
     defaults = DEFAULTS[config.masks.rule] | ({} if config.train.steps else AT_ONCE)
-    masks = replace(config.masks, basis=_basis(config.masks, model, target))
+    number = config.masks.calibration_sequences
+    if number is None:
+        number = max(CALIBRATION_SEQUENCES, -(-CALIBRATION_TOKENS // config.train.seq_len))
+    basis = _basis(config.masks, model, target)
+    masks = replace(config.masks, basis=basis, calibration_sequences=number)
     return replace(
         config,
         masks=_fill(masks, defaults["masks"]),
@@ -310,7 +319,9 @@ def resolve_identity(saved: dict[str, Any]) -> dict[str, Any]:
     defaults = {f"masks.{name}": value for name, value in DEFAULTS[rule]["masks"].items()}
     defaults["masks.freeze_weights"] = False
     missing = {name: value for name, value in defaults.items() if saved.get(name) is None}
-    return saved | missing | {"masks.rule": rule}
+    # How much was measured is decided before training: what it gave is kept.
+    known = {name: value for name, value in saved.items() if name != CALIBRATION}
+    return known | missing | {"masks.rule": rule}
 
 
 def _basis(

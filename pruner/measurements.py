@@ -20,7 +20,7 @@ from data.log import logger
 from data.reader import TokenReader
 from data.records import fits, parse_json
 from data.sampler import DomainSampler
-from pruner.config import ShearConfig
+from pruner.config import CALIBRATION_SEQUENCES, ShearConfig
 from pruner.importance import in_doubt, measure
 from pruner.rotation import measure_rotation, rotate
 from pruner.second_order import second_order
@@ -124,9 +124,10 @@ def note_kept_options(output: Path, config: ShearConfig) -> None:
             )
 
 
-def _options(config: ShearConfig) -> dict[str, int]:
+def _options(config: ShearConfig) -> dict[str, int | None]:
     """Options that may change on resume though they decide what is measured."""
     return {
+        "calibration_sequences": config.masks.calibration_sequences,
         "reference_sequences": config.reference_sequences,
         "eval_sequences": config.train.eval_sequences,
     }
@@ -162,7 +163,9 @@ def measure_source(
     masks = config.masks
     sampler = DomainSampler(reader.sizes, weights, config.train.seed, reader.fingerprint)
     # What the run then trains on, in the mixture's own proportions.
-    ids = BatchStream(reader, sampler, 1).ahead(masks.calibration_sequences)
+    ids = BatchStream(reader, sampler, 1).ahead(
+        masks.calibration_sequences or CALIBRATION_SEQUENCES
+    )
     sequences = torch.from_numpy(ids)
     rotation = None
     if masks.basis == "principal":
@@ -217,7 +220,9 @@ def _read(path: Path, key: str | None) -> Measurements | None:
     return Measurements(held_out, reference, tensors if importance else None, rotation, doubt)
 
 
-def _write(path: Path, key: str, measurements: Measurements, options: dict[str, int]) -> str | None:
+def _write(
+    path: Path, key: str, measurements: Measurements, options: dict[str, int | None]
+) -> str | None:
     metadata = {
         "key": key,
         "options": json.dumps(options),

@@ -9,7 +9,7 @@ from data.log import logger
 from data.reader import TokenReader
 from pruner.budget import parse_budget
 from pruner.callback import ShearCallback
-from pruner.config import ShearConfig, resolve, resolve_identity
+from pruner.config import CALIBRATION, ShearConfig, resolve, resolve_identity
 from pruner.history import HistoryCallback
 from pruner.measurements import (
     Measurements,
@@ -250,6 +250,7 @@ def _find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:
 def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> dict[str, Any]:
     config = inputs.config
     precision = parallel.compute_dtype(config.train.precision, context.device)
+    masks = {f"masks.{name}": value for name, value in asdict(config.masks).items()}
     return run_identity(
         config.train,
         inputs.model,
@@ -261,7 +262,7 @@ def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> 
         mixture=mixture_identity(config.mixture, inputs.domains, config.train.steps),
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference,
-        **{f"masks.{name}": value for name, value in asdict(config.masks).items()},
+        **{name: value for name, value in masks.items() if name != CALIBRATION},
         **({"selection": inputs.selection.key} if inputs.selection else {}),
         **teacher_identity(config.distillation, _teacher(inputs)),
     )
