@@ -14,7 +14,7 @@ from typing import Any
 from data.errors import InputError
 from data.log import LEVEL_VARIABLE, logger
 from data.machine import PARENT
-from data.options import Option, convert, describe
+from data.options import Option, convert, describe, without_commas
 from data.paths import home_expanded
 from data.records import read_text
 
@@ -166,6 +166,11 @@ def converted(override: Override, kind: Any) -> Any:
                 f'pairs in it: "{pairs}"'
             ) from None
         several = isinstance(value, str) and typing.get_origin(kind) is tuple
+        spaced = without_commas([value], kind) if several else ""
+        if spaced:
+            raise InputError(
+                f'{override.origin} = {value!r}: values are separated by spaces: "{spaced}"'
+            ) from None
         fix = ", in words as a shell reads them: quote what holds blanks or quotes"
         raise InputError(
             f"{override.origin} = {value!r} is not a valid value: expected {describe(kind)}"

@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -170,6 +171,7 @@ def methods_of(config: CompareConfig) -> list[Method]:
     found: list[Method] = []
     for name in config.methods:
         if name not in known:
+            _refuse_commas("--methods", config.methods, known)
             raise InputError(f"--methods {name}: unknown; known are {', '.join(known)}")
         found.append(known[name])
     found += [_variant(text, ours, config.steps) for text in config.variant]
@@ -180,6 +182,15 @@ def methods_of(config: CompareConfig) -> list[Method]:
     if not found:
         raise InputError(f"no method to compare: give --methods, some of {', '.join(known)}")
     return found
+
+
+def _refuse_commas(flag: str, words: Sequence[str], known: Collection[str]) -> None:
+    """Raises InputError where commas stand between `known` names."""
+    names = " ".join(words).replace(",", " ").split()
+    if names != list(words) and all(name in known for name in names):
+        raise InputError(
+            f"{flag} {' '.join(words)}: names are separated by spaces: {flag} {' '.join(names)}"
+        )
 
 
 def _peers(config: CompareConfig) -> list[Method]:
@@ -278,6 +289,7 @@ def targets_of(config: CompareConfig) -> dict[str, str]:
         if name.lower().replace("_", "-") in BUDGETS:
             raise budget_error("--targets", text)
         refuse_budget("--targets", sizes)
+        _refuse_commas("--targets", config.targets, TARGETS)
         if not sizes and name not in TARGETS:
             raise InputError(
                 f"--targets {text!r} is neither {' nor '.join(TARGETS)} nor NAME=SIZES: write for "

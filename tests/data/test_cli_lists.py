@@ -1,0 +1,35 @@
+"""Lists on the command line and in the environment: values with commas between them are told."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from data.cli import parse
+from data.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (("--seeds", "0,1,2"), "--seeds 0,1,2: values are separated by spaces: --seeds 0 1 2"),
+        (("--seeds", "0,", "1"), "--seeds 0, 1: values .*--seeds 0 1$"),
+        (("--seeds=-1,2",), "--seeds -1 2$"),
+        (("--rates", "0.5,1e-3", "--seeds", "1"), "--rates 0.5 1e-3$"),
+    ],
+)
+def test_numbers_between_commas_are_told_apart_by_spaces(
+    words: tuple[str, ...], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Lists:
+        seeds: tuple[int, ...] = (0,)
+        rates: tuple[float, ...] = (0.5,)
+        names: tuple[str, ...] = ()
+
+    with pytest.raises(InputError, match=advice):
+        parse(Lists, section="shear", argv=list(words))
+    given = parse(Lists, section="shear", argv=["--names", "a,b", "--seeds", "3", "4"])
+    assert given.names == ("a,b",) and given.seeds == (3, 4)
+    monkeypatch.setenv("SHORN_SEEDS", "3,4")
+    with pytest.raises(InputError, match=r'SHORN_SEEDS = .* by spaces: "3 4"'):
+        parse(Lists, section="shear", argv=[])
