@@ -46,7 +46,7 @@ from trainer.domains import (
     starting_domains,
 )
 from trainer.identity import run_identity, verify_run
-from trainer.inputs import find_model_with_data, open_data
+from trainer.inputs import find_model_with_data, open_data, warn_of_no_tokenizer
 from trainer.loop import Trainer
 from trainer.memory import headroom_bytes
 from trainer.models.config import ModelConfig
@@ -219,6 +219,7 @@ def open_inputs(config: ShearConfig, selection: Selection | None = None) -> Inpu
     require_reachable(unit_kinds(target, source), config.masks)
     config = resolve(config, model, target)
     reader, held_out = open_data(config.data, config.train, model, folder)
+    warn_of_no_tokenizer(folder)
     require_apart(Path(config.output), models={"--source": folder}, data=Path(config.data))
     check_teacher("the source", model, config.distillation, config.train, model)
     domains = starting_domains(

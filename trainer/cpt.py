@@ -38,7 +38,7 @@ from trainer.domains import (
     starting_domains,
 )
 from trainer.identity import run_identity, verify_run
-from trainer.inputs import find_model_with_data, open_data
+from trainer.inputs import find_model_with_data, open_data, warn_of_no_tokenizer
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
@@ -191,6 +191,7 @@ def open_inputs(config: CptConfig) -> Inputs:
     shape = load_config(source)
     require_loadable(shape, source)
     reader, held_out = open_data(config.data, train, shape, source)
+    warn_of_no_tokenizer(source)
     sheared = sheared_report(run_of(source) / source.name)
     # Only a model as it was pre-trained is its own reference: a sheared one starts too high.
     measurable = weights and sheared is None
