@@ -1,6 +1,9 @@
 """A comparison from its options to the table."""
 
+import hashlib
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from launch.compare.config import CompareConfig
 from launch.compare.dead_units import dead_units_plan
 from launch.compare.losses import losses_plan
 from launch.compare.stages import StageMaker
+from launch.origin import first_names, model_fingerprint
 from launch.stages import Stages, Task, require_own, run_tasks
 from trainer.inputs import require_positions
 from trainer.models.hf import load_config
@@ -28,7 +32,7 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     require_positions(config.seq_len, source)
     require_writable(config.json, "--json")
     require_own(Path(config.output))
-    find_files(config.input, Path(config.output))
+    files = find_files(config.input, Path(config.output))
     maker = StageMaker(config)
     plan = dead_units_plan(maker, source) if config.dead_units else losses_plan(maker, source)
     done: set[str] = set()
@@ -43,8 +47,12 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
         if results is not None:
             write_copy(config.json, results)
 
-    stages = Stages(maker.output, number=len(plan.tasks))
+    names = {"--source": config.source, "--input": list(config.input)}
+    contents = {"--source": model_fingerprint(config.source), "--input": _text_fingerprint(files)}
     with folder_lock(maker.output, "comparing"):
+        first = first_names(maker.output, names, contents)
+        renamed = [(names[option], first[option]) for option in names]
+        stages = Stages(maker.output, number=len(plan.tasks), renamed=renamed)
         try:
             run_tasks(
                 plan.tasks, stages, jobs=config.jobs, running=maker.running, finished=finished
@@ -53,3 +61,9 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
             if results is not None:
                 plan.show(results)
     return results
+
+
+def _text_fingerprint(files: Sequence[Path]) -> str:
+    """Hash of the names and sizes of files, in which the folder they lie in does not count."""
+    content = sorted((path.name, path.stat().st_size) for path in files)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
