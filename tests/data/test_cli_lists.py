@@ -1,6 +1,7 @@
-"""Lists on the command line and in the environment: values with commas between them are told."""
+"""Values of another kind than their option takes: lists with commas, and switches for texts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,21 @@ def test_numbers_between_commas_are_told_apart_by_spaces(
     monkeypatch.setenv("SHORN_SEEDS", "3,4")
     with pytest.raises(InputError, match=r'SHORN_SEEDS = .* by spaces: "3 4"'):
         parse(Lists, section="shear", argv=[])
+
+
+@pytest.mark.parametrize("value", ["false", "true", "[true]"])
+def test_what_is_true_or_false_is_no_text(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Texts:
+        json: str | None = None
+        names: tuple[str, ...] = ()
+        on: bool = False
+
+    key = "names" if "[" in value else "json"
+    (tmp_path / "shorn.toml").write_text(f"[shear]\non = true\n{key} = {value}\n")
+    with pytest.raises(InputError, match=f"{key} = .* is not a valid value: expected TEXT"):
+        parse(Texts, section="shear", argv=[])
