@@ -341,6 +341,11 @@ def _refuse_empty(
                 f"{option.place} {empty!r}: is empty, perhaps by a variable that is "
                 "not set; give a value, or leave the option out"
             )
+        if option.name in _WRITTEN and "-" in texts:
+            raise InputError(
+                f"{option.place} -: standard output is for messages, and a file called - would be "
+                "written; name a file or folder, such as out, and read that afterwards"
+            )
         if option.name in _WRITTEN and any(map(is_address, texts)):
             raise InputError(
                 f"{option.place} {texts[0]}: is an address, and only files and folders of this "

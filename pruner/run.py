@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.errors import InputError
 from data.hub import is_hub_id
 from data.log import logger
 from data.reader import TokenReader
@@ -173,7 +174,14 @@ def _resolve_selection(
 
     def read() -> Selection:
         folder = resolve_model(config.source, option="--source")
-        return read_selection(path, folder, load_config(folder))
+        model = load_config(folder)
+        selection = read_selection(path, folder, model)
+        if selection.shape == shape_of(model):
+            raise InputError(
+                f"--selection {path}: keeps all units of --source {config.source}; name a model "
+                "that was cut from it"
+            )
+        return selection
 
     found = context.raise_on_any_rank(read if context.is_main else lambda: None)
     selection: Selection = context.broadcast(found)

@@ -174,7 +174,9 @@ def check_sizes(sizes: Mapping[str, int], source: Shape) -> None:
 def _validate_heads(target: Shape, source: Shape) -> None:
     heads, kv_heads = target.heads, target.kv_heads
     if heads % kv_heads or target.group > source.group:
-        allowed = range(kv_heads, kv_heads * source.group + 1, kv_heads)
+        fitting = range(kv_heads, kv_heads * source.group + 1, kv_heads)
+        # With the source's own number there may be nothing left to prune.
+        allowed = [n for n in fitting if replace(target, heads=n) != source] or fitting
         reason = (
             f"is not a multiple of its {kv_heads} KV heads (kv-heads)"
             if heads % kv_heads

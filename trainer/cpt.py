@@ -1,5 +1,7 @@
 """Continued pre-training, from validated options to a Hugging Face folder and a report."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from trainer.domains import (
     DomainOptions,
     Domains,
     drawn_again,
+    drawn_otherwise,
     mixture_identity,
     replayed,
     resolve_mixture,
@@ -209,7 +212,8 @@ def open_inputs(config: CptConfig) -> Inputs:
     name, distillation, note = resolve_teacher(
         config.teacher, config.distillation, sheared if weights else None
     )
-    teacher = open_teacher(name, distillation, train, shape, reader)
+    with _of_shearing(config.teacher):
+        teacher = open_teacher(name, distillation, train, shape, reader)
     models = {"--model": source} | ({} if teacher is None else {"--teacher": teacher.folder})
     require_apart(Path(config.output), models=models, data=Path(config.data))
     if weights:
@@ -218,6 +222,20 @@ def open_inputs(config: CptConfig) -> Inputs:
     return Inputs(
         source, shape, reader, held_out, domains, used, mixture, distillation, teacher, note
     )
+
+
+@contextmanager
+def _of_shearing(given: str | None) -> Iterator[None]:
+    """Says of a teacher that nobody has named, but shearing had, how to do without."""
+    try:
+        yield
+    except InputError as error:
+        if given is not None:
+            raise
+        raise InputError(
+            f"{error}. It is the teacher because shearing had it: --distill-weight 0 trains "
+            "without one"
+        ) from None
 
 
 def _check_steps(config: TrainConfig) -> None:
@@ -258,6 +276,12 @@ def _log_origin(inputs: Inputs, config: CptConfig) -> None:
         logger.info(
             f"note: the data begins at its start, with the {drawn:,} samples that the model of "
             f"{run} has seen; another --seed draws another order"
+        )
+    others = drawn_otherwise(sheared_report(run / inputs.source.name), inputs.reader)
+    if others:
+        logger.info(
+            f"note: the data begins at its start: the {others:,} samples that shearing has drawn "
+            "were of another --seq-len"
         )
     open_weight = inputs.teacher is None and config.distillation.weight is None
     known = is_hub_id(config.model) or any((run / name).exists() for name in REPORTS)

@@ -25,6 +25,8 @@ _AT_ONCE = ("blocks", "blocks+kl", "activation", "activation+kl", "magnitude")
 METHODS = (OURS, "paper", *_AT_ONCE, "random")
 REFITTED = ("principal+kl", "principal+refit+kl", "activation+refit+kl", "blocks+refit+kl")
 """Known as well, but not run unless they are named."""
+STAGE_FOLDERS = ("text", "tokens", "source", "logs", "dead-units")
+"""What a comparison keeps in its output folder beside a folder for each target."""
 _PUBLISHED = ("--basis", "source", "--norm-scale", "live")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 _EQUAL_FLAGS = (
@@ -294,6 +296,11 @@ def targets_of(config: CompareConfig) -> dict[str, str]:
             raise InputError(
                 f"--targets {text!r} is neither {' nor '.join(TARGETS)} nor NAME=SIZES: write for "
                 f"example small={TARGETS['half']}"
+            )
+        if name.lower() in STAGE_FOLDERS:
+            raise InputError(
+                f"--targets {text!r}: the comparison keeps its own in {name}/, which a target of "
+                "that name would share; choose another name"
             )
         if not _NAME.fullmatch(name) or name in found:
             raise InputError(f"--targets {text!r}: the name {name!r} is not usable, or given twice")

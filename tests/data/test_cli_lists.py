@@ -52,3 +52,16 @@ def test_what_is_true_or_false_is_no_text(
     (tmp_path / "shorn.toml").write_text(f"[shear]\non = true\n{key} = {value}\n")
     with pytest.raises(InputError, match=f"{key} = .* is not a valid value: expected TEXT"):
         parse(Texts, section="shear", argv=[])
+
+
+def test_standard_output_is_no_file() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Files:
+        output: str = "runs/x"
+        json: str | None = None
+        data: str = "d"
+
+    for flag in ("--json", "--output"):
+        with pytest.raises(InputError, match=f"{flag} -: standard output is for messages"):
+            parse(Files, section="shear", argv=[flag, "-"])
+    assert parse(Files, section="shear", argv=["--data", "-"]).data == "-"

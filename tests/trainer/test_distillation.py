@@ -327,6 +327,23 @@ def test_what_is_given_as_by_default_counts_as_given_after_shearing(teachers: Pa
         assert config == DistillationConfig(**(known | given))
 
 
+def test_a_teacher_that_nobody_named_can_be_left_out(
+    workspace: Path, teachers: Path, tmp_path: Path
+) -> None:
+    """As where a sheared model was given more ids."""
+    run = tmp_path / "shear"
+    write_model(run / "model", workspace / "tokenizer", vocab_size=261)
+    report = {"source": str(teachers / "tied"), "distillation": {"weight": 0.5}, "steps": 1}
+    (run / "shear.json").write_text(json.dumps(report))
+    arguments: dict[str, Any] = {"data": workspace / "tokens", "output": tmp_path / "out"}
+    with pytest.raises(InputError, match=r"student 261: .*shearing had it: --distill-weight 0 "):
+        pretrain(options(steps=1), model=run, **arguments)
+    with pytest.raises(InputError, match=r"student's vocabulary$"):
+        train(workspace, tmp_path / "out", write_model(tmp_path / "other", vocab_size=261))
+    off = DistillationConfig(weight=0.0)
+    pretrain(options(steps=1), model=run, distillation=off, **arguments)
+
+
 def test_what_has_no_effect_is_said_where_shearing_had_no_teacher() -> None:
     sheared = {"source": "models/base", "distillation": {"weight": 0.0}}
     _, _, note = resolve_teacher(None, DistillationConfig(temperature=1.0), sheared)

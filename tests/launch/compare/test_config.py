@@ -87,6 +87,8 @@ def test_targets_are_named_shapes() -> None:
         ({"targets": ("half,quarter",)}, r"--targets half,quarter: .*: --targets half quarter$"),
         ({"methods": ("ours,paper",)}, r"--methods ours,paper: .*: --methods ours paper$"),
         ({"methods": ("ours,", "paper")}, r"--methods ours, paper: .*: --methods ours paper$"),
+        ({"targets": ("source=layers=2",)}, r"keeps its own in source/, .*choose another name"),
+        ({"targets": ("Text=layers=2",)}, r"keeps its own in Text/"),
         ({"targets": ()}, r"no target"),
         ({"seeds": ()}, r"--seeds \[\]"),
         ({"seeds": (1, 1)}, r"--seeds \[1, 1\]"),
