@@ -321,5 +321,5 @@ def _configuration(run: Run) -> Html:
         (name, value if isinstance(value, str) else json.dumps(value, indent=1))
         for name, value in run.identity.items()
     ]
-    summary = element("summary", f"Configuration of {run.folder} (run.json)")
+    summary = element("summary", f"Configuration of {run.folder.name} (run.json)")
     return element("section", element("details", summary, table((), rows, class_="settings")))
