@@ -71,7 +71,7 @@ def run_above(path: Path) -> Path | None:
 
 def replaced_by(path: Path) -> Path | None:
     """The run that would replace what lies at `path`; None where it is no part of one."""
-    place = path.resolve()
+    place = Path(os.path.realpath(path))
     run = run_above(place)
     return run if run is not None and place.relative_to(run).parts[0] in REPLACED else None
 

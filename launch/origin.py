@@ -7,7 +7,7 @@ from typing import Any
 
 from data.errors import InputError, failure
 from data.files import write_json
-from data.records import read_json
+from data.records import fits, read_json
 from data.tokenizers import holds_tokenizer, load_tokenizer
 from launch.stages import MARKERS
 from trainer.models.sources import resolve_model, weights_fingerprint
@@ -37,6 +37,11 @@ def first_names(
         return dict(names)
     fix = f"delete it, if {output} holds results of the same {' and '.join(contents)}"
     known = read_json(path, fix, keys={"names": dict, "contents": dict})
+    form = {
+        f"{option}?": [str] if isinstance(name, list) else str for option, name in names.items()
+    }
+    if not fits(known["names"], form):
+        raise InputError(f"{path}: `names` is not what this version writes; {fix}")
     first = {option: known["names"].get(option, name) for option, name in names.items()}
     for option, content in contents.items():
         if known["contents"].get(option, content) != content:
