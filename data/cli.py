@@ -23,7 +23,7 @@ from data.help_page import help_page
 from data.idle import option_name, say_idle, say_repeated
 from data.log import LEVELS, level, logger, set_level
 from data.machine import LAUNCHED, end_with_parent, rank, stand_alone
-from data.options import Option, build, options_of, summary
+from data.options import Option, build, options_of, summary, without_commas
 from data.overrides import (
     Override,
     converted,
@@ -95,6 +95,7 @@ def parse(
         sys.exit(0)
     _refuse_repeated_lists(given, options)
     _refuse_left_over(words, options)
+    _refuse_commas(words, options)
     values = _parse_words(options, words)
     if values["log_level"] != level():
         set_level(values["log_level"])
@@ -296,6 +297,29 @@ def _refuse_left_over(words: Sequence[str], options: Sequence[Option]) -> None:
             )
 
 
+def _refuse_commas(words: Sequence[str], options: Sequence[Option]) -> None:
+    """Numbers of a list with commas between them, which the parser would call no numbers."""
+    for option in options:
+        if not option.takes_several:
+            continue
+        for start, word in enumerate(words):
+            flag, equals, value = word.partition("=")
+            if _given_flags([flag]) != [option.flag]:
+                continue
+            behind = words[start + 1 :]
+            given = [value] if equals else list(itertools.takewhile(_is_value, behind))
+            spaced = without_commas(given, option.type)
+            if spaced:
+                raise InputError(
+                    f"{option.flag} {' '.join(given)}: values are separated by spaces: "
+                    f"{option.flag} {spaced}"
+                )
+
+
+def _is_value(word: str) -> bool:
+    return not word.startswith("--")
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str | Path)
 
@@ -316,6 +340,11 @@ def _refuse_empty(
             raise InputError(
                 f"{option.place} {empty!r}: is empty, perhaps by a variable that is "
                 "not set; give a value, or leave the option out"
+            )
+        if option.name in _WRITTEN and "-" in texts:
+            raise InputError(
+                f"{option.place} -: standard output is for messages, and a file called - would be "
+                "written; name a file or folder, such as out, and read that afterwards"
             )
         if option.name in _WRITTEN and any(map(is_address, texts)):
             raise InputError(

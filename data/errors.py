@@ -144,9 +144,9 @@ def explain(error: Exception) -> str | None:
     cause, place and remedy. None for what can only be a defect of ours."""
     if is_out_of_memory(error):
         return (
-            f"out of memory ({first_line(error)}); ask for less at once (--micro-batch, --seq-len, "
-            "--workers), start more ranks, or raise the limit that `ulimit -a` or the container's "
-            "memory.max shows"
+            f"out of memory ({first_line(error)}); ask for less at once (batch, sequence length or "
+            "workers: --help-all names the options), or raise the limit that `ulimit -a` or the "
+            "container's memory.max shows"
         )
     if isinstance(error, OSError):
         if error.errno == errno.ENOENT and error.filename is None:  # the answer to where we are

@@ -14,6 +14,7 @@ from typing import IO
 from data.errors import InputError, failure
 from data.log import logger
 from data.machine import rank, tasks_without_ranks
+from data.places import replaced_by
 from data.records import read_json
 
 FILE_NAME = ".lock"
@@ -36,10 +37,11 @@ def folder_lock(
         option: the flag that names the folder.
         remove: leave no .lock behind where the block ends in the ordinary way or by an exception.
 
-    Raises InputError when another process holds it, naming that process, or when the folder cannot
-    be written.
+    Raises InputError when another process holds it, naming that process, when the folder cannot be
+    written, and when it lies where a run would replace it.
     """
     path = folder / FILE_NAME
+    _refuse_parts_of_runs(folder, option)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Read before it is written: the content is the owner's until the lock is ours.
@@ -76,6 +78,15 @@ def folder_lock(
             if remove:
                 with contextlib.suppress(OSError):
                     path.unlink()
+
+
+def _refuse_parts_of_runs(folder: Path, option: str) -> None:
+    run = replaced_by(folder)
+    if run is not None:
+        raise InputError(
+            f"{option} {folder}: is where the run in {run} keeps its own, which it replaces; name "
+            "a folder outside of that run"
+        )
 
 
 def _is_there(path: Path, file: IO[str]) -> bool:

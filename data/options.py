@@ -6,7 +6,7 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -147,6 +147,19 @@ def convert(words: list[str], kind: Any) -> Any:
     if word not in choices:
         raise ValueError(word)
     return choices[word]
+
+
+def without_commas(words: Sequence[str], kind: Any) -> str:
+    """`words` of an option that takes several numbers, where commas stand between them, as they
+    have to be written; empty for others."""
+    values = [value for word in words for value in word.replace(",", " ").split()]
+    if values == list(words) or typing.get_args(kind)[:1] not in ((int,), (float,)):
+        return ""
+    try:
+        convert(values, kind)
+    except ValueError:
+        return ""
+    return " ".join(values)
 
 
 def describe(kind: Any) -> str:

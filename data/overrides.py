@@ -14,7 +14,7 @@ from typing import Any
 from data.errors import InputError
 from data.log import LEVEL_VARIABLE, logger
 from data.machine import PARENT
-from data.options import Option, convert, describe
+from data.options import Option, convert, describe, without_commas
 from data.paths import home_expanded
 from data.records import read_text
 
@@ -151,6 +151,9 @@ def converted(override: Override, kind: Any) -> Any:
         entries = value if isinstance(value, list) else [value]
         if any(isinstance(entry, list | dict) for entry in entries):
             raise ValueError(value)
+        # As a text, `json = false` would be a file called False.
+        if any(isinstance(entry, bool) for entry in entries) and kind is not bool:
+            raise ValueError(value)
         if isinstance(value, list):
             words = [str(entry) for entry in value]
         elif isinstance(value, str) and typing.get_origin(kind) is tuple:
@@ -166,10 +169,17 @@ def converted(override: Override, kind: Any) -> Any:
                 f'pairs in it: "{pairs}"'
             ) from None
         several = isinstance(value, str) and typing.get_origin(kind) is tuple
+        spaced = without_commas([value], kind) if several else ""
+        if spaced:
+            raise InputError(
+                f'{override.origin} = {value!r}: values are separated by spaces: "{spaced}"'
+            ) from None
         fix = ", in words as a shell reads them: quote what holds blanks or quotes"
+        if isinstance(value, bool):
+            fix = "; leave the key out where nothing is meant"
         raise InputError(
             f"{override.origin} = {value!r} is not a valid value: expected {describe(kind)}"
-            + (fix if several else "")
+            + (fix if several or isinstance(value, bool) else "")
         ) from None
 
 

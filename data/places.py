@@ -19,6 +19,8 @@ _SPLITS = ("train", "held_out")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _RECORDS = (_CONFIG, "generation_config.json", "tokenizer_config.json", _ADAPTER, *_TOKENIZERS)
 _RUN_RECORDS = (_RUN, "shear.json", "cpt.json", "metrics.jsonl", "history.jsonl", "mixture.jsonl")
+REPLACED = ("model", "model.unchecked", "model.refitted", "refit", "checkpoints")
+"""Folders that a run replaces, or writes and removes, in its output folder."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 EMPTY_FOLDER = "an empty folder"
 _SHARDS = (".bin", ".idx", ".crc")
@@ -65,6 +67,13 @@ def is_no_text(path: Path) -> bool:
 def run_above(path: Path) -> Path | None:
     """The folder of the run that `path` lies in; None where it lies in none, or is one."""
     return next((folder for folder in list(path.parents)[:_DEEPEST] if _holds_run(folder)), None)
+
+
+def replaced_by(path: Path) -> Path | None:
+    """The run that would replace what lies at `path`; None where it is no part of one."""
+    place = Path(os.path.realpath(path))
+    run = run_above(place)
+    return run if run is not None and place.relative_to(run).parts[0] in REPLACED else None
 
 
 def is_address(text: str) -> bool:

@@ -351,6 +351,15 @@ def _why_nothing(record: dict[str, Any], dotted: str, what: str, others: Sequenc
             f"{dotted!r}, which is null; leave such records out with --skip-incomplete, or name "
             f"another field with --{what}-field"
         )
+    outer, _, rest = dotted.partition(".")
+    if rest and isinstance(record.get(outer), list):
+        path = "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in rest.split("."))
+        path = f".{outer}{path}" if path[0] == "[" else f'([.{outer}[]{path}] | join("\\n"))'
+        how = "" if others else f", with jq -c '.{what} = {path}' OLD > NEW.jsonl"
+        return (
+            f"{dotted!r}, for {outer!r} is a list, which no name leads into; make it a field of "
+            f"its own{how}, and name that with --{what}-field"
+        )
     other = ", or use --domain-field folder to take the name of each file's folder"
     if what == "text":
         how = "" if others else f" with jq -c '.{dotted} = .KEY' OLD > NEW.jsonl"

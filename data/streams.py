@@ -5,6 +5,7 @@ text, and a web page behind a failed download has any suffix.
 """
 
 import bz2
+import codecs
 import io
 import lzma
 import re
@@ -204,7 +205,21 @@ def _refuse_foreign(path: Path, head: bytes, compression: str) -> None:
     other = true_content(head)
     if other:
         raise InputError(f"{path} holds {other[0]}, not {compression} data; {other[1]}")
+    if _is_text(head):
+        raise InputError(
+            f"{path} holds text that is not compressed, {head[:16]!r}: rename it {path.stem} if it "
+            "was unpacked on its way, else download it again"
+        )
     raise InputError(damaged(path, f"{compression} data does not start with {head[:16]!r}"))
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether a file starts with UTF-8 text, whose last character may be cut off."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(letter.isprintable() or letter.isspace() for letter in text.lstrip("\ufeff"))
 
 
 def _skips(head: bytes) -> bool:

@@ -1,6 +1,11 @@
 """`python -m data.tokenize`: text files to checksummed token shards per domain, with a manifest."""
 
+import sys
 from pathlib import Path
+
+if not __package__:  # started as a file: the library looks for a module of its own of this name
+    _HERE = Path(__file__).resolve().parent
+    sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if Path(entry) != _HERE)]
 
 from data.cli import parse, run
 from data.domain_names import chosen_domains

@@ -39,12 +39,14 @@ class Stages:
 
     A stage's identity is the hash of its settings and of the stages it builds on. A finished stage
     with the same identity is skipped; an interrupted one is called again and finds what it left;
-    one with another identity starts from an empty folder.
+    one with another identity starts from an empty folder. In settings, `renamed` gives the former
+    names of paths that are named otherwise now.
     """
 
-    def __init__(self, output: Path, number: int) -> None:
+    def __init__(self, output: Path, number: int, renamed: Sequence[tuple[Any, Any]] = ()) -> None:
         self.markers = output / MARKERS
         self.number = number
+        self.renamed = renamed
         self.started = 0
         self.identities: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
@@ -62,7 +64,8 @@ class Stages:
         """Call `action`, which fills `folder`, unless it finished before with these settings."""
         self.started += 1
         upstream = {stage: self.identities[stage] for stage in after}
-        content = json.dumps([name, dict(settings), upstream], sort_keys=True)
+        first_named = self._as_first_named(json.loads(json.dumps(dict(settings))))
+        content = json.dumps([name, first_named, upstream], sort_keys=True)
         identity = self.identities[name] = hashlib.sha256(content.encode()).hexdigest()
         marker = self.markers / f"{name}.json"
         known = _read_marker(marker)
@@ -73,6 +76,7 @@ class Stages:
             announce(f"{title}: finished before in {known['seconds']:.0f} s, reused")
             return
         if known and known.get("identity") != identity:
+            title += " (anew: other settings made what was there)"
             shutil.rmtree(folder, ignore_errors=True)
         announce(title)
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +90,19 @@ class Stages:
             _write_marker(marker, identity, finished=False, seconds=self.seconds[name])
         _write_marker(marker, identity, finished=True, seconds=self.seconds[name])
         announce(f"{title}: done in {self.seconds[name]:.0f} s")
+
+    def _as_first_named(self, value: Any) -> Any:
+        """`value` of a setting, where names in it are those that the first start gave."""
+        for now, first in self.renamed:
+            if value == now:
+                return first
+            if isinstance(now, str) and isinstance(value, str) and value.startswith(f"{now}/"):
+                return first + value.removeprefix(now)
+        if isinstance(value, dict):
+            return {key: self._as_first_named(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [self._as_first_named(entry) for entry in value]
+        return value
 
 
 def _read_marker(path: Path) -> dict[str, Any]:

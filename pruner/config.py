@@ -8,7 +8,13 @@ from data.log import logger
 from data.mixture import MixtureConfig
 from data.options import ON_DISK
 from pruner.shapes import Shape
-from trainer.config import DISTILL_WEIGHT, MIN_LR_RATIO, DistillationConfig, TrainConfig
+from trainer.config import (
+    DISTILL_WEIGHT,
+    DISTILLED,
+    MIN_LR_RATIO,
+    DistillationConfig,
+    TrainConfig,
+)
 from trainer.models.config import ModelConfig
 
 WARMUP_RATIO = 0.1
@@ -297,7 +303,7 @@ def resolve(config: ShearConfig, model: ModelConfig, target: Shape) -> ShearConf
         config,
         masks=_fill(masks, defaults["masks"]),
         train=_fill(config.train, defaults["train"]),
-        distillation=_fill(config.distillation, defaults["distillation"]),
+        distillation=_fill(config.distillation, DISTILLED | defaults["distillation"]),
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.errors import InputError
 from data.hub import is_hub_id
 from data.log import logger
 from data.reader import TokenReader
@@ -46,7 +47,7 @@ from trainer.domains import (
     starting_domains,
 )
 from trainer.identity import run_identity, verify_run
-from trainer.inputs import find_model_with_data, open_data
+from trainer.inputs import find_model_with_data, open_data, warn_of_no_tokenizer
 from trainer.loop import Trainer
 from trainer.memory import headroom_bytes
 from trainer.models.config import ModelConfig
@@ -174,7 +175,14 @@ def _resolve_selection(
 
     def read() -> Selection:
         folder = resolve_model(config.source, option="--source")
-        return read_selection(path, folder, load_config(folder))
+        model = load_config(folder)
+        selection = read_selection(path, folder, model)
+        if selection.shape == shape_of(model):
+            raise InputError(
+                f"--selection {path}: keeps all units of --source {config.source}; name a model "
+                "that was cut from it"
+            )
+        return selection
 
     found = context.raise_on_any_rank(read if context.is_main else lambda: None)
     selection: Selection = context.broadcast(found)
@@ -220,6 +228,7 @@ def open_inputs(config: ShearConfig, selection: Selection | None = None) -> Inpu
     require_reachable(unit_kinds(target, source), config.masks)
     config = resolve(config, model, target)
     reader, held_out = open_data(config.data, config.train, model, folder)
+    warn_of_no_tokenizer(folder)
     require_apart(Path(config.output), models={"--source": folder}, data=Path(config.data))
     check_teacher("the source", model, config.distillation, config.train, model)
     domains = starting_domains(

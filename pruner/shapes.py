@@ -136,7 +136,7 @@ def parse_default(text: str, default: str, source: Shape) -> Shape:
             raise
         raise InputError(
             f"the default --target {text} does not fit this source ({source.describe()}): give "
-            f"one that does, for example --target {_example(source)}"
+            f"one that does, for example --target {example_shape(source)}"
         ) from None
 
 
@@ -174,7 +174,9 @@ def check_sizes(sizes: Mapping[str, int], source: Shape) -> None:
 def _validate_heads(target: Shape, source: Shape) -> None:
     heads, kv_heads = target.heads, target.kv_heads
     if heads % kv_heads or target.group > source.group:
-        allowed = range(kv_heads, kv_heads * source.group + 1, kv_heads)
+        fitting = range(kv_heads, kv_heads * source.group + 1, kv_heads)
+        # With the source's own number there may be nothing left to prune.
+        allowed = [n for n in fitting if replace(target, heads=n) != source] or fitting
         reason = (
             f"is not a multiple of its {kv_heads} KV heads (kv-heads)"
             if heads % kv_heads
@@ -236,12 +238,12 @@ def _preset_error(name: str, preset: PresetSource, source: Shape, reason: str) -
     return InputError(
         f"target preset {name} is made for {preset.description} and does not fit this source "
         f"({source.describe()}, head dim {source.head_dim}): {reason}. Give the sizes instead, "
-        f"for example --target {_example(source)}, or a budget: --target params=N with fewer "
+        f"for example --target {example_shape(source)}, or a budget: --target params=N with fewer "
         "parameters than the source has"
     )
 
 
-def _example(source: Shape) -> str:
+def example_shape(source: Shape) -> str:
     """A valid shape of about three quarters of the source's sizes, as wide as its heads together
     where the source is (GPT-NeoX requires it)."""
     step = 1 if source.kv_heads == source.heads else source.kv_heads

@@ -6,6 +6,10 @@ Runs alone or under torchrun (`torchrun --nproc_per_node 8 -m pruner.shear ...`)
 import sys
 from pathlib import Path
 
+if not __package__:  # started as a file, as by torchrun
+    _HERE = Path(__file__).resolve().parent
+    sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if Path(entry) != _HERE)]
+
 from data.cli import STOPPED, parse, run
 from pruner.config import ShearConfig
 from trainer.stopping import kept_is_said

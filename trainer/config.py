@@ -13,6 +13,8 @@ Optimizer = Literal["adamw", "muon"]
 
 DISTILL_WEIGHT = 0.9
 """Weight of the divergence from a teacher when none is named."""
+DISTILLED = {"temperature": 1.0, "top_k": 0}
+"""What options of DistillationConfig are where nothing is said of them, with a teacher or not."""
 MIN_LR_RATIO = 0.1
 """Default of TrainConfig.min_lr_ratio where nothing else is said."""
 WARMUP_RATIO = 0.03
@@ -188,27 +190,29 @@ class DistillationConfig:
     """forward-kl: the divergence of the student's distribution from the teacher's, weighted by the
     teacher's."""
 
-    temperature: Annotated[float, Name("distill-temperature")] = 1.0
-    """T: above 1 the teacher's unlikely ids count for more."""
+    temperature: Annotated[float | None, Name("distill-temperature")] = None
+    """T: above 1 the teacher's unlikely ids count for more. Default: after shearing, what shearing
+    used; else 1."""
 
-    top_k: Annotated[int, Name("distill-top-k")] = 0
+    top_k: Annotated[int | None, Name("distill-top-k")] = None
     """Tell only the teacher's K likeliest ids of each token apart and count all others as one; 0
-    compares the whole vocabulary."""
+    compares the whole vocabulary. Default: after shearing, what shearing used; else 0."""
 
     def __post_init__(self) -> None:
         require(
             self.weight is None or 0 <= self.weight <= 1, "distill_weight", self.weight, "in [0, 1]"
         )
+        temperature, top_k = self.temperature, self.top_k
         require(
-            1 / HOTTEST <= self.temperature <= HOTTEST,
+            temperature is None or 1 / HOTTEST <= temperature <= HOTTEST,
             "distill_temperature",
-            self.temperature,
+            temperature,
             f"above 0 and finite, from {1 / HOTTEST:g} to {HOTTEST:g}; use for example 1 or 2",
         )
         require(
-            self.top_k >= 0 and self.top_k != 1,
+            top_k is None or (top_k >= 0 and top_k != 1),
             "distill_top_k",
-            self.top_k,
+            top_k,
             "0 (the whole vocabulary) or at least 2 (over a single id nothing is compared)",
         )
 

@@ -1,5 +1,7 @@
 """Continued pre-training, from validated options to a Hugging Face folder and a report."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from trainer.domains import (
     DomainOptions,
     Domains,
     drawn_again,
+    drawn_otherwise,
     mixture_identity,
     replayed,
     resolve_mixture,
@@ -39,7 +42,7 @@ from trainer.domains import (
     starting_domains,
 )
 from trainer.identity import moments_of, run_identity, verify_run
-from trainer.inputs import find_model_with_data, open_data
+from trainer.inputs import find_model_with_data, open_data, warn_of_no_tokenizer
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
@@ -200,6 +203,7 @@ def open_inputs(config: CptConfig) -> Inputs:
     shape = load_config(source)
     require_loadable(shape, source)
     reader, held_out = open_data(config.data, train, shape, source)
+    warn_of_no_tokenizer(source)
     sheared = sheared_report(run_of(source) / source.name)
     # Only a model as it was pre-trained is its own reference: a sheared one starts too high.
     measurable = weights and sheared is None
@@ -217,7 +221,8 @@ def open_inputs(config: CptConfig) -> Inputs:
     name, distillation, note = resolve_teacher(
         config.teacher, config.distillation, sheared if weights else None
     )
-    teacher = open_teacher(name, distillation, train, shape, reader)
+    with _of_shearing(config.teacher):
+        teacher = open_teacher(name, distillation, train, shape, reader)
     models = {"--model": source} | ({} if teacher is None else {"--teacher": teacher.folder})
     require_apart(Path(config.output), models=models, data=Path(config.data))
     moments, moments_note = None, None
@@ -265,6 +270,20 @@ def _scheduled(train: TrainConfig, moments: Moments | None) -> TrainConfig:
     )
 
 
+@contextmanager
+def _of_shearing(given: str | None) -> Iterator[None]:
+    """Says of a teacher that nobody has named, but shearing had, how to do without."""
+    try:
+        yield
+    except InputError as error:
+        if given is not None:
+            raise
+        raise InputError(
+            f"{error}. It is the teacher because shearing had it: --distill-weight 0 trains "
+            "without one"
+        ) from None
+
+
 def _check_steps(config: TrainConfig) -> None:
     if config.steps < 1:
         raise InputError(f"--steps {config.steps}: must be at least 1 to train; use for example 20")
@@ -305,6 +324,12 @@ def _log_origin(inputs: Inputs, config: CptConfig) -> None:
         logger.info(
             f"note: the data begins at its start, with the {drawn:,} samples that the model of "
             f"{run} has seen; another --seed draws another order"
+        )
+    others = drawn_otherwise(sheared_report(run / inputs.source.name), inputs.reader)
+    if others:
+        logger.info(
+            f"note: the data begins at its start: the {others:,} samples that shearing has drawn "
+            "were of another --seq-len"
         )
     open_weight = inputs.teacher is None and config.distillation.weight is None
     known = is_hub_id(config.model) or any((run / name).exists() for name in REPORTS)

@@ -12,7 +12,7 @@ from data.errors import InputError
 from data.paths import quoted
 from data.reader import TokenReader
 from data.tokenizers import holds_tokenizer, load_tokenizer
-from trainer.config import DISTILL_WEIGHT, DistillationConfig, TrainConfig
+from trainer.config import DISTILL_WEIGHT, DISTILLED, DistillationConfig, TrainConfig
 from trainer.kernels.linear_cross_entropy import TeacherOutput
 from trainer.memory import check_memory
 from trainer.models.config import ModelConfig
@@ -59,36 +59,36 @@ class Teacher:
         states, head_weight = self.network.states_and_head(ids)
         config = self.config
         assert config.weight is not None
+        assert config.temperature is not None and config.top_k is not None
         return TeacherOutput(states, head_weight, config.weight, config.temperature, config.top_k)
 
 
 def resolve_teacher(
     name: str | None, config: DistillationConfig, sheared: dict[str, Any] | None
 ) -> tuple[str | None, DistillationConfig, str | None]:
-    """The teacher of continued pre-training, its options with a weight, and a note for the user.
+    """The teacher of continued pre-training, its options filled in, and a note for the user.
 
     What the options leave open goes on as in shearing, whose report is `sheared` (None for other
     models): the source as teacher, the weight, and the temperature and ids that are compared.
     """
     known = (sheared or {}).get("distillation") or {}
     asked = name is not None or config.weight is not None
-    if known.get("weight"):
-        default = asdict(DistillationConfig())
-        options = asdict(config).items()
-        config = replace(config, **{k: known.get(k, v) for k, v in options if v == default[k]})
+    former = known if known.get("weight") else {}
+    given = {key: getattr(config, key) for key in DISTILLED if getattr(config, key) is not None}
+    usual = {key: former.get(key, value) for key, value in DISTILLED.items()}
+    weight = former.get("weight") if config.weight is None else config.weight
+    config = replace(config, weight=weight, **(usual | given))
+    idle = ", ".join(f"--distill-{k.replace('_', '-')} {v:g}" for k, v in given.items())
     if config.weight is None and name is None and sheared and not known.get("weight"):
         note = "note: shearing had no teacher, so training has none either"
         if sheared.get("source"):
             note += f"; to learn from the source: --teacher {quoted(sheared['source'])}"
+        note += f" (so {idle} has no effect)" if idle else ""
         return None, replace(config, weight=0.0), note
     if config.weight is None:
         config = replace(config, weight=0.0 if name is None else DISTILL_WEIGHT)
     if name is None and not asked and not config.weight:
-        base = DistillationConfig()
-        given = {"temperature": config.temperature, "top-k": config.top_k}
-        usual = {"temperature": base.temperature, "top-k": base.top_k}
-        idle = [f"--distill-{key} {given[key]:g}" for key in given if given[key] != usual[key]]
-        note = f"note: no effect of {', '.join(idle)}: there is no teacher; --teacher names one"
+        note = f"note: no effect of {idle}: there is no teacher; --teacher names one"
         return None, config, note if idle else None
     if name is not None or not config.weight or not sheared:
         return name, config, None
@@ -168,7 +168,7 @@ def check_teacher(
             f"--seq-len {train.seq_len} is longer than the {teacher.max_position_embeddings} "
             f"positions of {what}; use --seq-len {teacher.max_position_embeddings} or less"
         )
-    if config.top_k > teacher.vocab_size:
+    if (config.top_k or 0) > teacher.vocab_size:
         raise InputError(
             f"--distill-top-k {config.top_k} is more than the vocabulary of {teacher.vocab_size}: "
             "use 0 for all of it"

@@ -199,6 +199,15 @@ def samples_used(sheared: dict[str, Any] | None, reader: TokenReader, seed: int)
     return {domain: count for domain, count in used.items() if domain in reader.sizes}
 
 
+def drawn_otherwise(sheared: dict[str, Any] | None, reader: TokenReader) -> int:
+    """Samples that the shearing run drew from the data of `reader`, where it drew others than
+    `reader` has: sequences of another length."""
+    drawn = (sheared or {}).get("samples") or {}
+    if drawn.get("data") != reader.fingerprint or drawn.get("sizes") == reader.sizes:
+        return 0
+    return sum(count for count in (drawn.get("used") or {}).values())
+
+
 def drawn_again(run: Path, reader: TokenReader, seed: int) -> int:
     """Samples that continued pre-training in `run` drew and that its model's next run draws again,
     because `reader` and `seed` give the same order; 0 where its report does not tell."""

@@ -73,6 +73,16 @@ def open_data(
     return reader, TokenReader(folder, config.seq_len, split=HELD_OUT)
 
 
+def warn_of_no_tokenizer(source: Path) -> None:
+    """Says that the model in `source` comes without a tokenizer."""
+    if not holds_tokenizer(source):
+        logger.warning(
+            f"{source} holds no tokenizer: the data is taken for its own, and the model that is "
+            "written will hold none either; copy the tokenizer's files there to have the one "
+            "checked and the other kept"
+        )
+
+
 def require_positions(seq_len: int, model: ModelConfig) -> None:
     """Raises InputError for sequences that are longer than `model` was made for."""
     most = model.max_position_embeddings

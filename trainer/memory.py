@@ -30,6 +30,7 @@ def memory_problem(
     shards: int,
     gathered_bytes: int,
     device: str,
+    shared: bool = False,
     teacher: int = 0,
     frozen: bool = False,
     by_muon: int = 0,
@@ -43,6 +44,7 @@ def memory_problem(
         gathered_bytes: bytes per parameter of the whole weights kept between forward and backward
             pass, 0 with --reshard-after-forward.
         device: what the memory belongs to, for the message.
+        shared: whether the ranks of a machine share it, so that more of them find no more.
         teacher: bytes of a teacher's weights on the rank.
         frozen: whether the weights are not trained.
         by_muon: parameters that Muon trains.
@@ -57,7 +59,10 @@ def memory_problem(
     parts = f"{state / 1e9:.1f} GB of {what} over {shards} shard(s)"
     if gathered:
         parts += f", {gathered / 1e9:.1f} GB of gathered weights"
-    fixes = ["start more ranks (and fewer --replicas)", "train a smaller model"]
+    more = "start more ranks (and fewer --replicas)"
+    if shared:
+        more = "use a machine with more memory, or ranks on several"
+    fixes = [more, "train a smaller model"]
     if teacher:
         parts += f", {teacher / 1e9:.1f} GB of the teacher's weights"
         fixes.append("leave the teacher out (--distill-weight 0)")
@@ -91,6 +96,7 @@ def check_memory(
             shards=shards,
             gathered_bytes=0 if in_place else dtype.itemsize,
             device=owner,
+            shared=context.device.type == "cpu",
             frozen=frozen,
             by_muon=_by_muon(model, config),
             teacher=teacher_bytes(
@@ -209,11 +215,15 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
             fixes.append(f"--micro-batch {config.micro_batch // 2}")
         if not config.activation_checkpointing:
             fixes.append("--activation-checkpointing")
-        if not config.reshard_after_forward:
+        # Ranks on CPUs share their machine's memory, and one in fp32 gathers nothing.
+        started, on_gpu = machine.group(), isinstance(error, torch.OutOfMemoryError)
+        alone = started is None or started.world == 1
+        gathers = on_gpu or not alone or config.precision == "bf16"
+        if gathers and not config.reshard_after_forward:
             fixes.append("--reshard-after-forward")
-        fixes.append("more ranks")
+        fixes.append("more ranks" if on_gpu else "more memory (a higher limit, another machine)")
         raise InputError(
-            f"out of {'GPU ' if isinstance(error, torch.OutOfMemoryError) else ''}memory at "
+            f"out of {'GPU ' if on_gpu else ''}memory at "
             f"--micro-batch {config.micro_batch}, --seq-len {config.seq_len}; run the same command "
             f"with {' or '.join(fixes)}: it resumes from the last checkpoint, if there is one "
             f"({first_line(error)})"

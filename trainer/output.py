@@ -15,6 +15,7 @@ from data.files import write_json
 from data.locks import folder_lock
 from data.log import logger
 from data.paths import require_utf8
+from data.places import REPLACED
 from data.records import is_kind, read_json
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import RECORD, committed, step_of
@@ -26,8 +27,6 @@ from trainer.parallel import DistributedContext
 
 REPORTS = ("shear.json", "cpt.json")
 """Reports of finished runs."""
-REPLACED = ("model", "model.unchecked", "model.refitted", "refit", "checkpoints")
-"""Folders that a run replaces, or writes and removes, in its output folder."""
 
 
 @contextmanager

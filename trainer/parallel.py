@@ -224,8 +224,13 @@ def _join(started: Group | None, device: torch.device) -> None:
             device_id=device if on_cuda else None,
         )
     except RuntimeError as error:
-        if alone:
+        if alone and "interface" not in str(error):
             raise
+        if alone:
+            raise InputError(
+                f"this machine has no network to itself ({first_line(error)}): bring it up, as "
+                "root with `ip link set lo up`"
+            ) from None
         raise InputError(
             f"the ranks have met, but cannot talk to each other ({first_line(error)}); name the "
             "network between them with GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"

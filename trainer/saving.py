@@ -9,13 +9,13 @@ import torch
 from data.errors import InputError, failure
 from data.files import NEEDED, require_writable, write_json
 from data.log import logger
+from data.places import REPLACED
 from data.records import read_json
 from trainer.checkpoint_files import committed
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import save_model
 from trainer.models.weights import original_dtype
-from trainer.output import REPLACED
 from trainer.parallel import DistributedContext, full_tensor
 
 

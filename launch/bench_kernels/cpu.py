@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from data.errors import InputError
 from data.files import require_writable, write_copy
 from data.progress import Progress
 from data.tables import print_table
@@ -62,6 +63,8 @@ LAYERS = {
 }
 """Matrices of a layer (arXiv 2307.09288, 2310.06694, 2502.02737)."""
 
+SHOWS = 1 << 26
+"""Bytes that surely show in the memory of a process."""
 SMALL = "SmolLM2 135M"
 """Its weights take about a millisecond or less: what is measured there decides about no goal."""
 
@@ -117,6 +120,13 @@ def measure_loss(config: BenchKernelsConfig, vocabulary: int) -> dict[str, Any]:
         "threads": config.threads,
     }
     peaks = {kind: peak_bytes(kind, **sizes) for kind in LOSSES}
+    logits = 4 * config.tokens * vocabulary
+    if peaks["full"] < logits:
+        raise InputError(
+            f"the {logits:,} bytes of logits of --tokens {config.tokens} and --vocabularies "
+            f"{vocabulary} do not show in the memory of a process; use more, such as --tokens "
+            f"{-(-SHOWS // (4 * vocabulary))}"
+        )
     inputs = loss_inputs(vocabulary, config.tokens, config.hidden)
 
     def timed(loss: Loss) -> Callable[[], float]:

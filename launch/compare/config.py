@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -26,6 +27,8 @@ REFITTED = ("principal+kl", "principal+refit+kl", "activation+refit+kl", "blocks
 """Known as well, but not run unless they are named."""
 WARMUP_RATIO = 0.1
 """Of learning masks, and of training after the peers' pruning."""
+STAGE_FOLDERS = ("text", "tokens", "source", "logs", "dead-units")
+"""What a comparison keeps in its output folder beside a folder for each target."""
 _PUBLISHED = ("--basis", "source", "--norm-scale", "live")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 _EQUAL_FLAGS = (
@@ -188,6 +191,7 @@ def methods_of(config: CompareConfig) -> list[Method]:
     found: list[Method] = []
     for name in config.methods:
         if name not in known:
+            _refuse_commas("--methods", config.methods, known)
             raise InputError(f"--methods {name}: unknown; known are {', '.join(known)}")
         found.append(known[name])
     found += [_variant(text, ours, config.steps) for text in config.variant]
@@ -198,6 +202,15 @@ def methods_of(config: CompareConfig) -> list[Method]:
     if not found:
         raise InputError(f"no method to compare: give --methods, some of {', '.join(known)}")
     return found
+
+
+def _refuse_commas(flag: str, words: Sequence[str], known: Collection[str]) -> None:
+    """Raises InputError where commas stand between `known` names."""
+    names = " ".join(words).replace(",", " ").split()
+    if names != list(words) and all(name in known for name in names):
+        raise InputError(
+            f"{flag} {' '.join(words)}: names are separated by spaces: {flag} {' '.join(names)}"
+        )
 
 
 def _peers(config: CompareConfig) -> list[Method]:
@@ -296,10 +309,16 @@ def targets_of(config: CompareConfig) -> dict[str, str]:
         if name.lower().replace("_", "-") in BUDGETS:
             raise budget_error("--targets", text)
         refuse_budget("--targets", sizes)
+        _refuse_commas("--targets", config.targets, TARGETS)
         if not sizes and name not in TARGETS:
             raise InputError(
                 f"--targets {text!r} is neither {' nor '.join(TARGETS)} nor NAME=SIZES: write for "
                 f"example small={TARGETS['half']}"
+            )
+        if name.lower() in STAGE_FOLDERS:
+            raise InputError(
+                f"--targets {text!r}: the comparison keeps its own in {name}/, which a target of "
+                "that name would share; choose another name"
             )
         if not _NAME.fullmatch(name) or name in found:
             raise InputError(f"--targets {text!r}: the name {name!r} is not usable, or given twice")

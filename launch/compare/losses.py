@@ -15,6 +15,7 @@ from launch.compare.config import (
     METHODS,
     OURS,
     REFITTED,
+    TARGETS,
     CompareConfig,
     Method,
     methods_of,
@@ -22,7 +23,7 @@ from launch.compare.config import (
 )
 from launch.compare.stages import EVALUATION, StageMaker, read_result
 from launch.stages import Plan, Task, announce
-from pruner.shapes import Shape, config_of, parse_target, shape_of
+from pruner.shapes import Shape, config_of, example_shape, parse_target, shape_of
 from trainer.models.config import ModelConfig
 
 CLOSE = 0.02
@@ -127,6 +128,12 @@ def _target_shape(source: ModelConfig, name: str, sizes: str) -> Shape:
         shape = parse_target(sizes, shape_of(source))
         config_of(shape, source).to_hf()
     except InputError as error:
+        if TARGETS.get(name) == sizes:
+            raise InputError(
+                f"--targets {name} ({sizes}) is made for SmolLM2-135M and does not fit this source "
+                f"({shape_of(source).describe()}): name shapes that do, for example --targets "
+                f"small={example_shape(shape_of(source))}"
+            ) from None
         raise InputError(f"--targets {name}: {error}") from None
     return shape
 

@@ -1,6 +1,9 @@
 """A comparison from its options to the table."""
 
+import hashlib
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from launch.compare.stages import StageMaker
 from launch.evaluate.config import EvaluateConfig
 from launch.evaluate.run import read_document
 from launch.evaluate.tasks import Tasks
+from launch.origin import first_names, model_fingerprint
 from launch.stages import Stages, Task, require_own, run_tasks
 from trainer.inputs import require_positions
 from trainer.models.hf import load_config
@@ -36,7 +40,7 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     if config.tasks:
         # Missing data would end the comparison after hours of training.
         Tasks(EvaluateConfig(tasks=config.tasks, task_files=config.task_files)).load()
-    find_files(config.input, Path(config.output))
+    files = find_files(config.input, Path(config.output))
     maker = StageMaker(config)
     plan = dead_units_plan(maker, source) if config.dead_units else losses_plan(maker, source)
     done: set[str] = set()
@@ -51,8 +55,12 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
         if results is not None:
             write_copy(config.json, results)
 
-    stages = Stages(maker.output, number=len(plan.tasks))
+    names = {"--source": config.source, "--input": list(config.input)}
+    contents = {"--source": model_fingerprint(config.source), "--input": _text_fingerprint(files)}
     with folder_lock(maker.output, "comparing"):
+        first = first_names(maker.output, names, contents)
+        renamed = [(names[option], first[option]) for option in names]
+        stages = Stages(maker.output, number=len(plan.tasks), renamed=renamed)
         try:
             run_tasks(
                 plan.tasks, stages, jobs=config.jobs, running=maker.running, finished=finished
@@ -61,3 +69,9 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
             if results is not None:
                 plan.show(results)
     return results
+
+
+def _text_fingerprint(files: Sequence[Path]) -> str:
+    """Hash of the names and sizes of files, in which the folder they lie in does not count."""
+    content = sorted((path.name, path.stat().st_size) for path in files)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

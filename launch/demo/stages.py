@@ -16,6 +16,7 @@ from launch.demo import report
 from launch.demo.config import DemoConfig
 from launch.demo.generation import compare_generation, silence_transformers
 from launch.demo.text import DOMAINS, collect
+from launch.origin import first_names, model_fingerprint
 from launch.stages import Stages, announce, require_own
 from pruner.budget import parse_budget
 from pruner.shapes import config_of, parse_default, shape_of
@@ -53,7 +54,12 @@ class Demo:
     def run(self) -> int:
         """All stages; the exit status. Raises InputError where another process runs them there."""
         require_own(self.output)
+        names = {"--source": str(self.source), "--output": str(self.output)}
+        given = self.config.source is not None
+        contents = {"--source": model_fingerprint(self.source) if given else WHEEL}
         with folder_lock(self.output, "running the demo"):
+            first = first_names(self.output, names, contents)
+            self.stages.renamed = [(names[option], first[option]) for option in names]
             return self._run()
 
     def _run(self) -> int:

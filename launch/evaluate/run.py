@@ -10,6 +10,7 @@ import torch
 
 from data.errors import InputError, naming
 from data.files import require_distinct, require_writable, write_copy
+from data.formats import Format, compression_of, format_of
 from data.log import logger
 from data.manifest import TRAIN
 from data.places import odd_name
@@ -191,6 +192,8 @@ def _time(
 
 def read_document(path: Path) -> str:
     """The text of --text. Raises InputError for a file that cannot be read, or is empty."""
+    if path.is_file():
+        _require_document(path)
     try:
         fix = odd_name(str(path), patterns=False) or "give a readable UTF-8 file"
         text = read_text(path, fix)
@@ -246,6 +249,18 @@ def _held_out(
     }
 
 
+def _require_document(path: Path) -> None:
+    """Raises InputError for a file whose name says that it is no plain text."""
+    if compression_of(path):
+        raise InputError(f"--text {path}: is compressed; unpack it, and name what comes out")
+    if format_of(path) is not Format.TEXT:
+        raise InputError(
+            f"--text {path}: is {format_of(path).value} by its name, and one document is scored as "
+            "it stands, names and braces too: write the text of a record into a .txt file (or link "
+            "to the file as .txt), or tokenize all records with `shorn tokenize` and give --data"
+        )
+
+
 def _tokenize(config: EvaluateConfig, path: Path, text: str) -> Document:
     """The text in tokens; raises InputError when window, stride, BOS or length do not fit it."""
     if not holds_tokenizer(path):
@@ -257,7 +272,8 @@ def _tokenize(config: EvaluateConfig, path: Path, text: str) -> Document:
     tokenizer = load_tokenizer(path)
     bos = resolve_bos(config.bos, tokenizer.bos_id, tokenizer.adds_bos)
     ids = [int(token) for token in tokenizer.encode([text])[0]]
-    scored_rows(ids, bos, tokenizer.bos_id, config.window, config.stride)
+    with naming(f"--text {config.text}"):
+        scored_rows(ids, bos, tokenizer.bos_id, config.window, config.stride)
     return Document(ids, len(text.encode()), bos, tokenizer.bos_id)
 
 

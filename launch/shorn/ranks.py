@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import DistNetworkError, TCPStore
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
     PContext,
@@ -51,9 +51,15 @@ def start_ranks(number: int, words: list[str]) -> int:
         raise InputError(f"--ranks {number}: this machine has {gpus} GPUs; use --ranks {gpus}")
     if LAUNCHED in os.environ:
         raise InputError(f"--ranks {number}: torchrun has started ranks already; leave one of both")
+    try:
+        store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    except DistNetworkError:
+        raise InputError(
+            f"--ranks {number}: ranks meet at {HOST}, and this machine has no network to itself: "
+            "bring it up, as root with `ip link set lo up`"
+        ) from None
     # torch reports on its processes, and their failures, at warning and above.
     logging.disable(logging.CRITICAL)
-    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     hang_up = signal.getsignal(signal.SIGHUP)
     context = start_processes(
         name="shorn",

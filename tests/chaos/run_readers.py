@@ -22,6 +22,7 @@ from launch.compare.losses import _losses as losses_of
 from launch.compare.stages import read_result
 from launch.demo.report import EVALUATION, GENERATION, read_results
 from launch.evaluate.__main__ import main as evaluate
+from launch.origin import first_names
 from launch.report.run_folder import facts, parameters, read_run, removed_layers, unit_counts
 from launch.stages import Stages, Task
 from pruner.budget import parse_budget
@@ -330,6 +331,12 @@ def stage_readers(chaos: Workspace, root: Path) -> list[Reader]:
             if not marker.is_symlink() and not marker.is_dir():
                 marker.write_bytes(content)
 
+    names = {"--source": "model", "--input": ["text"]}
+    first_names(folder, names, {"--source": "1"})
+
+    def origin_flaw(value: Any) -> str | None:
+        return conforms(value["--source"], str) or conforms(value["--input"], list[str])
+
     def results() -> Any:
         return read_result(sheared, "shear.json", PRUNED)
 
@@ -339,6 +346,13 @@ def stage_readers(chaos: Workspace, root: Path) -> list[Reader]:
 
     return [
         Reader(name="marker of a stage", file=marker, read=marked, flaw=staged_flaw, form="json"),
+        Reader(
+            name="origin of stages",
+            file=folder / ".stages" / "origin.json",
+            read=lambda: first_names(folder, names, {"--source": "1"}),
+            flaw=origin_flaw,
+            form="json",
+        ),
         Reader(
             name="evaluation.json of a comparison",
             file=evaluation,

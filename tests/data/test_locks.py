@@ -101,3 +101,15 @@ def test_a_lock_removed_before_it_was_held_holds_nobody(
     monkeypatch.setattr(locks.fcntl, "flock", removed_first)
     with pytest.raises(InputError, match="has just left; try again"), folder_lock(tmp_path, "x"):
         pass
+
+
+def test_nothing_is_written_where_a_run_replaces_it(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"command": "shear"}')
+    for name in ("model", "checkpoints", "model/tokens", "refit"):
+        refused = pytest.raises(InputError, match=f"{name}: is where the run in {tmp_path} keeps")
+        with refused, folder_lock(tmp_path / name, "tokenizing"):
+            pass
+        assert not (tmp_path / name).exists()
+    for free in (tmp_path, tmp_path / "tokens", tmp_path / "my/model"):
+        with folder_lock(free, "tokenizing"):
+            pass

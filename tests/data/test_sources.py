@@ -139,7 +139,7 @@ def test_truncated_file_is_refused(
     [
         ("a.jsonl", b"", "empty"),
         ("a.jsonl.zst", b"", "empty"),
-        ("a.jsonl.zst", b"Entry not found", "damaged"),
+        ("a.jsonl.zst", b"Entry not found", "not compressed"),
         ("a.jsonl.zst", zstandard.compress(b""), "no documents"),
         ("a.jsonl", b"\n \n", "no documents"),
         ("a.parquet", b"", "damaged"),
@@ -277,6 +277,8 @@ def test_wide_text_is_refused_even_where_it_is_valid_utf_8(tmp_path: Path, codec
     [
         ({"text": None}, {}, "'text', which is null; .*--skip-incomplete"),
         ({"text": ["a"]}, {}, "'text', which is a list"),
+        ({"m": [{"c": "a"}]}, {"text": "m.0.c"}, r"'m' is a list.*jq -c '\.text = \.m\[0\]\.c'"),
+        ({"m": [{"c": "a"}]}, {"text": "m.c"}, r"\.text = \(\[\.m\[\]\.c\] \| join"),
         ({"text": 5}, {}, "'text', which is a whole number"),
         ({"text": "a", "k": None}, {"domain": "k"}, "'k', which is null"),
         ({"text": "a", "k": {}}, {"domain": "k"}, "'k', which is an object"),

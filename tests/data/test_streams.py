@@ -136,7 +136,10 @@ def test_what_stands_in_for_a_file_is_refused(
         (gzip.compress(b"x", mtime=0), r"holds gzip data, not zstd data; give it the suffix \.gz"),
         (b"<html><body>login", "holds a web page, not zstd data"),
         (b"PK\x03\x04....", "holds a zip archive"),
-        (b"Entry not found", "damaged: zstd data does not start with b'Entry not found'"),
+        (b"Entry not found", "not compressed, b'Entry not found': .* else download it again"),
+        (b'{"text": "plain"}\n', "not compressed, .*: rename it a.jsonl if it was unpacked"),
+        ("ä".encode() * 300, "holds text that is not compressed"),
+        (b"Entry\0not", r"damaged: zstd data does not start with b'Entry\\x00not'"),
         (b"", "is empty"),
     ],
 )

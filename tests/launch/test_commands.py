@@ -134,3 +134,15 @@ def test_what_hides_our_packages_for_good_is_named(folder: Path, tmp_path: Path)
         assert result.stderr.startswith(
             f"error: {own / '__init__.py'} hides Shorn's own `data`, which is in {ROOT}: rename it"
         )
+
+
+@pytest.mark.parametrize("file", ["data/tokenize.py", "pruner/shear.py", "launch/cpt.py"])
+def test_commands_start_as_files_too(file: str, tmp_path: Path) -> None:
+    """As torchrun starts them, without an installation: nothing of ours is on the path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, str(ROOT / file), "--help"]
+    result = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"usage: python {ROOT / file} [options]" in result.stdout

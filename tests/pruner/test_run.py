@@ -413,7 +413,7 @@ def test_a_fit_is_evaluated_at_the_target(inputs: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"target": "hidden=23,heads=2"}, r"23 is not a multiple of the 2 heads.*size of 22"),
-        ({"target": "heads=3"}, r"heads=3 is not a multiple of its 2 KV heads.*use heads=4"),
+        ({"target": "heads=3"}, r"heads=3 is not a multiple of its 2 KV heads.*use heads=2"),
         ({"target": "1.3b"}, r"preset 1\.3b is made for LLaMA-2-7B"),
         ({"target": "depth=1"}, r"'depth=1' is neither a preset"),
         ({"target": "params=abc"}, r"params='abc' is not a number of parameters"),

@@ -166,3 +166,8 @@ def test_a_model_that_was_trained_on_names_the_run_before(inputs: Path, tmp_path
     (tmp_path / "cpt" / "cpt.json").write_text("{}")
     with pytest.raises(InputError, match=r"kept; name a run of shorn shear$"):
         read_selection(str(tmp_path / "cpt"), source, load_config(source))
+
+
+def test_a_model_that_keeps_everything_is_named(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--selection .*model: keeps all units of --source"):
+        again(inputs, tmp_path / "out", inputs / "model")

@@ -41,7 +41,7 @@ from trainer.memory import teacher_bytes
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.hf import init_weights, load_config, load_model
 
-HALF = DistillationConfig(weight=0.5, temperature=2.0)
+HALF = DistillationConfig(weight=0.5, temperature=2.0, top_k=0)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def single_process_step(folder: Path, config: DistillationConfig) -> tuple[Gradi
         student = torch.cat([own, (1 - own.exp().sum(1, keepdim=True)).log()], dim=1)
         teacher = torch.cat([teacher, 1 - teacher.sum(1, keepdim=True)], dim=1)
     divergence = F.kl_div(student, teacher, reduction="batchmean")
-    assert config.weight is not None
+    assert config.weight is not None and config.temperature is not None
     factor = config.weight * config.temperature**2
     ((1 - config.weight) * cross_entropy + factor * divergence).backward()
     gradients = {
@@ -207,7 +207,7 @@ def divergences(output: Path) -> list[float]:
 def test_training_approaches_the_teacher(
     workspace: Path, teachers: Path, tmp_path: Path, top_k: int
 ) -> None:
-    config = DistillationConfig(weight=1.0, top_k=top_k)
+    config = DistillationConfig(weight=1.0, temperature=1.0, top_k=top_k)
     fixed = MixtureConfig(kind="fixed")
     train(workspace, tmp_path, teachers / "untied", steps=12, distillation=config, mixture=fixed)
     found = divergences(tmp_path)
@@ -302,12 +302,12 @@ def test_a_bad_teacher_is_refused_before_any_weight_is_read(
 
 
 def test_an_unnamed_weight_depends_on_the_teacher() -> None:
-    unnamed = DistillationConfig(top_k=64)
+    unnamed = DistillationConfig(temperature=1.0, top_k=64)
     for name, weight in (("some/model", DISTILL_WEIGHT), (None, 0.0)):
         found = resolve_teacher(name, unnamed, None)
         assert found[:2] == (name, replace(unnamed, weight=weight))
         assert (found[2] is None) == (name is not None)  # --distill-top-k alone has no effect
-    off = DistillationConfig(weight=0.0)
+    off = DistillationConfig(weight=0.0, temperature=1.0, top_k=0)
     assert resolve_teacher("some/model", off, None) == ("some/model", off, None)
 
 
@@ -315,7 +315,39 @@ def test_a_report_of_a_former_version_may_lack_what_was_no_option_then(teachers:
     known = {"weight": 0.25, "kind": "forward-kl", "temperature": 2.0}
     sheared = {"source": str(teachers / "tied"), "distillation": known}
     _, config, _ = resolve_teacher(None, DistillationConfig(), sheared)
-    assert config == DistillationConfig(weight=0.25, temperature=2.0)
+    assert config == DistillationConfig(weight=0.25, temperature=2.0, top_k=0)
+
+
+def test_what_is_given_as_by_default_counts_as_given_after_shearing(teachers: Path) -> None:
+    known: dict[str, Any] = {"weight": 0.25, "kind": "forward-kl", "temperature": 2.0, "top_k": 50}
+    sheared = {"source": str(teachers / "tied"), "distillation": known}
+    given: dict[str, Any]
+    for given in ({"temperature": 1.0}, {"top_k": 0}, {"temperature": 1.0, "top_k": 0}, {}):
+        _, config, _ = resolve_teacher(None, DistillationConfig(**given), sheared)
+        assert config == DistillationConfig(**(known | given))
+
+
+def test_a_teacher_that_nobody_named_can_be_left_out(
+    workspace: Path, teachers: Path, tmp_path: Path
+) -> None:
+    """As where a sheared model was given more ids."""
+    run = tmp_path / "shear"
+    write_model(run / "model", workspace / "tokenizer", vocab_size=261)
+    report = {"source": str(teachers / "tied"), "distillation": {"weight": 0.5}, "steps": 1}
+    (run / "shear.json").write_text(json.dumps(report))
+    arguments: dict[str, Any] = {"data": workspace / "tokens", "output": tmp_path / "out"}
+    with pytest.raises(InputError, match=r"student 261: .*shearing had it: --distill-weight 0 "):
+        pretrain(options(steps=1), model=run, **arguments)
+    with pytest.raises(InputError, match=r"student's vocabulary$"):
+        train(workspace, tmp_path / "out", write_model(tmp_path / "other", vocab_size=261))
+    off = DistillationConfig(weight=0.0)
+    pretrain(options(steps=1), model=run, distillation=off, **arguments)
+
+
+def test_what_has_no_effect_is_said_where_shearing_had_no_teacher() -> None:
+    sheared = {"source": "models/base", "distillation": {"weight": 0.0}}
+    _, _, note = resolve_teacher(None, DistillationConfig(temperature=1.0), sheared)
+    assert note is not None and "--distill-temperature 1 has no effect" in note
 
 
 def test_a_teacher_is_named_as_a_shell_takes_it() -> None:
@@ -329,5 +361,5 @@ def test_training_after_shearing_without_a_teacher_says_that_it_has_none(known: 
     name, config, note = resolve_teacher(None, DistillationConfig(), sheared)
     assert (name, config.weight) == (None, 0.0)
     assert note is not None and note.endswith("to learn from the source: --teacher models/base")
-    off = DistillationConfig(weight=0.0)
+    off = DistillationConfig(weight=0.0, temperature=1.0, top_k=0)
     assert resolve_teacher(None, off, sheared) == (None, off, None)

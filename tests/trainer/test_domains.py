@@ -18,6 +18,7 @@ from trainer.domains import (
     DomainOptions,
     Domains,
     drawn_again,
+    drawn_otherwise,
     parse_values,
     sheared_report,
     start_reference,
@@ -319,3 +320,13 @@ def test_what_a_model_s_history_does_not_give_is_said(
     for damaged in damages:
         (first / "cpt.json").write_text(json.dumps(report | {"samples": damaged}))
         assert drawn_again(first, reader, 0) == 0
+
+
+def test_samples_of_another_length_are_counted(workspace: Path) -> None:
+    short, long = (TokenReader(workspace / "tokens", length) for length in (16, 32))
+    used = {"alpha": 5, "beta": 3}
+    samples = {"data": short.fingerprint, "sizes": short.sizes, "seed": 0, "used": used}
+    assert drawn_otherwise({"samples": samples}, long) == 8
+    assert drawn_otherwise({"samples": samples}, short) == 0
+    assert drawn_otherwise({"samples": samples | {"data": "other"}}, long) == 0
+    assert drawn_otherwise(None, long) == drawn_otherwise({}, long) == 0

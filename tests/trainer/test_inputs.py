@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from data.errors import InputError
 from data.reader import TokenReader
 from tests.factories import write_tokens
-from trainer.inputs import check_tokenizer, missing_data
+from trainer.inputs import check_tokenizer, missing_data, warn_of_no_tokenizer
 from trainer.models.hf import load_config
 
 
@@ -108,3 +108,14 @@ def test_offline_nothing_is_to_be_fetched_here(
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     message = missing_data(str(tmp_path), 64, "tok")
     assert message is not None and "network" not in message
+
+
+def test_a_model_without_a_tokenizer_is_told_at_the_start(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn_of_no_tokenizer(workspace / "model")
+    assert not capsys.readouterr().err
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    warn_of_no_tokenizer(bare)
+    assert f"{bare} holds no tokenizer" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_a_teacher_needs_its_shard_and_what_stays_gathered() -> None:
 def test_a_teacher_is_named_when_it_is_too_much() -> None:
     def with_teacher(teacher: int) -> str | None:
         sizes = {"total": 80 * GIB, "shards": 2, "gathered_bytes": 2, "teacher": teacher}
-        return memory_problem(LLAMA_7B, device="the GPU", frozen=False, **sizes)
+        return memory_problem(LLAMA_7B, device="the GPU", shared=False, frozen=False, **sizes)
 
     assert with_teacher(15 * 10**9) is None
     text = with_teacher(20 * 10**9)
@@ -105,7 +106,7 @@ def test_the_machine_is_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> 
 def test_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     context = parallel.init(threads=1)
     huge = replace(SHAPE, hidden_size=1 << 20, intermediate_size=1 << 22)
-    with pytest.raises(InputError, match="start more ranks"):
+    with pytest.raises(InputError, match="use a machine with more memory"):
         build_model(huge, options(), context, load=None)
     needed = 16 * SHAPE.num_parameters()
     monkeypatch.setattr(memory, "total_memory", lambda _: needed)
@@ -114,7 +115,7 @@ def test_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -
         check_memory(SHAPE, options(precision="bf16"), context)
     check_memory(SHAPE, options(precision="bf16", reshard_after_forward=True), context)
     monkeypatch.setattr(memory, "total_memory", lambda _: needed - 1)
-    with pytest.raises(InputError, match="start more ranks"):
+    with pytest.raises(InputError, match="use a machine with more memory"):
         check_memory(SHAPE, options(), context)
 
 
@@ -138,6 +139,17 @@ def test_an_allocation_that_fails_on_a_cpu_is_explained() -> None:
     assert message.startswith("out of memory at --micro-batch 4, --seq-len 16; run the same")
     assert "--micro-batch 2 or --activation-checkpointing" in message
     assert "DefaultCPUAllocator" in message
+    # One process in fp32 gathers nothing, and more would share the same memory.
+    assert "--reshard" not in message and "ranks" not in message and "more memory" in message
+
+
+def test_more_ranks_are_advised_where_each_has_its_own_memory() -> None:
+    sizes: dict[str, Any] = {"total": 10, "shards": 1, "gathered_bytes": 0, "device": "it"}
+    own = memory_problem(LLAMA_7B, **sizes)
+    assert own is not None and "start more ranks" in own
+    shared = memory_problem(LLAMA_7B, **sizes, shared=True)
+    assert shared is not None and "start more" not in shared
+    assert "a machine with more memory, or ranks on several" in shared
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory")])

@@ -201,3 +201,12 @@ def test_variables_that_contradict_each_other_are_refused(monkeypatch: pytest.Mo
     launched(monkeypatch, RANK="4")
     with pytest.raises(InputError, match="RANK=4 is not below WORLD_SIZE=4"):
         parallel.init()
+
+
+def test_a_machine_without_a_network_to_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("ifa != nullptr. Unable to find interface for: [127.0.0.1]")
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    with pytest.raises(InputError, match=r"no network to itself .* `ip link set lo up`"):
+        parallel._join(None, torch.device("cpu"))

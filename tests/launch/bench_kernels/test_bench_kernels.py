@@ -148,7 +148,7 @@ def test_ratios_are_the_worst_of_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def peak(kind: str, vocabulary: int, **sizes: int) -> int:
-        return {"full": 1000, "fused": vocabulary}[kind]
+        return {"full": 10000, "fused": 10 * vocabulary}[kind]
 
     layers = {"one": (Weight("a", 16, 8, 4), Weight("b", 8, 16)), "two": (Weight("a", 8, 8),)}
     layers[kernel_cpu.SMALL] = (Weight("a", 4, 4),)
@@ -165,6 +165,12 @@ def test_ratios_are_the_worst_of_what_was_measured(
     json.dumps(result)
     kernel_cpu.print_result(result)
     assert "gather_scale_speedup" in capsys.readouterr().out
+
+
+def test_sizes_too_small_to_show_in_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cpu, "peak_bytes", lambda kind, **sizes: 0)
+    with pytest.raises(InputError, match=r"--tokens 12 and --vocabularies 50 .* --tokens 335545$"):
+        kernel_cpu.measure(BenchKernelsConfig(**TINY))
 
 
 @pytest.mark.slow

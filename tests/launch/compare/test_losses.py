@@ -101,6 +101,13 @@ def test_a_target_that_the_source_cannot_give_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="hidden=1000 is outside"):
         losses_plan(maker(tmp_path, targets=("big=hidden=1000",)), source)
+    # Who names a known shape has typed no sizes, and can correct none.
+    small = ModelConfig.from_hf(SMOLLM2 | {"num_hidden_layers": 4})
+    advice = r"--targets half \(.*\) is made for SmolLM2-135M .*for example --targets (small=\S+)$"
+    with pytest.raises(InputError, match=advice) as caught:
+        losses_plan(maker(tmp_path), small)
+    proposed = str(caught.value).rpartition(" ")[2]
+    assert losses_plan(maker(tmp_path, targets=(proposed,)), small).tasks
 
 
 def write_stages(plan_tasks: list[Any], losses: dict[str, tuple[float, float]]) -> None:

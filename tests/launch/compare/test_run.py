@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -174,6 +175,33 @@ def test_a_comparison_runs_resumes_and_grows(
     commands.clear()
     run(configure(methods=("ours",), cpt_steps=3, text=text))
     assert commands == ["launch.cpt", "launch.evaluate"]
+
+
+def test_source_and_text_are_known_by_content(
+    commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
+) -> None:
+    """Neither another path to them makes finished stages run again, nor counts another model as
+    the same."""
+    config = configure(methods=("blocks+kl",))
+    run(config)
+    shutil.copytree(tmp_path / "model", tmp_path / "moved")
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "text.jsonl", tmp_path / "other")
+    commands.clear()
+    moved: dict[str, Any] = {"source": str(tmp_path / "moved"), "input": (str(tmp_path / "other"),)}
+    run(replace(config, **moved))
+    assert commands == []
+    run(replace(config, **moved, methods=("blocks+kl", "blocks")))
+    assert commands == ["launch.cpt", "launch.evaluate"]
+
+    write_model(tmp_path / "model", num_hidden_layers=3, initializer_range=0.5)
+    changed = rf"--source {tmp_path}/model: has changed since the results in --output {tmp_path}"
+    with pytest.raises(InputError, match=changed):
+        run(config)
+    write_documents(tmp_path / "less.jsonl", number=10)
+    another = r"--input .*less\.jsonl'\]: is not \[.*text.jsonl'\], of which the results"
+    with pytest.raises(InputError, match=another):
+        run(replace(config, source=moved["source"], input=(str(tmp_path / "less.jsonl"),)))
 
 
 def test_a_second_comparison_into_the_same_folder_is_refused(

@@ -166,7 +166,9 @@ def test_domains_without_held_out_text_are_named(
         (["--data", "TOKENS", "--seq-len", "1"], "--seq-len 1"),
         (["--text", "TEXT", "--window", "512"], "at most 256 positions"),
         (["--text", "TEXT", "--window", "64", "--bos", "yes", "--stride", "64"], "--stride 64"),
-        (["--text", "SHORT", "--window", "64"], "nothing to predict"),
+        (["--text", "SHORT", "--window", "64"], r"--text .*short\.txt: .*nothing to predict"),
+        (["--text", "RECORDS"], r"a\.JSONL: is JSON Lines by its name.* into a \.txt file"),
+        (["--text", "PACKED"], r"text\.txt\.gz: is compressed; unpack it"),
         (["--data", "TOKENS", "--seq-len", "32", "--json", "FOLDER"], "is a folder"),
         (["--data", "DAMAGED", "--seq-len", "32"], "alpha"),
     ],
@@ -178,6 +180,9 @@ def test_impossible_requests_are_refused_before_weights_load(
     text.write_text("some text that is long enough to score " * 5)
     short.write_text("a")
     known = {"TOKENS": tiny_tokens, "TEXT": text, "SHORT": short, "FOLDER": tmp_path}
+    for word, name in (("RECORDS", "a.JSONL"), ("PACKED", "text.txt.gz")):
+        known[word] = tmp_path / name
+        known[word].write_text('{"text": "some text"}')
     if "DAMAGED" in arguments:
         damage(tiny_tokens, "alpha")
         known["DAMAGED"] = tiny_tokens

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from data.cli import STOPPED
@@ -203,4 +204,13 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         ranks.start_ranks(3, ["cpt"])
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(InputError, match="torchrun has started ranks already"):
+        ranks.start_ranks(2, ["cpt"])
+
+
+def test_a_machine_without_a_network_to_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise DistNetworkError("Network is unreachable")
+
+    monkeypatch.setattr(ranks, "TCPStore", fail)
+    with pytest.raises(InputError, match=r"--ranks 2: .*no network to itself.*ip link set lo up"):
         ranks.start_ranks(2, ["cpt"])
