@@ -55,7 +55,6 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 """What options are that are None: by rule, part of ShearConfig and option."""
 AT_ONCE = {
     "train": {"min_lr_ratio": MIN_LR_RATIO, "warmup_ratio": WARMUP_RATIO},
-    "distillation": {"weight": 0.0},
 }
 """The same where nothing is trained (--steps 0)."""
 _TRAINING = (

@@ -278,8 +278,8 @@ def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> 
 
 
 def _teacher(inputs: Inputs) -> TeacherSource | None:
-    """The untouched source; None when distillation is off."""
-    distilled = inputs.config.distillation.weight
+    """The untouched source; None when distillation is off, or nothing is trained."""
+    distilled = inputs.config.distillation.weight and inputs.config.train.steps
     return TeacherSource(inputs.folder, inputs.model) if distilled else None
 
 

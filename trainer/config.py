@@ -183,8 +183,8 @@ class DistillationConfig:
 
     weight: Annotated[float | None, Name("distill-weight")] = None
     """Weight of the teacher in the loss, 0 (off) to 1 (the teacher alone). Default: 0.9 with a
-    teacher, which shearing by projection has in its source; after shearing, what shearing used;
-    else 0."""
+    teacher, which shearing by projection has in its source, and training after it, also where
+    shearing trained nothing (--steps 0); after shearing at another weight, that; else 0."""
 
     kind: Annotated[Literal["forward-kl"], Name("distill-kind")] = "forward-kl"
     """forward-kl: the divergence of the student's distribution from the teacher's, weighted by the

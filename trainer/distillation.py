@@ -94,7 +94,11 @@ def resolve_teacher(
         return name, config, None
     source = sheared["source"]
     if _holds(source, sheared.get("source_weights")):
-        return source, config, f"learns from {source} at weight {config.weight:g}, as in shearing"
+        return (
+            source,
+            config,
+            f"learns from {source} at weight {config.weight:g}, the model it was cut from",
+        )
     if asked:
         return None, config, None
     note = f"note: the model that shearing learned from is no longer {source}; --teacher names it"

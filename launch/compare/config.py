@@ -215,18 +215,18 @@ def _refuse_commas(flag: str, words: Sequence[str], known: Collection[str]) -> N
 
 def _peers(config: CompareConfig) -> list[Method]:
     """The other methods, as they were published, and two of them distilled."""
-    distilled = ("--teacher", config.source)
-    blocks = Method("blocks", 0, ("--no-refit",), seeded=False, whole_blocks=True)
+    distilled, alone = ("--teacher", config.source), ("--distill-weight", "0")
+    blocks = Method("blocks", 0, ("--no-refit",), alone, seeded=False, whole_blocks=True)
     published = (*_PUBLISHED, "--no-refit")
-    activation = Method("activation", 0, ("--init", "importance", *published), seeded=False)
+    activation = Method("activation", 0, ("--init", "importance", *published), alone, seeded=False)
     return [
         Method("paper", config.shear_steps, ("--rule", "paper"), ("--no-moments",)),
         blocks,
         replace(blocks, name="blocks+kl", cpt_flags=distilled, prunes_as="blocks"),
         activation,
         replace(activation, name="activation+kl", cpt_flags=distilled, prunes_as="activation"),
-        Method("magnitude", 0, ("--init", "magnitude", *published), seeded=False),
-        replace(activation, name="random", random=True, prunes_as="activation"),
+        Method("magnitude", 0, ("--init", "magnitude", *published), alone, seeded=False),
+        replace(activation, name="random", cpt_flags=(), random=True, prunes_as="activation"),
     ]
 
 

@@ -100,7 +100,7 @@ def test_training_goes_on_learning_from_the_source(
         "distill.top_k": "50 and the others as one",
     }
     assert train_on(inputs, sheared, tmp_path / "default") == same
-    assert "at weight 0.7, as in shearing" in capsys.readouterr().out
+    assert "at weight 0.7, the model it was cut from" in capsys.readouterr().out
     named = {"teacher": str(inputs / "model")}
     assert train_on(inputs, sheared, tmp_path / "named", **named) == same
     half = train_on(inputs, sheared, tmp_path / "half", distillation={"weight": 0.5})
@@ -108,6 +108,20 @@ def test_training_goes_on_learning_from_the_source(
     off = {"distillation": {"weight": 0.0}}
     assert train_on(inputs, sheared, tmp_path / "off", **off) == {}
     assert train_on(inputs, sheared, tmp_path / "random", init="random") == {}
+
+
+def test_a_model_that_was_only_cut_is_trained_with_its_source(inputs: Path, tmp_path: Path) -> None:
+    """Shearing at once loads no teacher, which has nothing to teach yet."""
+    output = tmp_path / "cut"
+    trainer = shear(configure(inputs, output, steps=0, refit=False))
+    assert trainer is not None and trainer.teacher is None
+    assert not [name for name in json.loads((output / "run.json").read_text()) if "distill" in name]
+    found = train_on(inputs, output, tmp_path / "trained")
+    assert found["distill.teacher"] == weights_fingerprint(inputs / "model")
+    assert found["distill.weight"] == DISTILL_WEIGHT
+    published = tmp_path / "published"
+    shear(configure(inputs, published, steps=0, rule="paper"))
+    assert train_on(inputs, published, tmp_path / "alone") == {}
 
 
 def test_training_says_that_the_source_is_gone_or_another(
@@ -150,7 +164,7 @@ def test_a_distilled_run_holds_its_learning_rate(inputs: Path, tmp_path: Path) -
     for options, expected in (
         ({}, (1.0, DISTILL_WEIGHT)),
         ({"rule": "sheared-llama"}, (0.1, 0.0)),
-        ({"steps": 0}, (0.1, 0.0)),
+        ({"steps": 0}, (0.1, DISTILL_WEIGHT)),
         ({"rule": "sheared-llama", "min_lr_ratio": 0.3}, (0.3, 0.0)),
         ({"min_lr_ratio": 0.3}, (0.3, DISTILL_WEIGHT)),
     ):
