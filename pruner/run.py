@@ -41,6 +41,8 @@ from trainer.distillation import (
 from trainer.domains import (
     DomainOptions,
     Domains,
+    begins_anew,
+    drawn_again,
     mixture_identity,
     replayed,
     resolve_mixture,
@@ -62,6 +64,7 @@ from trainer.output import (
     remove_checkpoints,
     require_apart,
     require_room,
+    run_of,
     state_of,
 )
 from trainer.parallel import DistributedContext
@@ -142,6 +145,7 @@ def _prune(
     else:
         logger.info(kernels)
     inputs.domains.log()
+    _log_notes(inputs)
     logger.info(f"source {inputs.source.describe()}  target {inputs.target.describe()}")
     teacher = load_teacher(
         _teacher(inputs), config.distillation, config.train, inputs.model, context
@@ -295,8 +299,7 @@ def _measurements(
         note_kept_options(output, config)
     if measured is None:
         assert model is not None
-        what = "" if inputs.selection else " and importance of its units"
-        logger.info(f"measuring the source: held-out loss{what}")
+        logger.info(f"measuring the source: {_measured(inputs)}")
         data = (inputs.reader, inputs.held_out, inputs.domains.weights)
         kinds = unit_kinds(inputs.target, inputs.source)
         measured = measure_source(model, config, context, *data, kinds, inputs.selection)
@@ -312,6 +315,29 @@ def _measurements(
     for domain, values in measured.held_out.items():
         logger.info(f"source, held-out {domain}: loss {values['loss']:.4f}")
     return measured
+
+
+def _measured(inputs: Inputs) -> str:
+    """What is measured of the source, in words."""
+    config = inputs.config
+    parts = ["loss on training text"]
+    if inputs.held_out is not None and config.train.eval_sequences:
+        parts.insert(0, "held-out loss")
+    if not inputs.selection:
+        parts += ["principal components"] if config.masks.basis == "principal" else []
+        parts += ["importance of its units"] if config.masks.init != "flat" else []
+    return ", ".join(parts)
+
+
+def _log_notes(inputs: Inputs) -> None:
+    """Says what the run goes without, and which samples its source has seen."""
+    config, run = inputs.config, run_of(inputs.folder)
+    if config.train.eval_sequences and inputs.held_out is None:
+        logger.info(f"note: {config.data} has no held-out sequences: nothing will be evaluated")
+    reports = ("shear.json", "cpt.json")
+    drawn = [drawn_again(run / name, inputs.reader, config.train.seed) for name in reports]
+    if any(drawn):
+        logger.info(begins_anew(max(drawn), run))
 
 
 def _log_doubt(measured: Measurements, inputs: Inputs) -> None:

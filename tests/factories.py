@@ -51,7 +51,9 @@ def write_documents(path: Path, number: int = 60, seed: int = 0) -> Path:
     return path
 
 
-def write_tokens(path: Path, tokenizer: Path, *, number: int = 60, seq_len: int = 64) -> Path:
+def write_tokens(
+    path: Path, tokenizer: Path, *, number: int = 60, seq_len: int = 64, held_out: float = 0.1
+) -> Path:
     """Token folder made by the real `data.tokenize` command from `write_documents`."""
     from data.tokenize import main
 
@@ -62,7 +64,7 @@ def write_tokens(path: Path, tokenizer: Path, *, number: int = 60, seq_len: int 
             *("--tokenizer", str(tokenizer)),
             *("--output", str(path)),
             *("--seq-len", str(seq_len)),
-            *("--held-out", "0.1"),
+            *("--held-out", str(held_out)),
             *("--workers", "1"),
         ]
     )

@@ -13,6 +13,7 @@ from data.mixture import MixtureConfig
 from data.paths import home_expanded, quoted
 from data.reader import TokenReader
 from trainer import parallel
+from trainer.checkpoint_files import committed
 from trainer.config import (
     MIN_LR_RATIO,
     WARMUP_RATIO,
@@ -31,6 +32,7 @@ from trainer.distillation import (
 from trainer.domains import (
     DomainOptions,
     Domains,
+    begins_anew,
     drawn_again,
     drawn_otherwise,
     mixture_identity,
@@ -249,11 +251,11 @@ def open_inputs(config: CptConfig) -> Inputs:
 
 def _moments(source: Path, config: CptConfig) -> tuple[Moments | None, str | None]:
     """The moments that training starts or started with, and what to say about them."""
-    run = run_of(source)
-    steps = moments_of(Path(config.output))
-    if steps:
-        # Those of a run that goes on are in its checkpoints; the file may be gone.
-        return Moments(run / MOMENTS, steps), None
+    run, output = run_of(source), Path(config.output)
+    if (output / "cpt.json").exists() or committed(output / "checkpoints"):
+        # A run that goes on has them in its checkpoints, or started without.
+        steps = moments_of(output)
+        return (Moments(run / MOMENTS, steps) if steps else None), None
     found, problem = find_moments(run, source, config.train.optimizer)
     if found is not None:
         return found, f"optimizer: goes on with its moments after {found.steps:,} steps of shearing"
@@ -319,12 +321,10 @@ def _log_notes(inputs: Inputs, config: CptConfig) -> None:
 def _log_origin(inputs: Inputs, config: CptConfig) -> None:
     """Says which part of the model's history this run does not go on from."""
     run = run_of(inputs.source)
-    drawn = 0 if inputs.used else drawn_again(run, inputs.reader, config.train.seed)
+    seed = config.train.seed
+    drawn = 0 if inputs.used else drawn_again(run / "cpt.json", inputs.reader, seed)
     if drawn:
-        logger.info(
-            f"note: the data begins at its start, with the {drawn:,} samples that the model of "
-            f"{run} has seen; another --seed draws another order"
-        )
+        logger.info(begins_anew(drawn, run))
     others = drawn_otherwise(sheared_report(run / inputs.source.name), inputs.reader)
     if others:
         logger.info(

@@ -208,11 +208,19 @@ def drawn_otherwise(sheared: dict[str, Any] | None, reader: TokenReader) -> int:
     return sum(count for count in (drawn.get("used") or {}).values())
 
 
-def drawn_again(run: Path, reader: TokenReader, seed: int) -> int:
-    """Samples that continued pre-training in `run` drew and that its model's next run draws again,
-    because `reader` and `seed` give the same order; 0 where its report does not tell."""
+def begins_anew(drawn: int, run: Path) -> str:
+    """What to say of the samples that the model of `run` has seen and the next run draws again."""
+    return (
+        f"note: the data begins at its start, with the {drawn:,} samples that the model of {run} "
+        "has seen; another --seed draws another order"
+    )
+
+
+def drawn_again(report: Path, reader: TokenReader, seed: int) -> int:
+    """Samples that the run of `report` drew and that its model's next run draws again, because
+    `reader` and `seed` give the same order; 0 where the report does not tell."""
     try:
-        samples = read_json(run / "cpt.json", "").get("samples")
+        samples = read_json(report, "").get("samples")
     except InputError:
         return 0
     if not isinstance(samples, dict) or not isinstance(samples.get("used"), dict):

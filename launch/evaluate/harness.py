@@ -119,6 +119,8 @@ class Harness:
             own = task.get_config("num_fewshot")
             if shots is not None or own is None:
                 task.set_config(key="num_fewshot", value=shots or 0)
+        for leaf, task in loaded["tasks"].items():
+            _require_examples(name, leaf, task)
         return loaded
 
 
@@ -313,6 +315,24 @@ def _refuse_unusable(name: str, leaf: str, config: dict[str, Any], shots: int | 
     if shots and config.get("num_fewshot") == 0:
         raise InputError(
             f"--shots {shots}: {leaf} has no examples by definition; leave out --shots or the task"
+        )
+
+
+def _require_examples(name: str, leaf: str, task: Any) -> None:
+    """Raises InputError where a task has fewer solved examples than are to stand in front of a
+    question."""
+    shots = task.get_config("num_fewshot") or 0
+    if not shots:
+        return
+    found = task.fewshot_docs()
+    found = len(found) if hasattr(found, "__len__") else sum(1 for _ in found)
+    # Where they are drawn from the questions themselves, the one that is asked is left out.
+    own = task.get_config("fewshot_split") in (None, task.get_config("test_split"))
+    usable = found - (own and not task.has_training_docs() and not task.has_validation_docs())
+    if shots > usable:
+        raise InputError(
+            f"--tasks {name}: {leaf} has {usable} solved examples, and {shots} are to stand in "
+            f"front of each question; use --shots {max(0, usable)} or fewer"
         )
 
 

@@ -79,6 +79,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     kernels = choose_kernels(config.kernels, context)
     with context.rank_zero_first():
         paths = [resolve_model(model) for model in config.model]
+    if reader is not None:
+        _require_one_tokenizer(config, paths)
     candidates = []
     for name, path in zip(config.model, paths, strict=True):
         shape = load_config(path)
@@ -202,6 +204,21 @@ def read_document(path: Path) -> str:
     if not text:
         raise InputError(f"--text {path}: the file is empty; there is nothing to score")
     return text
+
+
+def _require_one_tokenizer(config: EvaluateConfig, paths: list[Path]) -> None:
+    """Raises InputError for models whose tokenizers differ: no tokens are those of both."""
+    first: tuple[str, Any] | None = None
+    for name, path in zip(config.model, paths, strict=True):
+        if holds_tokenizer(path):
+            probe = load_tokenizer(path).probe()
+            if first is not None and probe != first[1]:
+                raise InputError(
+                    f"--data {config.data}: {first[0]} and {name} have different tokenizers, so "
+                    "their losses per token cannot be compared; measure each in a call of its own, "
+                    "or both on --text FILE, by bits per byte"
+                )
+            first = first or (name, probe)
 
 
 def _open_tokens(config: EvaluateConfig) -> TokenReader:

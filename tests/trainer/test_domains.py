@@ -310,7 +310,8 @@ def test_what_a_model_s_history_does_not_give_is_said(
         assert again not in capsys.readouterr().out
     report = json.loads((first / "cpt.json").read_text())
     samples, reader = report["samples"], TokenReader(workspace / "tokens", 16)
-    assert drawn_again(first, reader, 0) == 48 and drawn_again(first, reader, 1) == 0
+    written = first / "cpt.json"
+    assert drawn_again(written, reader, 0) == 48 and drawn_again(written, reader, 1) == 0
     damages: tuple[Any, ...] = (
         [],
         None,
@@ -319,7 +320,7 @@ def test_what_a_model_s_history_does_not_give_is_said(
     )
     for damaged in damages:
         (first / "cpt.json").write_text(json.dumps(report | {"samples": damaged}))
-        assert drawn_again(first, reader, 0) == 0
+        assert drawn_again(written, reader, 0) == 0
 
 
 def test_samples_of_another_length_are_counted(workspace: Path) -> None:

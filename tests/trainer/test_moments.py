@@ -134,14 +134,20 @@ def test_a_resumed_run_needs_the_file_no_longer(
     assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_run_goes_on_as_it_started(
-    first: bool, sheared: Path, workspace: Path, tmp_path: Path
-) -> None:
-    had = "the moments of shearing" if first else "empty moments"
-    train(sheared, workspace, tmp_path / "out", moments=first)
-    with pytest.raises(InputError, match=f": --moments: it started with {had}. Repeat"):
-        train(sheared, workspace, tmp_path / "out", moments=not first)
+def test_a_run_goes_on_as_it_started(sheared: Path, workspace: Path, tmp_path: Path) -> None:
+    """Also one from before there were moments beside its model."""
+    train(sheared, workspace, tmp_path / "with")
+    with pytest.raises(InputError, match="it started with the moments of shearing"):
+        train(sheared, workspace, tmp_path / "with", moments=False)
+    config = {"steps": 6, "save_interval": 2}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(sheared, workspace, whole, moments=False, **config)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_during(3, patch)
+        assert train(sheared, workspace, parts, moments=False, **config).stopping
+    train(sheared, workspace, parts, **config)
+    name = "model/model.safetensors"
+    assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,23 @@ def test_tokens_of_a_larger_vocabulary_are_refused(tmp_path: Path, tiny_tokenize
     model = write_model(tmp_path / "small", vocab_size=100)
     with pytest.raises(InputError, match="100"):
         main(["--model", str(model), "--data", str(tokens), "--seq-len", "32"])
+
+
+def test_models_of_two_tokenizers_are_not_compared_on_tokens(
+    tmp_path: Path, tiny_model: Path, tiny_tokens: Path
+) -> None:
+    """Tokens of either are not the other's, so to tokenize again leads nowhere."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["T"], vocabulary["h"] = vocabulary["h"], vocabulary["T"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    data = ["--data", str(tiny_tokens), "--seq-len", "32"]
+    for models in ((tiny_model, other), (other, tiny_model)):
+        first, second = (str(model) for model in models)
+        with pytest.raises(InputError, match=f"{first} and {second} have different tokenizers"):
+            main(["--model", first, second, *data])
+    text = tmp_path / "text.txt"
+    text.write_text("The text of both. " * 20)
+    main(["--model", str(tiny_model), str(other), "--text", str(text), "--window", "64"])

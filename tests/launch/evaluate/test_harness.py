@@ -220,6 +220,7 @@ def test_models_stand_side_by_side_and_finished_tasks_are_kept(
         (["--tasks", "lost", "--task-files", "FILES"], "its data cannot be read .*working folder"),
         (["--tasks", "odd", "--task-files", "FILES"], "lm-eval cannot make it .*mend its file"),
         (["--tasks", "fixed", "--shots", "2", "--task-files", "FILES"], "fixed has no examples"),
+        (["--tasks", "choice", "--shots", "5", "--task-files", "FILES"], "use --shots 2 or fewer"),
         (["--tasks", "code", "--task-files", "FILES"], "runs code that the model writes"),
         (["--tasks", "choice", "--task-files", "FILES", "--json", "EMPTY"], "is a folder"),
     ],
