@@ -520,7 +520,8 @@ def test_what_a_run_goes_without_and_has_seen_is_said(
     write_tokens(tmp_path / "tokens", inputs / "model", number=40, held_out=0)
     again = {"source": str(tmp_path / "trained"), "target": "ffn=16", "steps": 0, "refit": False}
     shear(configure(inputs, tmp_path / "second", **again))
-    assert "begins at its start, with the 8 samples that the model of" in capsys.readouterr().out
+    # Eight of the first shearing, and eight of training, which went on behind them.
+    assert "begins at its start, with the 16 samples that the model of" in capsys.readouterr().out
     config = configure(inputs, tmp_path / "third", data=str(tmp_path / "tokens"), **again)
     shear(config)
     printed = capsys.readouterr().out
