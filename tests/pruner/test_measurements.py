@@ -1,6 +1,7 @@
-"""Kept measurements come back as they were, or not at all."""
+"""What is measured and what a run goes without is said; kept measurements come back whole or not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from safetensors.torch import save_file
 
 from data.errors import InputError
 from pruner.measurements import FILE, ROTATION, load_kept
+from pruner.run import shear
+from tests.factories import write_tokens
+from tests.pruner.test_run import configure
+from tests.trainer.tiny import pretrain
 from trainer import parallel
 
 HELD_OUT = {"a": {"loss": 1.5, "perplexity": 4.5, "tokens": 31}}
@@ -56,3 +61,31 @@ def test_damaged_ones_are_measured_again_or_named(
     assert load_kept(tmp_path, "k", context) is None
     with pytest.raises(InputError, match="missing or damaged"):
         load_kept(tmp_path, None, context)
+
+
+def test_what_a_run_goes_without_and_has_seen_is_said(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shearing what a run has trained, on the same data and on data without held-out text."""
+    shear(configure(inputs, tmp_path / "first", steps=2))
+    printed = capsys.readouterr().out
+    assert "held-out loss, loss on training text, principal components, importance" in printed
+    assert "data begins at its start" not in printed and "nothing will be" not in printed
+    config = configure(inputs, tmp_path / "train")
+    pretrain(
+        replace(config.train, steps=2),
+        model=tmp_path / "first",
+        data=inputs / "tokens",
+        output=tmp_path / "trained",
+    )
+    capsys.readouterr()
+    write_tokens(tmp_path / "tokens", inputs / "model", number=40, held_out=0)
+    again = {"source": str(tmp_path / "trained"), "target": "ffn=16", "steps": 0, "refit": False}
+    shear(configure(inputs, tmp_path / "second", **again))
+    # Eight of the first shearing, and eight of training, which went on behind them.
+    assert "begins at its start, with the 16 samples that the model of" in capsys.readouterr().out
+    config = configure(inputs, tmp_path / "third", data=str(tmp_path / "tokens"), **again)
+    shear(config)
+    printed = capsys.readouterr().out
+    assert "has no held-out sequences: nothing will be evaluated" in printed
+    assert "measuring the source: loss on training text" in printed

@@ -22,7 +22,6 @@ from pruner.run import shear
 from pruner.shapes import config_of
 from pruner.timing import Timing
 from tests.distributed import run_ranks
-from tests.factories import write_tokens
 from tests.trainer.tiny import pretrain
 from trainer.config import DistillationConfig, TrainConfig
 from trainer.loop import Trainer
@@ -499,31 +498,3 @@ def test_a_speedup_is_measured_once_data_is_known_to_fit(
     record = json.loads((tmp_path / "out" / "target.json").read_text())
     assert record["shape"].startswith("layers=1,") or record["shape"].startswith("layers=2,")
     assert record["latency"]["measured"]["source"] == 4.0
-
-
-def test_what_a_run_goes_without_and_has_seen_is_said(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Shearing what a run has trained, on the same data and on data without held-out text."""
-    shear(configure(inputs, tmp_path / "first", steps=2))
-    printed = capsys.readouterr().out
-    assert "held-out loss, loss on training text, principal components, importance" in printed
-    assert "data begins at its start" not in printed and "nothing will be" not in printed
-    config = configure(inputs, tmp_path / "train")
-    pretrain(
-        replace(config.train, steps=2),
-        model=tmp_path / "first",
-        data=inputs / "tokens",
-        output=tmp_path / "trained",
-    )
-    capsys.readouterr()
-    write_tokens(tmp_path / "tokens", inputs / "model", number=40, held_out=0)
-    again = {"source": str(tmp_path / "trained"), "target": "ffn=16", "steps": 0, "refit": False}
-    shear(configure(inputs, tmp_path / "second", **again))
-    # Eight of the first shearing, and eight of training, which went on behind them.
-    assert "begins at its start, with the 16 samples that the model of" in capsys.readouterr().out
-    config = configure(inputs, tmp_path / "third", data=str(tmp_path / "tokens"), **again)
-    shear(config)
-    printed = capsys.readouterr().out
-    assert "has no held-out sequences: nothing will be evaluated" in printed
-    assert "measuring the source: loss on training text" in printed
