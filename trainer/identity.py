@@ -258,8 +258,7 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
             had = "no teacher" if saved.get("distill.teacher") is None else "a teacher"
             told["--teacher"] = f"--teacher, --distill-weight: it had {had}"
         elif name == "moments":
-            had = "empty moments" if old is None else "the moments of shearing"
-            told["--moments"] = f"--moments: it started with {had}"
+            told["--moments"] = "--no-moments: it started with the moments of shearing"
         elif name == "distill.teacher":
             told["--teacher"] = "--teacher is another model"
         elif isinstance(old, dict) and isinstance(new, dict) and name == "mixture":

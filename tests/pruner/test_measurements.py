@@ -1,4 +1,4 @@
-"""What is measured and what a run goes without is said; kept measurements come back whole or not."""
+"""What is measured is said; kept measurements come back as they were, or not at all."""
 
 import json
 from dataclasses import replace
