@@ -210,13 +210,15 @@ def _read(path: Path, key: str | None) -> Measurements | None:
             parse_json(metadata.get(name, ""), f"{path}, {name}", "", kind=kind)
             for name, kind in _KINDS.items()
         )
+        doubt = parse_json(metadata.get("in_doubt", "{}"), f"{path}, in_doubt", "", kind=dict)
     except InputError:
         return None
     finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
     if not finite or not fits(held_out, _LOSSES) or not fits(reference, {"*": float}):
         return None
+    if not fits(doubt, {"*": int}):
+        return None
     rotation = tensors.pop(ROTATION, None)
-    doubt = parse_json(metadata.get("in_doubt", "{}"), f"{path}, in_doubt", "", kind=dict)
     return Measurements(held_out, reference, tensors if importance else None, rotation, doubt)
 
 

@@ -43,6 +43,8 @@ def test_what_was_kept_comes_back(tmp_path: Path) -> None:
         {"held_out": '{"a": 5}'},
         {"reference": '{"a": "x"}'},
         {"reference": "[]"},
+        {"in_doubt": "{"},
+        {"in_doubt": '{"layer": "x"}'},
         {"importance": "[" * 9999},
         {"importance": "1"},
         {"held_out": None},
