@@ -278,6 +278,8 @@ class ShearConfig:
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""
         found = {} if self.train.steps else dict.fromkeys(_TRAINING, "--steps 0 trains nothing")
+        if not self.trains_weights:
+            found["save_moments"] = "no weight is trained, so there are no moments"
         for flag, value in (
             ("--reference-losses", self.reference_losses),
             ("--reference-fit", self.reference_fit),

@@ -267,10 +267,11 @@ class CptConfig:
 
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""
+        found = {"moments": "--init random has no former ones"} if self.init == "random" else {}
         if self.mixture.kind == "dynamic":
-            return {}
+            return found
         steers = f"--mixture {self.mixture.kind} steers towards no losses"
-        return dict.fromkeys(("reference_losses", "reference_fit"), steers)
+        return found | dict.fromkeys(("reference_losses", "reference_fit"), steers)
 
 
 def check_layout(config: TrainConfig, world: int) -> None:
