@@ -57,6 +57,7 @@ from trainer.models.decoder import CausalLM
 from trainer.models.export import require_loadable
 from trainer.models.hf import check_weights, load_config
 from trainer.models.sources import local_folder, resolve_model, weights_fingerprint
+from trainer.moments import FILE as MOMENTS
 from trainer.output import (
     finish_removal,
     note_removal,
@@ -125,6 +126,7 @@ def _prune(
     if state.report is not None:
         keep = config.train.keep_last_checkpoint
         log_finished(context, state.report, config.json, config.save_dtype, keep)
+        _note_missing_moments(config, output)
         finish_removal(output, identity, context)
         return None
     resuming = state.resuming
@@ -315,6 +317,15 @@ def _measurements(
     for domain, values in measured.held_out.items():
         logger.info(f"source, held-out {domain}: loss {values['loss']:.4f}")
     return measured
+
+
+def _note_missing_moments(config: ShearConfig, output: Path) -> None:
+    """Says that a finished run has left none, where they are asked for."""
+    if config.saves_moments and not (output / MOMENTS).exists():
+        logger.info(
+            f"note: {output} holds no {MOMENTS}: the run ended without, and --save-moments changes "
+            "nothing now; name another --output to have them"
+        )
 
 
 def _measured(inputs: Inputs) -> str:

@@ -406,6 +406,9 @@ def finish(trainer: Trainer, source: Path, config: CptConfig) -> None:
         lambda: check_weights(output / "model", load_config(output / "model"))
     )
     start = None if config.init == "random" else source
+    dtype = config.save_dtype or final_dtype(trainer.model.config, source)
+    if dtype != "float32":
+        logger.info(f"note: losses are of the weights in float32; {output / 'model'} has {dtype}")
     report = training_report(trainer) | carry(trainer, start)
     publish(trainer.context, report, config.json, output / "cpt.json")
     logger.info(

@@ -91,3 +91,15 @@ def test_what_a_run_goes_without_and_has_seen_is_said(
     printed = capsys.readouterr().out
     assert "has no held-out sequences: nothing will be evaluated" in printed
     assert "measuring the source: loss on training text" in printed
+
+
+def test_moments_that_a_finished_run_lacks_are_named(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"steps": 2, "save_moments": False}
+    shear(configure(inputs, tmp_path, **options))
+    capsys.readouterr()
+    shear(configure(inputs, tmp_path, **options))
+    assert "--save-moments" not in capsys.readouterr().out
+    shear(configure(inputs, tmp_path, steps=2))
+    assert "--save-moments changes nothing now" in capsys.readouterr().out

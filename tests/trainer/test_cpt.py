@@ -113,3 +113,19 @@ def test_no_steps_are_refused(workspace: Path, tmp_path: Path) -> None:
             data=workspace / "tokens",
             output=tmp_path,
         )
+
+
+def test_losses_are_said_to_be_of_the_weights_before_they_are_rounded(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for dtype in ("float32", "bfloat16"):
+        pretrain(
+            options(steps=1),
+            model=workspace / "model",
+            data=workspace / "tokens",
+            output=tmp_path / dtype,
+            reference_losses="alpha=2.0,beta=5.0",
+            save_dtype=dtype,
+        )
+        said = "losses are of the weights in float32" in capsys.readouterr().out
+        assert said == (dtype == "bfloat16")

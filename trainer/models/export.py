@@ -7,6 +7,7 @@ word, by transformers 4 and by what is built on it. Written are both.
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,11 @@ def require_loadable(config: ModelConfig, source: Path) -> None:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
     except Exception as error:  # torch and transformers raise many types
+        if sys.flags.optimize > 1:
+            raise InputError(
+                "transformers does not work where Python leaves out docstrings: start without -OO, "
+                "and unset PYTHONOPTIMIZE or set it to 1"
+            ) from error
         reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
         raise InputError(
             f"transformers cannot build a model with the settings of {source / _CONFIG}: "

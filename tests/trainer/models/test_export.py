@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
@@ -201,3 +203,14 @@ def test_of_two_lists_of_special_tokens_the_one_of_transformers_5_is_kept(
     widen(source)
     assert json.loads(path.read_text())["additional_special_tokens"] == expected
     assert AutoTokenizer.from_pretrained(source).all_special_tokens == before
+
+
+def test_an_interpreter_without_docstrings_is_named(source: Path) -> None:
+    """What transformers says of it is no fault of the config."""
+    line = (
+        "from pathlib import Path; from trainer.models.export import require_loadable; "
+        "from trainer.models.hf import load_config; "
+        f"require_loadable(load_config(Path({str(source)!r})), Path({str(source)!r}))"
+    )
+    result = subprocess.run([sys.executable, "-OO", "-c", line], capture_output=True, text=True)
+    assert "start without -OO" in result.stderr
