@@ -223,7 +223,7 @@ def open_inputs(config: CptConfig) -> Inputs:
     name, distillation, note = resolve_teacher(
         config.teacher, config.distillation, sheared if weights else None
     )
-    with _of_shearing(config.teacher):
+    with _unnamed(config.teacher):
         teacher = open_teacher(name, distillation, train, shape, reader)
     models = {"--model": source} | ({} if teacher is None else {"--teacher": teacher.folder})
     require_apart(Path(config.output), models=models, data=Path(config.data))
@@ -273,16 +273,16 @@ def _scheduled(train: TrainConfig, moments: Moments | None) -> TrainConfig:
 
 
 @contextmanager
-def _of_shearing(given: str | None) -> Iterator[None]:
-    """Says of a teacher that nobody has named, but shearing had, how to do without."""
+def _unnamed(given: str | None) -> Iterator[None]:
+    """Says of a teacher that nobody has named, the source of a sheared model, how to do without."""
     try:
         yield
     except InputError as error:
         if given is not None:
             raise
         raise InputError(
-            f"{error}. It is the teacher because shearing had it: --distill-weight 0 trains "
-            "without one"
+            f"{error}. It is the teacher because the report of shearing had it: "
+            "--distill-weight 0 trains without one"
         ) from None
 
 
