@@ -289,6 +289,11 @@ class ShearConfig:
         return found
 
 
+def calibration_sequences(seq_len: int) -> int:
+    """Sequences of `seq_len` tokens that a calibration pass reads by default."""
+    return max(CALIBRATION_SEQUENCES, -(-CALIBRATION_TOKENS // seq_len))
+
+
 def resolve(config: ShearConfig, model: ModelConfig, target: Shape) -> ShearConfig:
     """`config` with every option that is None filled in, for pruning `model` to `target`.
 
@@ -297,7 +302,7 @@ def resolve(config: ShearConfig, model: ModelConfig, target: Shape) -> ShearConf
     defaults = DEFAULTS[config.masks.rule] | ({} if config.train.steps else AT_ONCE)
     number = config.masks.calibration_sequences
     if number is None:
-        number = max(CALIBRATION_SEQUENCES, -(-CALIBRATION_TOKENS // config.train.seq_len))
+        number = calibration_sequences(config.train.seq_len)
     basis = _basis(config.masks, model, target)
     masks = replace(config.masks, basis=basis, calibration_sequences=number)
     return replace(

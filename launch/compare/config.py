@@ -21,10 +21,13 @@ TARGETS = {
 }
 """Named targets: 44% and 23% of SmolLM2-135M's parameters without embeddings."""
 OURS = "ours"
+MASKS = "masks"
+REFITTED = ("activation+refit+kl", "blocks+refit+kl")
 _AT_ONCE = ("blocks", "blocks+kl", "activation", "activation+kl", "magnitude")
-METHODS = (OURS, "paper", *_AT_ONCE, "random")
-REFITTED = ("principal+kl", "principal+refit+kl", "activation+refit+kl", "blocks+refit+kl")
-"""Known as well, but not run unless they are named."""
+METHODS = (OURS, MASKS, "paper", *REFITTED, *_AT_ONCE, "random")
+UNREPAIRED = "principal+kl"
+"""Known as well, but not run unless it is named."""
+_OURS_BEFORE = "principal+refit+kl"
 WARMUP_RATIO = 0.1
 """Of learning masks, and of training after the peers' pruning."""
 STAGE_FOLDERS = ("text", "tokens", "source", "logs", "dead-units")
@@ -55,16 +58,17 @@ class CompareConfig:
     json: Annotated[str | None, ON_DISK] = None
     """Write the table to this file, anew after every finished run."""
     methods: tuple[str, ...] = METHODS
-    """ours: masks learned by projection with all defaults, so distilled from the source; paper: by
-    Sheared LLaMA's rule; blocks: whole blocks removed at once; activation, magnitude: the same
-    shape cut at once, by strength of activations or norm of weights; random: that shape trained
-    from scratch; blocks+kl, activation+kl: those distilled from the source as ours is;
-    principal+kl: cut at once in ours' basis, and then trained as ours is; principal+refit+kl,
-    activation+refit+kl, blocks+refit+kl: cut at once, refitted on the sequences they are then
-    trained on, and trained as ours is."""
+    """ours: cut at once in the basis of principal components, refitted on the sequences it is then
+    trained on, and distilled from the source; masks: learned by projection, with the weights, and
+    distilled; paper: learned by Sheared LLaMA's rule; blocks: whole blocks removed at once;
+    activation, magnitude: the same shape cut at once, by strength of activations or norm of
+    weights; activation+kl, blocks+kl: those distilled from the source; activation+refit+kl,
+    blocks+refit+kl: refitted and trained as ours is; random: that shape trained from scratch;
+    principal+kl: ours without its refit."""
     variant: tuple[str, ...] = ()
     """Further methods as NAME=FLAGS: ours with these flags of pruner.shear and, after a |, of
-    launch/cpt.py; --steps N leaves the other steps to training, and {seed} stands for the seed."""
+    launch/cpt.py; --steps N learns masks for N steps and leaves the others to training, and {seed}
+    stands for the seed."""
     targets: tuple[str, ...] = ("half", "quarter")
     """Shapes as NAME=SIZES, or half and quarter, which fit SmolLM2-135M."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -97,14 +101,15 @@ class CompareConfig:
     """Questions of each of --tasks, the first ones. Default: all."""
     seq_len: int = 256
     """Tokens per sequence."""
-    batch: int = 8
+    batch: int = 2
     """Sequences per step."""
-    shear_steps: int = 16
+    shear_steps: int = 64
     """Steps of mask learning; methods that cut at once train that much longer instead."""
-    cpt_steps: int = 24
+    cpt_steps: int = 96
     """Steps of continued pre-training after them."""
-    ours_lr: float = 8e-4
-    """Learning rate of ours, held from shearing on into training, where it falls."""
+    ours_lr: float = 5e-4
+    """Learning rate of ours, of masks and of what is refitted; masks hold it from shearing on into
+    training, where it falls."""
     shear_lr: float = 3e-4
     """Peak learning rate while shearing by Sheared LLaMA's rule."""
     cpt_lr: float = 6e-4
@@ -186,12 +191,17 @@ class Method:
 def methods_of(config: CompareConfig) -> list[Method]:
     """The methods that `config` names. Raises InputError for unknown, repeated or bad ones."""
     rate = ("--lr", str(config.ours_lr))
-    ours = Method(OURS, config.shear_steps, rate, rate, warmup=None)
-    known = {method.name: method for method in (ours, *_peers(config), *_refitted(config, ours))}
+    ours = Method(OURS, 0, rate, rate, warmup=None)
+    masks = replace(ours, name=MASKS, shear_steps=config.shear_steps)
+    methods = (ours, masks, *_peers(config), *_refitted(config, ours))
+    made = {method.name: method for method in methods}
+    known = {name: made[name] for name in (*METHODS, UNREPAIRED)}
     found: list[Method] = []
     for name in config.methods:
         if name not in known:
             _refuse_commas("--methods", config.methods, known)
+            if name == _OURS_BEFORE:
+                raise InputError(f"--methods {name}: is called {OURS} now")
             raise InputError(f"--methods {name}: unknown; known are {', '.join(known)}")
         found.append(known[name])
     found += [_variant(text, ours, config.steps) for text in config.variant]
@@ -231,14 +241,14 @@ def _peers(config: CompareConfig) -> list[Method]:
 
 
 def _refitted(config: CompareConfig, ours: Method) -> list[Method]:
-    """What a plain cut becomes with ours' basis, repair and training. A refit depends on the seed,
-    because it reads the sequences that training draws."""
+    """Peers with ours' repair and training, and ours without its repair. A refit depends on the
+    seed, because it reads the sequences that training draws."""
+    activation, blocks = REFITTED
     training = (*ours.cpt_flags, "--teacher", config.source)
     known = [
-        Method(REFITTED[0], 0, ("--no-refit",), seeded=False),
-        Method(REFITTED[1], 0),
-        Method(REFITTED[2], 0, ("--init", "importance", *_PUBLISHED)),
-        Method(REFITTED[3], 0, whole_blocks=True),
+        Method(activation, 0, ("--init", "importance", *_PUBLISHED)),
+        Method(blocks, 0, whole_blocks=True),
+        Method(UNREPAIRED, 0, ("--no-refit",), seeded=False),
     ]
     return [replace(method, cpt_flags=training, warmup=None) for method in known]
 

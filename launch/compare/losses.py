@@ -14,8 +14,8 @@ from data.tables import millions, print_table
 from launch.compare.config import (
     METHODS,
     OURS,
-    REFITTED,
     TARGETS,
+    UNREPAIRED,
     CompareConfig,
     Method,
     methods_of,
@@ -347,7 +347,7 @@ def leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for target in dict.fromkeys(row["target"] for row in rows):
         ours = grouped.get((target, OURS), {})
         others = {
-            name: grouped.get((target, name), {}) for name in (*METHODS, *REFITTED) if name != OURS
+            name: grouped.get((target, name), {}) for name in (*METHODS, UNREPAIRED) if name != OURS
         }
         shared = {name: theirs for name, theirs in others.items() if theirs.keys() & ours.keys()}
         for domain in next(iter(ours.values())) if shared else ():

@@ -11,6 +11,7 @@ from launch.commands import ROOT, command, python
 from launch.compare.config import WARMUP_RATIO, CompareConfig, Method
 from launch.compare.text import split_documents
 from launch.stages import Task
+from pruner.config import calibration_sequences
 from trainer.models.sources import resolve_model
 
 REFIT_SEQUENCES, REFIT_HELD_OUT = 256, 32
@@ -102,20 +103,24 @@ class StageMaker:
         flags = ["--target", target, "--steps", method.shear_steps, "--lr", config.shear_lr]
         # A fixed mixture steers towards no losses, so measuring them would be lost time.
         flags += [*self._training_flags(seed, WARMUP_RATIO), "--reference-sequences", 1]
-        flags += ["--no-activation-checkpointing", *self._refit_flags(method)]
+        flags += ["--no-activation-checkpointing", *self._text_flags(method)]
         flags += [word.replace("{seed}", str(seed)) for word in method.shear_flags]
         words = ["-m", "pruner.shear", "--source", config.source, *flags]
         return self._training_task(name, words, flags, "tokens", "shear.json", kind)
 
-    def _refit_flags(self, method: Method) -> list[object]:
-        """A refit may read only what is trained on afterwards, or it would have more tokens."""
+    def _text_flags(self, method: Method) -> list[object]:
+        """Calibration and a refit may read only what is trained on as well, or a method would have
+        more tokens than the others."""
         config, flags = self.config, method.shear_flags
+        found: list[object] = []
+        if config.steps * config.batch < calibration_sequences(config.seq_len):
+            found += ["--calibration-sequences", config.steps * config.batch]
         if "--no-refit" in flags or (method.shear_steps and "--freeze-weights" not in flags):
-            return []
+            return found
         sequences = (config.steps - method.shear_steps) * config.batch
         held_out = max(1, min(REFIT_HELD_OUT, sequences // 8))
         fitted = max(1, min(REFIT_SEQUENCES, sequences - held_out))
-        return ["--refit-sequences", fitted, "--refit-held-out", held_out]
+        return [*found, "--refit-sequences", fitted, "--refit-held-out", held_out]
 
     def train(self, name: str, pruned: Task, method: Method, seed: int, kind: str) -> Task:
         """Continued pre-training of a pruned model, or from scratch in its shape."""

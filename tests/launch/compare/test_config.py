@@ -17,8 +17,11 @@ def test_every_method_trains_for_the_same_number_of_steps() -> None:
     methods = {method.name: method for method in methods_of(config)}
     assert tuple(methods) == METHODS and config.steps == 7
     assert {name: method.shear_steps for name, method in methods.items()} == {
-        "ours": 3,
+        "ours": 0,
+        "masks": 3,
         "paper": 3,
+        "activation+refit+kl": 0,
+        "blocks+refit+kl": 0,
         "blocks": 0,
         "blocks+kl": 0,
         "activation": 0,
@@ -33,9 +36,13 @@ def test_every_method_trains_for_the_same_number_of_steps() -> None:
         assert methods[name].shear_flags == methods[start].shear_flags
         assert methods[name].shear_flags == ("--init", "importance", *published, "--no-refit")
     with_teacher = {name for name, method in methods.items() if "--teacher" in method.cpt_flags}
-    assert with_teacher == {"blocks+kl", "activation+kl"}
-    assert methods["ours"].shear_flags == ("--lr", "0.0008")
-    assert methods["ours"].cpt_flags == ("--lr", "0.0008") and methods["ours"].warmup is None
+    # Shearing by projection, and a refit, leave training the source as its teacher.
+    assert with_teacher == {name for name in METHODS if name.endswith("+kl")}
+    for name in ("ours", "masks"):
+        assert methods[name].shear_flags == methods[name].cpt_flags == ("--lr", "0.0005")
+    for name in ("ours", "masks", "activation+refit+kl", "blocks+refit+kl"):
+        assert methods[name].cpt_flags[:2] == ("--lr", "0.0005") and methods[name].warmup is None
+        assert "--no-refit" not in methods[name].shear_flags
     # As published.
     assert methods["paper"].cpt_flags == ("--no-moments",) and methods["paper"].warmup == 0.1
 
@@ -43,10 +50,10 @@ def test_every_method_trains_for_the_same_number_of_steps() -> None:
 def test_variants_are_ours_with_other_flags() -> None:
     variants = ("taylor=--init taylor", "late=--steps 2 --mask-lr 1|--lr 3e-4 --eps {seed}")
     found = methods_of(configure(methods=(), variant=variants, shear_steps=5))
-    rate = ("--lr", "0.0008")
+    rate = ("--lr", "0.0005")
     late = (*rate, "--lr", "3e-4", "--eps", "{seed}")
     assert found == [
-        Method("taylor", 5, (*rate, "--init", "taylor"), rate, warmup=None),
+        Method("taylor", 0, (*rate, "--init", "taylor"), rate, warmup=None),
         Method("late", 2, (*rate, "--mask-lr", "1"), late, warmup=None),
     ]
     (joined,) = methods_of(configure(methods=(), variant=("late=--steps=0 --init=flat",)))
@@ -68,7 +75,11 @@ def test_targets_are_named_shapes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ("best",)}, r"--methods best: unknown; known are ours, paper, blocks"),
+        (
+            {"methods": ("best",)},
+            r"--methods best: unknown; known are ours, masks, paper, activation\+refit",
+        ),
+        ({"methods": ("principal+refit+kl",)}, r"refit\+kl: is called ours now"),
         ({"methods": ("ours", "ours")}, r"two methods are called 'ours'"),
         ({"variant": ("paper=--init flat",)}, r"two methods are called 'paper'"),
         ({"methods": ()}, r"no method to compare"),
@@ -76,9 +87,9 @@ def test_targets_are_named_shapes() -> None:
         ({"domain_weights": "c4"}, r"--domain-weights 'c4'"),
         ({"variant": ("taylor",)}, r"--variant 'taylor' is not NAME=FLAGS"),
         ({"variant": ("a/b=--init flat",)}, r"is not NAME=FLAGS"),
-        ({"variant": ("x=--steps 40",)}, r"--steps 40 must be a number from 0 to 39"),
+        ({"variant": ("x=--steps 160",)}, r"--steps 160 must be a number from 0 to 159"),
         ({"variant": ("x=--steps",)}, r"--steps  must be a number"),
-        ({"variant": ("x=--steps=40",)}, r"--steps 40 must be a number from 0 to 39"),
+        ({"variant": ("x=--steps=160",)}, r"--steps 160 must be a number from 0 to 159"),
         ({"variant": ("x=--init flat|--steps 3",)}, r"give --steps N before the \| only"),
         ({"variant": ("x=--seed 10{seed}",)}, r"--seed is the comparison's to set"),
         ({"variant": ("x=|--global_batch=4",)}, r"--global-batch is the comparison's to set"),

@@ -64,9 +64,9 @@ def test_plan_of_the_named_targets(
         assert set(task.after) <= tasks.keys() and task.folder == tmp_path / name
     # What does not depend on the seed is pruned and measured once.
     shears = [name for name in names if name.endswith("/shear")]
-    assert len(shears) == 2 * (2 * 3 + 3)
+    assert len(shears) == 2 * (5 * 3 + 3)
     cpts = [name for name in names if name.endswith("/cpt")]
-    assert len(cpts) == 2 * 8 * 3
+    assert len(cpts) == 2 * 11 * 3
     assert tasks["half/random/seed-1/cpt"].after == ("half/activation/shear",)
     assert tasks["half/blocks+kl/seed-1/cpt"].after == ("half/blocks/shear",)
     assert names.index("half/magnitude/seed-0/cpt") < names.index("half/ours/seed-1/shear")
@@ -86,14 +86,36 @@ def test_all_rows_train_on_equally_many_tokens(source: ModelConfig, tmp_path: Pa
         if name.endswith("/cpt"):
             (pruned,) = next(task.after for task in plan.tasks if task.name == name)
             steps = [words[words.index("--steps") + 1] for words in (settings[pruned], flags)]
-            assert sum(steps) == 40, name
+            assert sum(steps) == 160, name
             batch = [
                 words[words.index("--global-batch") + 1] for words in (settings[pruned], flags)
             ]
-            assert batch == [8, 8]
+            assert batch == [2, 2]
     assert settings["half/once/seed-3/cpt"][-2:] == ["--lr", "1e-3"]
     assert settings["half/random/seed-3/cpt"][2:4] == ["--lr", 1e-3]
     assert settings["half/random/seed-3/cpt"][-2:] == ["--init", "random"]
+
+
+def test_only_text_that_is_trained_on_calibrates_and_refits(
+    source: ModelConfig, tmp_path: Path
+) -> None:
+    def words(steps: int, name: str) -> list[Any]:
+        plan = losses_plan(maker(tmp_path, shear_steps=steps, cpt_steps=steps), source)
+        (task,) = (task for task in plan.tasks if task.name == f"half/{name}/shear")
+        return list(task.settings["flags"])
+
+    few = words(3, "ours/seed-0")
+    at = few.index("--calibration-sequences")
+    assert few[at : at + 6] == [
+        *("--calibration-sequences", 12, "--refit-sequences", 11, "--refit-held-out", 1)
+    ]
+    for name in ("masks/seed-0", "activation"):
+        few = words(3, name)
+        assert few[few.index("--calibration-sequences") + 1] == 12, name
+        assert "--refit-sequences" not in few
+    many = words(80, "ours/seed-0")
+    assert "--calibration-sequences" not in many
+    assert many[many.index("--refit-sequences") + 1] == 256
 
 
 def test_a_target_that_the_source_cannot_give_is_refused(
@@ -153,7 +175,7 @@ def spent(task: Task) -> dict[str, int]:
     """Steps and tokens of a stage, from its command; a measuring one has none."""
     flags = [str(word) for word in task.settings.get("flags", ())]
     steps = int(flags[flags.index("--steps") + 1]) if "--steps" in flags else 0
-    return {"steps": steps, "tokens": steps * 8 * 256}
+    return {"steps": steps, "tokens": steps * 2 * 256}
 
 
 def test_numbers_are_those_of_the_stages(
@@ -178,7 +200,7 @@ def test_numbers_are_those_of_the_stages(
     assert plan.results({"source"}) is None
     results = plan.results(done)
     assert results is not None
-    assert results["tokens"] == 40 * 8 * 256 and results["missing_rows"] == 1
+    assert results["tokens"] == 160 * 2 * 256 and results["missing_rows"] == 1
     assert results["source_held_out"] == {"c4": 3.0, "github": 2.0, "all": 2.5}
     assert results["source_text"] == pytest.approx(math.exp(1.25))
     rows = {(row["method"], row["seed"]): row for row in results["rows"]}
@@ -187,8 +209,8 @@ def test_numbers_are_those_of_the_stages(
     assert rows["ours", 1]["pruned"] == {"c4": 6.5, "github": 5.5, "all": 6.0}
     assert rows["activation", 0]["pruned"] == rows["activation", 1]["pruned"]
     assert rows["random", 0]["pruned"] is None and rows["random", 0]["kept_not_alive"] is None
-    assert (rows["ours", 0]["shear_steps"], rows["ours", 0]["cpt_steps"]) == (16, 24)
-    assert (rows["random", 0]["shear_steps"], rows["random", 0]["cpt_steps"]) == (0, 40)
+    assert (rows["ours", 0]["shear_steps"], rows["ours", 0]["cpt_steps"]) == (0, 160)
+    assert (rows["random", 0]["shear_steps"], rows["random", 0]["cpt_steps"]) == (0, 160)
     assert {row["tokens"] for row in results["rows"]} == {results["tokens"]}
     weights = {row["method"]: row["distill_weight"] for row in results["rows"]}
     assert weights == {"ours": 0.9, "activation": 0.0, "random": 0.0}
@@ -258,8 +280,8 @@ def test_rows_of_other_lengths_are_refused(source: ModelConfig, tmp_path: Path) 
     done = {task.name for task in plan.tasks}
     assert plan.results(done) is not None
     report = tmp_path / "half/ours/seed-0/cpt/cpt.json"
-    report.write_text(json.dumps({"steps": 24, "tokens": 12 * 8 * 256}))
-    with pytest.raises(InputError, match=r"took 40 steps and 57,344 tokens.* 40 and 81,920: del"):
+    report.write_text(json.dumps({"steps": 160, "tokens": 112 * 2 * 256}))
+    with pytest.raises(InputError, match=r"took 160 steps and 57,344 tokens.* 160 and 81,920: del"):
         plan.results(done)
 
 
@@ -267,7 +289,8 @@ def test_blocks_of_a_source_with_one_are_refused(tmp_path: Path) -> None:
     source = ModelConfig.from_hf(SMOLLM2 | {"num_hidden_layers": 1})
     sizes = "small=hidden=432,heads=6,kv-heads=2"
     with pytest.raises(
-        InputError, match=r"--methods blocks: model has a single block.*ours paper a"
+        InputError,
+        match=r"--methods blocks\+refit\+kl: model has a single block.*ours masks paper a",
     ):
         losses_plan(maker(tmp_path, targets=(sizes,)), source)
 

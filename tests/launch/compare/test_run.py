@@ -141,7 +141,7 @@ def held_out(folder: Path) -> dict[str, float]:
 def test_a_comparison_runs_resumes_and_grows(
     commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
 ) -> None:
-    methods = ("ours", "blocks", "random")
+    methods = ("ours", "masks", "blocks", "random")
     (tmp_path / "wiki.txt").write_text("A text of a few words. " * 30)
     text = str(tmp_path / "wiki.txt")
     once = ("once=--steps 0 --init taylor",)
@@ -174,7 +174,8 @@ def test_a_comparison_runs_resumes_and_grows(
 
     commands.clear()
     run(configure(methods=("ours",), cpt_steps=3, text=text))
-    assert commands == ["launch.cpt", "launch.evaluate"]
+    # What it is calibrated and refitted on is what is trained on.
+    assert commands == ["pruner.shear", "launch.evaluate", "launch.cpt", "launch.evaluate"]
 
 
 def test_source_and_text_are_known_by_content(
