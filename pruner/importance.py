@@ -1,7 +1,8 @@
 """How important each unit of the source is, by one of three measures.
 
 importance  Activations over a calibration set as in Minitron (arXiv 2407.14679, section 2.2): the
-            mean of |x| over the tokens of a sequence, then the sum of squares over sequences.
+            mean of |x| over the tokens of a sequence but the first, then the sum of squares over
+            sequences.
             Blocks by how much they turn the residual stream: one minus the cosine of input and
             output (ShortGPT, arXiv 2403.03853).
 taylor      First-order estimate of the loss without the unit (arXiv 1906.10771, section 3, with
@@ -36,8 +37,9 @@ _READERS = {
 """Matrices whose columns read the residual stream, and the kind of units in their rows."""
 _WRITERS = {Role.ATTENTION_OUTPUT: "query_head", Role.FEED_FORWARD_OUTPUT: "intermediate"}
 """Matrices whose rows write to the residual stream, and the kind of units in their columns."""
-
-
+FIRST = 1
+"""Positions at the start of each sequence that are left out: their stream is many times longer than
+the others'."""
 REPLICATES = 32
 """Bootstrap replicates of a calibration set."""
 SURE = 0.95
@@ -102,7 +104,8 @@ class ActivationStatistics:
         """Has `add` called with the strength of the inputs of a block's first module of `role`."""
 
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            per_sequence = inputs[0].detach().float().abs().mean(1).double().square()
+            strength = inputs[0].detach()[:, FIRST:].float().abs()
+            per_sequence = strength.mean(1).double().square()
             add(self.weights.t() @ per_sequence, *arguments)
 
         module = block.get_submodule(self.model.names.with_role(role))
@@ -119,7 +122,8 @@ class ActivationStatistics:
 
     def _block_hook(self, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            cosine = F.cosine_similarity(inputs[0].float(), output.float(), dim=-1)
+            streams = [x[:, FIRST:].float() for x in (inputs[0], output)]
+            cosine = F.cosine_similarity(*streams, dim=-1)
             change = (1 - cosine).mean(-1).double()
             self.layer[:, index] += self.weights.t() @ change
 
