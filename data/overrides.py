@@ -24,6 +24,7 @@ DEFAULT_FILE = "shorn.toml"
 SECTIONS = (
     "tokenize",
     "shear",
+    "shorten",
     "cpt",
     "evaluate",
     "report",
@@ -31,6 +32,7 @@ SECTIONS = (
     "demo",
     "bench_kernels",
     "bench_shear",
+    "bench_scoring",
 )
 """Tables of shorn.toml that some command reads."""
 OTHER_VARIABLES = (CONFIG_VARIABLE, LEVEL_VARIABLE, PARENT, "SHORN_CUDA")

@@ -107,10 +107,15 @@ def _key(pair: str) -> str:
     return pair.partition("=")[0].strip().lower().replace("_", "-")
 
 
-def _parameters(kind: str, value: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", value.lower().replace("_", ""))
+def number_of_parameters(text: str) -> int:
+    """What 70m, 1.3b or 70000000 stand for; 0 where `text` is no such number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text.lower().replace("_", ""))
     number = float(match[1]) * _SUFFIXES[match[2]] if match else 0.0
-    amount = round(number) if math.isfinite(number) else 0
+    return round(number) if math.isfinite(number) else 0
+
+
+def _parameters(kind: str, value: str) -> int:
+    amount = number_of_parameters(value)
     if amount < 1:
         raise InputError(
             f"target {kind}={value!r} is not a number of parameters: write for example "

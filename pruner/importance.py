@@ -122,8 +122,8 @@ class ActivationStatistics:
 
     def _block_hook(self, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            streams = [x[:, FIRST:].float() for x in (inputs[0], output)]
-            cosine = F.cosine_similarity(*streams, dim=-1)
+            before, behind = (x[:, FIRST:].float() for x in (inputs[0], output))
+            cosine = F.cosine_similarity(before, behind, dim=-1)
             change = (1 - cosine).mean(-1).double()
             self.layer[:, index] += self.weights.t() @ change
 

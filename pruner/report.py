@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,14 @@ def finish(
     target: Shape,
     measured: Measurements,
     reference: dict[str, float],
+    told: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes model, masks and then the report, whose presence marks the run as finished.
 
     `measured` is what the source was measured to be, `reference` the losses that the mixture
-    steered towards. Collective. Raises InputError when a folder cannot be written, RuntimeError
+    steered towards, `told` how the units were found where that was not here.
+
+    Collective. Raises InputError when a folder cannot be written, RuntimeError
     when the saved model is not the masked one.
     """
     output, context = Path(config.output), trainer.context
@@ -107,7 +111,7 @@ def finish(
         **_before(trainer, source, measured, output),
         "basis": config.masks.basis,
         "reload_difference": difference,
-        "selection": _selection(config) | {"in_doubt": measured.in_doubt},
+        "selection": _selection(config) | {"in_doubt": measured.in_doubt} | dict(told or {}),
         "refit": refitted,
     }
     context.raise_first(_put_in_place(z, measured.rotation, output) if context.is_main else None)

@@ -106,12 +106,13 @@ def shear(config: ShearConfig) -> Trainer | None:
     with context.rank_zero_first():
         inputs = open_inputs(config, selection)
     with owned(Path(config.output), "shear.json", context):
-        return _prune(inputs, context, proposal, kernels)
+        return prune(inputs, context, proposal, kernels)
 
 
-def _prune(
+def prune(
     inputs: Inputs, context: DistributedContext, proposal: dict[str, Any] | None, kernels: str
 ) -> Trainer | None:
+    """Prunes as `inputs` say, into an output folder that is owned; as `shear`."""
     config, output = inputs.config, Path(inputs.config.output)
     state = state_of(output, "shear.json", context)
     fingerprint = weights_fingerprint(inputs.folder)
@@ -138,7 +139,7 @@ def _prune(
         context,
         saved=pruned,
         dtype=config.save_dtype,
-        frozen=config.masks.freeze_weights,
+        frozen=not config.trains_weights,
         refitted=config.refits,
         moments=config.saves_moments,
     )
@@ -152,12 +153,9 @@ def _prune(
     teacher = load_teacher(
         _teacher(inputs), config.distillation, config.train, inputs.model, context
     )
+    load = None if resuming else pretrained(inputs.folder)
     model = build_model(
-        inputs.model,
-        config.train,
-        context,
-        load=None if resuming else pretrained(inputs.folder),
-        frozen=config.masks.freeze_weights,
+        inputs.model, config.train, context, load=load, frozen=not config.trains_weights
     )
     measured = _measurements(inputs, context, fingerprint, None if resuming else model)
     reference = inputs.domains.reference or measured.reference
@@ -165,7 +163,8 @@ def _prune(
     trainer.fit()
     if not trainer.stopping:
         note_removal(output, config.train, context)
-        finish(trainer, rule, config, inputs.folder, inputs.target, measured, reference)
+        told = inputs.selection.told if inputs.selection else None
+        finish(trainer, rule, config, inputs.folder, inputs.target, measured, reference, told)
         remove_checkpoints(output, identity, config.train, context)
     return trainer
 
@@ -207,7 +206,7 @@ def _resolve_target(
     if budget is None:
         return config, None
     with context.rank_zero_first():
-        folder, model = _find_source(config)
+        folder, model = find_source(config)
         open_data(config.data, config.train, model, folder)
     logger.info(kernels)
     dtype = parallel.compute_dtype(config.train.precision, context.device)
@@ -226,7 +225,7 @@ def open_inputs(config: ShearConfig, selection: Selection | None = None) -> Inpu
         reference=config.reference_losses,
         reference_fit=config.reference_fit,
     )
-    folder, model = _find_source(config)
+    folder, model = find_source(config)
     source = shape_of(model)
     target = parse_target(config.target, source)
     pruned = config_of(target, model)
@@ -250,7 +249,7 @@ def open_inputs(config: ShearConfig, selection: Selection | None = None) -> Inpu
     return Inputs(config, folder, model, source, target, reader, held_out, domains, selection)
 
 
-def _find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:
+def find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:
     """The source's folder, where weights may still be missing, and its architecture."""
     name = config.source
     folder = find_model_with_data(
@@ -383,7 +382,7 @@ def _assemble(
     scores = initial_scores(kinds, config.masks, measured.importance, seed, context.device)
     rule = make_rule(kinds, scores, config.masks, train.steps, seed)
     teacher_config = None if teacher is None else inputs.model
-    frozen = config.masks.freeze_weights
+    frozen = not config.trains_weights
     headroom = headroom_bytes(inputs.model, train, context, teacher_config, frozen=frozen)
     shear_callback = ShearCallback(rule, inputs.source, headroom)
     trainer = build_trainer(

@@ -6,7 +6,8 @@ of the reading matrices the channels and heads.
 """
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,9 @@ class Selection:
     """[rows, units] of all kinds, fp64: 1 for a kept unit, 0 for another."""
     rotation: Tensor | None
     """[d, d] fp64: the basis in which hidden dimensions are kept; None: the source's own."""
+    told: Mapping[str, Any] | None = None
+    """What the report says of how they were found, `init` (the measure) and `search` among it, if
+    that is more than where they come from."""
 
     @property
     def key(self) -> str:
@@ -55,6 +59,8 @@ class Selection:
             digest.update(name.encode() + values.numpy().tobytes())
         if self.rotation is not None:
             digest.update(self.rotation.float().numpy().tobytes())
+        if self.told is not None:
+            digest.update(json.dumps([self.told["init"], self.told["search"]]).encode())
         return digest.hexdigest()[:16]
 
 

@@ -10,12 +10,14 @@ import pytest
 from data.cli import all_options
 from data.tokenize_config import TokenizeConfig
 from launch.bench_kernels.config import BenchKernelsConfig
+from launch.bench_scoring.config import BenchScoringConfig
 from launch.bench_shear.config import BenchShearConfig
 from launch.compare.config import CompareConfig
 from launch.demo.config import DemoConfig
 from launch.evaluate.config import EvaluateConfig
 from launch.report.config import ReportConfig
 from pruner.config import ShearConfig
+from pruner.shorten.config import ShortenConfig
 from trainer.config import CptConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +25,7 @@ FOLDERS = ("data", "trainer", "pruner", "launch")
 CONFIGS = {
     "tokenize": TokenizeConfig,
     "shear": ShearConfig,
+    "shorten": ShortenConfig,
     "cpt": CptConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
@@ -30,6 +33,7 @@ CONFIGS = {
     "demo": DemoConfig,
     "bench_kernels": BenchKernelsConfig,
     "bench_shear": BenchShearConfig,
+    "bench_scoring": BenchScoringConfig,
 }
 OWN = {"--ranks", "--help", "--help-all", "--version", "--completion"}
 FOREIGN = {
@@ -61,6 +65,7 @@ PRINTED_BY = {
     "pruner/measurements.py": "shear",
     "pruner/rotation.py": "shear",
     "pruner/sheared_llama.py": "shear",
+    "pruner/shorten/": "shorten",
     # A method's flags are those of shearing and training.
     "launch/compare/": "compare shear cpt",
     "launch/demo/config.py": "demo",
@@ -68,6 +73,7 @@ PRINTED_BY = {
     "launch/report/page.py": "report",
     "launch/bench_kernels/": "bench_kernels",
     "launch/bench_shear/": "bench_shear",
+    "launch/bench_scoring/": "bench_scoring",
 }
 """Commands that print the errors and warnings of these files, all of which must know the option;
 only one of them where several are named for what a user may pass on."""

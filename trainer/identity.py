@@ -110,13 +110,13 @@ def verify_run(
         if started:
             _resume(output, wanted, lambda saved: _completed(resolve(saved)))
         else:
-            _require_own(output)
+            require_own(output)
             _write(output / FILE, wanted)
 
     context.raise_on_any_rank(verify if context.is_main else lambda: None)
 
 
-def _require_own(output: Path) -> None:
+def require_own(output: Path) -> None:
     """Raises InputError when a new run would replace what no run wrote."""
     found = [name for name in WRITTEN if (output / name).exists()]
     if found and not (output / FILE).exists():

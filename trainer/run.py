@@ -111,7 +111,9 @@ def build_trainer(
     """
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
     sampler.start_after(used or {})
-    stream = BatchStream(reader, sampler, config.global_batch, context.rank, context.world)
+    # Without steps no batch is drawn, so any number of ranks will do.
+    size = config.global_batch if config.steps else context.world
+    stream = BatchStream(reader, sampler, size, context.rank, context.world)
     steering = _steering(mixture, weights, reference, config, output, history)
     checkpointer = Checkpointer(
         output / "checkpoints", context, keep=config.keep_checkpoints, identity=identity
@@ -134,14 +136,17 @@ def build_trainer(
         stream=stream,
         config=config,
         context=context,
-        throughput=Throughput(
-            model.config, seq_len=config.seq_len, device=context.device, world=context.world
-        ),
+        throughput=_throughput(model.config, config, context),
         callbacks=listed,
         teacher=teacher,
     )
     _restore_newest(trainer, checkpointer)
     return trainer
+
+
+def _throughput(model: ModelConfig, config: TrainConfig, context: DistributedContext) -> Throughput:
+    """What counts the tokens of all ranks."""
+    return Throughput(model, seq_len=config.seq_len, device=context.device, world=context.world)
 
 
 def _restore_newest(trainer: Trainer, checkpointer: Checkpointer) -> None:

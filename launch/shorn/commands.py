@@ -32,6 +32,12 @@ COMMANDS = {
     "shear": Command(
         "pruner.shear", "pruner.config:ShearConfig", "prune a model to a named shape", True
     ),
+    "shorten": Command(
+        "pruner.shorten.__main__",
+        "pruner.shorten.config:ShortenConfig",
+        "remove whole blocks by importance",
+        True,
+    ),
     "cpt": Command(
         "launch.cpt", "launch.cpt:CptConfig", "continue the pre-training of a model", True
     ),
@@ -65,5 +71,10 @@ COMMANDS = {
         "launch.bench_shear.__main__",
         "launch.bench_shear.config:BenchShearConfig",
         "time shearing steps against plain training",
+    ),
+    "bench-scoring": Command(
+        "launch.bench_scoring.__main__",
+        "launch.bench_scoring.config:BenchScoringConfig",
+        "time the scoring of blocks against the naive loop",
     ),
 }

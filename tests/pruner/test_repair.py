@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.batches import BatchStream
 from data.errors import InputError
 from pruner.config import RefitConfig, ShearConfig
 from pruner.refit import KeptBlocks
@@ -136,7 +137,8 @@ def test_what_is_fitted_is_what_training_draws_next(trained: Path, tmp_path: Pat
     assert (len(ids), len(held_out)) == (8, 4)
     again, _ = sequences(trainer, config)
     assert torch.equal(ids, again)
-    trained_on = [trainer.stream.next().ids for _ in range(3)]
+    stream = BatchStream(trainer.stream.reader, trainer.stream.sampler, 4)
+    trained_on = [stream.next().ids for _ in range(3)]
     rows = {tuple(row) for batch in trained_on for row in batch.tolist()}
     assert {tuple(row) for row in torch.cat([ids, held_out]).tolist()} == rows
 

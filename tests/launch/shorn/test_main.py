@@ -121,7 +121,7 @@ def test_completion_in_bash(tmp_path: Path) -> None:
     ask = 'source shorn.bash; COMP_WORDS=({}); COMP_CWORD={}; _shorn; echo "${{COMPREPLY[@]}}"'
     assert shell("bash -n shorn.bash") == []
     assert shell(ask.format("shorn", 1) + " ; true") == list(COMMANDS)
-    assert shell(ask.format("shorn b", 1)) == ["bench-kernels", "bench-shear"]
+    assert shell(ask.format("shorn b", 1)) == ["bench-kernels", "bench-shear", "bench-scoring"]
     assert shell(ask.format("shorn --r", 1)) == ["--ranks"]
     assert shell(ask.format("shorn --ranks 2 cpt --mixture-c", 4)) == [
         "--mixture-ceiling",

@@ -1,0 +1,166 @@
+"""What `python -m launch.bench_scoring` measures."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.files import require_writable, write_copy
+from data.log import logger
+from data.progress import Progress
+from launch.bench_scoring.config import BenchScoringConfig
+from pruner.shorten.deletion import deletion_losses
+from pruner.shorten.ranking import order_of
+from pruner.timing import Timing, too_busy
+from trainer import parallel
+from trainer.config import TrainConfig
+from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM, LossOutput, next_token_targets
+from trainer.models.hf import load_config
+from trainer.models.sources import resolve_model
+from trainer.run import build_model, pretrained, random_init
+
+
+def run(config: BenchScoringConfig) -> None:
+    """Measures, prints the result and writes it to --json."""
+    require_writable(config.json, "--json")
+    result = measure(config)
+    print_result(result)
+    write_copy(config.json, result)
+
+
+def measure(config: BenchScoringConfig) -> dict[str, Any]:
+    """Times both in turns; what they take, whether they agree, and what they were measured on."""
+    context = parallel.init(threads=config.threads)
+    train = TrainConfig(precision=config.precision, seq_len=config.seq_len)
+    if config.source is None:
+        model, load = model_config(config), random_init(0)
+    else:
+        folder = resolve_model(config.source, option="--source")
+        model, load = load_config(folder), pretrained(folder)
+    network = build_model(model, train, context, load=load, frozen=True).eval()
+    draw = torch.Generator().manual_seed(0)
+    shape = (config.sequences, config.seq_len)
+    ids = torch.randint(0, model.vocab_size, shape, generator=draw).to(context.device)
+    ways = {"shared": shared, "naive": naive}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    losses: dict[str, Tensor] = {}
+    with Progress("measure", total=(config.repeats + 1) * 2, unit="scoring") as bar:
+        for number in range(config.repeats + 1):
+            for name, score in ways.items():
+                taken, losses[name] = _timed(score, network, ids)
+                if number:
+                    seconds[name].append(taken)
+                bar.update(1)
+    nats = {name: values.sum(0) / (ids.numel() - len(ids)) for name, values in losses.items()}
+    pairs = zip(seconds["shared"], seconds["naive"], strict=True)
+    timings = {name: Timing(tuple(values)) for name, values in seconds.items()}
+    return {
+        "scoring_over_naive": statistics.median(one / other for one, other in pairs),
+        "same_order": order_of(nats["shared"].tolist()) == order_of(nats["naive"].tolist()),
+        "largest_difference_nats": (nats["shared"] - nats["naive"]).abs().max().item(),
+        "smallest_gap_nats": nats["naive"].sort().values.diff().min().item(),
+        "seconds": {name: timing.to_json() for name, timing in timings.items()},
+        "blocks": model.num_layers,
+        "parameters": model.num_parameters(),
+        "head_over_block": model.vocab_size
+        * model.hidden_size
+        * model.num_layers
+        / model.block_matrices,
+        "sequences": config.sequences,
+        "seq_len": config.seq_len,
+        "precision": config.precision,
+        "source": config.source,
+        "device": str(context.device),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "busy": too_busy(timings, {name: name for name in timings}),
+    }
+
+
+def model_config(config: BenchScoringConfig) -> ModelConfig:
+    """The random model's architecture."""
+    return ModelConfig(
+        family="llama",
+        vocab_size=config.vocabulary,
+        hidden_size=config.hidden,
+        intermediate_size=config.ffn,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        num_kv_heads=config.heads,
+        head_dim=config.hidden // config.heads,
+        max_position_embeddings=config.seq_len,
+    )
+
+
+def shared(model: CausalLM, ids: Tensor) -> Tensor:
+    """Summed losses [n, L] without each block, a sequence at a time, all blocks together."""
+    blocks = range(model.config.num_layers)
+    return torch.stack([deletion_losses(model, own[None], blocks)[1:, 0] for own in ids])
+
+
+@torch.no_grad()
+def naive(model: CausalLM, ids: Tensor) -> Tensor:
+    """The same, a block at a time."""
+    columns = []
+    for index in range(model.config.num_layers):
+        with without(model, index):
+            columns.append(torch.stack([_loss(model, own[None]) for own in ids]))
+    return torch.stack(columns, dim=1)
+
+
+@contextmanager
+def without(model: CausalLM, index: int) -> Iterator[None]:
+    """The model without a block, whose others stay what they are."""
+    parent, _, name = model.names.blocks.rpartition(".")
+    whole = model.get_submodule(model.names.blocks)
+    kept = [block for number, block in enumerate(whole.children()) if number != index]
+    model.get_submodule(parent).register_module(name, nn.ModuleList(kept))
+    try:
+        yield
+    finally:
+        model.get_submodule(parent).register_module(name, whole)
+
+
+def _loss(model: CausalLM, ids: Tensor) -> Tensor:
+    targets, valid = next_token_targets(ids)
+    output = model(ids, targets=targets, weights=valid.float())
+    assert isinstance(output, LossOutput)
+    return output.token_loss.double().sum()
+
+
+def _timed(
+    score: Callable[[CausalLM, Tensor], Tensor], model: CausalLM, ids: Tensor
+) -> tuple[float, Tensor]:
+    start = _now(ids.device)
+    losses = score(model, ids)
+    return _now(ids.device) - start, losses
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Prints the ratio and what it is of."""
+    ours, naively = (result["seconds"][name] for name in ("shared", "naive"))
+    logger.info(
+        f"{result['blocks']} blocks, {result['sequences']} sequences of {result['seq_len']}: "
+        f"{ours['seconds']:.2f} s together, {naively['seconds']:.2f} s one by one; ratio "
+        f"{result['scoring_over_naive']:.3f} (head {result['head_over_block']:.2f} of a block)"
+    )
+    same = "the same order" if result["same_order"] else "another order"
+    logger.info(
+        f"{same}; losses differ by at most {result['largest_difference_nats']:.1e} nats, blocks by "
+        f"at least {result['smallest_gap_nats']:.1e}"
+    )
+    if result["busy"] is not None:
+        logger.warning(f"{result['busy']}; measure again on a quiet machine")

@@ -1,0 +1,31 @@
+"""`python -m pruner.shorten`: whole blocks removed by importance, then a dense Hugging Face model.
+
+Runs alone or under torchrun (`torchrun --nproc_per_node 8 -m pruner.shorten ...`).
+"""
+
+from data.cli import parse, run
+from pruner.shorten.config import ShortenConfig
+
+EXAMPLES = """
+python -m pruner.shorten --source meta-llama/Llama-2-7b-hf --params 5.5b
+    the six blocks without which perplexity rises least
+python -m pruner.shorten --source models/SmolLM2-135M --remove 6 --criterion taylor \\
+    --seq-len 256
+python -m pruner.shorten --source models/SmolLM2-135M --ratio 0.2 --search greedy \\
+    --seq-len 256
+    blocks go one at a time, and the others are scored anew each time
+torchrun --nproc_per_node 8 -m pruner.shorten --params 3.7b --output runs/short
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(ShortenConfig, section="shorten", argv=argv, examples=EXAMPLES)
+    from pruner.shorten.run import shorten
+    from trainer.memory import explain_out_of_memory
+
+    with explain_out_of_memory(config.train):
+        shorten(config)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,142 @@
+"""Options of removing whole blocks."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from data.errors import InputError, require, require_at_least, require_finite
+from data.options import ON_DISK
+from pruner.config import MaskConfig, RefitConfig, ShearConfig, calibration_sequences
+from trainer.config import Kernels, Precision, TrainConfig
+
+Criterion = Literal["ppl", "taylor", "magnitude", "influence", "angular", "reverse", "random"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShortenConfig:
+    """Remove whole blocks of a model, by importance; running it again resumes --output."""
+
+    ESSENTIAL: ClassVar = (
+        "source criterion remove ratio params search protect-first protect-last data output "
+        "seq-len json"
+    )
+
+    source: Annotated[str, ON_DISK] = "meta-llama/Llama-2-7b-hf"
+    """Model to shorten: a Hugging Face folder, a .gguf file, a run's output folder or a hub id
+    (org/name, or org/name@revision)."""
+    criterion: Criterion = "ppl"
+    """What a block's score is; the lowest go first. ppl: perplexity without the block; taylor:
+    first-order change of the loss, magnitude: size of weights, each summed over the block;
+    influence: one minus the cosine of the stream in front of and behind the block; angular: the
+    same as an angle over as many blocks in a row as are removed, so that they go together; reverse:
+    the last go first; random: by --seed."""
+    remove: int | None = None
+    """Number of blocks to remove."""
+    ratio: float | None = None
+    """Instead: fraction of all parameters to remove, in as many whole blocks as it holds."""
+    params: str | None = None
+    """Instead: parameters to come nearest to, such as 5.5b or 70m."""
+    search: Literal["one-shot", "greedy", "evolution"] = "one-shot"
+    """one-shot: all go by one scoring; greedy: the others are scored anew after each that goes
+    (ppl); evolution: blocks of the one-shot set are exchanged for others, as long as the divergence
+    from the source falls."""
+    generations: int = 40
+    """Rounds of exchange (evolution)."""
+    offspring: int = 16
+    """Sets that are tried in each, most of them on a part of the text only (evolution)."""
+    protect_first: int = 4
+    """First blocks that stay."""
+    protect_last: int = 2
+    """Last blocks that stay."""
+    data: Annotated[str, ON_DISK] = "runs/tokens"
+    """Folder made by `shorn tokenize`, on whose text blocks are scored and weights refitted."""
+    output: Annotated[str, ON_DISK] = "runs/shorten"
+    """Folder of this run: model/, scores/, masks.safetensors, shear.json."""
+    sequences: int | None = None
+    """Sequences to score on: those that training draws first. Default: as many as hold 65,536
+    tokens, and at least 32."""
+    domain_weights: str | None = None
+    """Share of each domain in that text, "c4=0.6,github=0.4". Default: proportional to tokens."""
+    seq_len: int = 4096
+    """Tokens per sequence."""
+    micro_batch: int = 1
+    """Sequences per rank in one pass; ppl computes each of them once around every block."""
+    eval_sequences: int = 32
+    """Held-out sequences per domain that source and result are measured on; 0: none."""
+    seed: int = 0
+    """Seed of the order of the text, and of --criterion random."""
+    precision: Precision = "auto"
+    """Compute precision. auto: bf16 on a GPU, fp32 on a CPU."""
+    kernels: Kernels = "auto"
+    """What computes the operators, as in training."""
+    threads: int | None = None
+    """CPU threads per rank. Default: cores of the machine divided by its ranks."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights in OUTPUT/model; continued pre-training returns to the source's type."""
+    json: Annotated[str | None, ON_DISK] = None
+    """Copy the final report to this file."""
+    refit: RefitConfig = field(default_factory=RefitConfig)
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        given = [name for name in ("remove", "ratio", "params") if getattr(self, name) is not None]
+        if len(given) != 1:
+            flags = " and ".join(f"--{name} {getattr(self, name)}" for name in given)
+            raise InputError(
+                f"{flags or 'nothing'} says how much to remove: give one of --remove 6 (blocks), "
+                "--ratio 0.2 (of the parameters) and --params 5.5b (that are left)"
+            )
+        require_at_least(self, 1, "remove", "sequences", why="; use for example 6")
+        require_at_least(self, 1, "generations", "offspring")
+        ratio = self.ratio
+        require(ratio is None or 0 < ratio < 1, "ratio", ratio, "between 0 and 1, such as 0.2")
+        require_at_least(self, 0, "protect_first", "protect_last")
+        if self.search == "greedy" and self.criterion != "ppl":
+            raise InputError(
+                f"--search greedy: scores anew by --criterion ppl only, and --criterion is "
+                f"{self.criterion}; leave one of the two out"
+            )
+        _ = self.train
+
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why (data.idle)."""
+        if self.search == "evolution":
+            return {}
+        found = dict.fromkeys(("generations", "offspring"), "only --search evolution has them")
+        if self.criterion in ("magnitude", "reverse", "random"):
+            found["sequences"] = f"--criterion {self.criterion} reads no text"
+        return found
+
+    @property
+    def train(self) -> TrainConfig:
+        """What the command shares with those that train. Raises InputError for bad options."""
+        return TrainConfig(
+            steps=0,
+            seq_len=self.seq_len,
+            global_batch=1,
+            micro_batch=self.micro_batch,
+            seed=self.seed,
+            precision=self.precision,
+            kernels=self.kernels,
+            eval_sequences=self.eval_sequences,
+            threads=self.threads,
+        )
+
+    @property
+    def scored_sequences(self) -> int:
+        """Sequences to score on."""
+        return self.sequences or calibration_sequences(self.seq_len)
+
+    def shearing(self, layers: int) -> ShearConfig:
+        """The run of shearing that keeps `layers` blocks and cuts nothing else."""
+        return ShearConfig(
+            source=self.source,
+            target=f"layers={layers}",
+            data=self.data,
+            output=self.output,
+            domain_weights=self.domain_weights,
+            save_dtype=self.save_dtype,
+            json=self.json,
+            masks=MaskConfig(basis="source"),
+            refit=self.refit,
+            train=self.train,
+        )

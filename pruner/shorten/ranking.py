@@ -1,0 +1,131 @@
+"""From scores of blocks to the blocks that are removed: how many, in which order, how sure.
+
+Orders are those of shortened-llm (arXiv 2402.02834): ascending, the least score first, equal ones
+in the order of the model. They are over all blocks; those that are protected (there, as here by
+default, the first four and the last two) are passed over only when blocks are taken.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from data.errors import InputError
+from pruner.budget import number_of_parameters
+from pruner.importance import SURE
+from trainer.models.config import ModelConfig
+
+SLACK = 0.03
+"""Part of a block by which --ratio may be exceeded: published ratios are rounded to whole per
+cents."""
+REPLICATES = 1000
+"""Bootstrap replicates behind intervals."""
+QUANTILES = (0.025, 0.975)
+"""Of the replicates: 95% intervals."""
+
+
+def order_of(scores: Sequence[float]) -> list[int]:
+    """Numbers of all blocks, the least score first. The sort is stable, and infinities are last."""
+    return sorted(range(len(scores)), key=lambda index: scores[index])
+
+
+def removable(layers: int, first: int, last: int) -> list[int]:
+    """Numbers of the blocks between the `first` and the `last` ones, which are protected."""
+    return list(range(first, max(first, layers - last)))
+
+
+def take(order: Sequence[int], allowed: Sequence[int], count: int) -> list[int]:
+    """The first `count` of `order` that are `allowed`, ascending. There must be as many."""
+    chosen = [index for index in order if index in set(allowed)][:count]
+    assert len(chosen) == count, (order, allowed, count)
+    return sorted(chosen)
+
+
+def block_parameters(model: ModelConfig) -> int:
+    """Parameters of one block."""
+    longer = replace(model, num_layers=model.num_layers + 1)
+    return longer.num_parameters() - model.num_parameters()
+
+
+def count_of(
+    model: ModelConfig,
+    *,
+    remove: int | None,
+    ratio: float | None,
+    params: str | None,
+    first: int,
+    last: int,
+) -> int:
+    """How many blocks go: `remove`, or as many as `ratio` of all parameters holds, or those whose
+    removal comes nearest to `params` parameters.
+
+    Raises InputError where that is none, or more than are not protected.
+    """
+    total, block, layers = model.num_parameters(), block_parameters(model), model.num_layers
+    if remove is not None:
+        count, asked = remove, f"--remove {remove}"
+    elif ratio is not None:
+        count, asked = math.floor(ratio * total / block + SLACK), f"--ratio {ratio:g}"
+    else:
+        assert params is not None
+        amount = number_of_parameters(params)
+        if not amount:
+            raise InputError(
+                f"--params {params!r} is not a number of parameters: write for example 5.5b or "
+                "70000000"
+            )
+        count, asked = round((total - amount) / block), f"--params {params}"
+        if count < 1:
+            raise InputError(
+                f"{asked}: the source has {total:,} parameters, and {total - block:,} without one "
+                "of its blocks; ask for at most that"
+            )
+    if count < 1:
+        least = math.ceil(1000 * block / total) / 1000
+        raise InputError(
+            f"{asked}: removes no block, because one is {block / total:.1%} of the parameters; "
+            f"use at least --ratio {least:g}, or --remove 1"
+        )
+    allowed = len(removable(layers, first, last))
+    if count > allowed:
+        fix = f"ask for at most {allowed}, or protect fewer"
+        if not allowed:
+            fix = "protect fewer, such as --protect-first 0 --protect-last 0"
+        raise InputError(
+            f"{asked}: takes {count} of {layers} blocks, and --protect-first {first} and "
+            f"--protect-last {last} leave {allowed} to take from; {fix}"
+        )
+    if count >= layers:
+        raise InputError(f"{asked}: takes all {layers} blocks; leave at least one")
+    return count
+
+
+def replicated(rows: Tensor) -> Tensor:
+    """Means of `rows` [n, K] fp64 over bootstrap replicates of the n: [REPLICATES, K]. Replicates
+    draw as many at random, with repetition, always the same ones."""
+    draw = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(rows), (REPLICATES, len(rows)), generator=draw)
+    counts = torch.zeros(REPLICATES, len(rows), dtype=torch.float64)
+    counts.scatter_add_(1, chosen, torch.ones_like(counts))
+    return counts @ rows / len(rows)
+
+
+def intervals(means: Tensor) -> list[tuple[float, float]]:
+    """95% of the replicates' `means` [R, K] lie between these, for each of K."""
+    found = torch.quantile(means, torch.tensor(QUANTILES, dtype=means.dtype), dim=0)
+    # Between two infinities there is no number.
+    low, high = found.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()
+    return list(zip(low, high, strict=True))
+
+
+def in_doubt(means: Tensor, allowed: Sequence[int], count: int) -> list[int]:
+    """Blocks that are among the `count` lowest of the `allowed` in some replicates and not in
+    others; `means` [R, K]."""
+    taken = torch.zeros(means.shape[1], dtype=torch.float64)
+    for replicate in means.tolist():
+        taken[take(order_of(replicate), allowed, count)] += 1
+    share = taken / len(means)
+    unsure = (share > 1 - SURE) & (share < SURE)
+    return torch.nonzero(unsure).flatten().tolist()

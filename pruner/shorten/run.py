@@ -1,0 +1,274 @@
+"""A run of shortening: blocks scored, the least of them removed, and the rest refitted."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from data.batches import BatchStream
+from data.log import logger
+from data.sampler import DomainSampler
+from data.tables import print_table
+from data.terminal import passing_over_what_is_not_shown
+from pruner.run import Inputs, find_source, open_inputs, prune
+from pruner.selection import Selection
+from pruner.shapes import shape_of
+from pruner.shorten import scores
+from pruner.shorten.config import ShortenConfig
+from pruner.shorten.kept import KeptRows
+from pruner.shorten.ranking import count_of, in_doubt, removable, take
+from pruner.shorten.scores import BlockScores
+from pruner.shorten.search import CHUNKS, Divergence, evolve
+from pruner.units import unit_sizes
+from trainer import parallel
+from trainer.identity import require_own
+from trainer.models.decoder import CausalLM
+from trainer.models.sources import weights_fingerprint
+from trainer.output import owned
+from trainer.parallel import DistributedContext
+from trainer.run import build_model, choose_kernels, pretrained
+from trainer.saving import require_copy
+
+SHOWN = 12
+"""Blocks in the printed table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The blocks that go, and how they were found."""
+
+    scores: BlockScores
+    """Of all blocks of the source."""
+    removed: list[int]
+    """In the order in which they went, where they went one by one; else ascending."""
+    divergence: dict[str, Any] | None = None
+    """What a search came to."""
+
+
+def shorten(config: ShortenConfig) -> None:
+    """Removes blocks as `config` says; writes what shearing writes, and OUTPUT/scores/.
+
+    Resumes what OUTPUT holds. Raises InputError before any weight is read for what cannot work,
+    also when another process works in OUTPUT.
+    """
+    context = parallel.init(threads=config.threads)
+    kernels = choose_kernels(config.kernels, context)
+    require_copy(context, config.json, Path(config.output) / "shear.json")
+    with context.rank_zero_first():
+        inputs, count = _open(config)
+    output = Path(config.output)
+    with owned(output, "shear.json", context):
+        context.raise_on_any_rank(lambda: require_own(output) if context.is_main else None)
+        selection = _select(config, inputs, count, context)
+        prune(replace(inputs, selection=selection), context, None, kernels)
+
+
+def _open(config: ShortenConfig) -> tuple[Inputs, int]:
+    """What the options name, and how many blocks go."""
+    whole = config.shearing(1)
+    _, model = find_source(whole)
+    count = count_of(
+        model,
+        remove=config.remove,
+        ratio=config.ratio,
+        params=config.params,
+        first=config.protect_first,
+        last=config.protect_last,
+    )
+    return open_inputs(config.shearing(model.num_layers - count)), count
+
+
+def _select(
+    config: ShortenConfig, inputs: Inputs, count: int, context: DistributedContext
+) -> Selection:
+    """The blocks to keep; collective."""
+    layers = inputs.model.num_layers
+    allowed = removable(layers, config.protect_first, config.protect_last)
+    logger.info(
+        f"scoring {layers} blocks by {config.criterion}; {count} of the {len(allowed)} that are "
+        "not protected will go"
+    )
+    choice = Scorer(config, inputs, context).choose(allowed, count)
+    if context.is_main:
+        _show(choice, allowed)
+    source = shape_of(inputs.model)
+    z = {name: torch.ones(size, dtype=torch.float64) for name, size in unit_sizes(source).items()}
+    z["layer"][0, choice.removed] = 0
+    return Selection(inputs.target, z, None, _told(config, choice, allowed))
+
+
+class Scorer:
+    """Scores the blocks of a source; collective. The model is loaded when something is scored."""
+
+    def __init__(self, config: ShortenConfig, inputs: Inputs, context: DistributedContext) -> None:
+        self.config = config
+        self.inputs = inputs
+        self.context = context
+        self._model: CausalLM | None = None
+        weights = inputs.domains.weights
+        sampler = DomainSampler(
+            inputs.reader.sizes, weights, config.seed, inputs.reader.fingerprint
+        )
+        ids = BatchStream(inputs.reader, sampler, 1).ahead(config.scored_sequences)
+        self.sequences = torch.from_numpy(ids)
+        """[n, S], what training draws first."""
+
+    @property
+    def model(self) -> CausalLM:
+        """The source, sharded."""
+        if self._model is None:
+            inputs = self.inputs
+            self._model = build_model(
+                inputs.model,
+                inputs.config.train,
+                self.context,
+                load=pretrained(inputs.folder),
+                frozen=self.config.criterion != "taylor",
+            ).eval()
+        return self._model
+
+    def choose(self, allowed: list[int], count: int) -> Choice:
+        """`count` of the `allowed` blocks."""
+        if self.config.search == "greedy":
+            return self._one_by_one(allowed, count)
+        scored = self._score(count)
+        removed = take(scored.order, allowed, count)
+        if self.config.criterion == "angular":
+            removed = _window(scored, allowed, count)
+        if self.config.search == "evolution":
+            return self._evolved(scored, removed, allowed)
+        return Choice(scored, removed)
+
+    def _one_by_one(self, allowed: list[int], count: int) -> Choice:
+        """Every round scores what the former ones have left."""
+        first = self._by_perplexity([])
+        removed = take(first.order, allowed, 1)
+        while len(removed) < count:
+            scored = self._by_perplexity(removed)
+            left = [index for index in allowed if index not in removed]
+            removed += take(scored.order, left, 1)
+            logger.info(
+                f"without block {removed[-1]} as well: perplexity {scored.values[removed[-1]]:.4f}"
+            )
+        return Choice(first, removed)
+
+    def _evolved(self, scored: BlockScores, start: list[int], allowed: list[int]) -> Choice:
+        config = self.config
+        divergence = Divergence(
+            self.model,
+            self.sequences,
+            self.context,
+            config.micro_batch,
+            Path(config.output),
+            self._key(["divergence"]),
+        )
+        before = divergence.of(tuple(start), CHUNKS)
+        found = evolve(
+            divergence,
+            tuple(start),
+            allowed,
+            generations=config.generations,
+            offspring=config.offspring,
+            seed=config.seed,
+        )
+        after = divergence.of(found, CHUNKS)
+        logger.info(f"divergence from the source {before:.4f} -> {after:.4f} nats")
+        told = {"before": _finite(before), "after": _finite(after), "start": start}
+        told |= {"generations": config.generations, "offspring": config.offspring}
+        told |= {"sets": len(divergence.known), "sequences_computed": divergence.computed}
+        return Choice(scored, list(found), told)
+
+    def _score(self, count: int) -> BlockScores:
+        criterion, layers = self.config.criterion, self.inputs.model.num_layers
+        data = (self.sequences, self.context)
+        batch = self.config.micro_batch
+        if criterion == "ppl":
+            return self._by_perplexity([])
+        if criterion == "magnitude":
+            return scores.by_magnitude(self.model, self.context)
+        if criterion == "taylor":
+            return scores.by_taylor(self.model, *data)
+        if criterion == "influence":
+            return scores.by_angle(self.model, *data, batch, 1, scores.influence)
+        if criterion == "angular":
+            return scores.by_angle(self.model, *data, batch, count, scores.angle)
+        if criterion == "reverse":
+            return scores.by_position(layers)
+        return scores.by_chance(layers, self.config.seed)
+
+    def _by_perplexity(self, removed: list[int]) -> BlockScores:
+        kept = KeptRows(Path(self.config.output), self._key(sorted(removed)), self.context)
+        if kept.rows is not None and len(kept.rows) == len(self.sequences):
+            return scores.from_losses(kept.rows, self.sequences.shape[1], self._layers, removed)
+        return scores.by_perplexity(
+            self.model, self.sequences, self.context, self.config.micro_batch, kept, removed
+        )
+
+    @property
+    def _layers(self) -> int:
+        return self.inputs.model.num_layers
+
+    def _key(self, what: list[Any]) -> str:
+        """Tells apart what is kept of measurements on the same text: `what` they are of."""
+        precision = parallel.compute_dtype(self.config.precision, self.context.device)
+        digest = hashlib.sha256(self.sequences.numpy().tobytes())
+        parts = [weights_fingerprint(self.inputs.folder), str(precision), what]
+        digest.update(json.dumps(parts).encode())
+        return digest.hexdigest()[:16]
+
+
+def _window(scored: BlockScores, allowed: list[int], count: int) -> list[int]:
+    """The `count` blocks in a row, all `allowed`, with the least score of the first."""
+    for first in scored.order:
+        window = list(range(first, first + count))
+        if set(window) <= set(allowed):
+            return window
+    raise AssertionError(f"no {count} in a row among {allowed}")
+
+
+def _told(config: ShortenConfig, choice: Choice, allowed: list[int]) -> dict[str, Any]:
+    """What the report says of the selection."""
+    scored = choice.scores
+    pairs = scored.intervals
+    one_shot = config.search == "one-shot" and config.criterion != "angular"
+    return {
+        "init": config.criterion,
+        "search": config.search,
+        "order": scored.order,
+        "scores": [_finite(value) for value in scored.values],
+        "intervals": pairs and [[_finite(low), _finite(high)] for low, high in pairs],
+        "intact": scored.whole,
+        "protected": [index for index in range(len(scored.values)) if index not in allowed],
+        "removed": sorted(choice.removed),
+        "removed_in_order": choice.removed,
+        "unsure": in_doubt(scored.means, allowed, len(choice.removed))
+        if one_shot and scored.means is not None
+        else None,
+        "divergence": choice.divergence,
+        "sequences": config.scored_sequences,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if torch.tensor(value).isfinite() else None
+
+
+@passing_over_what_is_not_shown()
+def _show(choice: Choice, allowed: list[int]) -> None:
+    """Prints the blocks of least score, and which go."""
+    scored, removed = choice.scores, sorted(choice.removed)
+    pairs = scored.intervals
+    table = Table(title="blocks, the least score first")
+    for heading in ("block", "score", "95% interval", ""):
+        table.add_column(heading, justify="right")
+    for index in scored.order[: max(SHOWN, len(removed))]:
+        span = "" if pairs is None else f"{pairs[index][0]:.5g} .. {pairs[index][1]:.5g}"
+        word = "goes" if index in removed else "" if index in allowed else "protected"
+        table.add_row(str(index), f"{scored.values[index]:.6g}", span, word)
+    print_table(table)
+    logger.info(f"removed: blocks {', '.join(map(str, removed))}")

@@ -1,0 +1,229 @@
+"""Whole runs of shortening: what they write, how they resume and what they refuse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.errors import InputError
+from pruner.config import RefitConfig
+from pruner.shorten import run as run_module
+from pruner.shorten.__main__ import main
+from pruner.shorten.config import ShortenConfig
+from pruner.shorten.run import shorten
+from tests.distributed import run_ranks
+from tests.factories import write_model, write_tokens
+from trainer.models.hf import load_config, load_model
+from trainer.run import pretrained
+
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("inputs")
+    model = write_model(root / "model", num_hidden_layers=LAYERS, initializer_range=0.2)
+    write_tokens(root / "tokens", model, number=40)
+    return root
+
+
+def configure(inputs: Path, output: Path, **options: Any) -> ShortenConfig:
+    defaults: dict[str, Any] = {
+        "source": str(inputs / "model"),
+        "data": str(inputs / "tokens"),
+        "output": str(output),
+        "remove": 2,
+        "protect_first": 1,
+        "protect_last": 1,
+        "sequences": 5,
+        "seq_len": 32,
+        "eval_sequences": 2,
+        "precision": "fp32",
+        "threads": 1,
+        "refit": RefitConfig(refit_sequences=8, refit_held_out=4),
+    }
+    return ShortenConfig(**defaults | options)
+
+
+def report_of(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "shear.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    "criterion", ["ppl", "taylor", "magnitude", "influence", "angular", "reverse", "random"]
+)
+def test_blocks_of_least_score_go(criterion: Any, inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shorten(
+        configure(inputs, output, criterion=criterion, refit=RefitConfig(refit=False)),
+    )
+    report = report_of(output)
+    told = report["selection"]
+    assert told["init"] == criterion and told["search"] == "one-shot"
+    assert sorted(told["order"]) == list(range(LAYERS)) and told["protected"] == [0, 4]
+    removed = told["removed"]
+    if criterion == "angular":
+        assert removed in ([1, 2], [2, 3])
+    else:
+        assert removed == sorted([index for index in told["order"] if 0 < index < 4][:2])
+    assert (told["intervals"] is None) == (criterion not in ("ppl", "influence", "angular"))
+    assert report["target_shape"]["layers"] == 3
+    assert report["parameters"]["target"] == load_config(output / "model").num_parameters()
+    kept = [index for index in range(LAYERS) if index not in removed]
+    source = load_file(inputs / "model" / "model.safetensors")
+    for name, tensor in load_file(output / "model" / "model.safetensors").items():
+        for number, index in enumerate(kept):
+            if f"layers.{number}." in name:
+                assert torch.equal(
+                    tensor, source[name.replace(f"layers.{number}.", f"layers.{index}.")]
+                )
+    # What is removed is what the result of shearing says, too.
+    masks = load_file(output / "masks.safetensors")
+    assert masks["kept.layer"][0].tolist() == kept
+
+
+def test_a_run_is_refitted_and_copied(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shorten(configure(inputs, tmp_path / "out", json=str(tmp_path / "copy.json")))
+    report = report_of(tmp_path / "out")
+    assert json.loads((tmp_path / "copy.json").read_text()) == report
+    assert report["refit"]["sequences"] == 8 and report["refit"]["held_out_sequences"] == 4
+    assert report["parameters"]["target"] < report["parameters"]["source"]
+    printed = capsys.readouterr().out
+    assert "scoring 5 blocks by ppl; 2 of the 3 that are not protected will go" in printed
+    assert "removed: blocks" in printed and "shorn cpt --model" in printed
+
+
+def test_a_finished_run_is_not_scored_again(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(inputs, tmp_path / "out")
+    shorten(config)
+    before = (tmp_path / "out" / "shear.json").read_bytes()
+    monkeypatch.setattr(run_module, "build_model", None)
+    shorten(config)
+    assert (tmp_path / "out" / "shear.json").read_bytes() == before
+    monkeypatch.undo()
+    for other in ("reverse", "influence", "taylor"):
+        with pytest.raises(InputError, match=r"selection"):
+            shorten(configure(inputs, tmp_path / "out", criterion=other))
+
+
+def test_ranks_remove_the_same(inputs: Path, tmp_path: Path) -> None:
+    for name, world in (("alone", 1), ("two", 2)):
+        config = configure(inputs, tmp_path / name, refit=RefitConfig(refit=False))
+        run_ranks(shorten, world, config)
+    own, other = (
+        load_file(tmp_path / name / "model/model.safetensors") for name in ("alone", "two")
+    )
+    assert own.keys() == other.keys()
+    for name, tensor in own.items():
+        assert torch.equal(tensor, other[name])
+
+
+def test_greedy_scores_what_is_left_anew(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    config = configure(inputs, output, search="greedy", refit=RefitConfig(refit=False))
+    shorten(config)
+    told = report_of(output)["selection"]
+    assert told["search"] == "greedy" and len(told["removed"]) == 2
+    first, second = told["removed_in_order"]
+    assert first == next(index for index in told["order"] if 0 < index < 4)
+    # The second round's scores are those of models without both.
+    ids = run_module.Scorer(config, run_module._open(config)[0], context()).sequences
+
+    def loss(removed: set[int]) -> float:
+        model = load_model(inputs / "model")
+        layers = model.get_submodule(model.names.blocks)
+        kept = [block for index, block in enumerate(layers.children()) if index not in removed]
+        model._place(model.names.blocks, torch.nn.ModuleList(kept))
+        with torch.no_grad():
+            logits = model(ids)[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item()
+
+    others = {index: loss({first, index}) for index in range(1, 4) if index != first}
+    assert second == min(others, key=lambda index: others[index])
+
+
+def context() -> Any:
+    from trainer import parallel
+
+    return parallel.init(threads=1)
+
+
+def test_a_source_is_loaded_once_where_greedy_goes_on(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+
+    def counted(folder: Path) -> Any:
+        loads.append(folder)
+        return pretrained(folder)
+
+    monkeypatch.setattr(run_module, "pretrained", counted)
+    config = configure(inputs, tmp_path / "out", search="greedy", refit=RefitConfig(refit=False))
+    shorten(config)
+    assert len(loads) == 1 and len(list((tmp_path / "out" / "scores").iterdir())) == 2
+
+
+def test_a_search_is_no_worse_than_its_start(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    options: dict[str, Any] = {"search": "evolution", "generations": 3, "offspring": 2}
+    shorten(configure(inputs, output, criterion="reverse", **options))
+    told = report_of(output)["selection"]
+    assert told["init"] == "reverse" and told["search"] == "evolution"
+    assert told["divergence"]["start"] == [2, 3]
+    assert told["divergence"]["after"] <= told["divergence"]["before"]
+    assert told["divergence"]["sequences_computed"] > 0 and set(told["removed"]) <= {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"remove": None}, r"nothing says how much to remove: give one of --remove 6"),
+        ({"ratio": 0.2}, r"--remove 2 and --ratio 0.2 says how much"),
+        ({"remove": None, "ratio": 1.5}, r"--ratio 1.5: must be between 0 and 1"),
+        ({"remove": 0}, r"--remove 0: must be at least 1"),
+        ({"protect_first": -1}, r"--protect-first -1: must be at least 0"),
+        ({"search": "greedy", "criterion": "taylor"}, r"--search greedy: scores anew by --crit"),
+        ({"seq_len": 1}, r"--seq-len 1: must be at least 2"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        configure(tmp_path, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"remove": 4}, r"--remove 4: takes 4 of 5 blocks"),
+        ({"seq_len": 999}, r"999"),
+        ({"domain_weights": "gamma=1"}, r"--domain-weights"),
+        ({"source": "/nowhere"}, r"--source /nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_are_read(
+    options: dict[str, Any],
+    message: str,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_module, "build_model", None)
+    with pytest.raises(InputError, match=message):
+        shorten(configure(inputs, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line(inputs: Path, tmp_path: Path) -> None:
+    words = ["--source", str(inputs / "model"), "--data", str(inputs / "tokens"), "--ratio", "0.3"]
+    words += ["--criterion", "reverse", "--protect-first", "1", "--protect-last", "0"]
+    words += ["--seq-len", "32", "--no-refit", "--output", str(tmp_path / "out"), "--threads", "1"]
+    main(words)
+    assert report_of(tmp_path / "out")["selection"]["removed"] == [4]

@@ -1,0 +1,118 @@
+"""The search finds the best set, on any number of ranks, and goes on from what it knows."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pruner.shorten.search import CHUNKS, Divergence, evolve, exchanged
+from tests.distributed import run_ranks
+from tests.factories import write_model
+from tests.pruner.shorten.test_scores import loaded, sequences
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "model"
+    return write_model(path, num_hidden_layers=LAYERS, initializer_range=0.3)
+
+
+def divergence(folder: Path, output: Path, key: str = "a") -> Divergence:
+    model, context = loaded(folder)
+    return Divergence(model, sequences(20), context, 2, output, key)
+
+
+def search(folder: Path, output: Path, generations: int = 6) -> dict[str, Any]:
+    measured = divergence(folder, output)
+    start = (0, 1)
+    options = {"generations": generations, "offspring": 4, "seed": 1}
+    found = evolve(measured, start, range(5), **options)
+    return {
+        "found": found,
+        "start": measured.of(start, CHUNKS),
+        "end": measured.of(found, CHUNKS),
+        "known": measured.known,
+        "computed": measured.computed,
+    }
+
+
+def test_divergence_is_that_of_the_logits(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    measured = divergence(folder, tmp_path)
+    ids = sequences(20)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    with torch.no_grad():
+        whole = plain(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        del plain.model.layers[3], plain.model.layers[1]
+        cut = plain(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    per_token = F.kl_div(cut, whole, log_target=True, reduction="none").sum(-1)
+    assert measured.of((1, 3), CHUNKS) == pytest.approx(per_token.mean().item(), rel=1e-4)
+    # 20 sequences make ten parts of two.
+    assert measured.of((1, 3), 3) == pytest.approx(per_token[:6].mean().item(), rel=1e-4)
+    assert measured.of((), CHUNKS) == pytest.approx(0, abs=1e-5)
+    assert measured.computed == 40
+
+
+def test_the_best_set_is_found(folder: Path, tmp_path: Path) -> None:
+    found = search(folder, tmp_path / "search", generations=12)
+    measured = divergence(folder, tmp_path / "all")
+    sets = {pair: measured.of(pair, CHUNKS) for pair in itertools.combinations(range(5), 2)}
+    best = min(sets, key=lambda pair: sets[pair])
+    assert best != (0, 1) and found["found"] == best
+    assert found["end"] < found["start"]
+    # Most sets are read in part only.
+    assert found["computed"] < 20 * len(found["known"])
+
+
+def test_ranks_find_the_same(folder: Path, tmp_path: Path) -> None:
+    (alone,) = run_ranks(search, 1, folder, tmp_path / "alone")
+    for found in run_ranks(search, 2, folder, tmp_path / "two"):
+        assert found["found"] == alone["found"]
+        assert found["end"] == pytest.approx(alone["end"], rel=1e-5)
+
+
+def test_what_is_known_is_not_computed_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = search(folder, tmp_path / "straight")
+    search(folder, tmp_path / "cut", generations=3)
+    original, calls = Divergence._measure, []
+
+    def counted(self: Divergence, removed: Any, number: int) -> float:
+        calls.append((removed, number))
+        return original(self, removed, number)
+
+    monkeypatch.setattr(Divergence, "_measure", counted)
+    again = search(folder, tmp_path / "cut")
+    assert again == straight and len(calls) > 0
+    calls.clear()
+    assert search(folder, tmp_path / "cut") == straight and calls == []
+    kept = tmp_path / "cut" / "scores" / "a.json"
+    kept.write_text('{"1,2": "no"}')
+    assert search(folder, tmp_path / "cut") == straight and calls
+
+
+def test_exchanges_keep_the_number_and_what_is_protected() -> None:
+    import random
+
+    parent = (1, 2, 5)
+    seen = set()
+    for seed in range(200):
+        child = exchanged(parent, range(1, 7), random.Random(seed))
+        assert len(child) == 3 and set(child) <= set(range(1, 7)) and list(child) == sorted(child)
+        seen.add(len(set(child) - set(parent)))
+    assert seen == {1, 2}
+    assert exchanged((1, 2), [1, 2, 3], random.Random(0)) in ((1, 3), (2, 3))
+
+
+def test_nothing_is_left_to_exchange(folder: Path, tmp_path: Path) -> None:
+    measured = divergence(folder, tmp_path)
+    options = {"generations": 3, "offspring": 4, "seed": 0}
+    assert evolve(measured, (1, 2), [1, 2], **options) == (1, 2)
+    assert not measured.known
