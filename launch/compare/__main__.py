@@ -11,7 +11,7 @@ from launch.compare.config import CompareConfig
 EXAMPLES = """
 python -m launch.compare --source models/SmolLM2-135M \\
     --input 'SlimPajama/train/**/*.zst' --json compare.json
-    eight methods, two targets, three seeds
+    eleven methods, two targets, three seeds
 python -m launch.compare --source models/SmolLM2-135M --input 'text/*.zst' \\
     --methods ours --targets half --seeds 0
     one run of shearing and continued pre-training

@@ -26,7 +26,17 @@ REFITTED = ("activation+refit+kl", "blocks+refit+kl")
 _AT_ONCE = ("blocks", "blocks+kl", "activation", "activation+kl", "magnitude")
 METHODS = (OURS, MASKS, "paper", *REFITTED, *_AT_ONCE, "random")
 UNREPAIRED = "principal+kl"
-"""Known as well, but not run unless it is named."""
+SHORTENED = {
+    "shorten-ppl": ("--criterion", "ppl"),
+    "shorten-taylor": ("--criterion", "taylor"),
+    "shorten-magnitude": ("--criterion", "magnitude"),
+    "shorten-reverse": ("--criterion", "reverse"),
+    "shorten-greedy": ("--criterion", "ppl", "--search", "greedy"),
+    "shorten-evolution": ("--criterion", "ppl", "--search", "evolution"),
+}
+"""Whole blocks removed by `shorn shorten` with these flags, refitted and trained as ours is."""
+OPTIONAL = (UNREPAIRED, *SHORTENED)
+"""Methods that are known as well, but not run unless they are named."""
 _OURS_BEFORE = "principal+refit+kl"
 WARMUP_RATIO = 0.1
 """Of learning masks, and of training after the peers' pruning."""
@@ -64,7 +74,9 @@ class CompareConfig:
     activation, magnitude: the same shape cut at once, by strength of activations or norm of
     weights; activation+kl, blocks+kl: those distilled from the source; activation+refit+kl,
     blocks+refit+kl: refitted and trained as ours is; random: that shape trained from scratch;
-    principal+kl: ours without its refit."""
+    principal+kl: ours without its refit; shorten-ppl, shorten-taylor, shorten-magnitude,
+    shorten-reverse, shorten-greedy, shorten-evolution: whole blocks removed by `shorn shorten`,
+    refitted and trained as ours is."""
     variant: tuple[str, ...] = ()
     """Further methods as NAME=FLAGS: ours with these flags of pruner.shear and, after a |, of
     launch/cpt.py; --steps N learns masks for N steps and leaves the others to training, and {seed}
@@ -179,6 +191,8 @@ class Method:
     """Whether pruning depends on the seed; otherwise all seeds share it."""
     whole_blocks: bool = False
     """Remove whole blocks, to about as many parameters as the target has."""
+    shorten_flags: tuple[str, ...] | None = None
+    """Flags of pruner.shorten, which removes them; None: pruner.shear does."""
     random: bool = False
     """Train the shape from scratch instead of the pruned weights."""
     prunes_as: str | None = None
@@ -195,7 +209,7 @@ def methods_of(config: CompareConfig) -> list[Method]:
     masks = replace(ours, name=MASKS, shear_steps=config.shear_steps)
     methods = (ours, masks, *_peers(config), *_refitted(config, ours))
     made = {method.name: method for method in methods}
-    known = {name: made[name] for name in (*METHODS, UNREPAIRED)}
+    known = {name: made[name] for name in (*METHODS, *OPTIONAL)}
     found: list[Method] = []
     for name in config.methods:
         if name not in known:
@@ -249,6 +263,10 @@ def _refitted(config: CompareConfig, ours: Method) -> list[Method]:
         Method(activation, 0, ("--init", "importance", *_PUBLISHED)),
         Method(blocks, 0, whole_blocks=True),
         Method(UNREPAIRED, 0, ("--no-refit",), seeded=False),
+        *(
+            Method(name, 0, whole_blocks=True, shorten_flags=flags)
+            for name, flags in SHORTENED.items()
+        ),
     ]
     return [replace(method, cpt_flags=training, warmup=None) for method in known]
 

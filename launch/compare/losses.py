@@ -13,9 +13,9 @@ from data.log import logger
 from data.tables import millions, print_table
 from launch.compare.config import (
     METHODS,
+    OPTIONAL,
     OURS,
     TARGETS,
-    UNREPAIRED,
     CompareConfig,
     Method,
     methods_of,
@@ -24,6 +24,8 @@ from launch.compare.config import (
 from launch.compare.stages import EVALUATION, StageMaker, read_result
 from launch.stages import Plan, Task, announce
 from pruner.shapes import Shape, config_of, example_shape, parse_target, shape_of
+from pruner.shorten.config import ShortenConfig
+from pruner.shorten.ranking import removable
 from trainer.models.config import ModelConfig
 
 CLOSE = 0.02
@@ -167,11 +169,27 @@ def _row(
     sizes = _shape(source, shape, method).describe()
     kind = f"{target} {'learned' if method.shear_steps else 'at once'}"
     shear_seed = seed if method.seeded else 0
-    shear = maker.shear(f"{common}/shear", sizes, method, shear_seed, f"shear {kind}")
+    if method.shorten_flags is None:
+        shear = maker.shear(f"{common}/shear", sizes, method, shear_seed, f"shear {kind}")
+    else:
+        removed = source.num_layers - _shape(source, shape, method).layers
+        _require_removable(source, removed, method)
+        shear = maker.shorten(f"{common}/shear", removed, method, shear_seed, f"shorten {target}")
     pruned = maker.measure(f"{common}/pruned", shear, f"measure {target}")
     cpt = maker.train(f"{own}/cpt", shear, method, seed, f"cpt {target} {method.name}")
     trained = maker.measure(f"{own}/trained", cpt, f"measure {target}", window=window_of(source))
     return Row(target, method, seed, shear, cpt, None if method.random else pruned, trained)
+
+
+def _require_removable(source: ModelConfig, removed: int, method: Method) -> None:
+    """Raises InputError where `shorn shorten` protects more blocks than it may."""
+    options = ShortenConfig(remove=removed)
+    first, last = options.protect_first, options.protect_last
+    if removed > len(removable(source.num_layers, first, last)):
+        raise InputError(
+            f"--methods {method.name}: takes {removed} of {source.num_layers} blocks, and `shorn "
+            f"shorten` leaves the first {first} and the last {last} in place; leave it out"
+        )
 
 
 def _describe(config: CompareConfig, source: ModelConfig, shapes: dict[str, Shape]) -> None:
@@ -347,7 +365,7 @@ def leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for target in dict.fromkeys(row["target"] for row in rows):
         ours = grouped.get((target, OURS), {})
         others = {
-            name: grouped.get((target, name), {}) for name in (*METHODS, UNREPAIRED) if name != OURS
+            name: grouped.get((target, name), {}) for name in (*METHODS, *OPTIONAL) if name != OURS
         }
         shared = {name: theirs for name, theirs in others.items() if theirs.keys() & ours.keys()}
         for domain in next(iter(ours.values())) if shared else ():

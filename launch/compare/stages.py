@@ -108,13 +108,23 @@ class StageMaker:
         words = ["-m", "pruner.shear", "--source", config.source, *flags]
         return self._training_task(name, words, flags, "tokens", "shear.json", kind)
 
-    def _text_flags(self, method: Method) -> list[object]:
-        """Calibration and a refit may read only what is trained on as well, or a method would have
-        more tokens than the others."""
+    def shorten(self, name: str, removed: int, method: Method, seed: int, kind: str) -> Task:
+        """A run of pruner.shorten, which removes as many blocks."""
+        config = self.config
+        assert method.shorten_flags is not None
+        flags = ["--remove", removed, "--seq-len", config.seq_len, "--precision", config.precision]
+        flags += ["--domain-weights", config.domain_weights, "--eval-sequences", 0, "--seed", seed]
+        flags += [*self._text_flags(method, "--sequences"), *method.shorten_flags]
+        words = ["-m", "pruner.shorten", "--source", config.source, *flags]
+        return self._training_task(name, words, flags, "tokens", "shear.json", kind)
+
+    def _text_flags(self, method: Method, option: str = "--calibration-sequences") -> list[object]:
+        """Calibration, whose sequences are the `option`, and a refit may read only what is trained
+        on as well, or a method would have more tokens than the others."""
         config, flags = self.config, method.shear_flags
         found: list[object] = []
         if config.steps * config.batch < calibration_sequences(config.seq_len):
-            found += ["--calibration-sequences", config.steps * config.batch]
+            found += [option, config.steps * config.batch]
         if "--no-refit" in flags or (method.shear_steps and "--freeze-weights" not in flags):
             return found
         sequences = (config.steps - method.shear_steps) * config.batch

@@ -118,6 +118,23 @@ def test_only_text_that_is_trained_on_calibrates_and_refits(
     assert many[many.index("--refit-sequences") + 1] == 256
 
 
+def test_blocks_are_removed_by_shortening(source: ModelConfig, tmp_path: Path) -> None:
+    methods = ("ours", "shorten-ppl", "shorten-greedy")
+    plan = losses_plan(maker(tmp_path, methods=methods, seeds=(3,)), source)
+    flags = {task.name: list(task.settings.get("flags", ())) for task in plan.tasks}
+    for target, removed in (("half", 17), ("quarter", 23)):
+        for name, last in (("ppl", ["--criterion", "ppl"]), ("greedy", ["--search", "greedy"])):
+            words = flags[f"{target}/shorten-{name}/seed-3/shear"]
+            assert words[:2] == ["--remove", removed] and words[-2:] == last
+            trained = flags[f"{target}/shorten-{name}/seed-3/cpt"]
+            own = flags[f"{target}/ours/seed-3/cpt"]
+            assert trained == [*own, "--teacher", "model"]
+    small = ModelConfig.from_hf(SMOLLM2 | {"num_hidden_layers": 8})
+    sizes = ("small=layers=6,hidden=432,heads=6,kv-heads=2,ffn=1152",)
+    with pytest.raises(InputError, match=r"--methods shorten-ppl: takes 5 of 8 .*leave it out"):
+        losses_plan(maker(tmp_path, methods=("shorten-ppl",), targets=sizes), small)
+
+
 def test_a_target_that_the_source_cannot_give_is_refused(
     source: ModelConfig, tmp_path: Path
 ) -> None:
