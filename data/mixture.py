@@ -9,6 +9,7 @@ value. docs/lab-notebook.md says how rarely two layouts then part. Rounding each
 add limits to cross and remove none.
 """
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp, isfinite, log, log2
@@ -89,8 +90,11 @@ class MixtureConfig:
 
 
 def parse_values(text: str, flag: str) -> dict[str, float]:
-    """Reads "c4=0.6,github=0.4". Raises InputError naming `flag` where one is not finite and at
-    least 0, or where they are too large to be added."""
+    """Reads "c4=0.6,github=0.4", names in Unicode's composed form.
+
+    Raises InputError naming `flag` where one is not finite and at least 0, where a name is there
+    twice, or where they are too large to be added.
+    """
     values: dict[str, float] = {}
     for part in text.split(","):
         name, separator, number = (word.strip() for word in part.rpartition("="))
@@ -102,6 +106,8 @@ def parse_values(text: str, flag: str) -> dict[str, float]:
             raise InputError(
                 f"{flag} {text!r}: {part.strip()!r} is not <domain>=<finite number of 0 or more>"
             )
+        # As domains are named: a file manager's copy of one may look the same and not be.
+        name = unicodedata.normalize("NFC", name)
         if name in values:
             raise InputError(f"{flag} {text!r}: domain {name!r} is given twice")
         values[name] = value

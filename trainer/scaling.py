@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -151,7 +152,9 @@ def read_sizes(path: Path) -> dict[int, dict[str, float]]:
             )
         if not isinstance(losses, dict) or not all(map(is_finite, losses.values())):
             raise InputError(f"{place}: size {name}: losses must be finite numbers; {fix}")
-        sizes[size] = losses
+        sizes[size] = {normalize("NFC", domain): loss for domain, loss in losses.items()}
+        if len(sizes[size]) < len(losses):
+            raise InputError(f"{place}: size {name}: two of {sorted(losses)} are one domain; {fix}")
     return sizes
 
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from data.errors import InputError, require_at_least, require_threads
+from data.errors import require_at_least, require_threads
 from data.options import ON_DISK
+from trainer.models.limits import require_even_heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +48,7 @@ class BenchScoringConfig:
         require_at_least(self, 2, "layers", why=" (one to leave out and one that is left)")
         require_at_least(self, 2, "seq_len", why=" (a token and its successor)")
         require_threads(self.threads)
-        if self.hidden % self.heads:
-            nearest = max(1, round(self.hidden / self.heads)) * self.heads
-            raise InputError(
-                f"--hidden {self.hidden} is not a multiple of --heads {self.heads}: use for "
-                f"example --hidden {nearest}"
-            )
+        require_even_heads(self.hidden, self.heads)
 
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""

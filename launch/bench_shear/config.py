@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from data.errors import InputError, require_at_least, require_threads
+from data.errors import require_at_least, require_threads
 from data.options import ON_DISK
+from trainer.models.limits import require_even_heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +49,4 @@ class BenchShearConfig:
         require_at_least(self, 1, "micro_batch", "repeats")
         require_threads(self.threads)
         require_at_least(self, 2, "seq_len")
-        if self.hidden % self.heads:
-            nearest = max(1, round(self.hidden / self.heads)) * self.heads
-            raise InputError(
-                f"--hidden {self.hidden} is not a multiple of --heads {self.heads}: use for "
-                f"example --hidden {nearest}"
-            )
+        require_even_heads(self.hidden, self.heads)

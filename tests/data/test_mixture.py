@@ -268,3 +268,11 @@ def test_values_that_are_none_name_the_flag(text: str) -> None:
 def test_values_are_read() -> None:
     text = " c4 = 0.5, a=b=2,github=1e-3"
     assert parse_values(text, "--x") == {"c4": 0.5, "a=b": 2.0, "github": 1e-3}
+
+
+def test_names_may_be_decomposed() -> None:
+    """As a file manager shows them that writes an umlaut as a letter and a mark."""
+    decomposed = "bu\u0308cher"
+    assert parse_values(f"{decomposed}=2", "--x") == {"b\u00fccher": 2.0}
+    with pytest.raises(InputError, match="given twice"):
+        parse_values(f"{decomposed}=2,b\u00fccher=3", "--x")

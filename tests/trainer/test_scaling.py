@@ -179,6 +179,15 @@ def test_a_byte_order_mark_is_no_difference(tmp_path: Path) -> None:
         read_sizes(path)
 
 
+def test_names_may_be_decomposed(tmp_path: Path) -> None:
+    path = tmp_path / "fit.json"
+    path.write_text('{"sizes": {"5": {"bu\u0308cher": 1}}}', encoding="utf-8")
+    assert read_sizes(path) == {5: {"b\u00fccher": 1}}
+    path.write_text('{"sizes": {"5": {"bu\u0308cher": 1, "b\u00fccher": 2}}}', encoding="utf-8")
+    with pytest.raises(InputError, match="are one domain"):
+        read_sizes(path)
+
+
 @pytest.mark.parametrize("domains", [{"c4"}, {"c4", "github", "book"}, {"c4", "book"}])
 def test_domains_of_the_data(tmp_path: Path, domains: set[str]) -> None:
     losses: dict[str, Any] = {d: curve(SIZES, 60.0, 0.2, 1.0) for d in ("c4", "github")}

@@ -62,7 +62,7 @@ def test_the_command_writes_its_result(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"layers": 1}, r"--layers 1: must be at least 2"),
-        ({"heads": 3}, r"--hidden 32 is not a multiple of --heads 3: use for example --hidden 33"),
+        ({"heads": 3}, r"--hidden 32: each of --heads 3 gets 10.6667 .* example --hidden 30$"),
         ({"seq_len": 1}, r"--seq-len 1: must be at least 2"),
     ],
 )

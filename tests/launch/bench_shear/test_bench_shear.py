@@ -145,3 +145,14 @@ def test_a_default_that_does_not_fit_the_source_is_answered_with_one_that_does()
     advised = str(caught.value).rpartition(" ")[2]
     measured = shear_timing.measure(BenchShearConfig(**TINY | {"target": advised, "repeats": 1}))
     assert measured["target"] == advised
+
+
+@pytest.mark.parametrize(("hidden", "heads", "advice"), [(512, 12, 504), (64, 7, 70), (36, 4, 32)])
+def test_widths_of_heads_are_even(hidden: int, heads: int, advice: int) -> None:
+    with pytest.raises(
+        InputError, match=rf"--hidden {hidden}: .* use for example --hidden {advice}$"
+    ):
+        BenchShearConfig(hidden=hidden, heads=heads)
+    # The advice works: the model can be described.
+    sizes = {**TINY, "hidden": advice, "heads": heads}
+    assert shear_timing.model_config(BenchShearConfig(**sizes)).head_dim % 2 == 0
