@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from data.log import logger
 from data.sampler import DomainSampler
 from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
+from pruner.divergence import PARTS, Divergence
 from pruner.run import Inputs, find_source, open_inputs, prune
 from pruner.selection import Selection
 from pruner.shapes import shape_of
 from pruner.shorten import scores
 from pruner.shorten.config import ShortenConfig
-from pruner.shorten.kept import KeptRows
+from pruner.shorten.deletion import without
+from pruner.shorten.kept import FOLDER, KeptRows
 from pruner.shorten.ranking import count_of, in_doubt, removable, take
 from pruner.shorten.scores import BlockScores
-from pruner.shorten.search import CHUNKS, Divergence, evolve
+from pruner.shorten.search import Removed, evolve
 from pruner.units import unit_sizes
 from trainer import parallel
 from trainer.identity import require_own
@@ -158,15 +161,20 @@ class Scorer:
 
     def _evolved(self, scored: BlockScores, start: list[int], allowed: list[int]) -> Choice:
         config = self.config
-        divergence = Divergence(
+        measured = Divergence(
             self.model,
             self.sequences,
             self.context,
             config.micro_batch,
-            Path(config.output),
-            self._key(["divergence"]),
+            Path(config.output) / FOLDER / f"{self._key(['divergence'])}.json",
         )
-        before = divergence.of(tuple(start), CHUNKS)
+
+        def divergence(removed: Removed, parts: int) -> float:
+            name = ",".join(map(str, removed))
+            masks = partial(without, removed, self.model, self.context.device)
+            return measured.of(name, masks, parts)
+
+        before = divergence(tuple(start), PARTS)
         found = evolve(
             divergence,
             tuple(start),
@@ -174,12 +182,13 @@ class Scorer:
             generations=config.generations,
             offspring=config.offspring,
             seed=config.seed,
+            keep=measured.keep,
         )
-        after = divergence.of(found, CHUNKS)
+        after = divergence(found, PARTS)
         logger.info(f"divergence from the source {before:.4f} -> {after:.4f} nats")
         told = {"before": _finite(before), "after": _finite(after), "start": start}
         told |= {"generations": config.generations, "offspring": config.offspring}
-        told |= {"sets": len(divergence.known), "sequences_computed": divergence.computed}
+        told |= {"sets": len(measured.known), "sequences_computed": measured.computed}
         return Choice(scored, list(found), told)
 
     def _score(self, count: int) -> BlockScores:

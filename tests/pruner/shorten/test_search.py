@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pruner.shorten.search import CHUNKS, Divergence, evolve, exchanged
+from pruner.divergence import PARTS, Divergence
+from pruner.shorten.deletion import without
+from pruner.shorten.search import Removed, evolve, exchanged
 from tests.distributed import run_ranks
 from tests.factories import write_model
 from tests.pruner.shorten.test_scores import loaded, sequences
@@ -22,20 +24,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(path, num_hidden_layers=LAYERS, initializer_range=0.3)
 
 
-def divergence(folder: Path, output: Path, key: str = "a") -> Divergence:
+class Measured(Divergence):
+    """Of the model without blocks."""
+
+    def without(self, removed: Removed, parts: int = PARTS) -> float:
+        name = ",".join(map(str, removed))
+        return self.of(name, lambda: without(removed, self.model, self.context.device), parts)
+
+
+def divergence(folder: Path, output: Path) -> Measured:
     model, context = loaded(folder)
-    return Divergence(model, sequences(20), context, 2, output, key)
+    return Measured(model, sequences(20), context, 2, output / "scores" / "a.json")
 
 
 def search(folder: Path, output: Path, generations: int = 6) -> dict[str, Any]:
     measured = divergence(folder, output)
     start = (0, 1)
-    options = {"generations": generations, "offspring": 4, "seed": 1}
-    found = evolve(measured, start, range(5), **options)
+    options: dict[str, Any] = {"generations": generations, "offspring": 4, "seed": 1}
+    found = evolve(measured.without, start, range(5), keep=measured.keep, **options)
     return {
         "found": found,
-        "start": measured.of(start, CHUNKS),
-        "end": measured.of(found, CHUNKS),
+        "start": measured.without(start),
+        "end": measured.without(found),
         "known": measured.known,
         "computed": measured.computed,
     }
@@ -52,17 +62,17 @@ def test_divergence_is_that_of_the_logits(folder: Path, tmp_path: Path) -> None:
         del plain.model.layers[3], plain.model.layers[1]
         cut = plain(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
     per_token = F.kl_div(cut, whole, log_target=True, reduction="none").sum(-1)
-    assert measured.of((1, 3), CHUNKS) == pytest.approx(per_token.mean().item(), rel=1e-4)
+    assert measured.without((1, 3)) == pytest.approx(per_token.mean().item(), rel=1e-4)
     # 20 sequences make ten parts of two.
-    assert measured.of((1, 3), 3) == pytest.approx(per_token[:6].mean().item(), rel=1e-4)
-    assert measured.of((), CHUNKS) == pytest.approx(0, abs=1e-5)
+    assert measured.without((1, 3), 3) == pytest.approx(per_token[:6].mean().item(), rel=1e-4)
+    assert measured.without(()) == pytest.approx(0, abs=1e-5)
     assert measured.computed == 40
 
 
 def test_the_best_set_is_found(folder: Path, tmp_path: Path) -> None:
     found = search(folder, tmp_path / "search", generations=12)
     measured = divergence(folder, tmp_path / "all")
-    sets = {pair: measured.of(pair, CHUNKS) for pair in itertools.combinations(range(5), 2)}
+    sets = {pair: measured.without(pair) for pair in itertools.combinations(range(5), 2)}
     best = min(sets, key=lambda pair: sets[pair])
     assert best != (0, 1) and found["found"] == best
     assert found["end"] < found["start"]
@@ -84,9 +94,9 @@ def test_what_is_known_is_not_computed_again(
     search(folder, tmp_path / "cut", generations=3)
     original, calls = Divergence._measure, []
 
-    def counted(self: Divergence, removed: Any, number: int) -> float:
-        calls.append((removed, number))
-        return original(self, removed, number)
+    def counted(self: Divergence, masks: Any, number: int) -> float:
+        calls.append(number)
+        return original(self, masks, number)
 
     monkeypatch.setattr(Divergence, "_measure", counted)
     again = search(folder, tmp_path / "cut")
@@ -113,6 +123,6 @@ def test_exchanges_keep_the_number_and_what_is_protected() -> None:
 
 def test_nothing_is_left_to_exchange(folder: Path, tmp_path: Path) -> None:
     measured = divergence(folder, tmp_path)
-    options = {"generations": 3, "offspring": 4, "seed": 0}
-    assert evolve(measured, (1, 2), [1, 2], **options) == (1, 2)
+    options: dict[str, Any] = {"generations": 3, "offspring": 4, "seed": 0, "keep": measured.keep}
+    assert evolve(measured.without, (1, 2), [1, 2], **options) == (1, 2)
     assert not measured.known
