@@ -58,6 +58,8 @@ class Budget:
     """Parameters, or the source's seconds per token over the target's."""
     fixed: Mapping[str, int]
     """Sizes that were given too, by their name in --target."""
+    align: int | None = None
+    """What hidden and feed-forward sizes must be multiples of; None: `multiple` decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +149,19 @@ def multiple(source: Shape) -> int:
 
 
 def propose(
-    source: ModelConfig, cost: Cost, limit: float, fixed: Mapping[str, int] | None = None
+    source: ModelConfig,
+    cost: Cost,
+    limit: float,
+    fixed: Mapping[str, int] | None = None,
+    align: int | None = None,
 ) -> Proposal | None:
     """The shape nearest to `source` (see the module's docstring) that costs at most `limit`.
 
-    `fixed` gives sizes that the shape must have, by their name in --target. None when no valid
-    shape costs so little. Raises InputError when no valid shape has the fixed sizes.
+    `fixed` gives sizes that the shape must have, by their name in --target, `align` what its hidden
+    and feed-forward sizes are multiples of. None when no valid shape costs so little. Raises
+    InputError when no valid shape has the fixed sizes.
     """
-    space = _Space(source, cost, fixed or {})
+    space = _Space(source, cost, fixed or {}, align)
     largest = space.first(space.most_expensive(limit))
     if largest is None:
         return None
@@ -164,11 +171,33 @@ def propose(
     return Proposal(*nearest, limit)
 
 
+def alternatives(
+    source: ModelConfig, cost: Cost, limit: float, fixed: Mapping[str, int], align: int | None
+) -> list[tuple[Shape, float]]:
+    """What `propose` gives for every depth that the budget allows, and for hidden sizes one step
+    below and above that, with their costs."""
+    space = _Space(source, cost, fixed, align)
+    step = align or multiple(space.shape)
+    found: dict[Shape, float] = {}
+    for layers in space.options["layers"]:
+        nearest = space.first(space.nearest(SHARE * limit, limit, layers=layers))
+        if nearest is None:
+            continue
+        found |= dict([nearest])
+        for hidden in (nearest[0].hidden - step, nearest[0].hidden + step):
+            other = space.first(space.nearest(SHARE * limit, limit, layers=layers, hidden=hidden))
+            found |= dict([other] if other else [])
+    return list(found.items())
+
+
 def smallest(
-    source: ModelConfig, cost: Cost, fixed: Mapping[str, int] | None = None
+    source: ModelConfig,
+    cost: Cost,
+    fixed: Mapping[str, int] | None = None,
+    align: int | None = None,
 ) -> tuple[Shape, float]:
     """The valid shape of least cost, and its cost. Raises InputError as `propose`."""
-    space = _Space(source, cost, fixed or {})
+    space = _Space(source, cost, fixed or {}, align)
     found = space.first(space.cheapest())
     assert found is not None
     return found
@@ -188,26 +217,32 @@ class _Space:
     numbers of channels: 233,280 shapes at 648 evaluations of the cost.
     """
 
-    def __init__(self, source: ModelConfig, cost: Cost, fixed: Mapping[str, int]) -> None:
+    def __init__(
+        self, source: ModelConfig, cost: Cost, fixed: Mapping[str, int], align: int | None
+    ) -> None:
         self.source = source
         self.shape = shape_of(source)
         self.cost = cost
         self._expressible: dict[tuple[int, int, int], bool] = {}
         check_sizes(fixed, self.shape)
-        step = multiple(self.shape)
+        step = align or multiple(self.shape)
         steps = {"layers": 1, "hidden": step, "heads": 1, "kv-heads": 1, "ffn": step}
         self.options = {
             key: [fixed[key]] if key in fixed else _multiples(step, self.shape.size(key))
             for key, step in steps.items()
         }
+        for key in ("hidden", "ffn") if align else ():
+            if key not in fixed:
+                self.options[key] = list(range(step, self.shape.size(key) + 1, step))
         self.layers = np.array(self.options["layers"], dtype=np.float64)
         self.channels = np.array(self.options["ffn"], dtype=np.float64)
         self.bases = {base: self._coefficients(base) for base in self._bases()}
         if not any(self.expressible(base) for base in self.bases):
             sizes = ",".join(f"{key}={size}" for key, size in fixed.items())
+            aligned = f" in multiples of {align} (--align)" if align else ""
             raise InputError(
-                f"target: no valid shape of this source ({self.shape.describe()}) has {sizes}: "
-                "fix fewer sizes beside the budget"
+                f"target: no valid shape of this source ({self.shape.describe()}) has "
+                f"{sizes or 'such sizes'}{aligned}: fix fewer sizes beside the budget"
             )
 
     def _bases(self) -> Iterator[Shape]:
@@ -242,11 +277,18 @@ class _Space:
             costs = self._costs(base)
             yield from self._best(base, np.where(costs <= limit, -costs, np.inf), costs)
 
-    def nearest(self, floor: float, limit: float) -> Iterator[_Candidate]:
-        """Per width and heads, the shape nearest to the source with a cost in [floor, limit]."""
+    def nearest(
+        self, floor: float, limit: float, *, layers: int | None = None, hidden: int | None = None
+    ) -> Iterator[_Candidate]:
+        """Per width and heads, the shape nearest to the source with a cost in [floor, limit]; of
+        that depth and that width, if they are given."""
         for base in self.bases:
+            if hidden not in (None, base.hidden):
+                continue
             costs = self._costs(base)
             allowed = (costs >= floor) & (costs <= limit)
+            if layers is not None:
+                allowed &= (self.layers == layers)[:, None]
             if allowed.any():
                 distances = np.where(allowed, self._distances(base), np.inf)
                 yield from self._best(base, distances, costs)

@@ -1,5 +1,6 @@
 """Options of a shearing run."""
 
+import contextlib
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -7,6 +8,7 @@ from data.errors import InputError, require, require_at_least, require_finite
 from data.log import logger
 from data.mixture import MixtureConfig
 from data.options import ON_DISK
+from pruner.budget import parse_budget
 from pruner.shapes import Shape
 from trainer.config import (
     DISTILL_WEIGHT,
@@ -211,6 +213,13 @@ class ShearConfig:
     budget, which proposes the sizes and says why before anything starts: params=70m or 70m (all
     parameters), params-non-embedding=46m, or speedup=2 (decoding at batch 1, measured on this
     device); sizes beside a budget are kept: params=70m,layers=24."""
+    propose: Literal["rule", "search"] = "rule"
+    """How a budget becomes a shape. rule: the one nearest to the source and its proportions;
+    search: of the rule's shapes for every depth, the one whose predictions stay nearest to the
+    source's when it is cut at once, which loads and calibrates the source first."""
+    align: int | None = None
+    """Have a budget give hidden and feed-forward sizes that are multiples of this, such as 128 for
+    4-bit serving kernels or 256 for GGUF's k-quants."""
     selection: Annotated[str | None, ON_DISK] = None
     """Keep the units that another pruned model of the source keeps: the output of a run of shear,
     or a Hugging Face folder whose weights were only cut. They are cut from the source anew and
@@ -254,6 +263,7 @@ class ShearConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "reference_sequences", why="; use for example 32")
+        require_at_least(self, 1, "align", why="; use for example 128")
         if self.selection is not None and self.train.steps:
             raise InputError(
                 f"--selection {self.selection}: names the units to keep, and --steps "
@@ -280,6 +290,10 @@ class ShearConfig:
         found = {} if self.train.steps else dict.fromkeys(_TRAINING, "--steps 0 trains nothing")
         if not self.trains_weights:
             found["save_moments"] = "no weight is trained, so there are no moments"
+        with contextlib.suppress(InputError):
+            if parse_budget(self.target) is None:
+                why = f"--target {self.target} leaves no size open"
+                found |= dict.fromkeys(("propose", "align"), why)
         for flag, value in (
             ("--reference-losses", self.reference_losses),
             ("--reference-fit", self.reference_fit),

@@ -161,12 +161,7 @@ def measure_source(
             rotate(model, selection.rotation)
         return Measurements(losses, reference, selection.z, selection.rotation)
     masks = config.masks
-    sampler = DomainSampler(reader.sizes, weights, config.train.seed, reader.fingerprint)
-    # What the run then trains on, in the mixture's own proportions.
-    ids = BatchStream(reader, sampler, 1).ahead(
-        masks.calibration_sequences or CALIBRATION_SEQUENCES
-    )
-    sequences = torch.from_numpy(ids)
+    sequences = calibration_set(config, reader, weights)
     rotation = None
     if masks.basis == "principal":
         rotation = measure_rotation(model, sequences, context, batch)
@@ -181,6 +176,16 @@ def measure_source(
     importance = {name: values[0] for name, values in found.items()}
     _require_finite(importance)
     return Measurements(losses, reference, importance, rotation, in_doubt(found, kinds))
+
+
+def calibration_set(
+    config: ShearConfig, reader: TokenReader, weights: dict[str, float]
+) -> torch.Tensor:
+    """The sequences [n, S] of the calibration pass: what the run then trains on, in the mixture's
+    own proportions. `config` is resolved, `weights` are the initial domain weights."""
+    sampler = DomainSampler(reader.sizes, weights, config.train.seed, reader.fingerprint)
+    number = config.masks.calibration_sequences or CALIBRATION_SEQUENCES
+    return torch.from_numpy(BatchStream(reader, sampler, 1).ahead(number))
 
 
 def _require_finite(importance: dict[str, Tensor]) -> None:

@@ -15,9 +15,19 @@ from data.errors import InputError
 from data.log import logger
 from data.records import fits, read_json
 from data.tables import print_table
-from pruner.budget import BLOCK_PARAMETERS, SHARE, SPEEDUP, Budget, Proposal, propose, smallest
+from pruner.budget import (
+    BLOCK_PARAMETERS,
+    SHARE,
+    SPEEDUP,
+    Budget,
+    Cost,
+    Proposal,
+    alternatives,
+    propose,
+    smallest,
+)
 from pruner.latency import POSITIONS, Timer, decode_timer, measure_latency
-from pruner.shapes import Shape, config_of, shape_of, validate
+from pruner.shapes import Shape, config_of, parse_target, shape_of, validate
 from pruner.timing import too_busy
 from trainer.checkpoint_files import latest_step
 from trainer.memory import total_memory
@@ -25,6 +35,8 @@ from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext
 
 TARGET_FILE = "target.json"
+ALTERNATIVES = "alternatives"
+"""Key of the shapes to search among, and what each costs, in a proposal that is still open."""
 FIT_TOLERANCE = 0.15
 """Largest relative error of fitted times that goes without a warning: on a quiet machine it is a
 few per cent."""
@@ -38,6 +50,8 @@ def resolve_together(
     output: Path,
     context: DistributedContext,
     dtype: torch.dtype,
+    *,
+    search: bool = False,
 ) -> dict[str, Any]:
     """`resolve` on rank 0, or what `output` recorded of it when its run began; on every rank.
 
@@ -52,7 +66,7 @@ def resolve_together(
             if record is not None:
                 logger.info(f"target {budget.text} is {record['shape']} ({output / TARGET_FILE})")
             else:
-                record = resolve(budget, source, context.device, dtype)
+                record = resolve(budget, source, context.device, dtype, search=search)
         except InputError as error:
             problem = str(error)
     context.raise_first(problem)
@@ -90,20 +104,27 @@ def measured_seconds(output: Path) -> dict[str, float]:
 
 
 def resolve(
-    budget: Budget, source: ModelConfig, device: torch.device, dtype: torch.dtype
+    budget: Budget,
+    source: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    search: bool = False,
 ) -> dict[str, Any]:
     """The shape that `budget` comes to, printed with its reasons; what a run keeps of it.
 
     A speedup is measured on `device` in `dtype`, which takes seconds, minutes for large models on
     a CPU. The result holds "budget" and "shape" in the notation of --target, "source", both
-    numbers of "parameters", the share "used" of the limit, and "latency" for a speedup.
+    numbers of "parameters", the share "used" of the limit, and "latency" for a speedup; for a
+    `search` also the ALTERNATIVES that it compares.
 
     Raises InputError when no valid shape meets the budget, naming the nearest that one does.
     """
     if budget.kind == SPEEDUP:
-        proposal, latency = _for_speedup(budget, source, decode_timer(device, dtype), device, dtype)
+        timer = decode_timer(device, dtype)
+        proposal, cost, latency = _for_speedup(budget, source, timer, device, dtype)
     else:
-        proposal, latency = _for_parameters(budget, source), None
+        (proposal, cost), latency = _for_parameters(budget, source), None
     target = config_of(proposal.shape, source)
     validate(proposal.shape, shape_of(source))
     record = {
@@ -117,12 +138,35 @@ def resolve(
         },
         "used": proposal.cost / proposal.limit,
         "latency": latency,
+        "align": budget.align,
     }
+    if search:
+        others = alternatives(source, cost, proposal.limit, budget.fixed, budget.align)
+        record[ALTERNATIVES] = {shape.describe(): spent for shape, spent in others}
+        record["limit"] = proposal.limit
     _explain(record, budget, shape_of(source), proposal.shape)
     return record
 
 
-def _for_parameters(budget: Budget, source: ModelConfig) -> Proposal:
+def settled(record: dict[str, Any], found: dict[str, Any], source: ModelConfig) -> dict[str, Any]:
+    """An open proposal with the shape that a search has found (pruner.shape_search)."""
+    closed = {name: value for name, value in record.items() if name != ALTERNATIVES}
+    spent = record[ALTERNATIVES][found["shape"]]
+    target = config_of(parse_target(found["shape"], shape_of(source)), source)
+    closed |= {"shape": found["shape"], "search": found["compared"]}
+    closed["used"] = spent / record["limit"]
+    counts = {"parameters": True, "non_embedding_parameters": False}
+    for name, embeddings in counts.items():
+        closed[name] = record[name] | {"target": target.num_parameters(embeddings=embeddings)}
+    if record["latency"] and found["shape"] != record["shape"]:
+        # What was measured is the rule's shape.
+        predicted = record["latency"]["predicted"] | {"target": spent}
+        closed["latency"] = record["latency"] | {"predicted": predicted, "measured": None}
+        logger.info(f"predicted to decode {predicted['source'] / spent:.2f}x as fast as the source")
+    return closed
+
+
+def _for_parameters(budget: Budget, source: ModelConfig) -> tuple[Proposal, Cost]:
     def cost(config: ModelConfig) -> float:
         return float(config.num_parameters(embeddings=budget.kind != BLOCK_PARAMETERS))
 
@@ -132,28 +176,29 @@ def _for_parameters(budget: Budget, source: ModelConfig) -> Proposal:
             f"target {budget.kind}={budget.amount:,.0f} is not below the source's {most:,.0f}: "
             f"pruning only removes units, use for example {budget.kind}={most / 2:.0f}"
         )
-    proposal = propose(source, cost, budget.amount, budget.fixed)
+    proposal = propose(source, cost, budget.amount, budget.fixed, budget.align)
     if proposal is None:
-        shape, least = smallest(source, cost, budget.fixed)
+        shape, least = smallest(source, cost, budget.fixed, budget.align)
         raise InputError(
             f"target {budget.kind}={budget.amount:,.0f} is less than the smallest shape that a "
             f"budget can give{_beside(budget)}, {shape.describe()} with {least:,.0f}: "
             f"use {budget.kind}={least:.0f} or more, or give the sizes themselves"
         )
-    return proposal
+    return proposal, cost
 
 
 def _for_speedup(
     budget: Budget, source: ModelConfig, timer: Timer, device: torch.device, dtype: torch.dtype
-) -> tuple[Proposal, dict[str, Any]]:
+) -> tuple[Proposal, Cost, dict[str, Any]]:
     threads = f", threads {torch.get_num_threads()}" if device.type == "cpu" else ""
     setting = f"{device.type}, {str(dtype).removeprefix('torch.')}, batch 1, {POSITIONS} positions"
     logger.info(f"measuring how decoding time depends on the shape ({setting}{threads})")
     model, timings = measure_latency(source, timer, dtype.itemsize)
     before = model.predict(source)
-    proposal = propose(source, model.predict, before / budget.amount, budget.fixed)
+    limit = before / budget.amount
+    proposal = propose(source, model.predict, limit, budget.fixed, budget.align)
     if proposal is None:
-        shape, least = smallest(source, model.predict, budget.fixed)
+        shape, least = smallest(source, model.predict, budget.fixed, budget.align)
         most = math.floor(before / least * 100) / 100
         # Measured again, it may come out a little slower.
         safe = math.floor(before / least / (1 + FIT_TOLERANCE) * 100) / 100
@@ -178,7 +223,7 @@ def _for_speedup(
         timings |= found
     # No two of these have one shape.
     latency["busy"] = too_busy(timings, {name: name for name in timings})
-    return proposal, latency
+    return proposal, model.predict, latency
 
 
 def _sizes(budget: Budget) -> str:

@@ -14,18 +14,20 @@ from pruner.config import CALIBRATION, ShearConfig, resolve, resolve_identity
 from pruner.history import HistoryCallback
 from pruner.measurements import (
     Measurements,
+    calibration_set,
     keep,
     load_kept,
     measure_source,
     measurements_key,
     note_kept_options,
 )
-from pruner.proposal import TARGET_FILE, resolve_together
+from pruner.proposal import ALTERNATIVES, TARGET_FILE, resolve_together, settled
 from pruner.report import finish
 from pruner.rotation import rotate
 from pruner.rules import Rule
 from pruner.scores import initial_scores, make_rule
 from pruner.selection import Selection, read_selection, selected
+from pruner.shape_search import FOLDER, search_shapes
 from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
 from pruner.sheared_llama import require_reachable
 from pruner.units import label, unit_kinds
@@ -48,7 +50,7 @@ from trainer.domains import (
     resolve_mixture,
     starting_domains,
 )
-from trainer.identity import run_identity, verify_run
+from trainer.identity import require_own, run_identity, verify_run
 from trainer.inputs import find_model_with_data, open_data, warn_of_no_tokenizer
 from trainer.loop import Trainer
 from trainer.memory import headroom_bytes
@@ -106,6 +108,7 @@ def shear(config: ShearConfig) -> Trainer | None:
     with context.rank_zero_first():
         inputs = open_inputs(config, selection)
     with owned(Path(config.output), "shear.json", context):
+        inputs, proposal = _searched(inputs, proposal, context)
         return prune(inputs, context, proposal, kernels)
 
 
@@ -205,13 +208,43 @@ def _resolve_target(
     budget = parse_budget(config.target)
     if budget is None:
         return config, None
+    budget = replace(budget, align=config.align)
     with context.rank_zero_first():
         folder, model = find_source(config)
         open_data(config.data, config.train, model, folder)
     logger.info(kernels)
     dtype = parallel.compute_dtype(config.train.precision, context.device)
-    proposal = resolve_together(budget, model, Path(config.output), context, dtype)
+    proposal = resolve_together(
+        budget, model, Path(config.output), context, dtype, search=config.propose == "search"
+    )
     return replace(config, target=proposal["shape"]), proposal
+
+
+def _searched(
+    inputs: Inputs, proposal: dict[str, Any] | None, context: DistributedContext
+) -> tuple[Inputs, dict[str, Any] | None]:
+    """`inputs` with the best of the shapes that a `proposal` leaves open, and that proposal."""
+    if proposal is None or ALTERNATIVES not in proposal:
+        return inputs, proposal
+    config, output = inputs.config, Path(inputs.config.output)
+    context.raise_on_any_rank(lambda: require_own(output) if context.is_main else None)
+    shapes = [parse_target(text, inputs.source) for text in proposal[ALTERNATIVES]]
+    load = pretrained(inputs.folder)
+    model = build_model(inputs.model, config.train, context, load=load, frozen=True).eval()
+    weights = inputs.domains.weights
+    key = measurements_key(config, weights_fingerprint(inputs.folder), inputs.reader.fingerprint)
+    found = search_shapes(
+        model,
+        shapes,
+        config,
+        calibration_set(config, inputs.reader, weights),
+        context,
+        output / FOLDER / f"{key[:16]}.json",
+    )
+    del model
+    proposal = settled(proposal, found, inputs.model)
+    with context.rank_zero_first():
+        return open_inputs(replace(config, target=found["shape"])), proposal
 
 
 def open_inputs(config: ShearConfig, selection: Selection | None = None) -> Inputs:

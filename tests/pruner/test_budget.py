@@ -7,7 +7,15 @@ from itertools import pairwise
 import pytest
 
 from data.errors import InputError
-from pruner.budget import SHARE, Budget, multiple, parse_budget, propose, smallest
+from pruner.budget import (
+    SHARE,
+    Budget,
+    alternatives,
+    multiple,
+    parse_budget,
+    propose,
+    smallest,
+)
 from pruner.shapes import Shape, config_of, parse_target, shape_of, validate
 from trainer.models.config import ModelConfig
 
@@ -284,3 +292,28 @@ def test_a_proposal_can_be_given_by_name() -> None:
     proposal = propose(LLAMA2_7B, parameters, 3e9)
     assert proposal is not None
     assert parse_target(proposal.shape.describe(), shape_of(LLAMA2_7B)) == proposal.shape
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3-8b"])
+def test_sizes_can_be_aligned(name: str) -> None:
+    source = SOURCES[name]
+    limit = 0.5 * parameters(source)
+    proposal = propose(source, parameters, limit, align=256)
+    assert proposal is not None and proposal.cost <= limit
+    assert proposal.shape.hidden % 256 == proposal.shape.ffn % 256 == 0
+    with pytest.raises(InputError, match=r"in multiples of 8192 \(--align\)"):
+        propose(source, parameters, limit, align=8192)
+
+
+def test_alternatives_are_shapes_of_equal_cost() -> None:
+    source = SOURCES["smollm2-135m"]
+    limit = 0.5 * parameters(source)
+    found = dict(alternatives(source, parameters, limit, {}, None))
+    best = propose(source, parameters, limit)
+    assert best is not None and best.shape in found
+    assert len({shape.layers for shape in found}) > 10 and len({s.hidden for s in found}) > 5
+    for shape, cost in found.items():
+        assert SHARE * limit <= cost <= limit
+        assert cost == parameters(config_of(shape, source))
+    fixed = alternatives(source, parameters, limit, {"layers": 20, "hidden": 448}, 64)
+    assert fixed and {(s.layers, s.hidden, s.ffn % 64) for s, _ in fixed} == {(20, 448, 0)}
