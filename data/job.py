@@ -178,15 +178,15 @@ class Job:
         found = known | {"files": _describe_files(files, wanted_files)}
         raise InputError(
             f"--output {self.output} was made with other arguments: "
-            f"{'; '.join(differences(wanted, found))}. {self._then(manifest.arguments)}Use another "
-            "--output, or --overwrite to replace it"
+            f"{'; '.join(differences(wanted, found))}. {self._then(manifest.arguments, known)}Use "
+            "another --output, or --overwrite to replace it"
         )
 
-    def _then(self, found: Mapping[str, Any]) -> str:
+    def _then(self, found: Mapping[str, Any], known: Mapping[str, Any]) -> str:
         """The hub's state of the tokenizer that made what is there, where it is another now."""
         then = found.get(REVISION)
-        moved = isinstance(then, str) and found.get("tokenizer") != self.arguments["tokenizer"]
-        return f"{was_revision(str(then), '--tokenizer')}. " if moved else ""
+        moved = any(known.get(key) != self.known[key] for key in ("tokenizer", "ids"))
+        return f"{was_revision(str(then), '--tokenizer')}. " if moved and then else ""
 
     def _is_sound(self, manifest: Manifest, verify: bool) -> bool:
         """Whether the shards of a finished output are there, by their sizes or by every byte.
@@ -218,15 +218,15 @@ class Job:
 
     def _prepare(self) -> None:
         """Clears what an unfinished job with other settings left; keeps what can be reused."""
-        found = self._former_arguments()
+        found = self._former_arguments() or self.known
         # Where an older version wrote no ids, each part tells its own.
-        known = _known(found or self.known, self.record.ids)
+        known = _known(found, self.record.ids)
         if known != self.known:
             started = any(self.partial.glob(f"{REPORTS}/*.json"))
             if started and not self.overwrite:
                 raise InputError(
                     f"--output {self.output} holds an unfinished job with other arguments: "
-                    f"{'; '.join(differences(self.known, known))}. {self._then(found or {})}Use "
+                    f"{'; '.join(differences(self.known, known))}. {self._then(found, known)}Use "
                     "those to finish it, another --output, or --overwrite to drop it"
                 )
             self._clear()

@@ -164,7 +164,8 @@ def _resume(
         foreign = f"It was put there from another run: move it out of {newest.parent}"
         _refuse_differences(output, str(newest), before | changeable, wanted, foreign)
     if changes or written is None:
-        _write(output / FILE, {NOTED: saved[NOTED]} | wanted if NOTED in saved else wanted)
+        # The names of the start stay.
+        _write(output / FILE, wanted | ({NOTED: saved[NOTED]} if NOTED in saved else {}))
     if newest is not None and step_of(newest) < wanted["steps"]:
         for name in CHANGEABLE:
             if before.get(name) != wanted[name]:

@@ -142,8 +142,8 @@ def _require_rows_at_ends(
         elif now is not None and now >= rows:
             fix = f"{_set_token(token, source)} and tokenize again"
         raise InputError(
-            f"--data {data} does not fit the model, which has {rows} rows, for the ids below "
-            f"{rows}: the {name} token, which {verb} every document, is id {found}: {fix}"
+            f"--data {data} does not fit the model, which has rows for the ids below {rows}: "
+            f"the {name} token, which {verb} every document, is id {found}: {fix}"
         )
 
 
@@ -161,23 +161,23 @@ def _warn_of_other_ends(
 ) -> None:
     """Says where the model's own tokenizer would begin or end documents otherwise."""
     if own.eos_id != used.eos_id:
-        fix = f"tokenize again with --tokenizer {source}"
+        fix = f"Where it should be {own.eos_id}, tokenize again with --tokenizer {source}"
         if own.eos_id >= rows:
-            fix = f"the model has no row for it: {_set_token('eos_token', source)}"
+            fix = f"The model has no row for {own.eos_id}: {_set_token('eos_token', source)}"
         logger.warning(
             f"the documents of --data {data} end with id {used.eos_id}, and the tokenizer of "
             f"{source} ends with {own.eos_id}: what is trained on them learns to end with "
-            f"{used.eos_id}. Where it should be {own.eos_id}, {fix}"
+            f"{used.eos_id}. {fix}"
         )
     then, now = used.bos_id if used.adds_bos else None, _bos(own)
     if then != now:
         words = ["without BOS" if number is None else f"with id {number}" for number in (then, now)]
-        fix = f"tokenize again with --tokenizer {source}"
+        fix = f"Where they should begin so, tokenize again with --tokenizer {source}"
         if now is not None and now >= rows:
-            fix = f"the model has no row for it: {_set_token('bos_token', source)}"
+            fix = f"The model has no row for {now}: {_set_token('bos_token', source)}"
         logger.warning(
             f"the documents of --data {data} begin {words[0]}, and the tokenizer of {source} "
-            f"begins them {words[1]}. Where they should begin so, {fix}"
+            f"begins them {words[1]}. {fix}"
         )
 
 

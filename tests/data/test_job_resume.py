@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from data.job import Job
 from data.locks import folder_lock
 from data.manifest import Manifest
 from data.sources import Fields
+from data.tokenizers import load_tokenizer
 from tests.data.helpers import FILES, files_of, stop_after
+from tests.factories import move_hub_model, write_hub_model
 
 
 def test_finished_output_is_reused(
@@ -349,3 +352,39 @@ def test_parts_whose_keys_say_nothing_of_ids_are_known_by_their_documents(
     assert ("made again" in capfd.readouterr().err) != same
     ending_with(make_job("whole"), eos_id).run(1)
     assert files_of(job.output) == files_of(make_job("whole").output)
+
+
+def test_a_tokenizer_on_the_hub_that_moved_says_what_it_was(
+    make_job: Callable[..., Job],
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_tokenizer, other)
+    file = other / "tokenizer_config.json"
+    file.write_text(file.read_text().replace("</s>", "<s>"))
+    cache = tmp_path / "hub"
+    first, same, second = write_hub_model(cache, tiny_tokenizer, tiny_tokenizer, other)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+
+    def start(name: str = "acme/tiny", **settings: object) -> bool:
+        job = make_job(**settings)
+        files = [Path(name) for task in job.tasks for name, _ in task.files]
+        return Job(files, job.settings, load_tokenizer(name), job.output).run(1)[1]
+
+    assert start()
+    move_hub_model(cache, same)
+    assert not start()
+    move_hub_model(cache, second)
+    was = rf"acme/tiny was revision {first}: give --tokenizer acme/tiny@{first}\. Use"
+    with pytest.raises(InputError, match=rf"\(eos_token\): 2 there, 1 now\. {was} another"):
+        start()
+    assert not start(f"acme/tiny@{first}")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            start(f"acme/tiny@{first}", output="stopped")
+    with pytest.raises(InputError, match=rf"unfinished job .*{was} those to finish"):
+        start(output="stopped")
