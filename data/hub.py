@@ -44,6 +44,23 @@ def owner_of(name: str) -> Path:
     return Path(split_revision(name)[0]).parent
 
 
+def pinned(name: str | Path, folder: Path) -> str | None:
+    """`name` of a model on the hub with the commit whose state `folder` of the hub's cache holds,
+    as ORG/NAME@COMMIT; None where `folder` is none such, or `name` no hub id."""
+    text = str(name)
+    cache = folder.parent.parent.name
+    if not may_be_hub_id(text) or folder.parent.name != "snapshots" or cache[:8] != "models--":
+        return None
+    return f"{split_revision(text)[0]}@{folder.name}"
+
+
+def was_revision(then: str, option: str) -> str:
+    """What to say where a name of the hub stood for `then` (as `pinned` gives it) and now stands
+    for something else."""
+    bare, revision = split_revision(then)
+    return f"{bare} was revision {revision}: give {option} {then}"
+
+
 def id_of_page(text: str) -> str | None:
     """The hub id, with its revision, of the model whose page has the address `text`; None for what
     is no such address."""

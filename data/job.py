@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import Synchronized
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from data.domain_names import DomainNames
 from data.errors import InputError, failure, is_full
 from data.files import sync_folder, write_text
+from data.hub import was_revision
 from data.locks import FILE_NAME as LOCK
 from data.locks import folder_lock
 from data.log import logger
@@ -32,16 +33,28 @@ from data.manifest import (
     TRAIN,
     Manifest,
     ShardRecord,
+    TokenizerRecord,
     differences,
     dtype_for,
 )
 from data.progress import Progress
 from data.records import read_json
 from data.shards import SUFFIXES, ShardReader, check_shards
-from data.tasks import REPORTS, Report, Settings, Task, TaskRun, finished_report, plan_tasks
+from data.tasks import (
+    REPORTS,
+    FormerKey,
+    Report,
+    Settings,
+    Task,
+    TaskRun,
+    finished_report,
+    plan_tasks,
+)
 from data.tokenizers import Tokenizer
 
 PARTIAL = ".partial"
+REVISION = "tokenizer_revision"
+"""Among the arguments that are kept, what a hub id of the tokenizer stood for. It is only told."""
 SETTINGS = "settings.json"
 SETTINGS_FIX = "it is written again; finished parts with the same arguments are used all the same"
 SECONDS_BETWEEN_UPDATES = 0.2
@@ -75,10 +88,15 @@ class Job:
         self.overwrite = overwrite
         self.partial = output / PARTIAL
         self.dtype = dtype_for(tokenizer.vocab_size)
+        self.record = tokenizer.record()
         # Through JSON once, so that it equals what a manifest gives back.
         self.arguments: dict[str, Any] = json.loads(
             json.dumps(settings.arguments() | {"tokenizer": tokenizer.fingerprint})
         )
+        # A manifest has the ids in its record of the tokenizer.
+        self.known = self.arguments | {"ids": self.record.ids}
+        if tokenizer.revision is not None:
+            self.arguments[REVISION] = tokenizer.revision
 
     def run(self, workers: int, verify: bool = False) -> tuple[Manifest, bool]:
         """Runs what is not done yet. Returns the manifest and whether there was anything to do.
@@ -151,17 +169,24 @@ class Job:
             raise
         files = [(source.path, source.bytes) for source in manifest.sources]
         wanted_files = [file for task in self.tasks for file in task.files]
-        if manifest.arguments == self.arguments and files == wanted_files:
+        known = _known(manifest.arguments, manifest.tokenizer.ids)
+        if known == self.known and files == wanted_files:
             return manifest if self._is_sound(manifest, verify) else None
-        wanted = self.arguments | {"files": _describe_files(wanted_files, files)}
-        found = manifest.arguments | {"files": _describe_files(files, wanted_files)}
         if self.overwrite:
             return None
+        wanted = self.known | {"files": _describe_files(wanted_files, files)}
+        found = known | {"files": _describe_files(files, wanted_files)}
         raise InputError(
             f"--output {self.output} was made with other arguments: "
-            f"{'; '.join(differences(wanted, found))}. Use another --output, or --overwrite to "
-            "replace it"
+            f"{'; '.join(differences(wanted, found))}. {self._then(manifest.arguments, known)}Use "
+            "another --output, or --overwrite to replace it"
         )
+
+    def _then(self, found: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+        """The hub's state of the tokenizer that made what is there, where it is another now."""
+        then = found.get(REVISION)
+        moved = any(known.get(key) != self.known[key] for key in ("tokenizer", "ids"))
+        return f"{was_revision(str(then), '--tokenizer')}. " if moved and then else ""
 
     def _is_sound(self, manifest: Manifest, verify: bool) -> bool:
         """Whether the shards of a finished output are there, by their sizes or by every byte.
@@ -187,32 +212,36 @@ class Job:
 
     def _drop_leftovers(self) -> None:
         """Removes reports that a crash right after publishing left."""
-        if self._former_arguments() in (None, self.arguments):
+        found = self._former_arguments() or self.known
+        if _known(found, self.record.ids) == self.known:
             shutil.rmtree(self.partial / REPORTS, ignore_errors=True)
 
     def _prepare(self) -> None:
         """Clears what an unfinished job with other settings left; keeps what can be reused."""
-        found = self._former_arguments()
-        if found not in (None, self.arguments):
+        found = self._former_arguments() or self.known
+        # Where an older version wrote no ids, each part tells its own.
+        known = _known(found, self.record.ids)
+        if known != self.known:
             started = any(self.partial.glob(f"{REPORTS}/*.json"))
             if started and not self.overwrite:
                 raise InputError(
                     f"--output {self.output} holds an unfinished job with other arguments: "
-                    f"{'; '.join(differences(self.arguments, found))}. Use those to finish it, "
-                    "another --output, or --overwrite to drop it"
+                    f"{'; '.join(differences(self.known, known))}. {self._then(found, known)}Use "
+                    "those to finish it, another --output, or --overwrite to drop it"
                 )
             self._clear()
         for leftover in self.partial.rglob("*.tmp"):
             leftover.unlink(missing_ok=True)
-        write_text(self.partial / SETTINGS, json.dumps(self.arguments))
+        write_text(self.partial / SETTINGS, json.dumps(self.arguments | self.known))
 
-    def _former_arguments(self) -> Any:
+    def _former_arguments(self) -> dict[str, Any] | None:
         """Those of the job that left the working folder; None where nothing tells."""
         path = self.partial / SETTINGS
         if not path.exists():
             return None
         try:
-            return read_json(path, SETTINGS_FIX)
+            found: dict[str, Any] = read_json(path, SETTINGS_FIX)
+            return found
         except InputError as error:
             # Each part says by a key of its own what it was made with.
             logger.warning(str(error))
@@ -242,8 +271,9 @@ class Job:
         limited = self.settings.max_bytes_per_domain is not None
         for task in self.tasks:
             before = bar.completed
-            key = task.key(self.arguments | ({"used": used} if limited else {}))
-            report = finished_report(task, key, self.partial, self.dtype, bar.update)
+            known = self.known | ({"used": used} if limited else {})
+            key, former = task.key(known), _former_key(task, known, self.record)
+            report = finished_report(task, key, self.partial, self.dtype, bar.update, former)
             if report is None:
                 run = TaskRun(task, self.settings, self.tokenizer, self.partial, bar.update, used)
                 report = run.run(key)
@@ -267,7 +297,13 @@ class Job:
         )
         try:
             futures = {
-                pool.submit(_run_on_worker, task, task.key(self.arguments)) for task in self.tasks
+                pool.submit(
+                    _run_on_worker,
+                    task,
+                    task.key(self.known),
+                    _former_key(task, self.known, self.record),
+                )
+                for task in self.tasks
             }
             for future in _as_completed(futures, lambda: _show(bar, counter)):
                 index, report = future.result()
@@ -299,7 +335,7 @@ class Job:
             raise InputError("the input holds no text at all; check --input and --text-field")
         return Manifest(
             dtype=self.dtype,
-            tokenizer=self.tokenizer.record(),
+            tokenizer=self.record,
             splits=splits,
             sources=[source for report in reports for source in report.sources],
             arguments=self.arguments,
@@ -359,6 +395,16 @@ class Job:
             shutil.rmtree(self.partial, ignore_errors=True)
 
 
+def _known(arguments: Mapping[str, Any], ids: dict[str, Any]) -> dict[str, Any]:
+    """By what tokens with these arguments are known; `ids` where they say nothing of them."""
+    return {"ids": ids} | {name: value for name, value in arguments.items() if name != REVISION}
+
+
+def _former_key(task: Task, known: Mapping[str, Any], record: TokenizerRecord) -> FormerKey:
+    """What the task's report of an older version is known by."""
+    return FormerKey(task.key({k: v for k, v in known.items() if k != "ids"}), record)
+
+
 def _describe_files(files: list[tuple[str, int]], others: list[tuple[str, int]]) -> str:
     """Number of files, and the first (with its size) that is not among `others`."""
     known = set(others)
@@ -399,10 +445,10 @@ def _start_worker(
     _Worker.counter, _Worker.stop, _Worker.parent = counter, stop, parent
 
 
-def _run_on_worker(task: Task, key: str) -> tuple[int, Report]:
+def _run_on_worker(task: Task, key: str, former: FormerKey) -> tuple[int, Report]:
     settings, tokenizer, folder = _Worker.settings, _Worker.tokenizer, _Worker.folder
     dtype = dtype_for(tokenizer.vocab_size)
-    report = finished_report(task, key, folder, dtype, _advance_worker)
+    report = finished_report(task, key, folder, dtype, _advance_worker, former)
     if report is None:
         report = TaskRun(task, settings, tokenizer, folder, _advance_worker).run(key)
     else:

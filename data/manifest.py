@@ -28,6 +28,13 @@ FIELD_OPTIONS = {
     "skip_incomplete": "--skip-incomplete",
 }
 """What the names of a record's fields are called on the command line."""
+ID_WORDS = {
+    "eos_id": "id that --tokenizer ends documents with (eos_token)",
+    "bos_id": "id that --tokenizer begins documents with",
+    "vocab_size": "number of ids of --tokenizer",
+    "probe": "ids that --tokenizer gives the same text",
+}
+"""What `TokenizerRecord.ids` are called in messages."""
 TRAIN = "train"
 HELD_OUT = "held_out"
 # 32-bit ids are signed because the index format has no unsigned 32-bit type.
@@ -52,6 +59,16 @@ class TokenizerRecord:
     """Whether each document starts with BOS; each ends with EOS in any case."""
     probe: list[int]
     """Ids of `data.tokenizers.PROBE_TEXT`: two tokenizers that agree on it are interchangeable."""
+
+    @property
+    def ids(self) -> dict[str, Any]:
+        """What decides the ids of a document besides the model file: settings beside it."""
+        return {
+            "eos_id": self.eos_id,
+            "bos_id": self.bos_id if self.adds_bos else None,
+            "vocab_size": self.vocab_size,
+            "probe": hashlib.sha256(json.dumps(self.probe).encode()).hexdigest()[:16],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +287,9 @@ def dtype_for(vocab_size: int) -> str:
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Describes each argument that differs by its option, for error messages."""
+    if mine.get("tokenizer") != theirs.get("tokenizer"):
+        # Another tokenizer has other ids.
+        mine, theirs = ({k: v for k, v in of.items() if k != "ids"} for of in (mine, theirs))
     options = [_as_options(arguments) for arguments in (mine, theirs)]
     lines = []
     for option in sorted(options[0].keys() | options[1].keys()):
@@ -285,6 +305,8 @@ def _as_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in arguments.items():
         if key == "fields" and isinstance(value, dict):
             found |= {FIELD_OPTIONS.get(name, str(name)): entry for name, entry in value.items()}
+        elif key == "ids" and isinstance(value, dict):
+            found |= {ID_WORDS.get(name, str(name)): entry for name, entry in value.items()}
         elif key == "bytes_per_task" and is_kind(value, int):
             found["--task-mib"] = f"{value / 2**20:g}"
         else:

@@ -20,9 +20,17 @@ from data.errors import InputError
 from data.files import write_text
 from data.formats import Format, format_of
 from data.log import logger
-from data.manifest import HELD_OUT, TRAIN, ShardRecord, SourceRecord, dtype_for, from_json
+from data.manifest import (
+    HELD_OUT,
+    TRAIN,
+    ShardRecord,
+    SourceRecord,
+    TokenizerRecord,
+    dtype_for,
+    from_json,
+)
 from data.records import read_json
-from data.shards import ShardWriter, check_shards
+from data.shards import ShardReader, ShardWriter, check_shards
 from data.sources import Document, Fields, holds_nothing, iterate_documents
 from data.streams import reading
 from data.tokenizers import Tokenizer
@@ -87,6 +95,28 @@ class Task:
         return hashlib.sha256(
             json.dumps([READING, self.files, arguments], sort_keys=True).encode()
         ).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class FormerKey:
+    """What tells the report of an older version: its key did not say how the tokenizer begins and
+    ends documents, but the documents do."""
+
+    key: str
+    tokenizer: TokenizerRecord
+
+    def check(self, folder: Path, shards: Iterable[ShardRecord], dtype: str) -> None:
+        """Raises InputError unless the shards below `folder` are framed as the tokenizer does."""
+        now = self.tokenizer
+        begin = now.bos_id if now.adds_bos else None
+        for shard in shards:
+            reader = ShardReader(folder, shard, dtype, "never")
+            ids = np.empty(reader.documents()[1], np.int64)
+            reader.read_into(0, ids)
+            reader.close()
+            first = int(ids[0]) if len(ids) > 1 and ids[0] == now.bos_id else None
+            if ids[-1] != now.eos_id or first != begin:
+                raise InputError("its documents begin or end with another id than now")
 
 
 @dataclass(slots=True)
@@ -305,7 +335,12 @@ class TaskRun:
 
 
 def finished_report(
-    task: Task, key: str, folder: Path, dtype: str, advance: Callable[[int], None]
+    task: Task,
+    key: str,
+    folder: Path,
+    dtype: str,
+    advance: Callable[[int], None],
+    former: FormerKey | None = None,
 ) -> Report | None:
     """The report of a finished task with this key, once all it wrote is checked; else None.
 
@@ -315,17 +350,21 @@ def finished_report(
         folder: root of the shards.
         dtype: token dtype.
         advance: told, after a shard that was checked, that no bytes were read.
+        former: what the report of an older version must have instead; None refuses those.
     """
     path = report_path(folder, task.index)
     try:
         report = Report.load(path)
         if report is None:
             return None
-        if report.key != key:
+        known = former is not None and report.key == former.key
+        if report.key != key and not known:
             raise InputError("it is of other input or of another version")
         if tuple((source.path, source.bytes) for source in report.sources) != task.files:
             raise InputError(f"{path} names other files than its part")
         check_shards(folder, shards_of(report), dtype, lambda _: advance(0))
+        if former is not None and known:
+            former.check(folder, shards_of(report), dtype)
     except InputError as error:
         logger.warning(f"part {task.index} is made again: {str(error).partition('; ')[0]}")
         return None

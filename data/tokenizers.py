@@ -22,6 +22,7 @@ from data.hub import (
     is_offline,
     may_be_hub_id,
     owner_of,
+    pinned,
     split_revision,
 )
 from data.manifest import TokenizerRecord
@@ -73,6 +74,8 @@ class Tokenizer(ABC):
     """Whether a document starts with BOS: what the tokenizer does by itself (as Llama's does)."""
     fingerprint: str
     """sha256 of the file that holds the vocabulary."""
+    revision: str | None = None
+    """ORG/NAME@COMMIT, where it was named by a hub id."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -246,8 +249,16 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """
     require_utf8(path)
     place = Path(path)
-    if not place.exists():
-        place = _from_hub(str(path))
+    if place.exists():
+        return _from_place(place, path)
+    place = _from_hub(str(path))
+    tokenizer = _from_place(place, path)
+    tokenizer.revision = pinned(path, place)
+    return tokenizer
+
+
+def _from_place(place: Path, path: Path | str) -> Tokenizer:
+    """The tokenizer in the file or folder `place`, which the user named `path`."""
     if place.name in (_JSON, *_BPE):
         place = place.parent
     if not holds_tokenizer(place) and holds_tokenizer(place / "model"):
@@ -339,9 +350,10 @@ def _configured_bos(folder: Path) -> bool:
 
 def _required_eos(eos_id: int | None, path: Path) -> int:
     if eos_id is None:
-        fix = "set eos_token in its tokenizer_config.json"
+        which = "its tokenizer_config.json, to a token that the model was trained with"
+        fix = f"set eos_token in {which}"
         if path.is_file():
-            fix = "give a folder with tokenizer.json, and eos_token in its tokenizer_config.json"
+            fix = f"give a folder with tokenizer.json, and eos_token in {which}"
         raise InputError(
             f"the tokenizer {path} has no end-of-sequence token, which separates documents; {fix}"
         )

@@ -1,12 +1,14 @@
 """What the stages in an output folder work on, told by content and not by path."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError, failure
 from data.files import write_json
+from data.hub import was_revision
 from data.records import fits, read_json
 from data.tokenizers import holds_tokenizer, load_tokenizer
 from launch.stages import MARKERS
@@ -16,7 +18,10 @@ FILE = "origin.json"
 
 
 def first_names(
-    output: Path, names: Mapping[str, Any], contents: Mapping[str, str]
+    output: Path,
+    names: Mapping[str, Any],
+    contents: Mapping[str, str],
+    revisions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """How the first start into `output` named what its stages work on, by option; as this start
     does where nothing is known of one.
@@ -25,13 +30,15 @@ def first_names(
         output: the folder, held by the caller.
         names: how this start names it, by option.
         contents: fingerprints of what some of the options name. Names may change, these may not.
+        revisions: what hub ids among the names stand for (`data.hub.pinned`).
 
     Raises InputError where `output` holds results of something else, or cannot be written.
     """
     path = output / MARKERS / FILE
     if not path.exists():
         try:
-            write_json(path, {"names": dict(names), "contents": dict(contents)})
+            first = {"names": dict(names), "contents": dict(contents)}
+            write_json(path, first | ({"revisions": dict(revisions)} if revisions else {}))
         except OSError as error:
             raise InputError(f"{path}: {failure(error)}") from None
         return dict(names)
@@ -40,24 +47,37 @@ def first_names(
     form = {
         f"{option}?": [str] if isinstance(name, list) else str for option, name in names.items()
     }
-    if not fits(known["names"], form):
-        raise InputError(f"{path}: `names` is not what this version writes; {fix}")
+    for name, wanted in (("names", form), ("revisions", {"*": str})):
+        if not fits(known.get(name, {}), wanted):
+            raise InputError(f"{path}: `{name}` is not what this version writes; {fix}")
     first = {option: known["names"].get(option, name) for option, name in names.items()}
     for option, content in contents.items():
-        if known["contents"].get(option, content) != content:
+        former = known["contents"].get(option, content)
+        # Former versions wrote nothing of a tokenizer's settings.
+        if former not in (content, content.partition(":")[0]):
             changed = first[option] == names[option]
             why = "has changed since" if changed else f"is not {first[option]}, of which"
+            then = known.get("revisions", {}).get(option)
+            moved = then is not None and then != (revisions or {}).get(option)
+            fix = f"{was_revision(then, option)}, or name" if moved else "name"
             raise InputError(
-                f"{option} {names[option]}: {why} the results in --output {output} were made; name "
-                "another --output"
+                f"{option} {names[option]}: {why} the results in --output {output} were made; "
+                f"{fix} another --output"
             )
     return first
 
 
 def model_fingerprint(source: str | Path) -> str:
-    """Hash of the weights and the tokenizer of a model, named as --source takes it."""
+    """Hash of the weights and the tokenizer of a model, named as --source takes it; behind a colon
+    that of the ids which the tokenizer's settings decide."""
     folder = resolve_model(source, option="--source")
-    parts = [weights_fingerprint(folder)]
+    parts, ids = [weights_fingerprint(folder)], ""
     if holds_tokenizer(folder):
-        parts.append(load_tokenizer(folder).fingerprint)
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        tokenizer = load_tokenizer(folder)
+        parts.append(tokenizer.fingerprint)
+        ids = f":{_hash(json.dumps(tokenizer.record().ids, sort_keys=True))}"
+    return _hash(" ".join(parts)) + ids
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -50,7 +50,7 @@ from trainer.domains import (
     resolve_mixture,
     starting_domains,
 )
-from trainer.identity import require_own, run_identity, verify_run
+from trainer.identity import require_own, revisions, run_identity, verify_run
 from trainer.inputs import find_model_with_data, open_data, warn_of_no_tokenizer
 from trainer.loop import Trainer
 from trainer.memory import headroom_bytes
@@ -312,6 +312,7 @@ def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> 
         **{name: value for name, value in masks.items() if name != CALIBRATION},
         **({"selection": inputs.selection.key} if inputs.selection else {}),
         **teacher_identity(config.distillation, _teacher(inputs)),
+        **revisions({"--source": (config.source, inputs.folder)}),
     )
 
 

@@ -123,9 +123,13 @@ def _trained(path: str, run: Path) -> InputError:
 def _of_run(run: Path, source: Path, model: ModelConfig) -> Selection:
     path = run / MASKS
     fix = "name a finished run of shorn shear from this --source"
-    cut_from = read_json(run / "shear.json", fix, keys={"source_weights": str})["source_weights"]
-    if cut_from != weights_fingerprint(source):
-        raise InputError(f"--selection {run}: was cut from another model than --source; {fix}")
+    report = read_json(run / "shear.json", fix, keys={"source_weights": str})
+    if report["source_weights"] != weights_fingerprint(source):
+        # A folder of the hub's cache tells the commit.
+        then = f" ({report['source']})" if report.get("source") else ""
+        raise InputError(
+            f"--selection {run}: was cut from another model than --source{then}; {fix}"
+        )
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:

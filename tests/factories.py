@@ -101,3 +101,22 @@ def write_model(path: Path, tokenizer: Path | None = None, **overrides: Any) -> 
             if file.name.startswith(("tokenizer", "special_tokens")):
                 (path / file.name).write_bytes(file.read_bytes())
     return path
+
+
+def write_hub_model(cache: Path, *states: Path) -> list[str]:
+    """The model acme/tiny in a cache as huggingface_hub makes them, with a commit for each of the
+    folders `states`; returns the commits. `main` is the first."""
+    import shutil
+
+    commits = [f"{index:x}" * 40 for index in range(10, 10 + len(states))]
+    for commit, state in zip(commits, states, strict=True):
+        shutil.copytree(state, cache / "models--acme--tiny" / "snapshots" / commit)
+    move_hub_model(cache, commits[0])
+    return commits
+
+
+def move_hub_model(cache: Path, commit: str) -> None:
+    """Makes `commit` the newest state of acme/tiny in `cache`."""
+    main = cache / "models--acme--tiny" / "refs" / "main"
+    main.parent.mkdir(exist_ok=True)
+    main.write_text(commit)

@@ -43,7 +43,7 @@ from trainer.domains import (
     start_reference,
     starting_domains,
 )
-from trainer.identity import moments_of, run_identity, verify_run
+from trainer.identity import moments_of, revisions, run_identity, verify_run
 from trainer.inputs import find_model_with_data, open_data, warn_of_no_tokenizer
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
@@ -354,6 +354,9 @@ def _reference(
 def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) -> dict[str, Any]:
     fresh = config.init == "random"
     dynamic = inputs.mixture.kind == "dynamic"
+    names: dict[str, tuple[str | None, Path]] = {"--model": (config.model, inputs.source)}
+    if inputs.teacher is not None:
+        names["--teacher"] = (config.teacher, inputs.teacher.folder)
     return run_identity(
         config.train,
         inputs.shape,
@@ -367,6 +370,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
         reference_losses=inputs.domains.reference if dynamic else None,
         **({} if inputs.moments is None else {"moments": inputs.moments.steps}),
         **teacher_identity(inputs.distillation, inputs.teacher),
+        **revisions(names),
     )
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from data.errors import InputError, failure
 from data.files import write_json
+from data.hub import pinned, split_revision, was_revision
 from data.log import logger
 from data.mixture import MixtureConfig
 from data.options import options_of
-from data.records import is_kind, read_json
+from data.records import fits, is_kind, read_json
 from trainer.checkpoint_files import MARKER, committed, step_of, way_around
 from trainer.config import DistillationConfig, TrainConfig
 from trainer.models.config import ModelConfig
@@ -56,8 +57,11 @@ PRECISIONS = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}
 CHANGEABLE = ("lr", "min_lr_ratio", "clip", "weight_decay")
 """Those of SCHEDULE_FIELDS that may change on resume too: they bring a diverging run back on track,
 and the order of the data does not depend on them."""
+NOTED = "revisions"
+"""What names on the hub stood for, by option. It tells what a name was, and makes no other run."""
 
 FOLLOWING = {
+    "distill.teacher": {"source"},
     "domain_weights": {"data", "seq_len"},
     "reference_losses": {"data", "seq_len", "mixture"},
     "warmup_ratio": {"moments"},
@@ -82,9 +86,20 @@ def run_identity(
     }
 
 
+def revisions(names: Mapping[str, tuple[str | None, Path]]) -> dict[str, Any]:
+    """Entry of a run's identity: what those of its models stood for that were named by a hub id.
+
+    Args:
+        names: by option, the name that it gave and the folder that was found.
+    """
+    found = {option: pinned(name, folder) for option, (name, folder) in names.items() if name}
+    known = {option: name for option, name in found.items() if name is not None}
+    return {NOTED: known} if known else {}
+
+
 def same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether two identities, as JSON gives them back, are of one run, as far as both tell."""
-    names = (saved.keys() & wanted.keys()) - set(CHANGEABLE)
+    names = (saved.keys() & wanted.keys()) - {*CHANGEABLE, NOTED}
     return all(saved[name] == wanted[name] for name in names)
 
 
@@ -149,7 +164,8 @@ def _resume(
         foreign = f"It was put there from another run: move it out of {newest.parent}"
         _refuse_differences(output, str(newest), before | changeable, wanted, foreign)
     if changes or written is None:
-        _write(output / FILE, wanted)
+        # The names of the start stay.
+        _write(output / FILE, wanted | ({NOTED: saved[NOTED]} if NOTED in saved else {}))
     if newest is not None and step_of(newest) < wanted["steps"]:
         for name in CHANGEABLE:
             if before.get(name) != wanted[name]:
@@ -207,7 +223,8 @@ def _refuse_differences(
     wanted: dict[str, Any],
     fix: str = "",
 ) -> None:
-    names = [n for n in sorted(saved.keys() | wanted.keys()) if saved.get(n) != wanted.get(n)]
+    every = sorted((saved.keys() | wanted.keys()) - {NOTED})
+    names = [name for name in every if saved.get(name) != wanted.get(name)]
     if not names:
         return
     if "command" in names:
@@ -217,11 +234,11 @@ def _refuse_differences(
     told = _in_words(saved, wanted, names)
     changes = ", ".join(told[:MOST])
     if len(told) > MOST:
-        every = {name: {"was": saved.get(name), "now": wanted.get(name)} for name in names}
-        _write(output / DIFFERENCES, every)
+        both = {name: {"was": saved.get(name), "now": wanted.get(name)} for name in names}
+        _write(output / DIFFERENCES, both)
         changes += f" and {len(told) - MOST} more ({output / DIFFERENCES})"
     if not fix:
-        fix = "Repeat the old values to resume it, or choose another --output to start a new run"
+        fix = f"{_old_values(saved, wanted, told)}, or choose another --output to start a new run"
         if names == ["steps"]:
             fix += ". Another number of steps is another learning-rate schedule"
             if (output / "model" / "config.json").exists():
@@ -230,6 +247,32 @@ def _refuse_differences(
                     f"{output / 'model'} --output <new folder>"
                 )
     raise InputError(f"{place} holds a run of another configuration: {changes}. {fix}")
+
+
+def _old_values(saved: dict[str, Any], wanted: dict[str, Any], told: list[str]) -> str:
+    """How to resume a run that differs in what is `told`."""
+    then, now = _revisions_of(saved), _revisions_of(wanted)
+    other = [f"--{m}" for m in ("source", "model", "teacher") if _is_told(f"--{m}", told)]
+    moved = [was_revision(then[o], o) for o in other if then.get(o) not in (None, now.get(o))]
+    if moved:
+        rest = ", repeat the other old values" if len(told) > len(moved) else ""
+        return f"{', '.join(moved)}{rest} to resume it"
+    # Former versions noted none.
+    asked = [
+        f"{now[o]} is the revision of now, {o} {split_revision(now[o])[0]}@REVISION another"
+        for o in other
+        if o in now and o not in then
+    ]
+    return "Repeat the old values to resume it" + (f" ({', '.join(asked)})" if asked else "")
+
+
+def _is_told(option: str, told: list[str]) -> bool:
+    return any(entry.startswith(f"{option} is another model") for entry in told)
+
+
+def _revisions_of(identity: dict[str, Any]) -> dict[str, str]:
+    found = identity.get(NOTED)
+    return found if isinstance(found, dict) and fits(found, {"*": str}) else {}
 
 
 def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -> list[str]:

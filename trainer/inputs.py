@@ -7,7 +7,7 @@ from data.errors import InputError
 from data.hub import is_offline
 from data.log import logger
 from data.machine import available_cores
-from data.manifest import FILE_NAME, HELD_OUT, why_no_tokens
+from data.manifest import FILE_NAME, HELD_OUT, TokenizerRecord, why_no_tokens
 from data.places import EMPTY_FOLDER, odd_name, what_is
 from data.reader import TokenReader
 from data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
@@ -102,20 +102,16 @@ def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data:
             f"--data {data} was tokenized by another tokenizer than the model's: the same text "
             f"gives other ids; tokenize again with --tokenizer {source}"
         )
-    if own is not None and own.eos_id != used.eos_id:
-        logger.warning(
-            f"the documents of --data {data} end with id {used.eos_id}, and the tokenizer of "
-            f"{source} ends with {own.eos_id}: what is trained on them learns to end with "
-            f"{used.eos_id}. Where it should be {own.eos_id}, tokenize again with "
-            f"--tokenizer {source}"
-        )
+    _require_rows_at_ends(used, own, model.vocab_size, source, data)
+    if own is not None:
+        _warn_of_other_ends(used, own, model.vocab_size, source, data)
     if used.vocab_size <= model.vocab_size:
         return
     # Special tokens that were added without a row for them do no harm: they are never in the data.
-    if own is None or own.fingerprint != used.fingerprint or own.largest_id >= model.vocab_size:
+    if own is None or not _made(own, used) or own.largest_id >= model.vocab_size:
         raise InputError(
             f"--data {data} was tokenized with {used.vocab_size} ids, the model has "
-            f"{model.vocab_size}; {_more_ids(own, used.fingerprint, model.vocab_size, source)}"
+            f"{model.vocab_size}; {_more_ids(own, used, model.vocab_size, source)}"
         )
     logger.warning(
         f"the tokenizer of {source} has {own.vocab_size} ids, the model {model.vocab_size}: the "
@@ -123,23 +119,84 @@ def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data:
     )
 
 
-def _more_ids(tokenizer: Tokenizer | None, used: str, rows: int, source: Path) -> str:
+def _made(own: Tokenizer, used: TokenizerRecord) -> bool:
+    """Whether `own` has all the tokens that the data can hold, and tells which are special."""
+    return own.fingerprint == used.fingerprint and own.vocab_size >= used.vocab_size
+
+
+def _require_rows_at_ends(
+    used: TokenizerRecord, own: Tokenizer | None, rows: int, source: Path, data: str
+) -> None:
+    """Raises InputError when documents begin or end with an id that the model has no row for."""
+    ends = [
+        ("end-of-sequence", "ends", "eos_token", used.eos_id, None if own is None else own.eos_id)
+    ]
+    if used.adds_bos and used.bos_id is not None:
+        ends.append(("beginning-of-sequence", "begins", "bos_token", used.bos_id, _bos(own)))
+    for name, verb, token, found, now in ends:
+        if found < rows:
+            continue
+        fix = f"tokenize again with the model's own: --tokenizer {source}"
+        if own is None:
+            fix = f"fetch the model's own tokenizer (tokenizer.json) to {source}, and {fix}"
+        elif now is not None and now >= rows:
+            fix = f"{_set_token(token, source)} and tokenize again"
+        raise InputError(
+            f"--data {data} does not fit the model, which has rows for the ids below {rows}: "
+            f"the {name} token, which {verb} every document, is id {found}: {fix}"
+        )
+
+
+def _bos(own: Tokenizer | None) -> int | None:
+    """The id that a tokenizer begins documents with."""
+    return own.bos_id if own is not None and own.adds_bos else None
+
+
+def _set_token(token: str, source: Path) -> str:
+    return f"set {token} in {source}/tokenizer_config.json to one that the model was trained with"
+
+
+def _warn_of_other_ends(
+    used: TokenizerRecord, own: Tokenizer, rows: int, source: Path, data: str
+) -> None:
+    """Says where the model's own tokenizer would begin or end documents otherwise."""
+    if own.eos_id != used.eos_id:
+        fix = f"Where it should be {own.eos_id}, tokenize again with --tokenizer {source}"
+        if own.eos_id >= rows:
+            fix = f"The model has no row for {own.eos_id}: {_set_token('eos_token', source)}"
+        logger.warning(
+            f"the documents of --data {data} end with id {used.eos_id}, and the tokenizer of "
+            f"{source} ends with {own.eos_id}: what is trained on them learns to end with "
+            f"{used.eos_id}. {fix}"
+        )
+    then, now = used.bos_id if used.adds_bos else None, _bos(own)
+    if then != now:
+        words = ["without BOS" if number is None else f"with id {number}" for number in (then, now)]
+        fix = f"Where they should begin so, tokenize again with --tokenizer {source}"
+        if now is not None and now >= rows:
+            fix = f"The model has no row for {now}: {_set_token('bos_token', source)}"
+        logger.warning(
+            f"the documents of --data {data} begin {words[0]}, and the tokenizer of {source} "
+            f"begins them {words[1]}. {fix}"
+        )
+
+
+def _more_ids(own: Tokenizer | None, used: TokenizerRecord, rows: int, source: Path) -> str:
     """What helps where a tokenizer makes ids that the model has no rows for."""
-    if tokenizer is None:
+    if own is None:
         return (
             f"fetch the model's own tokenizer (tokenizer.json) to {source}, and tokenize again "
             f"with --tokenizer {source}"
         )
-    if tokenizer.fingerprint != used:
-        return f"tokenize again with the model's own: --tokenizer {source}"
-    if tokenizer.eos_id >= rows:
+    if own.eos_id >= rows:
         return (
-            f"the end-of-sequence token, which ends every document, is id {tokenizer.eos_id}: set "
-            f"eos_token in {source}/tokenizer_config.json to one that the model was trained with "
-            "and tokenize again"
+            f"the tokenizer of {source} ends documents with id {own.eos_id}: "
+            f"{_set_token('eos_token', source)}"
         )
+    if own.largest_id < rows:
+        return f"tokenize again with the model's own: --tokenizer {source}"
     return (
-        f"text can give ids up to {tokenizer.largest_id}. Remove the added tokens from "
+        f"text can give ids up to {own.largest_id}. Remove the added tokens from "
         f"{source}/tokenizer.json and tokenize again, or give the model rows for them: "
         "resize_token_embeddings of transformers, then save_pretrained"
     )

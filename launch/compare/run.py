@@ -9,6 +9,7 @@ from typing import Any
 
 from data.files import require_writable, write_copy
 from data.find import find_files
+from data.hub import pinned
 from data.locks import folder_lock
 from launch.compare.config import CompareConfig
 from launch.compare.dead_units import dead_units_plan
@@ -31,7 +32,8 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     options that cannot work with the source or the input, and where another process compares
     into the same output; at the end for stages that failed.
     """
-    source = load_config(resolve_model(config.source, weights=False, option="--source"))
+    folder = resolve_model(config.source, weights=False, option="--source")
+    source, revision = load_config(folder), pinned(config.source, folder)
     require_positions(config.seq_len, source)
     require_writable(config.json, "--json")
     require_own(Path(config.output))
@@ -58,7 +60,8 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     names = {"--source": config.source, "--input": list(config.input)}
     contents = {"--source": model_fingerprint(config.source), "--input": _text_fingerprint(files)}
     with folder_lock(maker.output, "comparing"):
-        first = first_names(maker.output, names, contents)
+        revisions = {} if revision is None else {"--source": revision}
+        first = first_names(maker.output, names, contents, revisions)
         renamed = [(names[option], first[option]) for option in names]
         stages = Stages(maker.output, number=len(plan.tasks), renamed=renamed)
         try:

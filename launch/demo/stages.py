@@ -9,6 +9,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.files import write_json
+from data.hub import pinned
 from data.locks import folder_lock
 from data.log import logger
 from launch.commands import command, python
@@ -58,7 +59,9 @@ class Demo:
         given = self.config.source is not None
         contents = {"--source": model_fingerprint(self.source) if given else WHEEL}
         with folder_lock(self.output, "running the demo"):
-            first = first_names(self.output, names, contents)
+            revision = pinned(self.config.source, self.source) if self.config.source else None
+            revisions = {} if revision is None else {"--source": revision}
+            first = first_names(self.output, names, contents, revisions)
             self.stages.renamed = [(names[option], first[option]) for option in names]
             return self._run()
 

@@ -87,7 +87,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         _check_shape(config, shape, reader)
         if reader is not None:
             check_tokenizer(reader, shape, path, str(config.data))
-        document = _tokenize(config, path, text) if text is not None else None
+        document = _tokenize(config, path, shape, text) if text is not None else None
         candidates.append(Candidate(name, path, shape, document))
     dtype = parallel.compute_dtype(config.precision, context.device)
     if config.speed:
@@ -278,8 +278,9 @@ def _require_document(path: Path) -> None:
         )
 
 
-def _tokenize(config: EvaluateConfig, path: Path, text: str) -> Document:
-    """The text in tokens; raises InputError when window, stride, BOS or length do not fit it."""
+def _tokenize(config: EvaluateConfig, path: Path, shape: ModelConfig, text: str) -> Document:
+    """The text in tokens; raises InputError when window, stride, BOS or length do not fit it, or an
+    id is beyond the model's rows."""
     if not holds_tokenizer(path):
         raise InputError(
             f"--text {config.text} is tokenized by the model's own tokenizer, and {path} holds "
@@ -290,7 +291,14 @@ def _tokenize(config: EvaluateConfig, path: Path, text: str) -> Document:
     bos = resolve_bos(config.bos, tokenizer.bos_id, tokenizer.adds_bos)
     ids = [int(token) for token in tokenizer.encode([text])[0]]
     with naming(f"--text {config.text}"):
-        scored_rows(ids, bos, tokenizer.bos_id, config.window, config.stride)
+        rows = scored_rows(ids, bos, tokenizer.bos_id, config.window, config.stride)
+    largest = max(max(row) for row, _ in rows)
+    if largest >= shape.vocab_size:
+        raise InputError(
+            f"--text {config.text}: the tokenizer of {path} gives id {largest}, for which the "
+            f"model has no row: it has {shape.vocab_size}; fetch the tokenizer that it was trained "
+            f"with, or remove the tokens that were added (or set as bos_token) in {path}"
+        )
     return Document(ids, len(text.encode()), bos, tokenizer.bos_id)
 
 

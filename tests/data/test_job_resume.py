@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from data.job import Job
 from data.locks import folder_lock
 from data.manifest import Manifest
 from data.sources import Fields
+from data.tokenizers import load_tokenizer
 from tests.data.helpers import FILES, files_of, stop_after
+from tests.factories import move_hub_model, write_hub_model
 
 
 def test_finished_output_is_reused(
@@ -270,3 +273,118 @@ def test_damaged_settings_and_manifests_of_a_job_are_written_again(
     assert not ran and settings
     make_job("whole").run(1)
     assert files_of(make_job().output) == files_of(make_job("whole").output)
+
+
+def ending_with(job: Job, eos_id: int) -> Job:
+    """The job as after a change of eos_token, which is not in the file of the vocabulary."""
+    job.tokenizer.eos_id = eos_id
+    return Job(
+        [Path(f) for t in job.tasks for f, _ in t.files],
+        job.settings,
+        job.tokenizer,
+        job.output,
+        job.overwrite,
+    )
+
+
+def test_other_settings_of_the_tokenizer_are_another_job(make_job: Callable[..., Job]) -> None:
+    make_job().run(1)
+    with pytest.raises(
+        InputError, match=r"ends documents with \(eos_token\): 2 there, 1 now\. Use"
+    ):
+        ending_with(make_job(), 1).run(1, verify=True)
+    manifest, worked = ending_with(make_job(overwrite=True), 1).run(1)
+    assert worked and manifest.tokenizer.eos_id == 1
+    assert not ending_with(make_job(), 1).run(1)[1]
+    job = make_job()
+    job.tokenizer.adds_bos = False
+    with pytest.raises(InputError, match="begins documents with: 1 there, not given now"):
+        ending_with(job, 1).run(1)
+    # What is not written does not count.
+    job.tokenizer.bos_id = None
+    ending_with(make_job("bare"), 1).run(1)
+    job.tokenizer.bos_id = 1
+    assert not ending_with(make_job("bare"), 1).run(1)[1]
+
+
+def test_an_unfinished_job_is_not_finished_by_another_tokenizer(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make_job().run(1)
+    with pytest.raises(InputError, match=r"unfinished job .*\(eos_token\): 2 there, 1 now\. Use"):
+        ending_with(make_job(), 1).run(1)
+    # Nor are its parts taken where nothing else tells.
+    (make_job().partial / "settings.json").unlink()
+    ran = stop_after(monkeypatch, FILES, AssertionError())
+    ending_with(make_job(), 1).run(1)
+    assert ran == list(range(FILES))
+
+
+@pytest.mark.parametrize(("eos_id", "adds_bos"), [(2, True), (1, True), (2, False)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_parts_whose_keys_say_nothing_of_ids_are_known_by_their_documents(
+    make_job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    eos_id: int,
+    adds_bos: bool,
+    workers: int,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As versions wrote them that knew a tokenizer by its vocabulary alone."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        former = make_job()
+        del former.known["ids"]
+        with pytest.raises(KeyboardInterrupt):
+            former.run(1)
+    assert "ids" not in json.loads((former.partial / "settings.json").read_text())
+    job = make_job()
+    job.tokenizer.adds_bos = adds_bos
+    job = ending_with(job, eos_id)
+    with monkeypatch.context() as patch:
+        ran = stop_after(patch, FILES, AssertionError())
+        job.run(workers)
+    same = (eos_id, adds_bos) == (2, True)
+    assert workers == 2 or ran == list(range(2 if same else 0, FILES))
+    assert ("made again" in capfd.readouterr().err) != same
+    ending_with(make_job("whole"), eos_id).run(1)
+    assert files_of(job.output) == files_of(make_job("whole").output)
+
+
+def test_a_tokenizer_on_the_hub_that_moved_says_what_it_was(
+    make_job: Callable[..., Job],
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_tokenizer, other)
+    file = other / "tokenizer_config.json"
+    file.write_text(file.read_text().replace("</s>", "<s>"))
+    cache = tmp_path / "hub"
+    first, same, second = write_hub_model(cache, tiny_tokenizer, tiny_tokenizer, other)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+
+    def start(name: str = "acme/tiny", **settings: object) -> bool:
+        job = make_job(**settings)
+        files = [Path(name) for task in job.tasks for name, _ in task.files]
+        return Job(files, job.settings, load_tokenizer(name), job.output).run(1)[1]
+
+    assert start()
+    move_hub_model(cache, same)
+    assert not start()
+    move_hub_model(cache, second)
+    was = rf"acme/tiny was revision {first}: give --tokenizer acme/tiny@{first}\. Use"
+    with pytest.raises(InputError, match=rf"\(eos_token\): 2 there, 1 now\. {was} another"):
+        start()
+    assert not start(f"acme/tiny@{first}")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            start(f"acme/tiny@{first}", output="stopped")
+    with pytest.raises(InputError, match=rf"unfinished job .*{was} those to finish"):
+        start(output="stopped")

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from data.errors import InputError
+from tests.factories import move_hub_model, write_hub_model, write_model
 from tests.trainer.tiny import losses, options, pretrain
+from trainer.config import DistillationConfig
 from trainer.loop import Trainer
 
 
@@ -129,3 +131,43 @@ def test_losses_are_said_to_be_of_the_weights_before_they_are_rounded(
         )
         said = "losses are of the weights in float32" in capsys.readouterr().out
         assert said == (dtype == "bfloat16")
+
+
+def test_a_name_on_the_hub_that_moved_says_what_it_was(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub"
+    other = write_model(tmp_path / "other", initializer_range=0.05)
+    first, second, same = write_hub_model(cache, workspace / "model", other, workspace / "model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+
+    def start(model: Path | str, teacher: Path | str, **changes: Any) -> None:
+        pretrain(
+            options(steps=4, save_interval=1, **changes),
+            model=Path(model),
+            data=workspace / "tokens",
+            output=tmp_path / "run",
+            reference_losses="alpha=2.0,beta=5.0",
+            teacher=str(teacher),
+            distillation=DistillationConfig(weight=0.5),
+        )
+
+    with monkeypatch.context() as patch:
+        stop_during(2, patch)
+        start("acme/tiny", "acme/tiny")
+    noted = json.loads((tmp_path / "run" / "run.json").read_text())["revisions"]
+    assert noted == {"--model": f"acme/tiny@{first}", "--teacher": f"acme/tiny@{first}"}
+    move_hub_model(cache, second)
+    was = rf"acme/tiny was revision {first}: give"
+    both = rf"{was} --model acme/tiny@{first}, {was} --teacher acme/tiny@{first} to resume it, or"
+    with pytest.raises(InputError, match=both):
+        start("acme/tiny", "acme/tiny")
+    with pytest.raises(InputError, match=rf"\. {was} --teacher acme/tiny@{first} to resume it, or"):
+        start(f"acme/tiny@{first}", other)
+    with pytest.raises(InputError, match=rf"{first}, repeat the other old values to resume it, or"):
+        start("acme/tiny", "acme/tiny", seed=1)
+    # Another commit with the same weights is the same run.
+    move_hub_model(cache, same)
+    start("acme/tiny", f"acme/tiny@{first}")
+    assert (tmp_path / "run" / "cpt.json").exists()

@@ -12,7 +12,7 @@ from data.mixture import MixtureConfig
 from tests.trainer.tiny import SHAPE, options
 from trainer import parallel
 from trainer.config import TrainConfig
-from trainer.identity import _in_words, read_identity, run_identity, verify_run
+from trainer.identity import _in_words, read_identity, revisions, run_identity, verify_run
 from trainer.models.config import ModelConfig
 from trainer.models.sources import weights_fingerprint
 
@@ -168,3 +168,32 @@ def test_weights_fingerprint_sees_changes(tmp_path: Path) -> None:
     assert zeros == weights_fingerprint(tmp_path)
     file.write_bytes(bytes(100_000) + b"\x01" * 100_000 + bytes(100_000))
     assert weights_fingerprint(tmp_path) != zeros
+
+
+def test_what_a_name_on_the_hub_stood_for_is_told_and_makes_no_other_run(tmp_path: Path) -> None:
+    def stood(commit: str) -> dict[str, Any]:
+        folder = tmp_path / "models--acme--tiny" / "snapshots" / commit
+        return revisions({"--model": ("acme/tiny@v1", folder), "--teacher": (None, folder)})
+
+    assert stood("a") == {"revisions": {"--model": "acme/tiny@a"}}
+    assert revisions({"--model": (str(tmp_path), tmp_path)}) == {}
+    verify(tmp_path, options(), started=False, initial_weights="1", **stood("a"))
+    verify(tmp_path, options(), initial_weights="1")
+    verify(tmp_path, options(), initial_weights="1", **stood("b"))
+    checkpoint(tmp_path, 12)
+    verify(tmp_path, options(lr=0.5), initial_weights="1", **stood("b"))
+    for others in (stood("b"), {}):
+        told = r": --model is another model\. acme/tiny was revision a: give --model acme/tiny@a to"
+        with pytest.raises(InputError, match=told):
+            verify(tmp_path, options(lr=0.5), initial_weights="2", **others)
+
+
+def test_a_run_that_noted_no_revision_tells_that_there_may_be_others(tmp_path: Path) -> None:
+    verify(tmp_path, options(), started=False, initial_weights="1")
+    noted: dict[str, Any] = {"revisions": {"--model": "acme/tiny@b"}}
+    verify(tmp_path, options(), initial_weights="1", **noted)
+    with pytest.raises(
+        InputError,
+        match=r"Repeat the old values .*acme/tiny@b is .* of now, --model acme/tiny@REVISION anoth",
+    ):
+        verify(tmp_path, options(), initial_weights="2", **noted)

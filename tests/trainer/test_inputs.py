@@ -1,7 +1,9 @@
 """Data fits the model by the ids that occur, and advice helps where it does not."""
 
+import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,53 @@ def test_a_model_without_a_tokenizer_is_told_at_the_start(
     bare.mkdir()
     warn_of_no_tokenizer(bare)
     assert f"{bare} holds no tokenizer" in capsys.readouterr().err
+
+
+def set_token(source: Path, **tokens: str | None) -> None:
+    """Edits tokenizer_config.json, as messages say."""
+    file = source / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | tokens))
+
+
+def test_an_end_that_was_changed_after_tokenizing_is_tokenized_again(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, data = tmp_path / "model", tmp_path / "tokens"
+    shutil.copytree(workspace / "model", source)
+    set_token(source, eos_token="<|endoftext|>")
+    write_tokens(data, source)
+    with pytest.raises(InputError, match=r"is id 259: set eos_token in .* tokenize again"):
+        check(data, source)
+    set_token(source, eos_token="a")
+    with pytest.raises(InputError, match="ends every document, is id 259: tokenize again with the"):
+        check(data, source)
+    with pytest.raises(InputError, match="--overwrite to replace"):
+        write_tokens(data, source)
+    write_tokens(tmp_path / "again", source)
+    capsys.readouterr()
+    check(tmp_path / "again", source)
+    assert not capsys.readouterr().err
+    # Text that is all right is not to be tokenized by a tokenizer that is not.
+    set_token(source, eos_token="<|endoftext|>")
+    check(tmp_path / "again", source)
+    assert "The model has no row for 259: set eos_token in" in capsys.readouterr().err
+    # Nobody has the tokenizer that made it.
+    for file in source.glob("*token*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"is id 259: fetch the model's own tokenizer .* again"):
+        check(data, source)
+
+
+def test_another_beginning_of_documents_is_said_or_refused(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader = TokenReader(workspace / "tokens", 64)
+    model, source = load_config(workspace / "model"), workspace / "model"
+    begins = replace(reader.manifest.tokenizer, bos_id=1, adds_bos=True)
+    reader.manifest = replace(reader.manifest, tokenizer=begins)
+    check_tokenizer(reader, model, source, "tokens")
+    assert "begin with id 1, and the tokenizer of" in capsys.readouterr().err
+    beyond = replace(begins, bos_id=300, vocab_size=301)
+    reader.manifest = replace(reader.manifest, tokenizer=beyond)
+    with pytest.raises(InputError, match="begins every document, is id 300: tokenize again with"):
+        check_tokenizer(reader, model, source, "tokens")

@@ -204,6 +204,26 @@ def test_a_bos_the_tokenizer_lacks_is_refused_before_weights_load(
         main(["--model", str(tiny_model), "--text", str(text), "--bos", "yes", "--window", "64"])
 
 
+@pytest.mark.parametrize("kind", ["special", "word"])
+def test_ids_of_a_text_beyond_the_model_are_refused_before_weights_load(
+    kind: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    if kind == "word":
+        tokenizer.add_tokens(["fox"])
+    else:
+        tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    tokenizer.save_pretrained(tiny_model)
+    (tiny_model / "model.safetensors").write_bytes(b"not weights")
+    text = tmp_path / "text.txt"
+    text.write_text("a quick fox jumps " * 8)
+    arguments = ["--model", str(tiny_model), "--text", str(text), "--window", "64"]
+    with pytest.raises(InputError, match=r"--text .* gives id 259, for which the model has no row"):
+        main([*arguments, "--bos", "yes"])
+
+
 def test_a_model_without_a_tokenizer_is_told_what_to_bring(
     tmp_path: Path, tiny_model: Path
 ) -> None:
