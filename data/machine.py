@@ -138,8 +138,12 @@ def end_with_parent() -> None:
     that a user started.
     """
     parent = os.getppid()
-    if not os.environ.get(LAUNCHED) and os.environ.get(PARENT) != str(parent):
-        return
+    if os.environ.get(LAUNCHED) or os.environ.get(PARENT) == str(parent):
+        end_with(parent)
+
+
+def end_with(parent: int) -> None:
+    """Has this process get a SIGTERM when its parent, the process `parent`, is gone."""
 
     # The system's own death signal would come when the *thread* that started this process ends.
     def watch() -> None:
