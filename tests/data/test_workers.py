@@ -128,7 +128,7 @@ def test_idle_workers_end_with_their_parent(start: Callable[[str], subprocess.Po
 
 def test_ctrl_c_is_the_callers_again_afterwards() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with worker_pool(1, int, (), lambda: None) as submit:
+    with worker_pool(1, print, (), lambda: None) as submit:
         assert signal.getsignal(signal.SIGINT) is not before
         (future,) = submit(abs, [(-3,)])
         assert future.result() == 3
@@ -137,6 +137,6 @@ def test_ctrl_c_is_the_callers_again_afterwards() -> None:
     # One that comes while the pool ends is not lost.
     with (
         pytest.raises(KeyboardInterrupt),
-        worker_pool(1, int, (), lambda: signal.raise_signal(signal.SIGINT)),
+        worker_pool(1, print, (), lambda: signal.raise_signal(signal.SIGINT)),
     ):
         pass

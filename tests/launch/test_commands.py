@@ -51,6 +51,29 @@ time.sleep(30)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize("apart", [5.0, 0.0])
+def test_a_second_ctrl_c_leaves_no_command_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: float
+) -> None:
+    """A repetition lets it save; a request of its own kills what would not end."""
+    monkeypatch.setattr("launch.commands.SECONDS_OF_ONE_REQUEST", apart)
+    code = f"""
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(0.3)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(0.3 if {apart} else 30)
+pathlib.Path({str(tmp_path / "saved")!r}).touch()
+"""
+    running: set[subprocess.Popen[bytes]] = set()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        command([sys.executable, "-c", code], makes=tmp_path / "made", running=running)
+    assert not running and time.monotonic() - begun < 20
+    assert (tmp_path / "saved").exists() == (apart > 0)
+
+
 def test_a_command_of_ours_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     """Also where that one was killed."""
     child = (

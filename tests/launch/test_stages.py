@@ -216,7 +216,7 @@ def test_a_stop_is_passed_on_and_waited_for(tmp_path: Path) -> None:
     code = f"""
 import pathlib, signal, sys, time
 def stop(*_):
-    time.sleep(0.2)
+    time.sleep(0.4)
     pathlib.Path({str(tmp_path / "saved")!r}).touch()
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
@@ -231,7 +231,9 @@ time.sleep(30)
     def stop_when_started() -> None:
         while not (tmp_path / "started").exists():
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
 
     before = signal.getsignal(signal.SIGTERM)
     tasks = [Task("long", "kind", {}, (), tmp_path / "long", work), runner.task("next")]

@@ -9,11 +9,7 @@ from data.errors import InputError
 from data.log import logger
 from trainer.checkpoint import Checkpointer
 from trainer.loop import Callback, Trainer
-from trainer.stopping import STOP_SIGNALS
-
-SECONDS_OF_ONE_REQUEST = 5.0
-"""Signals this close together are one request: torchrun repeats a Ctrl-C that the terminal already
-sent to every process."""
+from trainer.stopping import SECONDS_OF_ONE_REQUEST, STOP_SIGNALS
 
 
 class CheckpointCallback(Callback):
