@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ time.sleep(30)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, whatever handler a test before has left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("apart", [5.0, 0.0])
 def test_a_second_ctrl_c_leaves_no_command_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: float

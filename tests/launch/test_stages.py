@@ -236,11 +236,16 @@ time.sleep(30)
             time.sleep(0.1)
 
     before = signal.getsignal(signal.SIGTERM)
+    # Tests before this one may have left a handler.
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
     tasks = [Task("long", "kind", {}, (), tmp_path / "long", work), runner.task("next")]
     threading.Thread(target=stop_when_started, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        runner.go(tasks)
-    assert (tmp_path / "saved").exists()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runner.go(tasks)
+        assert (tmp_path / "saved").exists()
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
     assert runner.started == [] and not runner.running
     assert signal.getsignal(signal.SIGTERM) == before
 
