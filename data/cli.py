@@ -155,12 +155,12 @@ def run(main: Callable[[], None], *, alone: bool = False) -> None:
         alone: whether it always runs as one process: what the environment says of ranks is for
             others then.
     """
-    if alone:
-        stand_alone()
-    end_with_parent()
     status: Any = 0
-    escape_what_streams_lack()
     try:
+        if alone:
+            stand_alone()
+        end_with_parent()
+        escape_what_streams_lack()
         require_working_folder()
         main()
     except SystemExit as leaving:

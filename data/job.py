@@ -7,16 +7,14 @@ interrupted or failed job goes on where it stopped. The manifest appears last, b
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from ctypes import c_bool
 from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +49,7 @@ from data.tasks import (
     plan_tasks,
 )
 from data.tokenizers import Tokenizer
+from data.workers import CONTEXT, worker_pool
 
 PARTIAL = ".partial"
 REVISION = "tokenizer_revision"
@@ -286,37 +285,27 @@ class Job:
     def _run_on_workers(self, workers: int, bar: Progress) -> list[Report]:
         reports: dict[int, Report] = {}
         names = DomainNames(self.settings.merge_domains)
-        context = multiprocessing.get_context("spawn")
-        counter: Synchronized[int] = context.Value("q", 0)
-        stop = context.Event()
-        pool = ProcessPoolExecutor(
-            min(workers, len(self.tasks)),
-            mp_context=context,
-            initializer=_start_worker,
-            initargs=(self.settings, self.tokenizer, self.partial, counter, stop, os.getpid()),
-        )
+        counter: Synchronized[int] = CONTEXT.Value("q", 0)
+        # Without a lock: a worker that is killed would keep it.
+        stop = CONTEXT.RawValue(c_bool, False)
+        shared = (self.settings, self.tokenizer, self.partial, counter, stop, os.getpid())
+        number = min(workers, len(self.tasks))
         try:
-            futures = {
-                pool.submit(
-                    _run_on_worker,
-                    task,
-                    task.key(self.known),
-                    _former_key(task, self.known, self.record),
-                )
-                for task in self.tasks
-            }
-            for future in _as_completed(futures, lambda: _show(bar, counter)):
-                index, report = future.result()
-                names.add_all(report.names)
-                reports[index] = report
+            with worker_pool(number, _start_worker, shared, lambda: _set(stop)) as submit:
+                calls = [
+                    (task, task.key(self.known), _former_key(task, self.known, self.record))
+                    for task in self.tasks
+                ]
+                futures = submit(_run_on_worker, calls)
+                for future in _as_completed(futures, lambda: _show(bar, counter)):
+                    index, report = future.result()
+                    names.add_all(report.names)
+                    reports[index] = report
         except BrokenProcessPool:
             raise InputError(
                 "a worker process was killed, most likely for want of memory; use fewer --workers "
                 "(finished parts are kept: run the same command again)"
             ) from None
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
         return [reports[task.index] for task in self.tasks]
 
     def _manifest(self, reports: list[Report]) -> Manifest:
@@ -425,7 +414,7 @@ class _Worker:
     tokenizer: Tokenizer
     folder: Path
     counter: "Synchronized[int]"
-    stop: Event
+    stop: c_bool
     parent: int
 
 
@@ -434,11 +423,9 @@ def _start_worker(
     tokenizer: Tokenizer,
     folder: Path,
     counter: "Synchronized[int]",
-    stop: Event,
+    stop: c_bool,
     parent: int,
 ) -> None:
-    # Ctrl-C reaches the whole group; the parent decides what to do about it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One process per core is parallel enough.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _Worker.settings, _Worker.tokenizer, _Worker.folder = settings, tokenizer, folder
@@ -457,14 +444,19 @@ def _run_on_worker(task: Task, key: str, former: FormerKey) -> tuple[int, Report
 
 
 def _advance_worker(size: int) -> None:
-    if _Worker.stop.is_set() or os.getppid() != _Worker.parent:
+    if _Worker.stop.value or os.getppid() != _Worker.parent:
         raise _Stopped
     with _Worker.counter.get_lock():
         _Worker.counter.value += size
 
 
 def _show(bar: Progress, counter: "Synchronized[int]") -> None:
-    bar.update(counter.value - bar.completed)
+    # Without its lock, too.
+    bar.update(counter.get_obj().value - bar.completed)
+
+
+def _set(stop: c_bool) -> None:
+    stop.value = True
 
 
 def _as_completed(futures: set[Future[T]], tick: Callable[[], None]) -> Iterator[Future[T]]:

@@ -101,11 +101,20 @@ def rank() -> int:
 
     0 too where the environment names no group that can be: then every process speaks for itself.
     """
+    return _place()[0]
+
+
+def world() -> int:
+    """Number of ranks of that group; 1 without one."""
+    return _place()[1]
+
+
+def _place() -> tuple[int, int]:
     texts = [os.environ.get(name, "").strip() for name in ("RANK", "WORLD_SIZE")]
     if not all(map(str.isdecimal, texts)) or not os.environ.get("MASTER_ADDR"):
-        return 0
-    own, world = map(int, texts)
-    return own if own < world else 0
+        return 0, 1
+    own, ranks = map(int, texts)
+    return (own, ranks) if own < ranks else (0, 1)
 
 
 def tasks_without_ranks() -> str:
@@ -138,8 +147,12 @@ def end_with_parent() -> None:
     that a user started.
     """
     parent = os.getppid()
-    if not os.environ.get(LAUNCHED) and os.environ.get(PARENT) != str(parent):
-        return
+    if os.environ.get(LAUNCHED) or os.environ.get(PARENT) == str(parent):
+        end_with(parent)
+
+
+def end_with(parent: int) -> None:
+    """Has this process get a SIGTERM when its parent, the process `parent`, is gone."""
 
     # The system's own death signal would come when the *thread* that started this process ends.
     def watch() -> None:

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from data.log import logger
-from data.machine import rank
+from data.machine import rank, world
 
 SECONDS_BETWEEN_LINES = 10.0
 SHARE_BETWEEN_LINES = 0.05
@@ -30,7 +30,8 @@ class Progress(AbstractContextManager["Progress"]):
     """Progress of one activity on stderr: on rank 0 only, and not at log level warning or above.
 
     An activity within another takes its place on the terminal until it ends. What cannot be
-    written (a terminal that was closed, a full disk) ends no work: nothing more is shown.
+    written (a terminal that was closed, a full disk) ends no work: nothing more is shown. Only a
+    pipe that nobody reads any more, as of `head`, raises BrokenPipeError, where `heeds_reader`.
 
     Args:
         description: what is being done, e.g. "shear".
@@ -40,6 +41,8 @@ class Progress(AbstractContextManager["Progress"]):
         transient: whether the display vanishes at the end; elsewhere than on a terminal, whether an
             activity too short for a line of its own goes unmentioned.
         stream: default stderr.
+        heeds_reader: whether the work ends with whoever reads the pipe. By default that of one
+            process does, outside `finishing`: other ranks would wait for one that ends alone.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Progress(AbstractContextManager["Progress"]):
         completed: float = 0,
         transient: bool = False,
         stream: IO[str] | None = None,
+        heeds_reader: bool | None = None,
     ) -> None:
         self.description = description
         self.total = total
@@ -59,6 +63,7 @@ class Progress(AbstractContextManager["Progress"]):
         self.transient = transient
         self.enabled = rank() == 0 and logger.isEnabledFor(INFO) and total != 0
         self.fields: dict[str, Any] = {}
+        self._heeds_reader = heeds_reader
         self._stream = sys.stderr if stream is None else stream
         self._start = self._last_line = self._updated = time.monotonic()
         self._samples = deque([(self._start, completed)])
@@ -170,9 +175,12 @@ class Progress(AbstractContextManager["Progress"]):
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
-            raise
-        except OSError:
+        except OSError as error:
+            heeds = self._heeds_reader
+            if heeds is None:
+                heeds = world() == 1 and not _finishing
+            if isinstance(error, BrokenPipeError) and heeds:
+                raise
             self.enabled = False
 
     def _worth_a_line(self) -> bool:
@@ -208,6 +216,18 @@ class Progress(AbstractContextManager["Progress"]):
 
 _shown: list[Progress] = []
 """The activities on the terminal, each within the one before; the last is drawn."""
+_finishing: list[None] = []
+"""One entry for each `finishing` that is under way."""
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """Around what writes the result of long work: nobody has to read its progress."""
+    _finishing.append(None)
+    try:
+        yield
+    finally:
+        _finishing.pop()
 
 
 def _format_fields(fields: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from data.cli import INTERRUPTED, STOPPED
 from data.errors import InputError
 from data.log import LEVEL_VARIABLE
 from data.machine import PARENT
+from trainer.stopping import SECONDS_OF_ONE_REQUEST
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,7 +99,7 @@ def command(
             status = process.wait()
         except KeyboardInterrupt:
             # The command got the same Ctrl-C, or our SIGTERM, and may be saving a checkpoint.
-            process.wait()
+            outlast(lambda: process.wait() is not None, process.kill)
             raise
         finally:
             running.discard(process)
@@ -105,6 +107,22 @@ def command(
         raise KeyboardInterrupt
     if status != 0 or not makes.exists():
         raise _failure(status, makes, log)
+
+
+def outlast(wait: Callable[[], bool], kill: Callable[[], object]) -> None:
+    """Waits, after a Ctrl-C, until `wait` says that the processes which got it too have ended.
+
+    They get each further one as well, and it does not end the wait: they would be left behind. One
+    that is no repetition calls `kill`.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            if wait():
+                return
+        except KeyboardInterrupt:
+            if time.monotonic() - begun > SECONDS_OF_ONE_REQUEST:
+                kill()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from data.files import write_json
 from data.locks import FILE_NAME as LOCK
 from data.log import logger
 from data.records import is_finite, read_json
-from launch.commands import CommandError, interrupted_by_sigterm
+from launch.commands import CommandError, interrupted_by_sigterm, outlast
 
 MARKERS = ".stages"
 
@@ -258,8 +258,15 @@ def _announce_time_left(
 
 def _stop(active: Mapping[Future[None], Task], running: set[subprocess.Popen[bytes]]) -> None:
     asked: set[subprocess.Popen[bytes]] = set()
-    while not all(future.done() for future in active):
+
+    def ended() -> bool:
         for process in set(running) - asked:
             process.terminate()
             asked.add(process)
-        wait(active, timeout=0.2)
+        return not wait(active, timeout=0.2).not_done
+
+    def kill() -> None:
+        for process in set(running):
+            process.kill()
+
+    outlast(ended, kill)

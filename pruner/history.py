@@ -51,6 +51,7 @@ class HistoryCallback(Callback):
     """
 
     name: ClassVar[str] = "history"
+    alone: ClassVar[bool] = True
     optional_state: ClassVar[bool] = True
 
     def __init__(self, shear: ShearCallback, output: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from data.errors import InputError
 from data.hub import is_hub_id
 from data.log import logger
+from data.progress import finishing
 from data.reader import TokenReader
 from pruner.budget import parse_budget
 from pruner.callback import ShearCallback
@@ -167,7 +168,8 @@ def prune(
     if not trainer.stopping:
         note_removal(output, config.train, context)
         told = inputs.selection.told if inputs.selection else None
-        finish(trainer, rule, config, inputs.folder, inputs.target, measured, reference, told)
+        with finishing():
+            finish(trainer, rule, config, inputs.folder, inputs.target, measured, reference, told)
         remove_checkpoints(output, identity, config.train, context)
     return trainer
 

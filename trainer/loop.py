@@ -41,6 +41,10 @@ class Callback:
     """Whether a run may be resumed with this callback added or left out, its state then starting
     anew or being dropped."""
 
+    alone: ClassVar[bool] = False
+    """Whether `on_step_end` concerns one rank alone: it communicates nothing and has no state to
+    save. Where it fails on some ranks, all of them save what is trained before they stop."""
+
     def on_train_start(self, trainer: "Trainer") -> None:
         """Before the first step, after a checkpoint (if any) was restored."""
 
@@ -137,6 +141,9 @@ class Trainer:
         """Number of the step's target tokens per domain, over all ranks."""
         self.stopping = False
         """Set (on every rank) by a callback to leave the loop after the current step."""
+        self.failure: Exception | None = None
+        """What this rank alone failed of at the end of the step; a callback sets `stopping` on all
+        ranks for it."""
         self._changing = False
         """Whether a step is under way whose gradients or updates are not complete."""
         self._calling: Callback | None = None
@@ -154,6 +161,8 @@ class Trainer:
                 self._call("on_train_start")
                 while self.step < self.config.steps and not self.stopping:
                     self._train_or_save()
+                if self.stopping:
+                    self._raise_failure()
                 self._call("on_train_end")
         finally:
             self._leave()
@@ -211,7 +220,30 @@ class Trainer:
         self.record["tokens_per_second"] = self.throughput.end_step(step_tokens)
         self._changing = False
         self.record |= peak_memory(self.context.device)
-        self._call("on_step_end")
+        self._end_step()
+
+    def _end_step(self) -> None:
+        for callback in self.callbacks:
+            self._calling = callback
+            try:
+                callback.on_step_end(self)
+            except Exception as error:
+                # Its peers, which know nothing of it, are told when all ranks have saved.
+                if not callback.alone or self.context.world == 1:
+                    raise
+                self.failure = error
+
+    def _raise_failure(self) -> None:
+        """Raises what one rank alone failed of, on the others as an InputError; nothing where the
+        ranks were asked to stop. Collective."""
+        own = self.failure
+        told = None if own is None else explain(own) or f"{type(own).__name__}: {own}"
+        for rank, text in enumerate(self.context.gather(told)):
+            if text is not None:
+                raise own or InputError(
+                    f"rank {rank} ended after step {self.step}, which is saved ({text}); run the "
+                    "same command again to resume"
+                )
 
     def _forward_backward(self, batch: Batch) -> None:
         """Accumulates the gradient of the sum of token losses over the global number of targets."""

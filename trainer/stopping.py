@@ -12,6 +12,9 @@ from data.machine import rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """The last comes from a terminal that is closed; a run under nohup ignores it and goes on."""
+SECONDS_OF_ONE_REQUEST = 5.0
+"""Signals this close together are one request: torchrun repeats a Ctrl-C that the terminal already
+sent to every process."""
 
 
 @contextlib.contextmanager

@@ -61,20 +61,24 @@ def start_ranks(number: int, words: list[str]) -> int:
     # torch reports on its processes, and their failures, at warning and above.
     logging.disable(logging.CRITICAL)
     hang_up = signal.getsignal(signal.SIGHUP)
-    context = start_processes(
-        name="shorn",
-        entrypoint=sys.executable,
-        args=dict.fromkeys(range(number), ("-u", "-m", "launch.shorn", *words)),
-        envs=_environments(number, store.port),
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-    )
+    context = None
     try:
+        context = start_processes(
+            name="shorn",
+            entrypoint=sys.executable,
+            args=dict.fromkeys(range(number), ("-u", "-m", "launch.shorn", *words)),
+            envs=_environments(number, store.port),
+            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        )
         _forward_signals(context, hang_up)
         result = context.wait()
-    except SignalException as stop:  # one that came before or is not forwarded
+    except SignalException as stop:  # one that came before they are forwarded
+        if stop.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
         return 128 + stop.sigval
     finally:
-        context.close()
+        if context is not None:
+            context.close()
         logging.disable(logging.NOTSET)
     assert result is not None
     _name_the_dead(list(result.failures.values()))

@@ -10,7 +10,8 @@ import pytest
 
 from data import progress
 from data.log import logger
-from data.progress import Progress
+from data.progress import Progress, finishing
+from tests.data.helpers import join
 
 
 class Clock:
@@ -213,3 +214,34 @@ def test_a_stream_that_takes_nothing_more_ends_no_work(number: int, terminal: bo
         outer.update(2)
     assert outer.completed == 2
     assert not progress._shown
+
+
+class Unread(io.StringIO):
+    """A pipe whose reader has seen enough."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def show_unread(**options: Any) -> None:
+    with Progress("x", total=2, stream=Unread(), **options) as bar:
+        bar.message("hello")
+        bar.update()
+
+
+def test_work_of_one_process_ends_with_whoever_reads_it() -> None:
+    with pytest.raises(BrokenPipeError):
+        show_unread()
+    with finishing():
+        show_unread()
+        with pytest.raises(BrokenPipeError):
+            show_unread(heeds_reader=True)
+    with pytest.raises(BrokenPipeError):
+        show_unread()
+
+
+def test_a_rank_does_not_leave_its_peers_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    join(monkeypatch, 0)
+    show_unread()
+    with pytest.raises(BrokenPipeError):
+        show_unread(heeds_reader=True)

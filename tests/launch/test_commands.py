@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,38 @@ time.sleep(30)
         command([sys.executable, "-c", code], makes=tmp_path / "made")
     assert (tmp_path / "saved").exists()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, whatever handler a test before has left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("apart", [5.0, 0.0])
+def test_a_second_ctrl_c_leaves_no_command_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: float
+) -> None:
+    """A repetition lets it save; a request of its own kills what would not end."""
+    monkeypatch.setattr("launch.commands.SECONDS_OF_ONE_REQUEST", apart)
+    code = f"""
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(0.3)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(0.3 if {apart} else 30)
+pathlib.Path({str(tmp_path / "saved")!r}).touch()
+"""
+    running: set[subprocess.Popen[bytes]] = set()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        command([sys.executable, "-c", code], makes=tmp_path / "made", running=running)
+    assert not running and time.monotonic() - begun < 20
+    assert (tmp_path / "saved").exists() == (apart > 0)
 
 
 def test_a_command_of_ours_ends_with_the_one_that_started_it(tmp_path: Path) -> None:

@@ -9,20 +9,16 @@ from data.errors import InputError
 from data.log import logger
 from trainer.checkpoint import Checkpointer
 from trainer.loop import Callback, Trainer
-from trainer.stopping import STOP_SIGNALS
-
-SECONDS_OF_ONE_REQUEST = 5.0
-"""Signals this close together are one request: torchrun repeats a Ctrl-C that the terminal already
-sent to every process."""
+from trainer.stopping import SECONDS_OF_ONE_REQUEST, STOP_SIGNALS
 
 
 class CheckpointCallback(Callback):
     """Saves every `interval` steps (0: never in between), after the last and when told to stop;
     also once when the loop is left by an error that costs no finished step.
 
-    One of STOP_SIGNALS to any rank stops all of them after the current step; a second one some
-    seconds later acts at once. It must be the last callback, so that the others' state is
-    complete when it saves.
+    One of STOP_SIGNALS to any rank, or a failure of one rank alone (`trainer.failure`), stops all
+    of them after the current step; a second signal some seconds later acts at once. It must be the
+    last callback, so that the others' state is complete when it saves.
     """
 
     name: ClassVar[str] = "checkpoint"
@@ -44,7 +40,8 @@ class CheckpointCallback(Callback):
             self._previous = {s: signal.signal(s, self._on_signal) for s in heeded}
 
     def on_step_end(self, trainer: Trainer) -> None:
-        stop = trainer.context.any(self._received_at is not None)
+        asked = self._received_at is not None or trainer.failure is not None
+        stop = trainer.context.any(asked)
         finished = trainer.step == trainer.config.steps
         if stop or finished or (self.interval and trainer.step % self.interval == 0):
             self._saved = trainer.step

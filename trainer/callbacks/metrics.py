@@ -85,6 +85,7 @@ class MetricsCallback(Callback):
     """
 
     name: ClassVar[str] = "metrics"
+    alone: ClassVar[bool] = True
 
     def __init__(self, output: Path, *, interval: int = 1, tensorboard: bool = True) -> None:
         self.log = StepLog(output / "metrics.jsonl")

@@ -11,6 +11,7 @@ class ProgressCallback(Callback):
     left."""
 
     name: ClassVar[str] = "progress"
+    alone: ClassVar[bool] = True
 
     def __init__(self, description: str) -> None:
         self.description = description
@@ -22,6 +23,7 @@ class ProgressCallback(Callback):
             total=trainer.config.steps,
             unit="step",
             completed=trainer.step,
+            heeds_reader=True,
         )
 
     def on_step_end(self, trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from torch.distributed import DistNetworkError
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from data.cli import STOPPED
@@ -196,6 +197,35 @@ def test_only_ranks_that_nobody_explained_are_named(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == ""
     ranks._name_the_dead(failures((-11, 100), (-9, 130), (-15, 101)))
     assert capsys.readouterr().err.startswith("error: rank 0 was ended by SIGSEGV; the same comma")
+
+
+def test_a_signal_while_ranks_are_started_is_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(number: int) -> None:
+        def start(**_: object) -> None:
+            raise SignalException("torch's word for it", signal.Signals(number))
+
+        monkeypatch.setattr(ranks, "start_processes", start)
+
+    end(signal.SIGTERM)
+    assert ranks.start_ranks(2, ["cpt"]) == 128 + signal.SIGTERM
+    end(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        ranks.start_ranks(2, ["cpt"])
+
+
+@pytest.mark.slow
+def test_ranks_whose_output_nobody_reads_save(workspace: Path) -> None:
+    output = workspace / "runs" / "unread"
+    words = ["--ranks", "2", "cpt", "--steps", "400", "--eval-interval", "4"]
+    process = start(workspace, *words, "--output", str(output), *FLAGS)
+    assert process.stdout is not None and process.stderr is not None
+    wait_for_steps(process, output)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(120) == 128 + signal.SIGPIPE
+    (saved,) = (output / "checkpoints").iterdir()
+    steps = (output / "metrics.jsonl").read_text().count("\n")
+    assert int(saved.name.removeprefix("step-")) == steps
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

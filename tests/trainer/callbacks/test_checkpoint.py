@@ -11,8 +11,9 @@ from data.batches import BatchStream
 from data.errors import InputError
 from tests.distributed import run_ranks
 from tests.trainer.tiny import losses, make_trainer, options, weights
-from trainer import checkpoint
+from trainer import checkpoint, parallel
 from trainer.callbacks.evaluate import EvaluateCallback
+from trainer.callbacks.metrics import MetricsCallback
 from trainer.callbacks.mixture import MixtureCallback
 from trainer.callbacks.progress import ProgressCallback
 from trainer.checkpoint import Checkpointer
@@ -111,6 +112,45 @@ def on_ranks(workspace: Path, place: Path) -> str:
 def test_all_ranks_save_and_report_the_cause(workspace: Path, tmp_path: Path) -> None:
     assert set(run_ranks(on_ranks, 2, workspace, tmp_path)) == {"a shard is damaged"}
     assert names(tmp_path) == ["step-00000005"]
+
+
+def fail_alone(
+    workspace: Path, place: Path, failing: int, kind: type[Callback], error: Exception
+) -> str:
+    """What ends the training on this rank, where `kind` fails on rank `failing` after step 5."""
+    context = parallel.init(threads=1)
+    with pytest.MonkeyPatch.context() as patch:
+        if context.rank == failing:
+            patch.setattr(kind, "on_step_end", fail_after(4, error, kind.on_step_end))
+        try:
+            make_trainer(workspace, place, options(steps=9), context=context).fit()
+        except Exception as raised:
+            return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("failing", "kind", "error"),
+    [
+        (0, ProgressCallback, BrokenPipeError(errno.EPIPE, "Broken pipe")),
+        (1, MetricsCallback, ValueError("a defect")),
+        (1, ProgressCallback, InputError("its own")),
+    ],
+)
+def test_what_fails_on_one_rank_after_a_step_stops_all_and_costs_no_step(
+    workspace: Path, tmp_path: Path, failing: int, kind: type[Callback], error: Exception
+) -> None:
+    told = run_ranks(fail_alone, 2, workspace, tmp_path / "cut", failing, kind, error, timeout=60)
+    assert told[failing] == f"{type(error).__name__}: {error}"
+    assert told[1 - failing].startswith(f"InputError: rank {failing} ended after step 5, which is")
+    assert names(tmp_path / "cut") == ["step-00000005"]
+    run_ranks(train_on, 2, workspace, tmp_path / "cut")
+    run_ranks(train_on, 2, workspace, tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def train_on(workspace: Path, place: Path) -> None:
+    make_trainer(workspace, place, options(steps=9)).fit()
 
 
 def test_a_save_that_fails_is_not_tried_again(
