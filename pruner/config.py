@@ -215,8 +215,8 @@ class ShearConfig:
     device); sizes beside a budget are kept: params=70m,layers=24."""
     propose: Literal["rule", "search"] = "rule"
     """How a budget becomes a shape. rule: the one nearest to the source and its proportions;
-    search: of the rule's shapes for every depth, the one whose predictions stay nearest to the
-    source's when it is cut at once, which loads and calibrates the source first."""
+    search: of the rule's shapes for every depth, the one whose predictions are nearest to the
+    source's once it is cut and refitted, which is tried for each."""
     align: int | None = None
     """Have a budget give hidden and feed-forward sizes that are multiples of this, such as 128 for
     4-bit serving kernels or 256 for GGUF's k-quants."""

@@ -161,7 +161,8 @@ def measure_source(
             rotate(model, selection.rotation)
         return Measurements(losses, reference, selection.z, selection.rotation)
     masks = config.masks
-    sequences = calibration_set(config, reader, weights)
+    number = masks.calibration_sequences or CALIBRATION_SEQUENCES
+    sequences = sequences_ahead(config, reader, weights, number)
     rotation = None
     if masks.basis == "principal":
         rotation = measure_rotation(model, sequences, context, batch)
@@ -178,13 +179,12 @@ def measure_source(
     return Measurements(losses, reference, importance, rotation, in_doubt(found, kinds))
 
 
-def calibration_set(
-    config: ShearConfig, reader: TokenReader, weights: dict[str, float]
+def sequences_ahead(
+    config: ShearConfig, reader: TokenReader, weights: dict[str, float], number: int
 ) -> torch.Tensor:
-    """The sequences [n, S] of the calibration pass: what the run then trains on, in the mixture's
-    own proportions. `config` is resolved, `weights` are the initial domain weights."""
+    """As many sequences [n, S] of what the run trains on first, in the mixture's own proportions;
+    `weights` are the initial domain weights."""
     sampler = DomainSampler(reader.sizes, weights, config.train.seed, reader.fingerprint)
-    number = config.masks.calibration_sequences or CALIBRATION_SEQUENCES
     return torch.from_numpy(BatchStream(reader, sampler, 1).ahead(number))
 
 

@@ -14,7 +14,6 @@ output). The last writer in front of removed blocks is fitted to the stream behi
 Only weights that were not trained since they were cut gain by it.
 """
 
-import itertools
 import pkgutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,14 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pruner.extract import Extraction
+from pruner.kept_blocks import KeptBlocks
 from trainer.models.config import ModelConfig
 from trainer.models.families import Role
-from trainer.models.hf import save_tensors
 from trainer.models.masks import LayerMasks
 from trainer.models.rope import inverse_frequencies, rotary_tables
 from trainer.parallel import DistributedContext
@@ -230,6 +227,7 @@ class Refit:
             left out of the fits: its stream is many times longer than the others'.
         ridge: weight of the penalty, relative to the mean square of a matrix's inputs.
         batch: sequences that are computed at once.
+        held_out: how many of the sequences, the last ones, are carried along and not fitted.
 
     The host holds the two streams of all `ids` in fp32: n * S * (d + d') * 4 bytes, twice that for
     parallel blocks; the device one block of each model and one batch.
@@ -243,11 +241,16 @@ class Refit:
         ridge: float,
         batch: int,
         context: DistributedContext,
+        held_out: int = 0,
     ) -> None:
         self.extraction = extraction
-        self.ids = ids
+        cut = len(ids) - held_out
+        self.parts = [part for ids in (ids[:cut], ids[cut:]) for part in ids.split(batch)]
+        self.parts = [part for part in self.parts if len(part)]
+        """Sequences that are computed together."""
+        self.fitted = -(-cut // batch)
+        """How many of these parts are fitted."""
         self.ridge = ridge
-        self.batch = batch
         self.context = context
         self.device = context.device
         self.attention, self.feed_forward = halves(extraction.source)
@@ -260,8 +263,7 @@ class Refit:
     def embed(self, embedding: Tensor) -> None:
         """Starts the streams from the source's embedding [V, d]."""
         weight = embedding.float()
-        # Of no sequences, split makes one empty part.
-        for ids in self.ids.split(self.batch) if len(self.ids) else ():
+        for ids in self.parts:
             source = F.embedding(ids, weight)
             pruned = self._kept(source).contiguous()
             self.streams.append(Streams(source, pruned, source, pruned))
@@ -328,9 +330,11 @@ class Refit:
     ) -> None:
         """Refits what reads in a half, and moves the source's streams past that half."""
         equations = Ridge([pruned.linear(name) for name in half.readers])
-        for streams in self.streams:
+        for number, streams in enumerate(self.streams):
             with source.watch(*half.readers) as seen:
                 self._advance_source(half, source, streams)
+            if number >= self.fitted:
+                continue
             inputs = pruned.normed(half, self._on_device(streams.pruned_read, pruned))
             inputs = self._tokens(inputs)
             missing = []
@@ -345,7 +349,7 @@ class Refit:
     def _fit_writer(self, half: Half, block: Block) -> None:
         """Refits what writes in a half to the source's stream."""
         equations = Ridge([block.linear(half.writer)])
-        for streams in self.streams:
+        for streams in self.streams[: self.fitted]:
             with block.watch(half.writer) as seen:
                 update = block.update(half, self._on_device(streams.pruned_read, block))
             wanted = self._kept(self._on_device(streams.source))
@@ -392,21 +396,30 @@ def refit(
     dtype: torch.dtype = torch.float32,
     kept: Path | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The pruned model's (name, tensor), refitted; collective. See `Refit`.
+    """The pruned model's (name, tensor), refitted; collective. See `Refit` and `carry`."""
+    work = Refit(extraction, ids, ridge=ridge, batch=batch, context=context)
+    return carry(work, tensors, dtype=dtype, kept=kept)
+
+
+def carry(
+    work: Refit,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    kept: Path | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The pruned model's (name, tensor), refitted by `work`, whose streams then are those in front
+    of the final norms; collective.
 
     Args:
-        extraction: what is kept of the source.
+        work: before anything is carried.
         tensors: the source's, whose blocks come in order behind the embedding.
-        ids: [n, S] this rank's calibration sequences.
-        ridge: weight of the penalty.
-        batch: sequences computed at once.
-        context: the ranks.
         dtype: what blocks compute in; streams and equations are in fp32 and fp64 in any case.
         kept: folder of the blocks that are refitted already, by an interrupted refit of the same
             model on the same sequences; their streams are carried on without fitting.
     """
-    work = Refit(extraction, ids, ridge=ridge, batch=batch, context=context)
-    files = KeptBlocks(kept, context)
+    extraction = work.extraction
+    files = KeptBlocks(kept, work.context)
     prefix = f"{extraction.names.blocks}."
     numbers = {index: number for number, index in enumerate(extraction.blocks)}
     outer: dict[str, Tensor] = {}
@@ -433,51 +446,14 @@ def refit(
             continue
         yield from finished()
         fitted, start = files.read(numbers[index]), f"{prefix}{numbers[index]}."
-        own = fitted or {n.removeprefix(start): t for n, t in extraction.tensors(group.items())}
+        # Where nothing is cut they are the source's own, which stay as they are.
+        cut = extraction.tensors(group.items())
+        own = fitted or {name.removeprefix(start): tensor.clone() for name, tensor in cut}
         pruned = Block(extraction.config, own, work.device, dtype, fitted=fitted is not None)
         work.keep(index, source, pruned)
         last = index
     yield from finished()
     yield from extraction.tensors(outer.items())
-
-
-class KeptBlocks:
-    """The refitted blocks of an interrupted refit, one file each; None keeps nothing."""
-
-    def __init__(self, folder: Path | None, context: DistributedContext) -> None:
-        self.folder = folder
-        self.context = context
-        numbers = itertools.count() if folder is not None and context.is_main else ()
-        whole = itertools.takewhile(lambda number: _is_whole(self._path(number)), numbers)
-        self.count: int = context.broadcast(len(list(whole)))
-        """Blocks that are there from the first one on."""
-
-    def _path(self, number: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"block-{number:05d}.safetensors"
-
-    def read(self, number: int) -> dict[str, Tensor] | None:
-        """The parameters of block `number` by their names inside it, if they are kept."""
-        return load_file(self._path(number)) if number < self.count else None
-
-    def keep(self, number: int, tensors: dict[str, Tensor]) -> None:
-        """Writes the parameters of block `number`; collective. Raises InputError on every rank."""
-        problem = None
-        if self.folder is not None and self.context.is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                save_tensors(tensors, self._path(number))
-            except (OSError, SafetensorError) as error:
-                problem = f"{self.folder} cannot be written ({error}); free space, and run it again"
-        self.context.raise_first(problem)
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
 
 
 def _by_block(

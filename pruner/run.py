@@ -11,16 +11,16 @@ from data.progress import finishing
 from data.reader import TokenReader
 from pruner.budget import parse_budget
 from pruner.callback import ShearCallback
-from pruner.config import CALIBRATION, ShearConfig, resolve, resolve_identity
+from pruner.config import CALIBRATION, CALIBRATION_SEQUENCES, ShearConfig, resolve, resolve_identity
 from pruner.history import HistoryCallback
 from pruner.measurements import (
     Measurements,
-    calibration_set,
     keep,
     load_kept,
     measure_source,
     measurements_key,
     note_kept_options,
+    sequences_ahead,
 )
 from pruner.proposal import ALTERNATIVES, TARGET_FILE, resolve_together, settled
 from pruner.report import finish
@@ -28,7 +28,7 @@ from pruner.rotation import rotate
 from pruner.rules import Rule
 from pruner.scores import initial_scores, make_rule
 from pruner.selection import Selection, read_selection, selected
-from pruner.shape_search import FOLDER, search_shapes
+from pruner.shape_search import FOLDER, ShapeSearch
 from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
 from pruner.sheared_llama import require_reachable
 from pruner.units import label, unit_kinds
@@ -234,15 +234,14 @@ def _searched(
     load = pretrained(inputs.folder)
     model = build_model(inputs.model, config.train, context, load=load, frozen=True).eval()
     weights = inputs.domains.weights
+    calibrated = config.masks.calibration_sequences or CALIBRATION_SEQUENCES
+    refitted = config.refit.refit_sequences + config.refit.refit_held_out
     key = measurements_key(config, weights_fingerprint(inputs.folder), inputs.reader.fingerprint)
-    found = search_shapes(
-        model,
-        shapes,
-        config,
-        calibration_set(config, inputs.reader, weights),
-        context,
-        output / FOLDER / f"{key[:16]}.json",
+    path = output / FOLDER / f"{key[:16]}.json"
+    calibration, ids = (
+        sequences_ahead(config, inputs.reader, weights, number) for number in (calibrated, refitted)
     )
+    found = ShapeSearch(model, config, calibration, ids, context, path).best(shapes)
     del model
     proposal = settled(proposal, found, inputs.model)
     with context.rank_zero_first():

@@ -1,118 +1,222 @@
-"""Of the shapes that a budget allows, the one whose cut is nearest to the source.
+"""Of the shapes that a budget allows, the one that is nearest to the source once it is refitted.
 
 The rule in `pruner.budget` knows proportions, not this source. Here the shapes that it gives for
-every depth, and a little wider and narrower ones, are cut at once by the same scores, as masks on
-the loaded source, and compared by the divergence of their predictions from the source's. Each round
-reads twice as much text of the better half of them (successive halving, arXiv 1502.07943).
+every depth, and a little wider and narrower ones, are cut by the same scores, refitted on a part of
+the text, and compared by the divergence of their predictions from the source's on other text. Each
+round takes more text for fewer of them (successive halving, arXiv 1502.07943). The refit belongs
+into the comparison: without it a shape of fewer blocks looks far worse than it is.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
+from data.errors import InputError
+from data.files import write_text
 from data.log import logger
 from data.progress import Progress
+from data.records import fits, read_json
 from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
 from pruner.config import ShearConfig
-from pruner.divergence import PARTS, Divergence
+from pruner.extract import Extraction
 from pruner.importance import measure
+from pruner.refit import Refit, carry
 from pruner.rotation import measure_rotation, rotate
 from pruner.shapes import Shape, shape_of
 from pruner.units import indicator, to_masks, unit_kinds
-from trainer.models.decoder import CausalLM
+from trainer.kernels.linear_cross_entropy import TeacherOutput, linear_distillation
+from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM, next_token_targets
+from trainer.models.layers import LayerNorm, RMSNorm
 from trainer.models.masks import Masks
-from trainer.parallel import DistributedContext, reshard
+from trainer.parallel import DistributedContext, compute_dtype, reshard
+from trainer.saving import full_tensors
 
 FOLDER = "shapes"
 """Name of the folder of kept divergences in the output folder."""
-SEQUENCES = 64
-"""Most of the calibration sequences on which shapes are compared."""
+STAGES = ((16, 4), (4, 12), (1, 1))
+"""Part of the refit's sequences that a round takes, as its inverse, and how many shapes are left
+after it, as the inverse of their part in all."""
 SHOWN = 8
 """Shapes in the printed table."""
 
 
-def search_shapes(
-    model: CausalLM,
-    shapes: Sequence[Shape],
-    config: ShearConfig,
-    sequences: Tensor,
-    context: DistributedContext,
-    path: Path,
-) -> dict[str, Any]:
-    """The best of `shapes` under "shape", and what was "compared", the best first; collective.
+class ShapeSearch:
+    """Measures shapes of a source; what is measured is kept in a file. Collective.
 
     Args:
         model: the source, loaded; it is rotated if `config` says so.
-        shapes: valid ones, in the order in which ties are decided.
-        config: resolved for one of them.
-        sequences: [n, S], the calibration set.
-        path: file of what is known, which a search that is run again goes on from.
+        config: resolved for one of the shapes.
+        calibration: [m, S], on which units are scored.
+        ids: [n, S], the sequences to refit on and then those held out (--refit-held-out).
+        path: the file of what is known.
     """
-    batch, masks = config.train.micro_batch, config.masks
-    if masks.basis == "principal":
-        rotate(model, measure_rotation(model, sequences, context, batch))
-    kind = "importance" if masks.init in (None, "flat", "second-order") else masks.init
-    found = measure(kind, model, sequences, context, batch)
-    reshard(model)
-    importance = {name: values[0].to(context.device) for name, values in found.items()}
-    divergence = Divergence(model, sequences[:SEQUENCES], context, batch, path)
-    held = masks.norm_scale == "held"
 
-    def of(shape: Shape, parts: int) -> float:
-        return divergence.of(shape.describe(), partial(cut, model, importance, shape, held), parts)
+    def __init__(
+        self,
+        model: CausalLM,
+        config: ShearConfig,
+        calibration: Tensor,
+        ids: Tensor,
+        context: DistributedContext,
+        path: Path,
+    ) -> None:
+        batch, masks = config.train.micro_batch, config.masks
+        if masks.basis == "principal":
+            rotate(model, measure_rotation(model, calibration, context, batch))
+        kind = "importance" if masks.init in (None, "flat", "second-order") else masks.init
+        found = measure(kind, model, calibration, context, batch)
+        reshard(model)
+        self.importance = {name: values[0] for name, values in found.items()}
+        self.model = model
+        self.config = config
+        self.context = context
+        self.path = path
+        cut = len(ids) - min(config.refit.refit_held_out, len(ids) // 4)
+        self.ids, self.held_out = ids[:cut], ids[cut:]
+        self.known: dict[str, float] = context.broadcast(self._read() if context.is_main else {})
 
-    ranked = _halve(shapes, of, divergence.keep)
-    best = ranked[0]
-    compared = [
-        {
-            "shape": shape.describe(),
-            "divergence": of(shape, parts),
-            "sequences": min(parts * len(divergence.parts[0]), len(sequences[:SEQUENCES])),
-        }
-        for shape, parts in ranked
-    ]
-    _show(compared)
-    return {"shape": best[0].describe(), "compared": compared}
+    def best(self, shapes: Sequence[Shape]) -> dict[str, Any]:
+        """The best of `shapes` under "shape", and what was "compared", the best first."""
+        left = list(shapes)
+        behind: list[dict[str, Any]] = []
+        for share, part in STAGES:
+            number = max(1, len(self.ids) // share)
+            with Progress(f"refit on {number}", total=len(left), unit="shape") as bar:
+                for shape in left:
+                    self.of(shape, number)
+                    bar.update(1)
+            left.sort(key=lambda shape: self.of(shape, number))
+            rows = [
+                {"shape": s.describe(), "divergence": self.of(s, number), "sequences": number}
+                for s in left
+            ]
+            survivors = max(1, len(shapes) // part) if share > 1 else 1
+            behind = [*rows[survivors:], *behind]
+            left = left[:survivors]
+        compared = [*rows[:1], *behind]
+        _show(compared)
+        return {"shape": compared[0]["shape"], "compared": compared}
+
+    def of(self, shape: Shape, number: int) -> float:
+        """Mean divergence in nats per held-out token after a refit on the first `number` of the
+        sequences; infinite where it is no number."""
+        name = f"{shape.describe()} on {number}"
+        if name not in self.known:
+            self.known[name] = self._measure(shape, number)
+            self._keep()
+        return self.known[name]
+
+    @torch.no_grad()
+    def _measure(self, shape: Shape, number: int) -> float:
+        context, config = self.context, self.config
+        held = config.masks.norm_scale == "held"
+        masks = cut(self.model.config, self.importance, shape, held)
+        extraction = Extraction(self.model.config, masks)
+        own = [ids[context.rank :: context.world] for ids in (self.ids[:number], self.held_out)]
+        work = Refit(
+            extraction,
+            torch.cat(own),
+            ridge=config.refit.refit_ridge,
+            batch=config.train.micro_batch,
+            context=context,
+            held_out=len(own[1]),
+        )
+        outer = Outside(self.model.config)
+        tensors = outer.note(full_tensors(self.model))
+        pruned = Outside(extraction.config)
+        dtype = compute_dtype(config.train.precision, context.device)
+        for _ in pruned.note(carry(work, tensors, dtype=dtype)):
+            pass
+        sums = torch.zeros(2, dtype=torch.float64, device=context.device)
+        for ids, streams in list(zip(work.parts, work.streams, strict=True))[work.fitted :]:
+            states = [
+                outside.states(stream.to(context.device))
+                for outside, stream in ((outer, streams.source), (pruned, streams.pruned))
+            ]
+            targets, valid = next_token_targets(ids.to(context.device))
+            teacher = TeacherOutput(states[0], outer.head(context.device), 1.0)
+            _, _, divergence = linear_distillation(
+                states[1],
+                pruned.head(context.device),
+                targets.flatten(),
+                valid.flatten().float(),
+                teacher,
+            )
+            sums += torch.stack([divergence.double().sum(), valid.double().sum()])
+        total, tokens = context.all_reduce_sum(sums).tolist()
+        return total / tokens if total == total else float("inf")
+
+    def _read(self) -> dict[str, float]:
+        try:
+            found = read_json(self.path, "")
+        except InputError:
+            return {}
+        return found if fits(found, {"*": float}) else {}
+
+    def _keep(self) -> None:
+        def write() -> None:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(self.path, json.dumps(self.known))
+            except OSError as error:
+                raise InputError(
+                    f"{self.path} cannot be written ({error}); free space, or choose another folder"
+                ) from error
+
+        self.context.raise_on_any_rank(write if self.context.is_main else lambda: None)
 
 
-def cut(model: CausalLM, importance: dict[str, Tensor], target: Shape, held: bool) -> Masks:
+class Outside:
+    """What of a model is outside its blocks, noted while its tensors go by."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.names = config.traits.names
+        self.tensors: dict[str, Tensor] = {}
+
+    def note(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same `tensors`."""
+        for name, tensor in tensors:
+            if not name.startswith(f"{self.names.blocks}."):
+                self.tensors[name] = tensor
+            yield name, tensor
+
+    def head(self, device: torch.device) -> Tensor:
+        """[V, d] fp32."""
+        module = self.names.embedding if self.config.tie_embeddings else self.names.head
+        return self.tensors[f"{module}.weight"].float().to(device)
+
+    def states(self, stream: Tensor) -> Tensor:
+        """Outputs of the final norm [B * S, d] fp32 for the stream [B, S, d] in front of it."""
+        kind = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[self.config.traits.norm]
+        norm: nn.Module = kind(self.config.hidden_size, self.config.norm_eps)
+        prefix = f"{self.names.final_norm}."
+        own = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+        norm.load_state_dict(own)
+        states: Tensor = norm.to(stream.device)(stream.float())
+        return states.flatten(0, 1)
+
+
+def cut(source: ModelConfig, importance: dict[str, Tensor], target: Shape, held: bool) -> Masks:
     """Masks of the most important units, as many as `target` keeps; `importance` [rows, units] of
     each kind, `held` as Masks.hold_scale."""
-    source = shape_of(model.config)
-    kinds = unit_kinds(target, source)
+    shape = shape_of(source)
+    kinds = unit_kinds(target, shape)
     z = {name: indicator(importance[name], kind.target) for name, kind in kinds.items()}
-    return to_masks(z, source, hold_scale=held).compact(model.config, multiple=1)
-
-
-def _halve(
-    shapes: Sequence[Shape], of: Callable[[Shape, int], float], keep: Callable[[], None]
-) -> list[tuple[Shape, int]]:
-    """All shapes with the parts of the text that were read of each: those of which more was read
-    first, and among them the better."""
-    left, parts = list(shapes), 1
-    behind: list[tuple[Shape, int]] = []
-    with Progress("compare shapes", total=len(shapes), unit="shape") as bar:
-        while True:
-            left.sort(key=lambda shape: of(shape, parts))
-            keep()
-            if len(left) == 1 or parts == PARTS:
-                bar.update(len(left))
-                return [*((shape, parts) for shape in left), *behind]
-            half = -(-len(left) // 2)
-            behind = [*((shape, parts) for shape in left[half:]), *behind]
-            bar.update(len(left) - half)
-            left, parts = left[:half], 2 * parts
+    return to_masks(z, shape, hold_scale=held)
 
 
 @passing_over_what_is_not_shown()
 def _show(compared: Sequence[dict[str, Any]]) -> None:
     """Prints the best shapes."""
-    table = Table(title=f"the best of {len(compared)} shapes within the budget")
+    table = Table(title=f"the best of {len(compared)} shapes within the budget, refitted")
     table.add_column("shape", no_wrap=True)
     for heading in ("nats from the source", "sequences"):
         table.add_column(heading, justify="right")

@@ -166,3 +166,18 @@ def _fit_own_share(path: Path) -> None:
 
 def alone() -> Any:
     return parallel.init(threads=1)
+
+
+def test_the_source_stays_as_it_is() -> None:
+    """Also where blocks are kept whole, whose tensors are the source's own until they change."""
+    model = build("llama")
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    shape = shape_of(model.config)
+    masks = to_masks({"layer": torch.tensor([[1.0, 0.0, 1.0]])}, shape)
+    source = [(name, tensor.detach()) for name, tensor in model.named_parameters()]
+    extraction = Extraction(model.config, masks)
+    fitted = dict(refit(extraction, source, tokens(), ridge=0.1, batch=7, context=alone()))
+    changed = [name for name in fitted if "layers.0." in name and "proj" in name]
+    assert any(not torch.equal(fitted[name], before[name]) for name in changed)
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, before[name]), name

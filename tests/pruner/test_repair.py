@@ -13,7 +13,7 @@ from torch import Tensor
 from data.batches import BatchStream
 from data.errors import InputError
 from pruner.config import RefitConfig, ShearConfig
-from pruner.refit import KeptBlocks
+from pruner.kept_blocks import KeptBlocks
 from pruner.repair import sequences
 from pruner.run import shear
 from tests.distributed import run_ranks
