@@ -35,7 +35,8 @@ SHORTENED = {
     "shorten-evolution": ("--criterion", "ppl", "--search", "evolution"),
 }
 """Whole blocks removed by `shorn shorten` with these flags, refitted and trained as ours is."""
-OPTIONAL = (UNREPAIRED, *SHORTENED)
+SEARCHED = "searched"
+OPTIONAL = (SEARCHED, UNREPAIRED, *SHORTENED)
 """Methods that are known as well, but not run unless they are named."""
 _OURS_BEFORE = "principal+refit+kl"
 WARMUP_RATIO = 0.1
@@ -74,9 +75,10 @@ class CompareConfig:
     activation, magnitude: the same shape cut at once, by strength of activations or norm of
     weights; activation+kl, blocks+kl: those distilled from the source; activation+refit+kl,
     blocks+refit+kl: refitted and trained as ours is; random: that shape trained from scratch;
-    principal+kl: ours without its refit; shorten-ppl, shorten-taylor, shorten-magnitude,
-    shorten-reverse, shorten-greedy, shorten-evolution: whole blocks removed by `shorn shorten`,
-    refitted and trained as ours is."""
+    searched: as ours, in the best shape that a search finds with as many parameters outside
+    embeddings (pruner.shear --propose search); principal+kl: ours without its refit; shorten-ppl,
+    shorten-taylor, shorten-magnitude, shorten-reverse, shorten-greedy, shorten-evolution: whole
+    blocks removed by `shorn shorten`, refitted and trained as ours is."""
     variant: tuple[str, ...] = ()
     """Further methods as NAME=FLAGS: ours with these flags of pruner.shear and, after a |, of
     launch/cpt.py; --steps N learns masks for N steps and leaves the others to training, and {seed}
@@ -191,6 +193,8 @@ class Method:
     """Whether pruning depends on the seed; otherwise all seeds share it."""
     whole_blocks: bool = False
     """Remove whole blocks, to about as many parameters as the target has."""
+    searched: bool = False
+    """Prune to the best shape of as many parameters without embeddings, instead of the target's."""
     shorten_flags: tuple[str, ...] | None = None
     """Flags of pruner.shorten, which removes them; None: pruner.shear does."""
     random: bool = False
@@ -259,7 +263,9 @@ def _refitted(config: CompareConfig, ours: Method) -> list[Method]:
     seed, because it reads the sequences that training draws."""
     activation, blocks = REFITTED
     training = (*ours.cpt_flags, "--teacher", config.source)
+    search = (*ours.shear_flags, "--propose", "search")
     known = [
+        Method(SEARCHED, 0, search, searched=True),
         Method(activation, 0, ("--init", "importance", *_PUBLISHED)),
         Method(blocks, 0, whole_blocks=True),
         Method(UNREPAIRED, 0, ("--no-refit",), seeded=False),

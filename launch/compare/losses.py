@@ -23,6 +23,7 @@ from launch.compare.config import (
 )
 from launch.compare.stages import EVALUATION, StageMaker, read_result
 from launch.stages import Plan, Task, announce
+from pruner.budget import BLOCK_PARAMETERS
 from pruner.shapes import Shape, config_of, example_shape, parse_target, shape_of
 from pruner.shorten.config import ShortenConfig
 from pruner.shorten.ranking import removable
@@ -167,6 +168,8 @@ def _row(
     common += f"/seed-{seed}" if method.seeded else ""
     own = f"{target}/{method.name}/seed-{seed}"
     sizes = _shape(source, shape, method).describe()
+    if method.searched:
+        sizes = f"{BLOCK_PARAMETERS}={_non_embedding(source, shape)}"
     kind = f"{target} {'learned' if method.shear_steps else 'at once'}"
     shear_seed = seed if method.seeded else 0
     if method.shorten_flags is None:

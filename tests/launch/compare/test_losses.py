@@ -118,6 +118,15 @@ def test_only_text_that_is_trained_on_calibrates_and_refits(
     assert many[many.index("--refit-sequences") + 1] == 256
 
 
+def test_a_search_gets_as_many_parameters(source: ModelConfig, tmp_path: Path) -> None:
+    plan = losses_plan(maker(tmp_path, methods=("ours", "searched"), seeds=(3,)), source)
+    flags = {task.name: list(task.settings.get("flags", ())) for task in plan.tasks}
+    words, own = (flags[f"half/{name}/seed-3/shear"] for name in ("searched", "ours"))
+    assert words[:2] == ["--target", "params-non-embedding=46469808"]
+    assert words[2:] == [*own[2:], "--propose", "search"]
+    assert flags["half/searched/seed-3/cpt"][:-2] == flags["half/ours/seed-3/cpt"]
+
+
 def test_blocks_are_removed_by_shortening(source: ModelConfig, tmp_path: Path) -> None:
     methods = ("ours", "shorten-ppl", "shorten-greedy")
     plan = losses_plan(maker(tmp_path, methods=methods, seeds=(3,)), source)
