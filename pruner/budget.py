@@ -174,18 +174,25 @@ def propose(
 def alternatives(
     source: ModelConfig, cost: Cost, limit: float, fixed: Mapping[str, int], align: int | None
 ) -> list[tuple[Shape, float]]:
-    """What `propose` gives for every depth that the budget allows, and for hidden sizes one step
-    below and above that, with their costs."""
+    """Shapes for every depth that the budget allows, with their costs: what `propose` gives; the
+    same half-way to the source's width; and with the source's width and heads, so that depth and
+    channels alone are cut."""
     space = _Space(source, cost, fixed, align)
-    step = align or multiple(space.shape)
+    shape = space.shape
     found: dict[Shape, float] = {}
     for layers in space.options["layers"]:
         nearest = space.first(space.nearest(SHARE * limit, limit, layers=layers))
-        if nearest is None:
-            continue
-        found |= dict([nearest])
-        for hidden in (nearest[0].hidden - step, nearest[0].hidden + step):
-            other = space.first(space.nearest(SHARE * limit, limit, layers=layers, hidden=hidden))
+        if nearest is not None:
+            found |= dict([nearest])
+            widths = [size for size in space.options["hidden"] if size > nearest[0].hidden]
+            middle = widths[len(widths) // 2] if len(widths) > 1 else None
+            between = space.nearest(SHARE * limit, limit, layers=layers, hidden=middle)
+            other = space.first(between) if middle else None
+            found |= dict([other] if other else [])
+        uncut = [base for base in space.bases if base == replace(shape, hidden=base.hidden)]
+        widest = max(uncut, key=lambda base: base.hidden, default=None)
+        if widest is not None:
+            other = space.first(space.nearest(SHARE * limit, limit, layers=layers, only=widest))
             found |= dict([other] if other else [])
     return list(found.items())
 
@@ -278,11 +285,17 @@ class _Space:
             yield from self._best(base, np.where(costs <= limit, -costs, np.inf), costs)
 
     def nearest(
-        self, floor: float, limit: float, *, layers: int | None = None, hidden: int | None = None
+        self,
+        floor: float,
+        limit: float,
+        *,
+        layers: int | None = None,
+        hidden: int | None = None,
+        only: Shape | None = None,
     ) -> Iterator[_Candidate]:
         """Per width and heads, the shape nearest to the source with a cost in [floor, limit]; of
-        that depth and that width, if they are given."""
-        for base in self.bases:
+        that depth, of that width, or `only` with that base, if they are given."""
+        for base in self.bases if only is None else [only]:
             if hidden not in (None, base.hidden):
                 continue
             costs = self._costs(base)

@@ -1,8 +1,8 @@
 """Of the shapes that a budget allows, the one that is nearest to the source once it is refitted.
 
 The rule in `pruner.budget` knows proportions, not this source. Here the shapes that it gives for
-every depth, and a little wider and narrower ones, are cut by the same scores, refitted on a part of
-the text, and compared by the divergence of their predictions from the source's on other text. Each
+every depth, and wider ones of fewer channels, are cut by the same scores, refitted on a part of the
+text, and compared by the divergence of their predictions from the source's on other text. Each
 round takes more text for fewer of them (successive halving, arXiv 1502.07943). The refit belongs
 into the comparison: without it a shape of fewer blocks looks far worse than it is.
 """

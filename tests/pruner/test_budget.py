@@ -311,7 +311,12 @@ def test_alternatives_are_shapes_of_equal_cost() -> None:
     found = dict(alternatives(source, parameters, limit, {}, None))
     best = propose(source, parameters, limit)
     assert best is not None and best.shape in found
-    assert len({shape.layers for shape in found}) > 10 and len({s.hidden for s in found}) > 5
+    assert len({shape.layers for shape in found}) > 10 and len({s.hidden for s in found}) > 4
+    whole = [shape for shape in found if (shape.hidden, shape.heads, shape.kv_heads) == (576, 9, 3)]
+    assert len({shape.layers for shape in whole}) > 5
+    # The deeper, the fewer channels.
+    channels = [shape.ffn for shape in sorted(whole, key=lambda shape: shape.layers)]
+    assert channels == sorted(channels, reverse=True)
     for shape, cost in found.items():
         assert SHARE * limit <= cost <= limit
         assert cost == parameters(config_of(shape, source))
