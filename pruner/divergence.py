@@ -83,7 +83,11 @@ class Divergence:
         def write() -> None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(self.path, json.dumps(self.known))
+                # JSON knows no infinity.
+                finite = {
+                    n: found for n, found in self.known.items() if max(found, default=0) < math.inf
+                }
+                write_text(self.path, json.dumps(finite))
             except OSError as error:
                 raise InputError(
                     f"{self.path} cannot be written ({error}); free space, or choose another folder"

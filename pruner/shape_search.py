@@ -8,6 +8,7 @@ into the comparison: without it a shape of fewer blocks looks far worse than it 
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ class ShapeSearch:
             )
             sums += torch.stack([divergence.double().sum(), valid.double().sum()])
         total, tokens = context.all_reduce_sum(sums).tolist()
-        return total / tokens if total == total else float("inf")
+        return total / tokens if math.isfinite(total) else math.inf
 
     def _read(self) -> dict[str, float]:
         try:
@@ -164,7 +165,9 @@ class ShapeSearch:
         def write() -> None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(self.path, json.dumps(self.known))
+                # JSON knows no infinity.
+                finite = {name: value for name, value in self.known.items() if value < math.inf}
+                write_text(self.path, json.dumps(finite))
             except OSError as error:
                 raise InputError(
                     f"{self.path} cannot be written ({error}); free space, or choose another folder"

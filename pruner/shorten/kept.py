@@ -16,13 +16,11 @@ _ROWS = "losses"
 
 
 class KeptRows:
-    """Rows [n, K] fp64 in a file that is written anew after every pass; the same on every rank.
+    """Rows [n, K] fp64 in a file that is written anew after every pass; the same on every rank. A
+    damaged file is not used."""
 
-    `key` tells what they were taken of; a file of another key, or a damaged one, is not used.
-    """
-
-    def __init__(self, output: Path, key: str, context: DistributedContext) -> None:
-        self.path = output / FOLDER / f"{key}.safetensors"
+    def __init__(self, path: Path, context: DistributedContext) -> None:
+        self.path = path
         self.rows: Tensor | None = context.broadcast(self._read() if context.is_main else None)
 
     def add(self, rows: Tensor, context: DistributedContext) -> None:

@@ -11,7 +11,9 @@ import torch
 from rich.table import Table
 
 from data.batches import BatchStream
+from data.errors import InputError
 from data.log import logger
+from data.records import read_json
 from data.sampler import DomainSampler
 from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
@@ -34,7 +36,7 @@ from trainer.models.sources import weights_fingerprint
 from trainer.output import owned
 from trainer.parallel import DistributedContext
 from trainer.run import build_model, choose_kernels, pretrained
-from trainer.saving import require_copy
+from trainer.saving import publish, require_copy
 
 SHOWN = 12
 """Blocks in the printed table."""
@@ -95,13 +97,29 @@ def _select(
         f"scoring {layers} blocks by {config.criterion}; {count} of the {len(allowed)} that are "
         "not protected will go"
     )
-    choice = Scorer(config, inputs, context).choose(allowed, count)
-    if context.is_main:
-        _show(choice, allowed)
+    scorer = Scorer(config, inputs, context)
+    search = [config.seed, config.generations, config.offspring]
+    path = scorer.path("chosen", [config.criterion, config.search, count, allowed, *search])
+    told = context.broadcast(_chosen(path) if context.is_main else None)
+    if told is None:
+        choice = scorer.choose(allowed, count)
+        told = _told(config, choice, allowed)
+        publish(context, told, path)
+        if context.is_main:
+            _show(choice, allowed)
     source = shape_of(inputs.model)
     z = {name: torch.ones(size, dtype=torch.float64) for name, size in unit_sizes(source).items()}
-    z["layer"][0, choice.removed] = 0
-    return Selection(inputs.target, z, None, _told(config, choice, allowed))
+    z["layer"][0, told["removed"]] = 0
+    return Selection(inputs.target, z, None, told)
+
+
+def _chosen(path: Path) -> dict[str, Any] | None:
+    """What was told of the same choice before; None where it was not made."""
+    try:
+        told: dict[str, Any] = read_json(path, "", keys={"removed": list, "init": str})
+    except InputError:
+        return None
+    return told
 
 
 class Scorer:
@@ -166,7 +184,7 @@ class Scorer:
             self.sequences,
             self.context,
             config.micro_batch,
-            Path(config.output) / FOLDER / f"{self._key(['divergence'])}.json",
+            self.path("divergence", []),
         )
 
         def divergence(removed: Removed, parts: int) -> float:
@@ -210,7 +228,7 @@ class Scorer:
         return scores.by_chance(layers, self.config.seed)
 
     def _by_perplexity(self, removed: list[int]) -> BlockScores:
-        kept = KeptRows(Path(self.config.output), self._key(sorted(removed)), self.context)
+        kept = KeptRows(self.path("losses", sorted(removed), "safetensors"), self.context)
         if kept.rows is not None and len(kept.rows) == len(self.sequences):
             return scores.from_losses(kept.rows, self.sequences.shape[1], self._layers, removed)
         return scores.by_perplexity(
@@ -221,13 +239,14 @@ class Scorer:
     def _layers(self) -> int:
         return self.inputs.model.num_layers
 
-    def _key(self, what: list[Any]) -> str:
-        """Tells apart what is kept of measurements on the same text: `what` they are of."""
+    def path(self, name: str, what: list[Any], suffix: str = "json") -> Path:
+        """File of what is kept under `name` of measurements of `what` on this text."""
         precision = parallel.compute_dtype(self.config.precision, self.context.device)
         digest = hashlib.sha256(self.sequences.numpy().tobytes())
         parts = [weights_fingerprint(self.inputs.folder), str(precision), what]
         digest.update(json.dumps(parts).encode())
-        return digest.hexdigest()[:16]
+        folder = Path(self.config.output) / FOLDER
+        return folder / f"{name}-{digest.hexdigest()[:16]}.{suffix}"
 
 
 def _window(scored: BlockScores, allowed: list[int], count: int) -> list[int]:

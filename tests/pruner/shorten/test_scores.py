@@ -44,7 +44,9 @@ def scored(criterion: str, folder: Path, output: Path) -> BlockScores:
     model, context = loaded(folder)
     ids = sequences()
     if criterion == "ppl":
-        return scores.by_perplexity(model, ids, context, 2, KeptRows(output, "a", context))
+        return scores.by_perplexity(
+            model, ids, context, 2, KeptRows(output / "a.safetensors", context)
+        )
     if criterion == "taylor":
         return scores.by_taylor(model, ids, context)
     if criterion == "magnitude":
@@ -142,16 +144,16 @@ def test_scoring_goes_on_from_what_is_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(scores, "deletion_losses", interrupted)
-        kept = KeptRows(tmp_path / "cut", "a", context)
+        kept = KeptRows(tmp_path / "cut" / "a.safetensors", context)
         with pytest.raises(KeyboardInterrupt):
             scores.by_perplexity(model, sequences(), context, 2, kept)
-    again = KeptRows(tmp_path / "cut", "a", context)
+    again = KeptRows(tmp_path / "cut" / "a.safetensors", context)
     assert again.rows is not None and again.rows.shape == (4, 1 + LAYERS)
     found = scores.by_perplexity(model, sequences(), context, 2, again)
     assert found.values == straight.values and found.intervals == straight.intervals
-    assert KeptRows(tmp_path / "cut", "b", context).rows is None
+    assert KeptRows(tmp_path / "cut" / "b.safetensors", context).rows is None
     again.path.write_bytes(again.path.read_bytes()[:50])
-    assert KeptRows(tmp_path / "cut", "a", context).rows is None
+    assert KeptRows(tmp_path / "cut" / "a.safetensors", context).rows is None
 
 
 def test_losses_that_are_no_number() -> None:
