@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -126,6 +126,15 @@ def test_idle_workers_end_with_their_parent(start: Callable[[str], subprocess.Po
     process.communicate(timeout=30)  # the pipes close with the last process
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C as Python has it: a shell's background processes ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_is_the_callers_again_afterwards() -> None:
     before = signal.getsignal(signal.SIGINT)
     with worker_pool(1, print, (), lambda: None) as submit:

@@ -26,6 +26,12 @@ cli.run(main)
 """
 
 
+def _heed_signals() -> None:
+    """A shell starts background processes with SIGINT ignored, and nohup with SIGHUP."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def stopped(output: Path, number: int, **environment: str) -> tuple[int, str]:
     """Status, as a shell gives it, and messages of a process that a signal meets at its start."""
     with subprocess.Popen(
@@ -35,8 +41,7 @@ def stopped(output: Path, number: int, **environment: str) -> tuple[int, str]:
         cwd=ROOT,
         env=os.environ | environment,
         text=True,
-        # A shell starts background processes with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_heed_signals,
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "loading\n"
         process.send_signal(number)
