@@ -2,7 +2,6 @@
 
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from data.files import require_writable, write_copy
 from data.log import logger
 from data.progress import Progress
+from launch.bench_model import llama, now
 from launch.bench_scoring.config import BenchScoringConfig
 from pruner.shorten.deletion import deletion_losses
 from pruner.shorten.ranking import order_of
 from pruner.timing import Timing, too_busy
 from trainer import parallel
 from trainer.config import TrainConfig
-from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM, LossOutput, next_token_targets
 from trainer.models.hf import load_config
 from trainer.models.sources import resolve_model
@@ -39,7 +38,15 @@ def measure(config: BenchScoringConfig) -> dict[str, Any]:
     context = parallel.init(threads=config.threads)
     train = TrainConfig(precision=config.precision, seq_len=config.seq_len)
     if config.source is None:
-        model, load = model_config(config), random_init(0)
+        model = llama(
+            vocabulary=config.vocabulary,
+            hidden=config.hidden,
+            ffn=config.ffn,
+            layers=config.layers,
+            heads=config.heads,
+            positions=config.seq_len,
+        )
+        load = random_init(0)
     else:
         folder = resolve_model(config.source, option="--source")
         model, load = load_config(folder), pretrained(folder)
@@ -84,21 +91,6 @@ def measure(config: BenchScoringConfig) -> dict[str, Any]:
     }
 
 
-def model_config(config: BenchScoringConfig) -> ModelConfig:
-    """The random model's architecture."""
-    return ModelConfig(
-        family="llama",
-        vocab_size=config.vocabulary,
-        hidden_size=config.hidden,
-        intermediate_size=config.ffn,
-        num_layers=config.layers,
-        num_heads=config.heads,
-        num_kv_heads=config.heads,
-        head_dim=config.hidden // config.heads,
-        max_position_embeddings=config.seq_len,
-    )
-
-
 def shared(model: CausalLM, ids: Tensor) -> Tensor:
     """Summed losses [n, L] without each block, a sequence at a time, all blocks together."""
     blocks = range(model.config.num_layers)
@@ -138,15 +130,9 @@ def _loss(model: CausalLM, ids: Tensor) -> Tensor:
 def _timed(
     score: Callable[[CausalLM, Tensor], Tensor], model: CausalLM, ids: Tensor
 ) -> tuple[float, Tensor]:
-    start = _now(ids.device)
+    start = now(ids.device)
     losses = score(model, ids)
-    return _now(ids.device) - start, losses
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return now(ids.device) - start, losses
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from data.files import require_writable, write_copy
 from data.log import logger
 from data.progress import Progress
 from data.tables import print_table
+from launch.bench_model import llama, now
 from launch.bench_shear.config import BenchShearConfig
 from pruner.budget import refuse_budget
 from pruner.callback import ShearCallback
@@ -75,9 +75,7 @@ class Clock(Callback):
         self.start = self.backward = self.end = 0.0
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now(self.device)
 
     def on_step_start(self, trainer: Trainer) -> None:
         self.start = self.now()
@@ -172,16 +170,13 @@ def measure(config: BenchShearConfig) -> dict[str, Any]:
 
 def model_config(config: BenchShearConfig) -> ModelConfig:
     """The source's architecture."""
-    return ModelConfig(
-        family="llama",
-        vocab_size=config.vocabulary,
-        hidden_size=config.hidden,
-        intermediate_size=config.ffn,
-        num_layers=config.layers,
-        num_heads=config.heads,
-        num_kv_heads=config.heads,
-        head_dim=config.hidden // config.heads,
-        max_position_embeddings=config.seq_len,
+    return llama(
+        vocabulary=config.vocabulary,
+        hidden=config.hidden,
+        ffn=config.ffn,
+        layers=config.layers,
+        heads=config.heads,
+        positions=config.seq_len,
     )
 
 
