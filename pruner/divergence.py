@@ -4,7 +4,6 @@ Pruned models are masks on the loaded source, so none is built. What is computed
 and a search that is run again goes on from it.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.errors import InputError
-from data.files import write_text
-from data.records import fits, read_json
+from pruner.kept_values import keep_values, read_values
 from trainer.kernels.linear_cross_entropy import TeacherOutput
 from trainer.models.decoder import CausalLM, LossOutput, next_token_targets
 from trainer.models.masks import Masks
@@ -49,9 +46,7 @@ class Divergence:
         self.path = path
         size = -(-len(sequences) // PARTS)
         self.parts = list(sequences.split(size))
-        self.known: dict[str, list[float]] = context.broadcast(
-            self._read() if context.is_main else {}
-        )
+        self.known: dict[str, list[float]] = read_values(path, {"*": [float]}, context)
         """Means over each part, by the name of the masks."""
         self._states: dict[tuple[int, int], Tensor] = {}
         """Outputs of the source's final norm, by part and start within it, on the CPU."""
@@ -79,28 +74,8 @@ class Divergence:
 
     def keep(self) -> None:
         """Writes what is known. Raises InputError on every rank where that fails."""
-
-        def write() -> None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                # JSON knows no infinity.
-                finite = {
-                    n: found for n, found in self.known.items() if max(found, default=0) < math.inf
-                }
-                write_text(self.path, json.dumps(finite))
-            except OSError as error:
-                raise InputError(
-                    f"{self.path} cannot be written ({error}); free space, or choose another folder"
-                ) from error
-
-        self.context.raise_on_any_rank(write if self.context.is_main else lambda: None)
-
-    def _read(self) -> dict[str, list[float]]:
-        try:
-            found = read_json(self.path, "")
-        except InputError:
-            return {}
-        return found if fits(found, {"*": [float]}) else {}
+        finite = {n: found for n, found in self.known.items() if max(found, default=0) < math.inf}
+        keep_values(self.path, finite, self.context)
 
     @torch.no_grad()
     def _measure(self, masks: Masks, number: int) -> float:

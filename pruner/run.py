@@ -1,5 +1,7 @@
 """A shearing run, from validated options to the dense model and its report."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -237,7 +239,9 @@ def _searched(
     calibrated = config.masks.calibration_sequences or CALIBRATION_SEQUENCES
     refitted = config.refit.refit_sequences + config.refit.refit_held_out
     key = measurements_key(config, weights_fingerprint(inputs.folder), inputs.reader.fingerprint)
-    path = output / FOLDER / f"{key[:16]}.json"
+    parts = [key, asdict(config.refit), config.masks.norm_scale]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    path = output / FOLDER / f"{digest[:16]}.json"
     calibration, ids = (
         sequences_ahead(config, inputs.reader, weights, number) for number in (calibrated, refitted)
     )

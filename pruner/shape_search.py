@@ -7,7 +7,6 @@ round takes more text for fewer of them (successive halving, arXiv 1502.07943). 
 into the comparison: without it a shape of fewer blocks looks far worse than it is.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,16 +16,14 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from data.errors import InputError
-from data.files import write_text
 from data.log import logger
 from data.progress import Progress
-from data.records import fits, read_json
 from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
 from pruner.config import ShearConfig
 from pruner.extract import Extraction
 from pruner.importance import measure
+from pruner.kept_values import keep_values, read_values
 from pruner.refit import Refit, carry
 from pruner.rotation import measure_rotation, rotate
 from pruner.shapes import Shape, shape_of
@@ -81,7 +78,7 @@ class ShapeSearch:
         self.path = path
         cut = len(ids) - min(config.refit.refit_held_out, len(ids) // 4)
         self.ids, self.held_out = ids[:cut], ids[cut:]
-        self.known: dict[str, float] = context.broadcast(self._read() if context.is_main else {})
+        self.known: dict[str, float] = read_values(path, {"*": float}, context)
 
     def best(self, shapes: Sequence[Shape]) -> dict[str, Any]:
         """The best of `shapes` under "shape", and what was "compared", the best first."""
@@ -111,7 +108,8 @@ class ShapeSearch:
         name = f"{shape.describe()} on {number}"
         if name not in self.known:
             self.known[name] = self._measure(shape, number)
-            self._keep()
+            finite = {text: value for text, value in self.known.items() if value < math.inf}
+            keep_values(self.path, finite, self.context)
         return self.known[name]
 
     @torch.no_grad()
@@ -153,27 +151,6 @@ class ShapeSearch:
             sums += torch.stack([divergence.double().sum(), valid.double().sum()])
         total, tokens = context.all_reduce_sum(sums).tolist()
         return total / tokens if math.isfinite(total) else math.inf
-
-    def _read(self) -> dict[str, float]:
-        try:
-            found = read_json(self.path, "")
-        except InputError:
-            return {}
-        return found if fits(found, {"*": float}) else {}
-
-    def _keep(self) -> None:
-        def write() -> None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                # JSON knows no infinity.
-                finite = {name: value for name, value in self.known.items() if value < math.inf}
-                write_text(self.path, json.dumps(finite))
-            except OSError as error:
-                raise InputError(
-                    f"{self.path} cannot be written ({error}); free space, or choose another folder"
-                ) from error
-
-        self.context.raise_on_any_rank(write if self.context.is_main else lambda: None)
 
 
 class Outside:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,14 +11,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from data.batches import BatchStream
 from data.errors import InputError
 from data.log import logger
 from data.records import read_json
-from data.sampler import DomainSampler
 from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
 from pruner.divergence import PARTS, Divergence
+from pruner.measurements import sequences_ahead
 from pruner.run import Inputs, find_source, open_inputs, prune
 from pruner.selection import Selection
 from pruner.shapes import shape_of
@@ -93,15 +93,15 @@ def _select(
     """The blocks to keep; collective."""
     layers = inputs.model.num_layers
     allowed = removable(layers, config.protect_first, config.protect_last)
-    logger.info(
-        f"scoring {layers} blocks by {config.criterion}; {count} of the {len(allowed)} that are "
-        "not protected will go"
-    )
     scorer = Scorer(config, inputs, context)
     search = [config.seed, config.generations, config.offspring]
     path = scorer.path("chosen", [config.criterion, config.search, count, allowed, *search])
     told = context.broadcast(_chosen(path) if context.is_main else None)
     if told is None:
+        logger.info(
+            f"scoring {layers} blocks by {config.criterion}; {count} of the {len(allowed)} that "
+            "are not protected will go"
+        )
         choice = scorer.choose(allowed, count)
         told = _told(config, choice, allowed)
         publish(context, told, path)
@@ -130,12 +130,9 @@ class Scorer:
         self.inputs = inputs
         self.context = context
         self._model: CausalLM | None = None
-        weights = inputs.domains.weights
-        sampler = DomainSampler(
-            inputs.reader.sizes, weights, config.seed, inputs.reader.fingerprint
+        self.sequences = sequences_ahead(
+            inputs.config, inputs.reader, inputs.domains.weights, config.scored_sequences
         )
-        ids = BatchStream(inputs.reader, sampler, 1).ahead(config.scored_sequences)
-        self.sequences = torch.from_numpy(ids)
         """[n, S], what training draws first."""
 
     @property
@@ -283,7 +280,7 @@ def _told(config: ShortenConfig, choice: Choice, allowed: list[int]) -> dict[str
 
 def _finite(value: float) -> float | None:
     """JSON knows no infinity."""
-    return value if torch.tensor(value).isfinite() else None
+    return value if math.isfinite(value) else None
 
 
 @passing_over_what_is_not_shown()
