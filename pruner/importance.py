@@ -1,8 +1,7 @@
 """How important each unit of the source is, by one of three measures.
 
 importance  Activations over a calibration set as in Minitron (arXiv 2407.14679, section 2.2): the
-            mean of |x| over the tokens of a sequence but the first, then the sum of squares over
-            sequences.
+            mean of |x| over the tokens of a sequence, then the sum of squares over sequences.
             Blocks by how much they turn the residual stream: one minus the cosine of input and
             output (ShortGPT, arXiv 2403.03853).
 taylor      First-order estimate of the loss without the unit (arXiv 1906.10771, section 3, with
@@ -37,9 +36,10 @@ _READERS = {
 """Matrices whose columns read the residual stream, and the kind of units in their rows."""
 _WRITERS = {Role.ATTENTION_OUTPUT: "query_head", Role.FEED_FORWARD_OUTPUT: "intermediate"}
 """Matrices whose rows write to the residual stream, and the kind of units in their columns."""
-FIRST = 1
-"""Positions at the start of each sequence that are left out: their stream is many times longer than
-the others'."""
+FIRST_SHARE = 1 / 256
+"""Least share of the first position of a sequence in what is measured. A few channels write a huge
+stream there, which all heads attend to ("massive activations", arXiv 2402.17762): without these
+channels attention falls apart, and in long sequences a plain mean would not see them."""
 REPLICATES = 32
 """Bootstrap replicates of a calibration set."""
 SURE = 0.95
@@ -104,8 +104,9 @@ class ActivationStatistics:
         """Has `add` called with the strength of the inputs of a block's first module of `role`."""
 
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            strength = inputs[0].detach()[:, FIRST:].float().abs()
-            per_sequence = strength.mean(1).double().square()
+            strength = inputs[0].detach().float().abs()
+            shares = position_shares(strength.shape[1], strength.device)
+            per_sequence = torch.einsum("bsn,s->bn", strength, shares).double().square()
             add(self.weights.t() @ per_sequence, *arguments)
 
         module = block.get_submodule(self.model.names.with_role(role))
@@ -122,12 +123,19 @@ class ActivationStatistics:
 
     def _block_hook(self, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            before, behind = (x[:, FIRST:].float() for x in (inputs[0], output))
-            cosine = F.cosine_similarity(before, behind, dim=-1)
-            change = (1 - cosine).mean(-1).double()
+            cosine = F.cosine_similarity(inputs[0].float(), output.float(), dim=-1)
+            change = ((1 - cosine) @ position_shares(cosine.shape[1], cosine.device)).double()
             self.layer[:, index] += self.weights.t() @ change
 
         return hook
+
+
+def position_shares(length: int, device: torch.device) -> Tensor:
+    """Share of each position of a sequence in what is measured: [S] fp32, with sum 1."""
+    first = max(FIRST_SHARE, 1 / length)
+    shares = torch.full((length,), (1 - first) / max(1, length - 1), device=device)
+    shares[0] = first
+    return shares
 
 
 def measure(

@@ -147,7 +147,7 @@ def measure_source(
     `config.masks.basis` says so; collective.
 
     `weights` are the initial domain weights, `config` is resolved, `kinds` are pruned. A
-    `selection` takes the place of importance and components.
+    `selection` takes the place of importance and, if it is complete, of components.
     """
     batch = config.train.micro_batch
     losses = {}
@@ -156,7 +156,7 @@ def measure_source(
         data = (held_out, held_out.domains, count, batch, context)
         losses = report(evaluate(model, *data, description="measure on held-out text"))
     reference = measured_reference(model, reader, config.reference_sequences, batch, context)
-    if selection is not None:
+    if selection is not None and selection.complete:
         if selection.rotation is not None:
             rotate(model, selection.rotation)
         return Measurements(losses, reference, selection.z, selection.rotation)
@@ -176,7 +176,10 @@ def measure_source(
     reshard(model)
     importance = {name: values[0] for name, values in found.items()}
     _require_finite(importance)
-    return Measurements(losses, reference, importance, rotation, in_doubt(found, kinds))
+    decided = selection.z if selection else {}
+    open_kinds = {name: kind for name, kind in kinds.items() if name not in decided}
+    doubt = in_doubt(found, open_kinds)
+    return Measurements(losses, reference, importance | decided, rotation, doubt)
 
 
 def sequences_ahead(

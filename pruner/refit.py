@@ -5,11 +5,14 @@ block. Matrices that read the stream are refitted to the source's own outputs of
 given what the pruned model reads; matrices that write to it, to the source's stream in the kept
 dimensions. Each is a ridge regression towards the weights that pruning left:
 
-    min over D of  |A (W + D)^T - R|^2 + ridge * mean(diag(A^T A)) * |D|^2
+    min over D of  |A (W + D)^T - R|^2 + ridge * typical(diag(A^T A)) * |D|^2
 
-A are the matrix's inputs in the pruned model, so that each block answers for what the blocks before
-it got wrong (as in OSSCAR, arXiv 2403.12983, and ZipLM, arXiv 2302.04089; those fit a layer's own
-output). The last writer in front of removed blocks is fitted to the stream behind them.
+typical() is the mean without the largest 2%: a few channels are thousands of times stronger than
+all others at the first position of a sequence ("massive activations", arXiv 2402.17762), and would
+hold everything where it is. A are the matrix's inputs in the pruned model, so that each block
+answers for what the blocks before it got wrong (as in OSSCAR, arXiv 2403.12983, and ZipLM, arXiv
+2302.04089; those fit a layer's own output). The last writer in front of removed blocks is fitted to
+the stream behind them.
 
 Only weights that were not trained since they were cut gain by it.
 """
@@ -179,7 +182,7 @@ class Ridge:
         diagonal = self.gram.diagonal()
         size = len(diagonal) - self.biased
         # A dimension that is 0 everywhere must not make the matrix singular.
-        penalty = ridge * float(diagonal[:size].mean()) or 1.0
+        penalty = ridge * float(typical(diagonal[:size])) or 1.0
         diagonal[:size] += penalty
         if self.biased:
             diagonal[size:] += 1e-9 * penalty
@@ -192,6 +195,11 @@ class Ridge:
         change = torch.cholesky_solve(self.moment, factor).t()
         parts = change.split(self.rows)
         return [(part[:, :size], part[:, size] if self.biased else None) for part in parts]
+
+
+def typical(squares: Tensor) -> Tensor:
+    """Mean of `squares` [n] without the largest 2%."""
+    return squares.sort().values[: len(squares) - len(squares) // 50].mean()
 
 
 @contextmanager
@@ -223,9 +231,8 @@ class Refit:
 
     Args:
         extraction: what is kept of the source.
-        ids: [n, S] this rank's calibration sequences, on the CPU. The first position of each is
-            left out of the fits: its stream is many times longer than the others'.
-        ridge: weight of the penalty, relative to the mean square of a matrix's inputs.
+        ids: [n, S] this rank's calibration sequences, on the CPU.
+        ridge: weight of the penalty, relative to the typical square of a matrix's inputs.
         batch: sequences that are computed at once.
         held_out: how many of the sequences, the last ones, are carried along and not fitted.
 
@@ -336,13 +343,13 @@ class Refit:
             if number >= self.fitted:
                 continue
             inputs = pruned.normed(half, self._on_device(streams.pruned_read, pruned))
-            inputs = self._tokens(inputs)
+            inputs = inputs.flatten(0, 1)
             missing = []
             for name in half.readers:
                 wanted, own = seen[name][1], rows[name]
                 if own is not None:
                     wanted = wanted[..., own.to(wanted.device)]
-                missing.append(self._tokens(wanted).float() - pruned.linear(name)(inputs))
+                missing.append(wanted.flatten(0, 1).float() - pruned.linear(name)(inputs))
             equations.add(inputs, torch.cat(missing, dim=-1))
         self._change(pruned, half.readers, equations)
 
@@ -354,7 +361,7 @@ class Refit:
                 update = block.update(half, self._on_device(streams.pruned_read, block))
             wanted = self._kept(self._on_device(streams.source))
             missing = wanted - self._on_device(streams.pruned) - update
-            equations.add(self._tokens(seen[half.writer][0]), self._tokens(missing))
+            equations.add(seen[half.writer][0].flatten(0, 1), missing.flatten(0, 1))
         self._change(block, (half.writer,), equations)
 
     def _change(self, block: Block, names: tuple[str, ...], equations: Ridge) -> None:
@@ -379,10 +386,6 @@ class Refit:
     def _moves_on(self, half: Half) -> bool:
         """Whether what comes behind `half` reads the stream with its update."""
         return not (self.parallel and half.attends)
-
-    def _tokens(self, values: Tensor) -> Tensor:
-        """[B, S, n] -> [B * (S - 1), n], without the first position of each sequence."""
-        return values[:, 1:].flatten(0, 1)
 
 
 def refit(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
-from pruner.importance import FIRST, calibration_batches
+from pruner.importance import calibration_batches, position_shares
 from trainer.models.decoder import CausalLM
 from trainer.models.families import Role
 from trainer.parallel import DistributedContext, full_tensor, local_region, reshard
@@ -23,7 +23,7 @@ tied embeddings is rotated with the others."""
 
 
 class StreamCovariance:
-    """Forward hooks that sum the outer products of what the norms read, each position but the first
+    """Forward hooks that sum the outer products of what the norms read, each position
     scaled to a mean square of 1; use as a context manager.
 
     `weights` [B] says how much each sequence of the next forward pass counts (0 for padding).
@@ -49,9 +49,11 @@ class StreamCovariance:
         self._handles.clear()
 
     def _add(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach()[:, FIRST:].float()
+        x = inputs[0].detach().float()
+        shares = x.shape[1] * position_shares(x.shape[1], x.device)
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.model.config.norm_eps)
-        x = (x * scale * self.weights[:, None, None].to(x.dtype)).flatten(0, -2)
+        x = x * scale * shares.sqrt()[:, None]
+        x = (x * self.weights[:, None, None].to(x.dtype)).flatten(0, -2)
         self.total += x.t() @ x
 
 

@@ -93,7 +93,7 @@ class Inputs:
     held_out: TokenReader | None
     domains: Domains
     selection: Selection | None
-    """Units that are kept without being measured."""
+    """Units that are kept without being measured; it may leave kinds open."""
 
 
 def shear(config: ShearConfig) -> Trainer | None:
@@ -372,7 +372,7 @@ def _measured(inputs: Inputs) -> str:
     parts = ["loss on training text"]
     if inputs.held_out is not None and config.train.eval_sequences:
         parts.insert(0, "held-out loss")
-    if not inputs.selection:
+    if not (inputs.selection and inputs.selection.complete):
         parts += ["principal components"] if config.masks.basis == "principal" else []
         parts += ["importance of its units"] if config.masks.init != "flat" else []
     return ", ".join(parts)

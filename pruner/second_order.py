@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.progress import Progress
-from pruner.importance import FIRST, ActivationStatistics, calibration_batches
+from pruner.importance import ActivationStatistics, calibration_batches, position_shares
 from pruner.shapes import Shape, shape_of
 from trainer.models.decoder import CausalLM
 from trainer.models.families import Role
@@ -56,8 +56,9 @@ class WriterInputs:
 
     def _hook(self, key: tuple[int, Role]) -> Any:
         def add(_: Any, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach()[:, FIRST:].float() * self.weights[:, None, None].float()
-            x = x.flatten(0, -2)
+            x = inputs[0].detach().float() * self.weights[:, None, None].float()
+            shares = x.shape[1] * position_shares(x.shape[1], x.device)
+            x = (x * shares.sqrt()[:, None]).flatten(0, -2)
             if key in self.products:
                 self.products[key].addmm_(x.t(), x)
             else:

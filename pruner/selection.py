@@ -44,12 +44,18 @@ class Selection:
     shape: Shape
     """What they amount to."""
     z: dict[str, Tensor]
-    """[rows, units] of all kinds, fp64: 1 for a kept unit, 0 for another."""
+    """[rows, units] of all kinds, or only of those that are decided, fp64: 1 for a kept unit, 0 for
+    another."""
     rotation: Tensor | None
     """[d, d] fp64: the basis in which hidden dimensions are kept; None: the source's own."""
     told: Mapping[str, Any] | None = None
     """What the report says of how they were found, `init` (the measure) and `search` among it, if
     that is more than where they come from."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the units of all kinds are decided; others are still to be measured."""
+        return self.z.keys() == unit_sizes(self.shape).keys()
 
     @property
     def key(self) -> str:

@@ -7,34 +7,22 @@ round takes more text for fewer of them (successive halving, arXiv 1502.07943). 
 into the comparison: without it a shape of fewer blocks looks far worse than it is.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.log import logger
 from data.progress import Progress
 from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
 from pruner.config import ShearConfig
-from pruner.extract import Extraction
-from pruner.importance import measure
-from pruner.kept_values import keep_values, read_values
-from pruner.refit import Refit, carry
-from pruner.rotation import measure_rotation, rotate
-from pruner.shapes import Shape, shape_of
-from pruner.units import indicator, to_masks, unit_kinds
-from trainer.kernels.linear_cross_entropy import TeacherOutput, linear_distillation
-from trainer.models.config import ModelConfig
-from trainer.models.decoder import CausalLM, next_token_targets
-from trainer.models.layers import LayerNorm, RMSNorm
-from trainer.models.masks import Masks
-from trainer.parallel import DistributedContext, compute_dtype, reshard
-from trainer.saving import full_tensors
+from pruner.refitted import cut, importance_of, refitted_divergence
+from pruner.shapes import Shape
+from trainer.models.decoder import CausalLM
+from trainer.parallel import DistributedContext
 
 FOLDER = "shapes"
 """Name of the folder of kept divergences in the output folder."""
@@ -65,27 +53,17 @@ class ShapeSearch:
         context: DistributedContext,
         path: Path,
     ) -> None:
-        batch, masks = config.train.micro_batch, config.masks
-        if masks.basis == "principal":
-            rotate(model, measure_rotation(model, calibration, context, batch))
-        kind = "importance" if masks.init in (None, "flat", "second-order") else masks.init
-        found = measure(kind, model, calibration, context, batch)
-        reshard(model)
-        self.importance = {name: values[0] for name, values in found.items()}
         self.model = model
         self.config = config
-        self.context = context
-        self.path = path
-        cut = len(ids) - min(config.refit.refit_held_out, len(ids) // 4)
-        self.ids, self.held_out = ids[:cut], ids[cut:]
-        self.known: dict[str, float] = read_values(path, {"*": float}, context)
+        self.importance = importance_of(model, config, calibration, context)
+        self.refitted = refitted_divergence(model, config, ids, context, path)
 
     def best(self, shapes: Sequence[Shape]) -> dict[str, Any]:
         """The best of `shapes` under "shape", and what was "compared", the best first."""
         left = list(shapes)
         behind: list[dict[str, Any]] = []
         for share, part in STAGES:
-            number = max(1, len(self.ids) // share)
+            number = max(1, len(self.refitted.ids) // share)
             with Progress(f"refit on {number}", total=len(left), unit="shape") as bar:
                 for shape in left:
                     self.of(shape, number)
@@ -105,92 +83,12 @@ class ShapeSearch:
     def of(self, shape: Shape, number: int) -> float:
         """Mean divergence in nats per held-out token after a refit on the first `number` of the
         sequences; infinite where it is no number."""
-        name = f"{shape.describe()} on {number}"
-        if name not in self.known:
-            self.known[name] = self._measure(shape, number)
-            finite = {text: value for text, value in self.known.items() if value < math.inf}
-            keep_values(self.path, finite, self.context)
-        return self.known[name]
-
-    @torch.no_grad()
-    def _measure(self, shape: Shape, number: int) -> float:
-        context, config = self.context, self.config
-        held = config.masks.norm_scale == "held"
-        masks = cut(self.model.config, self.importance, shape, held)
-        extraction = Extraction(self.model.config, masks)
-        own = [ids[context.rank :: context.world] for ids in (self.ids[:number], self.held_out)]
-        work = Refit(
-            extraction,
-            torch.cat(own),
-            ridge=config.refit.refit_ridge,
-            batch=config.train.micro_batch,
-            context=context,
-            held_out=len(own[1]),
+        held = self.config.masks.norm_scale == "held"
+        return self.refitted.of(
+            shape.describe(),
+            lambda: cut(self.model.config, self.importance, shape, held),
+            number,
         )
-        outer = Outside(self.model.config)
-        tensors = outer.note(full_tensors(self.model))
-        pruned = Outside(extraction.config)
-        dtype = compute_dtype(config.train.precision, context.device)
-        for _ in pruned.note(carry(work, tensors, dtype=dtype)):
-            pass
-        sums = torch.zeros(2, dtype=torch.float64, device=context.device)
-        for ids, streams in list(zip(work.parts, work.streams, strict=True))[work.fitted :]:
-            states = [
-                outside.states(stream.to(context.device))
-                for outside, stream in ((outer, streams.source), (pruned, streams.pruned))
-            ]
-            targets, valid = next_token_targets(ids.to(context.device))
-            teacher = TeacherOutput(states[0], outer.head(context.device), 1.0)
-            _, _, divergence = linear_distillation(
-                states[1],
-                pruned.head(context.device),
-                targets.flatten(),
-                valid.flatten().float(),
-                teacher,
-            )
-            sums += torch.stack([divergence.double().sum(), valid.double().sum()])
-        total, tokens = context.all_reduce_sum(sums).tolist()
-        return total / tokens if math.isfinite(total) else math.inf
-
-
-class Outside:
-    """What of a model is outside its blocks, noted while its tensors go by."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.names = config.traits.names
-        self.tensors: dict[str, Tensor] = {}
-
-    def note(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same `tensors`."""
-        for name, tensor in tensors:
-            if not name.startswith(f"{self.names.blocks}."):
-                self.tensors[name] = tensor
-            yield name, tensor
-
-    def head(self, device: torch.device) -> Tensor:
-        """[V, d] fp32."""
-        module = self.names.embedding if self.config.tie_embeddings else self.names.head
-        return self.tensors[f"{module}.weight"].float().to(device)
-
-    def states(self, stream: Tensor) -> Tensor:
-        """Outputs of the final norm [B * S, d] fp32 for the stream [B, S, d] in front of it."""
-        kind = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[self.config.traits.norm]
-        norm: nn.Module = kind(self.config.hidden_size, self.config.norm_eps)
-        prefix = f"{self.names.final_norm}."
-        own = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
-        norm.load_state_dict(own)
-        states: Tensor = norm.to(stream.device)(stream.float())
-        return states.flatten(0, 1)
-
-
-def cut(source: ModelConfig, importance: dict[str, Tensor], target: Shape, held: bool) -> Masks:
-    """Masks of the most important units, as many as `target` keeps; `importance` [rows, units] of
-    each kind, `held` as Masks.hold_scale."""
-    shape = shape_of(source)
-    kinds = unit_kinds(target, shape)
-    z = {name: indicator(importance[name], kind.target) for name, kind in kinds.items()}
-    return to_masks(z, shape, hold_scale=held)
 
 
 @passing_over_what_is_not_shown()

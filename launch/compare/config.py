@@ -33,6 +33,7 @@ SHORTENED = {
     "shorten-reverse": ("--criterion", "reverse"),
     "shorten-greedy": ("--criterion", "ppl", "--search", "greedy"),
     "shorten-evolution": ("--criterion", "ppl", "--search", "evolution"),
+    "shorten-refitted": ("--criterion", "influence", "--search", "refitted"),
 }
 """Whole blocks removed by `shorn shorten` with these flags, refitted and trained as ours is."""
 SEARCHED = "searched"
@@ -77,8 +78,8 @@ class CompareConfig:
     blocks+refit+kl: refitted and trained as ours is; random: that shape trained from scratch;
     searched: as ours, in the best shape that a search finds with as many parameters outside
     embeddings (pruner.shear --propose search); principal+kl: ours without its refit; shorten-ppl,
-    shorten-taylor, shorten-magnitude, shorten-reverse, shorten-greedy, shorten-evolution: whole
-    blocks removed by `shorn shorten`, refitted and trained as ours is."""
+    shorten-taylor, shorten-magnitude, shorten-reverse, shorten-greedy, shorten-evolution,
+    shorten-refitted: whole blocks removed by `shorn shorten`, refitted and trained as ours is."""
     variant: tuple[str, ...] = ()
     """Further methods as NAME=FLAGS: ours with these flags of pruner.shear and, after a |, of
     launch/cpt.py; --steps N learns masks for N steps and leaves the others to training, and {seed}

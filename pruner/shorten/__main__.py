@@ -14,6 +14,9 @@ python -m pruner.shorten --source models/SmolLM2-135M --remove 6 --criterion tay
 python -m pruner.shorten --source models/SmolLM2-135M --ratio 0.2 --search greedy \\
     --seq-len 256
     blocks go one at a time, and the others are scored anew each time
+python -m pruner.shorten --source models/SmolLM2-135M --remove 10 --then ffn=832 \\
+    --criterion influence --seq-len 256
+    blocks, and then channels of those that stay
 torchrun --nproc_per_node 8 -m pruner.shorten --params 3.7b --output runs/short
 """
 

@@ -6,8 +6,11 @@ from typing import Annotated, ClassVar, Literal
 from data.errors import InputError, require, require_at_least, require_finite
 from data.options import ON_DISK
 from pruner.config import MaskConfig, RefitConfig, ShearConfig, calibration_sequences
+from pruner.shapes import parse_sizes
 from trainer.config import Kernels, Precision, TrainConfig
 
+SEARCHES = {"evolution": (40, 16), "refitted": (8, 8)}
+"""Searches over the set of blocks; generations and offspring by default."""
 Criterion = Literal["ppl", "taylor", "magnitude", "influence", "angular", "reverse", "random"]
 
 
@@ -16,7 +19,7 @@ class ShortenConfig:
     """Remove whole blocks of a model, by importance; running it again resumes --output."""
 
     ESSENTIAL: ClassVar = (
-        "source criterion remove ratio params search protect-first protect-last data output "
+        "source criterion remove ratio params then search protect-first protect-last data output "
         "seq-len json"
     )
 
@@ -35,14 +38,20 @@ class ShortenConfig:
     """Instead: fraction of all parameters to remove, in as many whole blocks as it holds."""
     params: str | None = None
     """Instead: parameters to come nearest to, such as 5.5b or 70m."""
-    search: Literal["one-shot", "greedy", "evolution"] = "one-shot"
+    then: str | None = None
+    """Sizes to cut as well once the blocks are chosen, as in --target of `shorn shear`: ffn=832 or
+    hidden=448,heads=7. Their units are chosen by the strength of activations, and all that is kept
+    is refitted at once."""
+    search: Literal["one-shot", "greedy", "evolution", "refitted"] = "one-shot"
     """one-shot: all go by one scoring; greedy: the others are scored anew after each that goes
     (ppl); evolution: blocks of the one-shot set are exchanged for others, as long as the divergence
-    from the source falls."""
-    generations: int = 40
-    """Rounds of exchange (evolution)."""
-    offspring: int = 16
-    """Sets that are tried in each, most of them on a part of the text only (evolution)."""
+    from the source falls; refitted: the same, but sets are compared after a refit of each, which
+    counts only what the refit cannot mend and takes far longer."""
+    generations: int | None = None
+    """Rounds of exchange (evolution, refitted). Default: 40, and 8 for refitted."""
+    offspring: int | None = None
+    """Sets that are tried in each, most of them on a part of the text only (evolution, refitted).
+    Default: 16, and 8 for refitted."""
     protect_first: int = 4
     """First blocks that stay."""
     protect_last: int = 2
@@ -87,6 +96,7 @@ class ShortenConfig:
             )
         require_at_least(self, 1, "remove", "sequences", why="; use for example 6")
         require_at_least(self, 1, "generations", "offspring")
+        self._require_sizes()
         ratio = self.ratio
         require(ratio is None or 0 < ratio < 1, "ratio", ratio, "between 0 and 1, such as 0.2")
         require_at_least(self, 0, "protect_first", "protect_last")
@@ -95,13 +105,35 @@ class ShortenConfig:
                 f"--search greedy: scores anew by --criterion ppl only, and --criterion is "
                 f"{self.criterion}; leave one of the two out"
             )
+        if self.search == "refitted" and not self.refit.refit:
+            raise InputError(
+                "--no-refit: --search refitted compares what a refit makes of the blocks that are "
+                "left; leave one of the two out, or use --search evolution"
+            )
         _ = self.train
+
+    def _require_sizes(self) -> None:
+        """Raises InputError where --then holds no sizes besides blocks."""
+        if self.then is None:
+            return
+        try:
+            sizes = parse_sizes(self.then)
+        except InputError as error:
+            raise InputError(f"--then {self.then}: {error}") from error
+        if "layers" in sizes:
+            raise InputError(
+                f"--then {self.then}: how many blocks go is for --remove, --ratio or --params to "
+                "say; give other sizes, such as ffn=832"
+            )
 
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""
-        if self.search == "evolution":
-            return {}
-        found = dict.fromkeys(("generations", "offspring"), "only --search evolution has them")
+        found = {}
+        if self.search not in SEARCHES:
+            why = f"only --search {' and --search '.join(SEARCHES)} have them"
+            found = dict.fromkeys(("generations", "offspring"), why)
+        if self.search == "evolution" or self.then is not None:
+            return found
         if self.criterion in ("magnitude", "reverse", "random"):
             found["sequences"] = f"--criterion {self.criterion} reads no text"
         return found
@@ -126,17 +158,27 @@ class ShortenConfig:
         """Sequences to score on."""
         return self.sequences or calibration_sequences(self.seq_len)
 
+    @property
+    def rounds(self) -> tuple[int, int]:
+        """Generations of a search, and the offspring in each."""
+        generations, offspring = SEARCHES.get(self.search, (0, 0))
+        return self.generations or generations, self.offspring or offspring
+
     def shearing(self, layers: int) -> ShearConfig:
-        """The run of shearing that keeps `layers` blocks and cuts nothing else."""
+        """The run of shearing that keeps `layers` blocks, and of these what --then says."""
+        narrows = self.then is not None and "hidden" in parse_sizes(self.then)
         return ShearConfig(
             source=self.source,
-            target=f"layers={layers}",
+            target=",".join([f"layers={layers}", *([self.then] if self.then else [])]),
             data=self.data,
             output=self.output,
             domain_weights=self.domain_weights,
             save_dtype=self.save_dtype,
             json=self.json,
-            masks=MaskConfig(basis="source"),
+            masks=MaskConfig(
+                basis=None if narrows else "source",
+                calibration_sequences=self.scored_sequences if self.then else None,
+            ),
             refit=self.refit,
             train=self.train,
         )

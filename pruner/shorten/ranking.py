@@ -51,6 +51,7 @@ def block_parameters(model: ModelConfig) -> int:
 
 def count_of(
     model: ModelConfig,
+    narrowed: ModelConfig,
     *,
     remove: int | None,
     ratio: float | None,
@@ -58,16 +59,21 @@ def count_of(
     first: int,
     last: int,
 ) -> int:
-    """How many blocks go: `remove`, or as many as `ratio` of all parameters holds, or those whose
-    removal comes nearest to `params` parameters.
+    """How many blocks go: `remove`, or as many as `ratio` of the `model`'s parameters holds, or
+    those whose removal comes nearest to `params` parameters. `narrowed` is the model with all
+    blocks in the sizes that those have which stay.
 
     Raises InputError where that is none, or more than are not protected.
     """
-    total, block, layers = model.num_parameters(), block_parameters(model), model.num_layers
+    layers, block = model.num_layers, block_parameters(narrowed)
+    total, left = model.num_parameters(), narrowed.num_parameters()
     if remove is not None:
         count, asked = remove, f"--remove {remove}"
     elif ratio is not None:
-        count, asked = math.floor(ratio * total / block + SLACK), f"--ratio {ratio:g}"
+        count, asked = (
+            math.floor((ratio * total - (total - left)) / block + SLACK),
+            f"--ratio {ratio:g}",
+        )
     else:
         assert params is not None
         amount = number_of_parameters(params)
@@ -76,17 +82,20 @@ def count_of(
                 f"--params {params!r} is not a number of parameters: write for example 5.5b or "
                 "70000000"
             )
-        count, asked = round((total - amount) / block), f"--params {params}"
+        count, asked = round((left - amount) / block), f"--params {params}"
         if count < 1:
+            sizes = "" if left == total else f"{left:,} in the sizes of --then, "
             raise InputError(
-                f"{asked}: the source has {total:,} parameters, and {total - block:,} without one "
-                "of its blocks; ask for at most that"
+                f"{asked}: the source has {total:,} parameters, {sizes}and {left - block:,} "
+                "without one of its blocks; ask for at most that"
             )
     if count < 1:
-        least = math.ceil(1000 * block / total) / 1000
+        least = math.ceil(1000 * (total - left + block) / total) / 1000
+        sizes = "" if left == total else f"--then takes {1 - left / total:.1%} of the parameters, "
         raise InputError(
-            f"{asked}: removes no block, because one is {block / total:.1%} of the parameters; "
-            f"use at least --ratio {least:g}, or --remove 1"
+            f"{asked}: removes no block, because {sizes}one is {block / total:.1%}"
+            f"{'' if sizes else ' of the parameters'}; use at least --ratio {least:g}, or "
+            "--remove 1"
         )
     allowed = len(removable(layers, first, last))
     if count > allowed:

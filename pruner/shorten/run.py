@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
 from pruner.divergence import PARTS, Divergence
 from pruner.measurements import sequences_ahead
+from pruner.refitted import cut, importance_of, refitted_divergence
 from pruner.run import Inputs, find_source, open_inputs, prune
 from pruner.selection import Selection
-from pruner.shapes import shape_of
+from pruner.shapes import config_of, parse_target, shape_of
 from pruner.shorten import scores
 from pruner.shorten.config import ShortenConfig
 from pruner.shorten.deletion import without
@@ -32,6 +34,7 @@ from pruner.units import unit_sizes
 from trainer import parallel
 from trainer.identity import require_own
 from trainer.models.decoder import CausalLM
+from trainer.models.masks import Masks
 from trainer.models.sources import weights_fingerprint
 from trainer.output import owned
 from trainer.parallel import DistributedContext
@@ -74,10 +77,13 @@ def shorten(config: ShortenConfig) -> None:
 
 def _open(config: ShortenConfig) -> tuple[Inputs, int]:
     """What the options name, and how many blocks go."""
-    whole = config.shearing(1)
-    _, model = find_source(whole)
+    _, model = find_source(config.shearing(1))
+    narrowed = model
+    if config.then is not None:
+        narrowed = config_of(parse_target(config.then, shape_of(model)), model)
     count = count_of(
         model,
+        narrowed,
         remove=config.remove,
         ratio=config.ratio,
         params=config.params,
@@ -94,7 +100,9 @@ def _select(
     layers = inputs.model.num_layers
     allowed = removable(layers, config.protect_first, config.protect_last)
     scorer = Scorer(config, inputs, context)
-    search = [config.seed, config.generations, config.offspring]
+    search: list[Any] = [config.seed, *config.rounds]
+    if config.search == "refitted":
+        search += [config.then, asdict(config.refit)]
     path = scorer.path("chosen", [config.criterion, config.search, count, allowed, *search])
     told = context.broadcast(_chosen(path) if context.is_main else None)
     if told is None:
@@ -107,8 +115,9 @@ def _select(
         publish(context, told, path)
         if context.is_main:
             _show(choice, allowed)
-    source = shape_of(inputs.model)
-    z = {name: torch.ones(size, dtype=torch.float64) for name, size in unit_sizes(source).items()}
+    sizes = unit_sizes(inputs.source)
+    decided = sizes if config.then is None else ["layer"]
+    z = {name: torch.ones(sizes[name], dtype=torch.float64) for name in decided}
     z["layer"][0, told["removed"]] = 0
     return Selection(inputs.target, z, None, told)
 
@@ -120,6 +129,22 @@ def _chosen(path: Path) -> dict[str, Any] | None:
     except InputError:
         return None
     return told
+
+
+@dataclass(frozen=True, slots=True)
+class Fitness:
+    """What a search compares sets of removed blocks by."""
+
+    of: Callable[[Removed, int], float]
+    """Divergence from the source on so many parts of the text, in nats per token."""
+    keep: Callable[[], None]
+    """Keeps what is known."""
+    told: Callable[[], dict[str, Any]]
+    """What the report says of the work."""
+
+
+def _name(removed: Removed) -> str:
+    return ",".join(map(str, removed))
 
 
 class Scorer:
@@ -157,9 +182,10 @@ class Scorer:
         removed = take(scored.order, allowed, count)
         if self.config.criterion == "angular":
             removed = _window(scored, allowed, count)
-        if self.config.search == "evolution":
-            return self._evolved(scored, removed, allowed)
-        return Choice(scored, removed)
+        if self.config.search == "one-shot":
+            return Choice(scored, removed)
+        refitted = self.config.search == "refitted"
+        return self._evolved(scored, removed, allowed, self._refits() if refitted else self._cuts())
 
     def _one_by_one(self, allowed: list[int], count: int) -> Choice:
         """Every round scores what the former ones have left."""
@@ -174,37 +200,65 @@ class Scorer:
             )
         return Choice(first, removed)
 
-    def _evolved(self, scored: BlockScores, start: list[int], allowed: list[int]) -> Choice:
-        config = self.config
-        measured = Divergence(
-            self.model,
-            self.sequences,
-            self.context,
-            config.micro_batch,
-            self.path("divergence", []),
-        )
-
-        def divergence(removed: Removed, parts: int) -> float:
-            name = ",".join(map(str, removed))
-            masks = partial(without, removed, self.model, self.context.device)
-            return measured.of(name, masks, parts)
-
-        before = divergence(tuple(start), PARTS)
+    def _evolved(
+        self, scored: BlockScores, start: list[int], allowed: list[int], fitness: "Fitness"
+    ) -> Choice:
+        generations, offspring = self.config.rounds
+        before = fitness.of(tuple(start), PARTS)
         found = evolve(
-            divergence,
+            fitness.of,
             tuple(start),
             allowed,
-            generations=config.generations,
-            offspring=config.offspring,
-            seed=config.seed,
-            keep=measured.keep,
+            generations=generations,
+            offspring=offspring,
+            seed=self.config.seed,
+            keep=fitness.keep,
         )
-        after = divergence(found, PARTS)
+        after = fitness.of(found, PARTS)
         logger.info(f"divergence from the source {before:.4f} -> {after:.4f} nats")
         told = {"before": _finite(before), "after": _finite(after), "start": start}
-        told |= {"generations": config.generations, "offspring": config.offspring}
-        told |= {"sets": len(measured.known), "sequences_computed": measured.computed}
-        return Choice(scored, list(found), told)
+        told |= {"generations": generations, "offspring": offspring}
+        return Choice(scored, list(found), told | fitness.told())
+
+    def _cuts(self) -> "Fitness":
+        """Sets of blocks by what the model without them predicts."""
+        config, device = self.config, self.context.device
+        path = self.path("divergence", [])
+        data = (self.sequences, self.context, config.micro_batch, path)
+        measured = Divergence(self.model, *data)
+
+        def divergence(removed: Removed, parts: int) -> float:
+            return measured.of(_name(removed), partial(without, removed, self.model, device), parts)
+
+        def told() -> dict[str, Any]:
+            return {"sets": len(measured.known), "sequences_computed": measured.computed}
+
+        return Fitness(divergence, measured.keep, told)
+
+    def _refits(self) -> "Fitness":
+        """Sets of blocks by what a refit makes of the model without them, in the sizes of --then;
+        the source is rotated for it if those cut hidden dimensions."""
+        inputs, config = self.inputs, self.inputs.config
+        refit = config.refit
+        number = refit.refit_sequences + refit.refit_held_out
+        ids = sequences_ahead(config, inputs.reader, inputs.domains.weights, number)
+        units = {}
+        if self.config.then is not None:
+            units = importance_of(self.model, config, self.sequences, self.context)
+        path = self.path("refitted", [self.config.then, asdict(refit)])
+        measured = refitted_divergence(self.model, config, ids, self.context, path)
+        held = config.masks.norm_scale == "held"
+
+        def masks(removed: Removed) -> Masks:
+            layer = torch.ones(1, inputs.source.layers, dtype=torch.float64)
+            layer[0, list(removed)] = 0
+            return cut(inputs.model, units | {"layer": layer}, inputs.target, held)
+
+        def divergence(removed: Removed, parts: int) -> float:
+            number = max(1, len(measured.ids) * parts // PARTS)
+            return measured.of(_name(removed), partial(masks, removed), number)
+
+        return Fitness(divergence, lambda: None, lambda: {"refits": len(measured.known)})
 
     def _score(self, count: int) -> BlockScores:
         criterion, layers = self.config.criterion, self.inputs.model.num_layers
@@ -275,6 +329,7 @@ def _told(config: ShortenConfig, choice: Choice, allowed: list[int]) -> dict[str
         else None,
         "divergence": choice.divergence,
         "sequences": config.scored_sequences,
+        **({} if config.then is None else {"then": config.then}),
     }
 
 

@@ -20,7 +20,7 @@ from trainer.models.sources import resolve_model
 pytestmark = pytest.mark.usefixtures("clean")
 NO_PATHS = {
     *("target", "targets", "domain_field", "text_field", "domains", "domain_weights"),
-    *("reference_losses", "methods", "variant", "tasks", "params"),
+    *("reference_losses", "methods", "variant", "tasks", "params", "then"),
 }
 """Options of text that name no file or folder."""
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pruner.importance import REPLICATES, in_doubt, measure, replicate_counts
+from pruner.importance import REPLICATES, in_doubt, measure, position_shares, replicate_counts
 from pruner.shapes import shape_of
 from pruner.units import UnitKind, to_masks
 from tests.distributed import run_ranks
@@ -61,7 +61,7 @@ def test_importance_matches_activations_of_transformers(folder: Path) -> None:
     ids = sequences(5)
     with torch.no_grad():
         hidden_states = plain(ids, output_hidden_states=True).hidden_states
-    strength = {name: x[:, 1:].abs().mean(1).square().sum(0).double() for name, x in inputs.items()}
+    strength = {name: x.abs().mean(1).square().sum(0).double() for name, x in inputs.items()}
     found = measured(folder, 5)
 
     readers = [v for name, v in strength.items() if name.endswith(("q_proj", "gate_proj"))]
@@ -76,7 +76,7 @@ def test_importance_matches_activations_of_transformers(folder: Path) -> None:
         assert torch.allclose(found["kv_group"][layer], heads.sum(-1), rtol=1e-4)
     # The last hidden state that transformers returns is behind the final norm.
     for layer in range(2):
-        pair = (hidden_states[layer][:, 1:], hidden_states[layer + 1][:, 1:])
+        pair = (hidden_states[layer], hidden_states[layer + 1])
         cosine = F.cosine_similarity(*pair, dim=-1)
         change = (1 - cosine).mean(-1).sum()
         assert found["layer"][0, layer].item() == pytest.approx(change.item(), rel=1e-4)
@@ -172,6 +172,14 @@ def test_ranks_share_the_work_and_agree(folder: Path, kind: str, count: int) -> 
             assert all(torch.equal(first[name], other[name]) for other in others), name
 
 
+def test_the_first_position_counts_in_long_sequences_too() -> None:
+    for length in (1, 12, 256, 4096):
+        shares = position_shares(length, torch.device("cpu"))
+        assert float(shares[0]) == pytest.approx(max(1 / length, 1 / 256))
+        assert float(shares.sum()) == pytest.approx(1, rel=1e-5)
+        assert length < 3 or float(shares[1:].max() - shares[1:].min()) == 0
+
+
 def test_gpt_neox_is_measured_by_all_means(tmp_path: Path) -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -186,7 +194,7 @@ def test_gpt_neox_is_measured_by_all_means(tmp_path: Path) -> None:
         module.register_forward_pre_hook(lambda _, x: inputs.append(x[0].detach()))
     with torch.no_grad():
         plain(sequences(3))
-    heads, channels = (x[:, 1:].abs().mean(1).square().sum(0).double() for x in inputs)
+    heads, channels = (x.abs().mean(1).square().sum(0).double() for x in inputs)
     found = measured(tmp_path, 3)
     assert torch.allclose(found["kv_group"][1], heads.view(4, 8).sum(-1), rtol=1e-4)
     assert torch.allclose(found["intermediate"][1], channels, rtol=1e-4)

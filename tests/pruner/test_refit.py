@@ -62,8 +62,7 @@ def stream_error(model: CausalLM, pruned: dict[str, Tensor], extraction: Extract
     wanted = found[0]
     if extraction.stream.units is not None:
         wanted = wanted[..., extraction.stream.units]
-    wanted, own = wanted[:, 1:], found[1][:, 1:]
-    return float((own - wanted).norm() / wanted.norm())
+    return float((found[1] - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -118,6 +117,26 @@ def test_ridge_is_the_minimum(biased: bool) -> None:
     assert (bias is not None) == biased
     if bias is not None:
         torch.testing.assert_close(bias, wanted[6], atol=1e-6, rtol=1e-5)
+
+
+def test_a_massive_input_does_not_hold_the_others() -> None:
+    """One channel in a hundred that is a thousand times stronger than the others in a few rows."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(100, 3, bias=False)
+    inputs = torch.randn(2000, 100)
+    wanted = torch.randn(3, 100)
+    residual = inputs @ wanted.t()
+    spiked = inputs.clone()
+    spiked[::100, 7] = 1000.0
+    found = []
+    for own in (inputs, spiked):
+        equations = Ridge([linear])
+        equations.add(own, residual if own is inputs else own @ wanted.t())
+        ((weight, _),) = equations.solve(0.1, alone())
+        found.append(weight)
+    others = torch.arange(100) != 7
+    torch.testing.assert_close(found[0][:, others], found[1][:, others], atol=0.02, rtol=0.1)
+    torch.testing.assert_close(found[1][:, 7], wanted[:, 7].double(), atol=1e-3, rtol=1e-3)
 
 
 def test_bf16_fits_as_well() -> None:

@@ -12,8 +12,9 @@ from pruner import run as run_module
 from pruner.config import RefitConfig, ShearConfig, resolve
 from pruner.extract import Extraction
 from pruner.refit import refit
+from pruner.refitted import RefittedDivergence, cut
 from pruner.run import shear
-from pruner.shape_search import ShapeSearch, cut
+from pruner.shape_search import ShapeSearch
 from pruner.shapes import Shape, config_of, parse_target, shape_of
 from tests.distributed import run_ranks
 from tests.factories import write_model
@@ -60,9 +61,9 @@ def test_divergence_is_that_of_the_refitted_model(index: int, folder: Path, tmp_
         extraction,
         [(name, tensor.detach()) for name, tensor in model.named_parameters()],
         sequences(40)[:20],
-        ridge=search.config.refit.refit_ridge,
+        ridge=search.config.refit.refit_ridge * 32 / 20,
         batch=3,
-        context=search.context,
+        context=search.refitted.context,
     )
     small = CausalLM(extraction.config)
     small.load_state_dict(dict(pairs))
@@ -99,7 +100,7 @@ def test_what_is_known_is_not_computed_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = searched(folder, tmp_path)
-    monkeypatch.setattr(ShapeSearch, "_measure", None)
+    monkeypatch.setattr(RefittedDivergence, "_measure", None)
     assert searched(folder, tmp_path) == first
 
 

@@ -1,6 +1,7 @@
 """Orders, protected blocks and counts against what was published of Shortened LLaMA."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def published(text: str) -> list[int]:
 
 def count(name: str, **asked: Any) -> int:
     options: dict[str, Any] = {"remove": None, "ratio": None, "params": None, "first": 4, "last": 2}
-    return count_of(model(name), **options | asked)
+    return count_of(model(name), model(name), **options | asked)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,24 @@ def test_published_sizes(name: str, ratio: float, params: str, blocks: int, left
     assert count(name, params=params) == blocks
     assert count(name, params=str(left)) == blocks
     assert count(name, remove=blocks) == blocks
+
+
+def test_blocks_beside_other_sizes() -> None:
+    """Counted in the sizes that those have which stay."""
+    source = model("7b")
+    narrowed = replace(source, intermediate_size=source.intermediate_size // 2)
+    options: dict[str, Any] = {"remove": None, "ratio": None, "params": None, "first": 4, "last": 2}
+    taken = source.num_parameters() - narrowed.num_parameters()
+    block = block_parameters(narrowed)
+    for blocks in (1, 10):
+        left = narrowed.num_parameters() - blocks * block
+        assert count_of(source, narrowed, **options | {"params": str(left)}) == blocks
+        ratio = (taken + blocks * block) / source.num_parameters()
+        assert count_of(source, narrowed, **options | {"ratio": ratio}) == blocks
+    with pytest.raises(InputError, match=r"--then takes 32.1% of the parameters, one is 2.0%"):
+        count_of(source, narrowed, **options | {"ratio": 0.3})
+    with pytest.raises(InputError, match=r"in the sizes of --then"):
+        count_of(source, narrowed, **options | {"params": str(source.num_parameters())})
 
 
 def test_a_block_of_grouped_queries() -> None:

@@ -1,6 +1,8 @@
 """Whole runs of shortening: what they write, how they resume and what they refuse."""
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ from safetensors.torch import load_file
 
 from data.errors import InputError
 from pruner.config import RefitConfig
+from pruner.divergence import PARTS
+from pruner.refitted import RefittedDivergence
+from pruner.run import shear
+from pruner.shapes import parse_target, shape_of
 from pruner.shorten import run as run_module
 from pruner.shorten.__main__ import main
 from pruner.shorten.config import ShortenConfig
@@ -97,6 +103,68 @@ def test_a_run_is_refitted_and_copied(
     printed = capsys.readouterr().out
     assert "scoring 5 blocks by ppl; 2 of the 3 that are not protected will go" in printed
     assert "removed: blocks" in printed and "shorn cpt --model" in printed
+
+
+@pytest.mark.parametrize("then", ["ffn=24", "hidden=16,heads=2,kv-heads=1"])
+def test_other_sizes_are_cut_behind_the_blocks(then: str, inputs: Path, tmp_path: Path) -> None:
+    """Blocks by their own criterion, the rest as a run of shearing to the same sizes cuts it."""
+    config = configure(inputs, tmp_path / "out", criterion="reverse", then=then)
+    shorten(config)
+    report, masks = report_of(tmp_path / "out"), load_file(tmp_path / "out" / "masks.safetensors")
+    assert report["selection"]["removed"] == [2, 3] and report["selection"]["then"] == then
+    assert masks["kept.layer"][0].tolist() == [0, 1, 4]
+    shape = parse_target(f"layers=3,{then}", shape_of(load_config(inputs / "model")))
+    assert shape_of(load_config(tmp_path / "out" / "model")) == shape
+    assert report["refit"]["kept"] in (True, False)
+    shear(replace(config.shearing(3), output=str(tmp_path / "sheared")))
+    others = load_file(tmp_path / "sheared" / "masks.safetensors")
+    assert others.keys() == masks.keys()
+    for name, tensor in masks.items():
+        if not name.endswith(".layer"):
+            assert torch.equal(tensor, others[name])
+
+
+def test_sets_are_compared_after_a_refit(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"criterion": "random", "search": "refitted", "then": "ffn=32"}
+    config = configure(inputs, tmp_path / "out", **options, generations=4, offspring=3)
+    shorten(config)
+    told = report_of(tmp_path / "out")["selection"]
+    assert told["search"] == "refitted"
+    found = told["divergence"]
+    assert found["after"] <= found["before"] and found["refits"] > 3
+    # The best of all three sets, as they are measured apart.
+    own = replace(config, output=str(tmp_path / "apart"))
+    fitness = run_module.Scorer(own, run_module._open(own)[0], context())._refits()
+    sets = {pair: fitness.of(pair, PARTS) for pair in itertools.combinations(range(1, 4), 2)}
+    assert len(set(sets.values())) == 3
+    assert tuple(told["removed"]) == min(sets, key=lambda pair: sets[pair])
+    assert found["after"] == pytest.approx(min(sets.values()), rel=1e-5)
+    # What is known is not measured again.
+    (tmp_path / "out" / "shear.json").unlink()
+    for path in (tmp_path / "out" / "scores").glob("chosen-*"):
+        path.unlink()
+    monkeypatch.setattr(RefittedDivergence, "_measure", None)
+    shorten(config)
+    assert report_of(tmp_path / "out")["selection"]["removed"] == told["removed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"then": "layers=3"}, r"--then layers=3: how many blocks go is for --remove"),
+        ({"then": "ffn"}, r"--then ffn: .*'ffn' is neither"),
+        ({"then": "ffn=4096"}, r"ffn=4096"),
+        ({"search": "refitted", "refit": RefitConfig(refit=False)}, r"--no-refit: --search refit"),
+    ],
+)
+def test_sizes_and_searches_that_cannot_be_had(
+    options: dict[str, Any], message: str, inputs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        shorten(configure(inputs, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("criterion", ["ppl", "magnitude"])
