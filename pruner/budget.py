@@ -162,11 +162,10 @@ def propose(
     InputError when no valid shape has the fixed sizes.
     """
     space = _Space(source, cost, fixed or {}, align)
-    largest = space.first(space.most_expensive(limit))
-    if largest is None:
+    floor = space.floor(limit)
+    if floor is None:
         return None
-    reach = limit if largest[1] >= SHARE * limit else largest[1]
-    nearest = space.first(space.nearest(SHARE * reach, limit))
+    nearest = space.first(space.nearest(floor, limit))
     assert nearest is not None
     return Proposal(*nearest, limit)
 
@@ -179,20 +178,23 @@ def alternatives(
     channels alone are cut."""
     space = _Space(source, cost, fixed, align)
     shape = space.shape
+    floor = space.floor(limit)
     found: dict[Shape, float] = {}
+    if floor is None:
+        return []
     for layers in space.options["layers"]:
-        nearest = space.first(space.nearest(SHARE * limit, limit, layers=layers))
+        nearest = space.first(space.nearest(floor, limit, layers=layers))
         if nearest is not None:
             found |= dict([nearest])
             widths = [size for size in space.options["hidden"] if size > nearest[0].hidden]
             middle = widths[len(widths) // 2] if len(widths) > 1 else None
-            between = space.nearest(SHARE * limit, limit, layers=layers, hidden=middle)
+            between = space.nearest(floor, limit, layers=layers, hidden=middle)
             other = space.first(between) if middle else None
             found |= dict([other] if other else [])
         uncut = [base for base in space.bases if base == replace(shape, hidden=base.hidden)]
         widest = max(uncut, key=lambda base: base.hidden, default=None)
         if widest is not None:
-            other = space.first(space.nearest(SHARE * limit, limit, layers=layers, only=widest))
+            other = space.first(space.nearest(floor, limit, layers=layers, only=widest))
             found |= dict([other] if other else [])
     return list(found.items())
 
@@ -241,6 +243,12 @@ class _Space:
         for key in ("hidden", "ffn") if align else ():
             if key not in fixed:
                 self.options[key] = list(range(step, self.shape.size(key) + 1, step))
+                if not self.options[key]:
+                    size = self.shape.size(key)
+                    raise InputError(
+                        f"--align {step}: the source's {key} is {size}, below any multiple of it; "
+                        f"use --align {size} or less, or give {key}={size} beside the budget"
+                    )
         self.layers = np.array(self.options["layers"], dtype=np.float64)
         self.channels = np.array(self.options["ffn"], dtype=np.float64)
         self.bases = {base: self._coefficients(base) for base in self._bases()}
@@ -277,6 +285,15 @@ class _Space:
             if self.expressible(shape):
                 return shape, cost
         return None
+
+    def floor(self, limit: float) -> float | None:
+        """Least cost that a proposal within `limit` has; None where no valid shape costs so
+        little. Where the steps between shapes are so coarse that none uses the SHARE of the limit,
+        it is the SHARE of what the largest costs."""
+        largest = self.first(self.most_expensive(limit))
+        if largest is None:
+            return None
+        return SHARE * (limit if largest[1] >= SHARE * limit else largest[1])
 
     def most_expensive(self, limit: float) -> Iterator[_Candidate]:
         """Per width and heads, the shape of highest cost within `limit`."""

@@ -64,6 +64,7 @@ def resolve_together(
             if trained or (output / "shear.json").exists():
                 record = recorded(output, budget, source)
             if record is not None:
+                _require_same_way(record, budget, search, output)
                 logger.info(f"target {budget.text} is {record['shape']} ({output / TARGET_FILE})")
             else:
                 record = resolve(budget, source, context.device, dtype, search=search)
@@ -72,6 +73,24 @@ def resolve_together(
     context.raise_first(problem)
     shared: dict[str, Any] = context.broadcast(record)
     return shared
+
+
+def _require_same_way(record: dict[str, Any], budget: Budget, search: bool, output: Path) -> None:
+    """Raises InputError where a run's shape was proposed in another way than is asked for now."""
+    words = {True: "search", False: "rule"}
+    searched = words["search" in record]
+    if searched != words[search]:
+        raise InputError(
+            f"{output} holds a run of another configuration: --propose was {searched}, now "
+            f"{words[search]}. Repeat the old value to resume it, or choose another --output to "
+            "start a new run"
+        )
+    if record.get("align") != budget.align:
+        then, now = (value or "not given" for value in (record.get("align"), budget.align))
+        raise InputError(
+            f"{output} holds a run of another configuration: --align was {then}, now {now}. "
+            "Repeat the old value to resume it, or choose another --output to start a new run"
+        )
 
 
 def recorded(output: Path, budget: Budget, source: ModelConfig) -> dict[str, Any] | None:

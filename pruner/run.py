@@ -316,9 +316,19 @@ def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> 
         reference_losses=inputs.domains.reference,
         **{name: value for name, value in masks.items() if name != CALIBRATION},
         **({"selection": inputs.selection.key} if inputs.selection else {}),
+        **((inputs.selection.options if inputs.selection else None) or {}),
+        **_refit_identity(config),
         **teacher_identity(config.distillation, _teacher(inputs)),
         **revisions({"--source": (config.source, inputs.folder)}),
     )
+
+
+def _refit_identity(config: ShearConfig) -> dict[str, Any]:
+    """What is noted of the refit; nothing where weights are trained, because then there is none."""
+    if config.trains_weights:
+        return {}
+    noted = {f"refit.{name}": value for name, value in asdict(config.refit).items()}
+    return noted if config.refits else {"refit.refit": False}
 
 
 def _teacher(inputs: Inputs) -> TeacherSource | None:

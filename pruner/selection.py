@@ -51,6 +51,8 @@ class Selection:
     told: Mapping[str, Any] | None = None
     """What the report says of how they were found, `init` (the measure) and `search` among it, if
     that is more than where they come from."""
+    options: Mapping[str, Any] | None = None
+    """Options that decided it, as the run's identity names them."""
 
     @property
     def complete(self) -> bool:

@@ -60,13 +60,21 @@ and the order of the data does not depend on them."""
 NOTED = "revisions"
 """What names on the hub stood for, by option. It tells what a name was, and makes no other run."""
 
+_BLOCKS = {f"shorten.{name}" for name in ("criterion", "remove", "then", "search")} | {
+    f"shorten.{name}" for name in ("protect_first", "protect_last", "sequences")
+}
 FOLLOWING = {
     "distill.teacher": {"source"},
+    "selection": _BLOCKS | {"domain_weights", "seed"},
+    "target": _BLOCKS,
     "domain_weights": {"data", "seq_len"},
     "reference_losses": {"data", "seq_len", "mixture"},
     "warmup_ratio": {"moments"},
 }
 """What differs, where it was not given, because one of these fields does."""
+NOT_ALWAYS_NOTED = ("refit.", "shorten.")
+"""Beginnings of fields that former versions did not note: where one is missing, nothing is known of
+it."""
 
 
 def run_identity(
@@ -129,6 +137,15 @@ def verify_run(
             _write(output / FILE, wanted)
 
     context.raise_on_any_rank(verify if context.is_main else lambda: None)
+
+
+def require_same(output: Path, options: Mapping[str, Any]) -> None:
+    """Raises InputError where the run in `output` was started with others of the `options`, which
+    are a part of its identity."""
+    saved = read_identity(output) or {}
+    wanted = json.loads(json.dumps(dict(options)))
+    own = {name: value for name, value in saved.items() if name in wanted}
+    _refuse_differences(output, str(output), own, wanted)
 
 
 def require_own(output: Path) -> None:
@@ -224,7 +241,8 @@ def _refuse_differences(
     fix: str = "",
 ) -> None:
     every = sorted((saved.keys() | wanted.keys()) - {NOTED})
-    names = [name for name in every if saved.get(name) != wanted.get(name)]
+    known = [n for n in every if n in saved or not n.startswith(NOT_ALWAYS_NOTED)]
+    names = [name for name in known if saved.get(name) != wanted.get(name)]
     if not names:
         return
     if "command" in names:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.errors import InputError
 from data.files import require_writable, write_copy
 from data.log import logger
 from data.progress import Progress
@@ -50,6 +51,11 @@ def measure(config: BenchScoringConfig) -> dict[str, Any]:
     else:
         folder = resolve_model(config.source, option="--source")
         model, load = load_config(folder), pretrained(folder)
+        if model.num_layers == 1:
+            raise InputError(
+                f"--source {config.source}: has a single block, and scores compare blocks; name a "
+                "model of two or more"
+            )
     network = build_model(model, train, context, load=load, frozen=True).eval()
     draw = torch.Generator().manual_seed(0)
     shape = (config.sequences, config.seq_len)

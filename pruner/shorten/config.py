@@ -161,7 +161,7 @@ class ShortenConfig:
     @property
     def rounds(self) -> tuple[int, int]:
         """Generations of a search, and the offspring in each."""
-        generations, offspring = SEARCHES.get(self.search, (0, 0))
+        generations, offspring = SEARCHES.get(self.search, SEARCHES["evolution"])
         return self.generations or generations, self.offspring or offspring
 
     def shearing(self, layers: int) -> ShearConfig:

@@ -98,16 +98,15 @@ def count_of(
             "--remove 1"
         )
     allowed = len(removable(layers, first, last))
-    if count > allowed:
-        fix = f"ask for at most {allowed}, or protect fewer"
-        if not allowed:
+    most = min(allowed, layers - 1)
+    if count > most:
+        fix = f"ask for at most {most}" + (", or protect fewer" if allowed < layers else "")
+        if not most:
             fix = "protect fewer, such as --protect-first 0 --protect-last 0"
-        raise InputError(
-            f"{asked}: takes {count} of {layers} blocks, and --protect-first {first} and "
-            f"--protect-last {last} leave {allowed} to take from; {fix}"
-        )
-    if count >= layers:
-        raise InputError(f"{asked}: takes all {layers} blocks; leave at least one")
+        why = f"--protect-first {first} and --protect-last {last} leave {allowed} to take from"
+        if allowed == layers:
+            why = "at least one must stay"
+        raise InputError(f"{asked}: takes {count} of {layers} blocks, and {why}; {fix}")
     return count
 
 

@@ -24,7 +24,7 @@ from pruner.run import Inputs, find_source, open_inputs, prune
 from pruner.selection import Selection
 from pruner.shapes import config_of, parse_target, shape_of
 from pruner.shorten import scores
-from pruner.shorten.config import ShortenConfig
+from pruner.shorten.config import SEARCHES, ShortenConfig
 from pruner.shorten.deletion import without
 from pruner.shorten.kept import FOLDER, KeptRows
 from pruner.shorten.ranking import count_of, in_doubt, removable, take
@@ -32,7 +32,7 @@ from pruner.shorten.scores import BlockScores
 from pruner.shorten.search import Removed, evolve
 from pruner.units import unit_sizes
 from trainer import parallel
-from trainer.identity import require_own
+from trainer.identity import require_own, require_same
 from trainer.models.decoder import CausalLM
 from trainer.models.masks import Masks
 from trainer.models.sources import weights_fingerprint
@@ -70,8 +70,15 @@ def shorten(config: ShortenConfig) -> None:
         inputs, count = _open(config)
     output = Path(config.output)
     with owned(output, "shear.json", context):
-        context.raise_on_any_rank(lambda: require_own(output) if context.is_main else None)
-        selection = _select(config, inputs, count, context)
+        options = _options(config, count)
+
+        def check() -> None:
+            require_own(output)
+            if (output / "shear.json").exists():
+                require_same(output, options)
+
+        context.raise_on_any_rank(check if context.is_main else lambda: None)
+        selection = replace(_select(config, inputs, count, context), options=options)
         prune(replace(inputs, selection=selection), context, None, kernels)
 
 
@@ -93,6 +100,18 @@ def _open(config: ShortenConfig) -> tuple[Inputs, int]:
     return open_inputs(config.shearing(model.num_layers - count)), count
 
 
+def _options(config: ShortenConfig, count: int) -> dict[str, Any]:
+    """What decides which blocks go, as the run's identity names it."""
+    names = ["criterion", "then", "search", "protect_first", "protect_last"]
+    names += [] if config.idle().get("sequences") else ["sequences"]
+    values = {name: getattr(config, name) for name in names} | {"remove": count}
+    if config.search in SEARCHES:
+        values |= dict(zip(("generations", "offspring"), config.rounds, strict=True))
+    if "sequences" in values:
+        values["sequences"] = config.scored_sequences
+    return {f"shorten.{name}": value for name, value in values.items()}
+
+
 def _select(
     config: ShortenConfig, inputs: Inputs, count: int, context: DistributedContext
 ) -> Selection:
@@ -111,7 +130,7 @@ def _select(
             "are not protected will go"
         )
         choice = scorer.choose(allowed, count)
-        told = _told(config, choice, allowed)
+        told = _told(scorer, choice, allowed)
         publish(context, told, path)
         if context.is_main:
             _show(choice, allowed)
@@ -159,6 +178,11 @@ class Scorer:
             inputs.config, inputs.reader, inputs.domains.weights, config.scored_sequences
         )
         """[n, S], what training draws first."""
+        if len(self.sequences) < config.scored_sequences and config.sequences is not None:
+            logger.info(
+                f"note: --sequences {config.sequences}: {config.data} holds {len(self.sequences)} "
+                "in these proportions, and blocks are scored on those"
+            )
 
     @property
     def model(self) -> CausalLM:
@@ -309,9 +333,9 @@ def _window(scored: BlockScores, allowed: list[int], count: int) -> list[int]:
     raise AssertionError(f"no {count} in a row among {allowed}")
 
 
-def _told(config: ShortenConfig, choice: Choice, allowed: list[int]) -> dict[str, Any]:
+def _told(scorer: Scorer, choice: Choice, allowed: list[int]) -> dict[str, Any]:
     """What the report says of the selection."""
-    scored = choice.scores
+    config, scored = scorer.config, choice.scores
     pairs = scored.intervals
     one_shot = config.search == "one-shot" and config.criterion != "angular"
     return {
@@ -328,7 +352,7 @@ def _told(config: ShortenConfig, choice: Choice, allowed: list[int]) -> dict[str
         if one_shot and scored.means is not None
         else None,
         "divergence": choice.divergence,
-        "sequences": config.scored_sequences,
+        "sequences": len(scorer.sequences),
         **({} if config.then is None else {"then": config.then}),
     }
 

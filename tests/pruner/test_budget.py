@@ -128,6 +128,20 @@ def test_malformed_budgets_are_refused(text: str, message: str) -> None:
         parse_budget(text)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.95])
+def test_alternatives_reach_as_far_as_the_proposal(share: float) -> None:
+    """Also where the steps between shapes are too coarse for any to use most of the budget."""
+    source = SOURCES["demo"]
+    limit = share * block_parameters(source)
+    fixed = {"hidden": 32, "heads": 4, "kv-heads": 2, "ffn": 48}
+    proposal = propose(source, block_parameters, limit, fixed)
+    found = dict(alternatives(source, block_parameters, limit, fixed, None))
+    assert (proposal is None) == (not found)
+    if proposal is not None:
+        assert proposal.shape in found and max(found.values()) <= limit
+        assert proposal.cost < SHARE * limit
+
+
 @pytest.mark.parametrize("fraction", [0.75, 0.3])
 @pytest.mark.parametrize("name", SOURCES)
 def test_proposals_are_valid_and_use_the_budget(name: str, fraction: float) -> None:
@@ -301,7 +315,7 @@ def test_sizes_can_be_aligned(name: str) -> None:
     proposal = propose(source, parameters, limit, align=256)
     assert proposal is not None and proposal.cost <= limit
     assert proposal.shape.hidden % 256 == proposal.shape.ffn % 256 == 0
-    with pytest.raises(InputError, match=r"in multiples of 8192 \(--align\)"):
+    with pytest.raises(InputError, match=r"--align 8192: the source's .* use --align \d+ or less"):
         propose(source, parameters, limit, align=8192)
 
 

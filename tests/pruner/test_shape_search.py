@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.errors import InputError
 from pruner import run as run_module
 from pruner.config import RefitConfig, ShearConfig, resolve
 from pruner.extract import Extraction
@@ -130,3 +131,10 @@ def test_a_run_takes_the_best_shape(
     # A finished run is only shown.
     monkeypatch.setattr(run_module, "ShapeSearch", None)
     assert shear(config) is None
+    for changes, message in (
+        ({"propose": "rule"}, r"--propose was search, now rule\. Repeat"),
+        ({"align": 8}, r"--align was not given, now 8\. Repeat"),
+        ({"refit_ridge": 0.3}, r"--refit-ridge was 0\.1, now 0\.3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            shear(configure(inputs, tmp_path / "out", **options | changes))

@@ -69,3 +69,9 @@ def test_the_command_writes_its_result(tmp_path: Path) -> None:
 def test_bad_options_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         BenchScoringConfig(**TINY | options)
+
+
+def test_a_single_block_is_refused_before_it_is_timed(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", num_hidden_layers=1)
+    with pytest.raises(InputError, match=r"--source .*model: has a single block"):
+        timing.measure(BenchScoringConfig(source=str(model), threads=1))

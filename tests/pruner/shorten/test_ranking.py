@@ -160,7 +160,14 @@ def test_protected_blocks_are_passed_over() -> None:
         ({"params": "6.7b"}, r"--params 6.7b: the source has 6,738,415,616 .* 6,536,032,256 witho"),
         ({"params": "9b"}, r"--params 9b: the source has 6,738,415,616"),
         ({"params": "some"}, r"--params 'some' is not a number of parameters"),
-        ({"remove": 32, "first": 0, "last": 0}, r"takes all 32 blocks; leave at least one"),
+        (
+            {"remove": 32, "first": 0, "last": 0},
+            r"takes 32 of 32 blocks, and at least one must stay; ask for at most 31$",
+        ),
+        (
+            {"ratio": 0.99, "first": 0, "last": 0},
+            r"takes 32 of 32 blocks, and at least one must stay; ask for at most 31$",
+        ),
         ({"remove": 1, "first": 31, "last": 1}, r"leave 0 to .*such as --protect-first 0"),
     ],
 )

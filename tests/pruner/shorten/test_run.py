@@ -177,10 +177,19 @@ def test_a_finished_run_is_not_scored_again(
     monkeypatch.setattr(run_module, "build_model", None)
     shorten(config)
     assert (tmp_path / "out" / "shear.json").read_bytes() == before
-    monkeypatch.undo()
-    for other in ("reverse", "influence", "taylor"):
-        with pytest.raises(InputError, match=r"selection"):
-            shorten(configure(inputs, tmp_path / "out", criterion=other))
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"criterion": "reverse"}, rf"--criterion was '{criterion}', now 'reverse'[^-]*Repeat"),
+        ({"remove": 1}, r"--remove was 2, now 1\. Repeat"),
+        ({"then": "ffn=32"}, r"--then was not given, now 'ffn=32'"),
+        ({"protect_first": 0}, r"--protect-first was 1, now 0"),
+        ({"refit": RefitConfig(refit_ridge=0.5)}, r"--refit-.* was "),
+    ]
+    if criterion == "ppl":
+        changes.append(({"search": "greedy"}, r"--search was 'one-shot', now 'greedy'"))
+        changes.append(({"sequences": 7}, r"--sequences was 5, now 7"))
+    for other, message in changes:
+        with pytest.raises(InputError, match=message):
+            shorten(configure(inputs, tmp_path / "out", **{"criterion": criterion} | other))
 
 
 def test_ranks_remove_the_same(inputs: Path, tmp_path: Path) -> None:
