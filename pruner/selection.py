@@ -85,6 +85,11 @@ def read_selection(path: str, source: Path, model: ModelConfig) -> Selection:
     for trained in (folder, run):
         if (trained / "cpt.json").is_file():
             raise _trained(path, trained)
+    if (folder / "shear.json").is_file():
+        raise InputError(
+            f"--selection {path}: is a finished run, but its {MASKS} is gone, which says what was "
+            "kept; put the file back, or name its model folder if its weights were only cut"
+        )
     if not (folder / "config.json").exists():
         found = what_is(folder)
         raise InputError(

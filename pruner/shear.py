@@ -34,7 +34,7 @@ python -m pruner.shear --target layers=24 --steps 0 --output runs/blocks
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(ShearConfig, section="shear", argv=argv, examples=EXAMPLES)
-    with kept_is_said(Path(config.output) / "shear.json"):
+    with kept_is_said(Path(config.output) / "shear.json", "shapes", "refit"):
         from pruner.run import shear
         from trainer.memory import explain_out_of_memory
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -18,13 +18,14 @@ sent to every process."""
 
 
 @contextlib.contextmanager
-def kept_is_said(report: Path) -> Iterator[None]:
+def kept_is_said(report: Path, *folders: str) -> Iterator[None]:
     """Has each of STOP_SIGNALS say what is kept of the run before it ends the process, as it would
     anyway.
 
     For all that a run does before its first step and after its last one; in between checkpoints
     are saved (trainer.callbacks.checkpoint). `report` is the file whose presence marks the run as
-    finished. A signal that is ignored stays ignored.
+    finished, `folders` are names of those beside it that an interrupted measurement goes on from.
+    A signal that is ignored stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # where signals cannot be handled
@@ -33,7 +34,7 @@ def kept_is_said(report: Path) -> Iterator[None]:
     def end(received: int, frame: FrameType | None) -> None:
         number = signal.Signals(received)
         if rank() == 0:
-            _complain(f"stopped by {number.name}: {_kept(report)}")
+            _complain(f"stopped by {number.name}: {_kept(report, folders)}")
         signal.signal(number, previous[number])
         signal.raise_signal(number)
 
@@ -48,11 +49,15 @@ def kept_is_said(report: Path) -> Iterator[None]:
             signal.signal(number, previous[number])
 
 
-def _kept(report: Path) -> str:
+def _kept(report: Path, folders: Sequence[str]) -> str:
     """What is left of a run that ends now, and what goes on from there."""
     if report.exists():
         return f"the run is finished, its report is {report}"
     steps = sorted(report.parent.glob("checkpoints/step-*/COMMITTED"))
+    found = [report.parent / name for name in folders if any(report.parent.glob(f"{name}/*"))]
+    if not steps and found:
+        which = " and ".join(map(str, found))
+        return f"what is measured is kept in {which}; the same command goes on from it"
     if not steps:
         return "nothing was saved yet; the same command starts again"
     return f"{steps[-1].parent} is kept; run the same command again to resume"

@@ -70,6 +70,11 @@ def measure(config: BenchScoringConfig) -> dict[str, Any]:
                 if number:
                     seconds[name].append(taken)
                 bar.update(1)
+    if not losses["naive"].isfinite().all():
+        raise InputError(
+            f"--source {config.source}: its losses are not finite and have no order; the weights "
+            "are damaged, or --precision does not suit them: use --precision fp32"
+        )
     nats = {name: values.sum(0) / (ids.numel() - len(ids)) for name, values in losses.items()}
     pairs = zip(seconds["shared"], seconds["naive"], strict=True)
     timings = {name: Timing(tuple(values)) for name, values in seconds.items()}

@@ -3,6 +3,8 @@
 Runs alone or under torchrun (`torchrun --nproc_per_node 8 -m pruner.shorten ...`).
 """
 
+from pathlib import Path
+
 from data.cli import parse, run
 from pruner.shorten.config import ShortenConfig
 
@@ -25,8 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(ShortenConfig, section="shorten", argv=argv, examples=EXAMPLES)
     from pruner.shorten.run import shorten
     from trainer.memory import explain_out_of_memory
+    from trainer.stopping import kept_is_said
 
-    with explain_out_of_memory(config.train):
+    report = Path(config.output) / "shear.json"
+    with kept_is_said(report, "scores", "refit"), explain_out_of_memory(config.train):
         shorten(config)
 
 

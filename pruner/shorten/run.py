@@ -352,7 +352,7 @@ def _told(scorer: Scorer, choice: Choice, allowed: list[int]) -> dict[str, Any]:
         if one_shot and scored.means is not None
         else None,
         "divergence": choice.divergence,
-        "sequences": len(scorer.sequences),
+        "sequences": None if "sequences" in config.idle() else len(scorer.sequences),
         **({} if config.then is None else {"then": config.then}),
     }
 

@@ -143,6 +143,9 @@ def test_a_run_from_another_source_is_refused(inputs: Path, tmp_path: Path) -> N
     save_tensors(tensors, other / "model.safetensors")
     with pytest.raises(InputError, match=r"was cut from another model than --source"):
         read_selection(str(tmp_path / "run"), other, load_config(other))
+    (tmp_path / "run" / "masks.safetensors").unlink()
+    with pytest.raises(InputError, match=r"is a finished run, but its masks.safetensors is gone"):
+        read_selection(str(tmp_path / "run"), other, load_config(other))
     with pytest.raises(InputError, match=r"nothing: is neither a finished run of shorn shear nor"):
         read_selection(str(tmp_path / "nothing"), other, load_config(other))
     with pytest.raises(InputError, match=r"nor a Hugging Face folder \(it is a folder of tokens"):

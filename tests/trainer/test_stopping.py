@@ -18,7 +18,7 @@ from data import cli
 from trainer.stopping import kept_is_said
 
 def main():
-    with kept_is_said(Path(sys.argv[1]) / "cpt.json"):
+    with kept_is_said(Path(sys.argv[1]) / "cpt.json", "shapes", "refit"):
         print("loading", flush=True)
         time.sleep(60)
 
@@ -48,6 +48,17 @@ def stopped(output: Path, number: int, **environment: str) -> tuple[int, str]:
         _, said = process.communicate(timeout=30)
     status = process.returncode
     return (status if status >= 0 else 128 - status), said
+
+
+def test_what_is_measured_is_said_to_be_kept(tmp_path: Path) -> None:
+    for name in ("shapes", "refit"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "shapes" / "abc.json").touch()
+    _, said = stopped(tmp_path, signal.SIGTERM)
+    assert said.splitlines()[0] == (
+        f"stopped by SIGTERM: what is measured is kept in {tmp_path / 'shapes'}; the same command "
+        "goes on from it"
+    )
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)

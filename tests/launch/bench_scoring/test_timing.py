@@ -75,3 +75,14 @@ def test_a_single_block_is_refused_before_it_is_timed(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", num_hidden_layers=1)
     with pytest.raises(InputError, match=r"--source .*model: has a single block"):
         timing.measure(BenchScoringConfig(source=str(model), threads=1))
+
+
+def test_losses_that_are_no_numbers_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model")
+    whole = timing.naive
+    monkeypatch.setattr(timing, "naive", lambda *data: whole(*data) * float("nan"))
+    options: dict[str, Any] = {"sequences": 1, "seq_len": 8, "repeats": 1, "threads": 1}
+    with pytest.raises(InputError, match=r"--source .*model: its losses are not finite"):
+        timing.measure(BenchScoringConfig(source=str(model), **options))
