@@ -237,7 +237,8 @@ class Refit:
         held_out: how many of the sequences, the last ones, are carried along and not fitted.
 
     The host holds the two streams of all `ids` in fp32: n * S * (d + d') * 4 bytes, twice that for
-    parallel blocks; the device one block of each model and one batch.
+    parallel blocks; the device one block of each model and one batch. On a CPU the inputs of one
+    writer are kept as well: n * S numbers for each channel, in the compute dtype.
     """
 
     def __init__(
@@ -328,9 +329,8 @@ class Refit:
 
     def _write(self, half: Half, block: Block) -> None:
         """Refits what writes in a half, and moves the pruned model's streams past that half."""
-        if not block.fitted:
-            self._fit_writer(half, block)
-        self._advance(half, block)
+        inputs = [] if block.fitted else self._fit_writer(half, block)
+        self._advance(half, block, inputs)
 
     def _fit_readers(
         self, half: Half, source: Block, pruned: Block, rows: dict[str, Tensor | None]
@@ -353,26 +353,39 @@ class Refit:
             equations.add(inputs, torch.cat(missing, dim=-1))
         self._change(pruned, half.readers, equations)
 
-    def _fit_writer(self, half: Half, block: Block) -> None:
-        """Refits what writes in a half to the source's stream."""
+    def _fit_writer(self, half: Half, block: Block) -> list[Tensor]:
+        """Refits what writes in a half to the source's stream; its inputs, if they stay at hand.
+
+        They do on a CPU. On a GPU, computing them again is faster than bringing them to the host
+        and back.
+        """
+        kept = []
         equations = Ridge([block.linear(half.writer)])
         for streams in self.streams[: self.fitted]:
             with block.watch(half.writer) as seen:
                 update = block.update(half, self._on_device(streams.pruned_read, block))
             wanted = self._kept(self._on_device(streams.source))
             missing = wanted - self._on_device(streams.pruned) - update
-            equations.add(seen[half.writer][0].flatten(0, 1), missing.flatten(0, 1))
+            inputs = seen[half.writer][0]
+            equations.add(inputs.flatten(0, 1), missing.flatten(0, 1))
+            if self.device.type == "cpu":
+                kept.append(inputs)
         self._change(block, (half.writer,), equations)
+        return kept
 
     def _change(self, block: Block, names: tuple[str, ...], equations: Ridge) -> None:
         changes = equations.solve(self.ridge, self.context)
         for name, (weight, bias) in zip(names, changes, strict=True):
             block.change(name, weight, bias)
 
-    def _advance(self, half: Half, block: Block) -> None:
-        """Moves the pruned model's streams past a half."""
-        for streams in self.streams:
-            update = block.update(half, self._on_device(streams.pruned_read, block))
+    def _advance(self, half: Half, block: Block, inputs: list[Tensor]) -> None:
+        """Moves the pruned model's streams past a half; `inputs` are what its writer reads of the
+        first of them."""
+        for number, streams in enumerate(self.streams):
+            if number < len(inputs):
+                update = block.linear(half.writer)(inputs[number])
+            else:
+                update = block.update(half, self._on_device(streams.pruned_read, block))
             streams.pruned = (self._on_device(streams.pruned) + update).cpu()
             if self._moves_on(half):
                 streams.pruned_read = streams.pruned

@@ -37,7 +37,7 @@ class RefittedDivergence:
     Args:
         model: the source, loaded.
         ids: [n, S], the sequences to refit on.
-        held_out: [m, S], those to measure on.
+        held_out: [m, S], those to measure on, but no more than those refitted on.
         ridge: of a refit on all of them.
         batch: sequences per rank that are computed at once.
         dtype: what blocks compute in.
@@ -68,8 +68,11 @@ class RefittedDivergence:
         """By the name of the masks and the number of sequences."""
 
     def of(self, name: str, masks: Callable[[], Masks], number: int) -> float:
-        """With the masks that `name` stands for, refitted on the first `number` of the sequences;
-        infinite where it is no number. Raises InputError on every rank where it cannot be kept."""
+        """With the masks that `name` stands for, refitted on the first `number` of the sequences
+        and measured on as many held-out ones, if there are; infinite where it is no number.
+
+        Raises InputError on every rank where it cannot be kept.
+        """
         key = f"{name} on {number}"
         if key not in self.known:
             self.known[key] = self._measure(masks(), number)
@@ -81,7 +84,8 @@ class RefittedDivergence:
     def _measure(self, masks: Masks, number: int) -> float:
         context = self.context
         extraction = Extraction(self.model.config, masks)
-        own = [ids[context.rank :: context.world] for ids in (self.ids[:number], self.held_out)]
+        read = (self.ids[:number], self.held_out[:number])
+        own = [ids[context.rank :: context.world] for ids in read]
         work = Refit(
             extraction,
             torch.cat(own),
