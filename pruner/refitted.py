@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.errors import InputError
 from pruner.config import ShearConfig
 from pruner.extract import Extraction
 from pruner.importance import measure
@@ -123,8 +124,19 @@ class RefittedDivergence:
 def refitted_divergence(
     model: CausalLM, config: ShearConfig, ids: Tensor, context: DistributedContext, path: Path
 ) -> RefittedDivergence:
-    """As the resolved `config` refits: on `ids` [n, S] but the last, which are held out."""
-    cut = len(ids) - min(config.refit.refit_held_out, len(ids) // 4)
+    """As the resolved `config` refits: on `ids` [n, S] but the last, which are held out. Raises
+    InputError where there are too few."""
+    refit = config.refit
+    held_out = refit.refit_held_out
+    if len(ids) < refit.refit_sequences + held_out:
+        held_out = min(held_out, len(ids) // 4)
+    cut = len(ids) - held_out
+    if not held_out:
+        raise InputError(
+            f"--data {config.data}: {len(ids)} sequences in these proportions are too few to refit "
+            "on and to compare by; use more text, or a search without refits (--propose rule, "
+            "--search evolution)"
+        )
     return RefittedDivergence(
         model,
         ids[:cut],

@@ -6,11 +6,13 @@ from typing import Annotated, ClassVar, Literal
 from data.errors import InputError, require, require_at_least, require_finite
 from data.options import ON_DISK
 from pruner.config import MaskConfig, RefitConfig, ShearConfig, calibration_sequences
-from pruner.shapes import parse_sizes
+from pruner.shapes import PRESETS, parse_sizes
 from trainer.config import Kernels, Precision, TrainConfig
 
 SEARCHES = {"evolution": (40, 16), "refitted": (8, 8)}
 """Searches over the set of blocks; generations and offspring by default."""
+SIZES = ("hidden", "heads", "kv-heads", "ffn")
+"""What --then may cut."""
 Criterion = Literal["ppl", "taylor", "magnitude", "influence", "angular", "reverse", "random"]
 
 
@@ -116,15 +118,23 @@ class ShortenConfig:
         """Raises InputError where --then holds no sizes besides blocks."""
         if self.then is None:
             return
+        example = "write for example ffn=832 or hidden=448,heads=7"
+        for pair in self.then.split(","):
+            key = pair.partition("=")[0].strip().lower().replace("_", "-")
+            if key == "layers" or key in PRESETS:
+                raise InputError(
+                    f"--then {self.then}: how many blocks go is for --remove, --ratio or --params "
+                    f"to say; {example}"
+                )
+            if key not in SIZES or "=" not in pair:
+                raise InputError(
+                    f"--then {self.then}: {pair.strip()!r} is not key=size with a key of "
+                    f"{', '.join(SIZES)}; {example}"
+                )
         try:
-            sizes = parse_sizes(self.then)
+            parse_sizes(self.then)
         except InputError as error:
             raise InputError(f"--then {self.then}: {error}") from error
-        if "layers" in sizes:
-            raise InputError(
-                f"--then {self.then}: how many blocks go is for --remove, --ratio or --params to "
-                "say; give other sizes, such as ffn=832"
-            )
 
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""

@@ -22,7 +22,7 @@ from pruner.measurements import sequences_ahead
 from pruner.refitted import cut, importance_of, refitted_divergence
 from pruner.run import Inputs, find_source, open_inputs, prune
 from pruner.selection import Selection
-from pruner.shapes import config_of, parse_target, shape_of
+from pruner.shapes import config_of, parse_sizes, parse_target, shape_of
 from pruner.shorten import scores
 from pruner.shorten.config import SEARCHES, ShortenConfig
 from pruner.shorten.deletion import without
@@ -33,6 +33,7 @@ from pruner.shorten.search import Removed, evolve
 from pruner.units import unit_sizes
 from trainer import parallel
 from trainer.identity import require_own, require_same
+from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.masks import Masks
 from trainer.models.sources import weights_fingerprint
@@ -85,12 +86,9 @@ def shorten(config: ShortenConfig) -> None:
 def _open(config: ShortenConfig) -> tuple[Inputs, int]:
     """What the options name, and how many blocks go."""
     _, model = find_source(config.shearing(1))
-    narrowed = model
-    if config.then is not None:
-        narrowed = config_of(parse_target(config.then, shape_of(model)), model)
     count = count_of(
         model,
-        narrowed,
+        model if config.then is None else _narrowed(config.then, model),
         remove=config.remove,
         ratio=config.ratio,
         params=config.params,
@@ -98,6 +96,22 @@ def _open(config: ShortenConfig) -> tuple[Inputs, int]:
         last=config.protect_last,
     )
     return open_inputs(config.shearing(model.num_layers - count)), count
+
+
+def _narrowed(sizes: str, model: ModelConfig) -> ModelConfig:
+    """The source with all of its blocks in the `sizes` of --then. Raises InputError where it cannot
+    have them, or has them already."""
+    source = shape_of(model)
+    own = {key: source.size(key) for key in parse_sizes(sizes)}
+    if parse_sizes(sizes) == own:
+        raise InputError(
+            f"--then {sizes}: is what the source has; make one of the sizes smaller, or leave "
+            "--then out"
+        )
+    try:
+        return config_of(parse_target(sizes, source), model)
+    except InputError as error:
+        raise InputError(f"--then {sizes}: {error}") from error
 
 
 def _options(config: ShortenConfig, count: int) -> dict[str, Any]:

@@ -154,8 +154,13 @@ def test_sets_are_compared_after_a_refit(
     ("options", "message"),
     [
         ({"then": "layers=3"}, r"--then layers=3: how many blocks go is for --remove"),
-        ({"then": "ffn"}, r"--then ffn: .*'ffn' is neither"),
-        ({"then": "ffn=4096"}, r"ffn=4096"),
+        ({"then": "1.3b"}, r"--then 1.3b: how many blocks go is for --remove"),
+        ({"then": "ffn"}, r"--then ffn: 'ffn' is not key=size with a key of hidden, heads"),
+        ({"then": "params=20k"}, r"'params=20k' is not key=size .*; write for example ffn=832"),
+        ({"then": ""}, r"--then : '' is not key=size"),
+        ({"then": "ffn=many"}, r"--then ffn=many: .* not a whole number"),
+        ({"then": "ffn=4096"}, r"--then ffn=4096: target ffn=4096 is outside 1\.\.48"),
+        ({"then": "ffn=48"}, r"--then ffn=48: is what the source has; make one of the sizes"),
         ({"search": "refitted", "refit": RefitConfig(refit=False)}, r"--no-refit: --search refit"),
     ],
 )
