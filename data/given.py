@@ -34,7 +34,8 @@ def _in_words(option: Option, value: Any) -> str:
     if value is None:
         return "not given"
     if option.on_disk and option.name not in SHARED:
-        return f"given {len(value)} names" if option.takes_several else "given"
+        several = option.takes_several and len(value) != 1
+        return f"{len(value)} names" if several else "given"
     if isinstance(value, bool):
         return "on" if value else "off"
     return " ".join(map(str, value)) if option.takes_several else str(value)
