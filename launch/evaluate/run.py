@@ -90,7 +90,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             check_tokenizer(reader, shape, path, str(config.data))
         document = _tokenize(config, path, shape, text) if text is not None else None
         candidates.append(Candidate(name, path, shape, document))
-    _require_same_inputs(candidates, reader, context)
+    _require_same_inputs(candidates, reader, tasks, context)
     dtype = parallel.compute_dtype(config.precision, context.device)
     if config.speed:
         _require_memory(candidates, context, dtype)
@@ -206,9 +206,12 @@ def _shared_document(config: EvaluateConfig, context: parallel.DistributedContex
 
 
 def _require_same_inputs(
-    candidates: list[Candidate], reader: TokenReader | None, context: parallel.DistributedContext
+    candidates: list[Candidate],
+    reader: TokenReader | None,
+    tasks: Tasks | None,
+    context: parallel.DistributedContext,
 ) -> None:
-    """Raises InputError on every rank where the models or tokens of some are others."""
+    """Raises InputError on every rank where the models, tokens or tasks of some are others."""
     if context.world == 1:
         return
     found = {
@@ -217,6 +220,9 @@ def _require_same_inputs(
     }
     if reader is not None:
         found["--data"] = reader.fingerprint
+    if tasks is not None:
+        found["version of lm-eval"] = str(tasks.harness.version)
+        found["--task-files"] = str(tasks.harness.digest)
     require_same(found, context.gather, SAME_FILES)
 
 
