@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from data.errors import InputError, explain
+from data.given import note_given
 from data.help_page import help_page
 from data.idle import option_name, say_idle, say_repeated
 from data.log import LEVELS, level, logger, set_level
@@ -106,6 +107,7 @@ def parse(
     values = {option.name: option.home_expanded(values[option.name]) for option in options}
     warn_of_unknown_variables(options)
     built = build(config, values)
+    note_given(section, own, values)
     say_idle(built, values, {*names, *overrides})
     return built
 

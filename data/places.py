@@ -10,6 +10,7 @@ from data.errors import failure
 from data.formats import is_known
 from data.gguf import gguf_files, is_gguf
 from data.hub import cached_snapshot
+from data.pipes import INTO_A_FILE, is_of_a_shell
 from data.records import open_bytes
 
 _MANIFEST, _RUN = "manifest.json", "run.json"
@@ -89,6 +90,8 @@ def odd_name(text: str, *, patterns: bool = True) -> str:
         return f"give the path alone: /{unquote(text.removeprefix('file:').lstrip('/'))}"
     if text == "-":
         return "standard input is not read: write it to a file, and name that"
+    if is_of_a_shell(text):
+        return f"it is a pipe that a shell opened for another process; {INTO_A_FILE}"
     if is_address(text):
         return "only what is on this machine is read: download it first, such as with `hf download`"
     if "{" in text and "}" in text:

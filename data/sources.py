@@ -1,7 +1,6 @@
 """Documents from text files: JSON Lines, parquet, and plain text, compressed or not."""
 
 import itertools
-import json
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from data.domain_names import LONGEST, domain_name
 from data.errors import InputError
 from data.formats import Format, compression_of, format_of
+from data.joined import SEPARATED, SEPARATOR, refuse_several
 from data.log import logger
 from data.records import Ambiguous, parse_json, word_for
 from data.streams import (
@@ -147,13 +147,17 @@ def warn_of_folders_with_one_name(files: Sequence[Path], fields: Fields) -> None
 
 
 def _json_documents(path: Path, fields: Fields, advance: Callable[[int], None]) -> Rows:
-    for number, line in enumerate(read_lines(path, fields.max_bytes, advance), start=1):
+    for number, found in enumerate(read_lines(path, fields.max_bytes, advance), start=1):
+        line = found.strip(SEPARATOR)
         if not line.strip():
             continue
         place = f"{path}:{number}"
         fix = "repair or remove the line, or download the file again"
         if number == 1:
-            fix += f"; {ONE_A_LINE}; what holds no documents, leave out of --input {_BY_A_GLOB}"
+            several = (
+                f"one record a line is wanted: {SEPARATED}" if SEPARATOR in found else ONE_A_LINE
+            )
+            fix += f"; {several}; what holds no documents, leave out of --input {_BY_A_GLOB}"
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -166,28 +170,9 @@ def _json_documents(path: Path, fields: Fields, advance: Callable[[int], None]) 
             record = parse_json(text, place, fix, kind=(object, bool), record=True)
         except InputError:
             _refuse_foreign(path, number)
-            _refuse_several(text, place)
+            refuse_several(text, place)
             raise
         yield number, _document(record, fields, path, number)
-
-
-def _refuse_several(text: str, place: str) -> None:
-    """Raises InputError if a line holds several sound records, as where files were joined whose
-    last line had no end."""
-    first, decoder = text.lstrip(), json.JSONDecoder()
-    count = 0
-    try:
-        while first:
-            value, end = decoder.raw_decode(first)
-            if not isinstance(value, dict):
-                return
-            first, count = first[end:].lstrip(), count + 1
-    except (ValueError, RecursionError):
-        return
-    raise InputError(
-        f"{place}: {count} records on one line, as where files were joined without a line's end "
-        "between them; give each a line of its own, with jq -c . OLD > NEW.jsonl"
-    )
 
 
 def _parquet_documents(path: Path, fields: Fields, advance: Callable[[int], None]) -> Rows:

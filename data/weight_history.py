@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError
+from data.errors import InputError, naming
 from data.paths import home_expanded
-from data.records import is_finite, parse_json, read_text
+from data.pipes import read_again
+from data.records import is_finite, parse_json
 
 FILE = "mixture.jsonl"
 FLAG = "--mixture-history"
@@ -98,7 +99,8 @@ def read_history(path: Path) -> WeightHistory:
     path = Path(home_expanded(path, FLAG))
     path = path / FILE if path.is_dir() else path
     fix = f"{FLAG} takes the {FILE} of a run with a dynamic mixture"
-    lines = read_text(path, fix).split("\n")[:-1]
+    with naming(FLAG):
+        lines = read_again(path, fix).split("\n")[:-1]
     if not lines:
         raise InputError(f"{path}: is empty; {fix}")
     first: dict[str, Any] = {}

@@ -35,6 +35,7 @@ from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
 from pruner.sheared_llama import require_reachable
 from pruner.units import label, unit_kinds
 from trainer import parallel
+from trainer.agreement import SAME_FILES, require_same
 from trainer.config import check_layout
 from trainer.distillation import (
     Teacher,
@@ -110,6 +111,7 @@ def shear(config: ShearConfig) -> Trainer | None:
     config, proposal = _resolve_target(config, context, kernels)
     with context.rank_zero_first():
         inputs = open_inputs(config, selection)
+    require_same_inputs(inputs, context)
     with owned(Path(config.output), "shear.json", context):
         inputs, proposal = _searched(inputs, proposal, context)
         return prune(inputs, context, proposal, kernels)
@@ -285,6 +287,18 @@ def open_inputs(config: ShearConfig, selection: Selection | None = None) -> Inpu
     folder = resolve_model(config.source, option="--source")
     check_weights(folder, model)
     return Inputs(config, folder, model, source, target, reader, held_out, domains, selection)
+
+
+def require_same_inputs(inputs: Inputs, context: DistributedContext) -> None:
+    """Raises InputError on every rank where the source or the data of some are others, before
+    anything is measured on them together."""
+    if context.world > 1:
+        found = {
+            "--source": weights_fingerprint(inputs.folder),
+            "--data": inputs.reader.fingerprint,
+            "--target": inputs.target.describe(),
+        }
+        require_same(found, context.gather, SAME_FILES)
 
 
 def find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:

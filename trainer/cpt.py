@@ -43,6 +43,7 @@ from trainer.domains import (
     start_reference,
     starting_domains,
 )
+from trainer.finished import REPORTS, report_of, without_model
 from trainer.identity import moments_of, revisions, run_identity, verify_run
 from trainer.inputs import find_model_with_data, open_data, warn_of_no_tokenizer
 from trainer.loop import Trainer
@@ -59,7 +60,6 @@ from trainer.models.sources import (
 from trainer.moments import FILE as MOMENTS
 from trainer.moments import Moments, find_moments, load_moments
 from trainer.output import (
-    REPORTS,
     finish_removal,
     note_removal,
     owned,
@@ -379,13 +379,8 @@ def find_model(model: str, *, weights: bool = True) -> Path:
     path = Path(home_expanded(model, "--model"))
     run = run_of(path) if path.name == "model" or path.is_symlink() else path
     run = path if (path / "run.json").exists() else run
-    # A report that was cut off before anything was in it counts for nothing.
-    whole = any((run / name).is_file() and (run / name).stat().st_size for name in REPORTS)
-    if (run / "run.json").exists() and not whole:
-        raise InputError(
-            f"--model {model}: that run has not finished; resume it with the command that started "
-            f"it, the one with --output {quoted(run)}"
-        )
+    if (run / "run.json").exists() and not (report_of(run) and path.exists()):
+        raise InputError(f"--model {model}: is of {without_model(run)}")
     if not path.exists() and not is_hub_id(model):
         raise InputError(
             f"--model {model}: no such folder. Name a Hugging Face folder or hub id, or shear a "

@@ -13,6 +13,7 @@ from data.log import logger
 from data.mixture import MixtureConfig
 from data.options import options_of
 from data.records import fits, is_kind, read_json
+from trainer.agreement import SAME_FILES, require_same
 from trainer.checkpoint_files import MARKER, committed, step_of, way_around
 from trainer.config import DistillationConfig, TrainConfig
 from trainer.models.config import ModelConfig
@@ -124,10 +125,12 @@ def verify_run(
 
     Changes of CHANGEABLE options are noted and kept while the run is unfinished. `resolve` brings a
     saved identity that a former version wrote into today's form. A run.json that is lost is made
-    again from the checkpoint. Raises InputError on every rank: other fields differ, nothing says
-    which run it is, or OUTPUT holds what is not a run's.
+    again from the checkpoint. Raises InputError on every rank: ranks have different identities,
+    other fields differ, nothing says which run it is, or OUTPUT holds what is not a run's.
     """
     wanted = json.loads(json.dumps(identity))
+    if context.world > 1:
+        require_same(_on_ranks(wanted), context.gather, SAME_FILES)
 
     def verify() -> None:
         if started:
@@ -267,6 +270,29 @@ def _refuse_differences(
     raise InputError(f"{place} holds a run of another configuration: {changes}. {fix}")
 
 
+def _on_ranks(identity: dict[str, Any]) -> dict[str, str]:
+    """What ranks must have in common, in words by flag; at the end what follows from the rest."""
+    flags = {"initial_weights": "--model", "reference_losses": "--reference-fit"}
+    flags["distill.teacher"] = "--teacher"
+    found: dict[str, str] = {}
+    last: dict[str, str] = {}
+    for name, value in identity.items():
+        part, _, field = name.partition(".")
+        if name == NOTED:
+            continue
+        if name == "mixture" and isinstance(value, dict):
+            for key, inner in value.items():
+                found[_flag(MixtureConfig, key, part)] = _text(inner)
+        elif part == "model":
+            found[f"{field} of the model"] = _text(value)
+        elif part == "distill" and name not in flags:
+            found[_flag(DistillationConfig, field, part)] = _text(value)
+        else:
+            flag = flags.get(name, "--" + (field or name).replace("_", "-"))
+            (last if name in FOLLOWING else found)[flag] = _text(value)
+    return found | last
+
+
 def _old_values(saved: dict[str, Any], wanted: dict[str, Any], told: list[str]) -> str:
     """How to resume a run that differs in what is `told`."""
     then, now = _revisions_of(saved), _revisions_of(wanted)
@@ -345,15 +371,18 @@ def _flag(config: type, field: str, prefix: str) -> str:
 
 def _short(value: Any) -> str:
     """A value as it is given to its flag, where that is a matter of words."""
+    text = _text(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "not given", True: "on", False: "off"}[value]
     if isinstance(value, dict):
-        text = ",".join(f"{name}={number}" for name, number in value.items())
-    elif isinstance(value, str):
-        text = PRECISIONS.get(value) or repr(value)
-    else:
-        text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        return ",".join(f"{name}={number}" for name, number in value.items())
+    if isinstance(value, str):
+        return PRECISIONS.get(value) or repr(value)
+    return repr(value)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

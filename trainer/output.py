@@ -21,12 +21,10 @@ from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import RECORD, committed, step_of
 from trainer.config import TrainConfig
 from trainer.disk import CHECKPOINT_BYTES, MOMENT_BYTES, room_problem
+from trainer.finished import REPORTS
 from trainer.identity import FILE
 from trainer.memory import FROZEN_BYTES
 from trainer.parallel import DistributedContext
-
-REPORTS = ("shear.json", "cpt.json")
-"""Reports of finished runs."""
 
 
 @contextmanager

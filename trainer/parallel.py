@@ -18,8 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from data.errors import InputError, first_line
+from data.given import given
 from data.log import logger
 from data.machine import Group, available_cores, group, tasks_without_ranks
+from trainer.agreement import require_same
 from trainer.meeting import meet
 
 T = TypeVar("T")
@@ -133,7 +135,8 @@ def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext
     `threads` are CPU threads per rank (None: this machine's cores divided by its ranks). An already
     initialised default process group is used as it is. `replicas` must divide the world size
     (`config.check_layout`). Raises InputError when the launcher's variables contradict each other,
-    when the ranks do not meet, or when there are more ranks than GPUs.
+    when the ranks do not meet or were given different options, or when there are more ranks than
+    GPUs.
     """
     started = group()
     on_cuda = torch.cuda.is_available()
@@ -146,6 +149,9 @@ def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext
     if not dist.is_initialized():
         _join(started, device)
     world = dist.get_world_size()
+    groups = _host_groups(world, on_cuda)
+    if world > 1:
+        _require_same_options(world, groups["cpu_group"])
     if not on_cuda:
         keep_freed_memory()
     local_world = (started.local_world if started else None) or world
@@ -161,16 +167,35 @@ def init(*, replicas: int = 1, threads: int | None = None) -> DistributedContext
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     else:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return DistributedContext(dist.get_rank(), world, device, mesh, **groups)
+
+
+def _host_groups(world: int, on_cuda: bool) -> dict[str, dist.ProcessGroup]:
+    """The groups of a DistributedContext, by their name in it."""
     whole = dist.group.WORLD
     assert whole is not None
     waiting = {"cpu_group": HOST_TIMEOUT, "step_group": STEP_TIMEOUT}
-    groups = {
+    return {
         name: dist.new_group(backend="gloo", timeout=timeout)
         if world > 1 and (on_cuda or timeout > STEP_TIMEOUT)
         else whole
         for name, timeout in waiting.items()
     }
-    return DistributedContext(dist.get_rank(), world, device, mesh, **groups)
+
+
+def _require_same_options(world: int, host: dist.ProcessGroup) -> None:
+    """Raises InputError on every rank where their command lines ask for different work."""
+
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * world
+        dist.all_gather_object(values, value, group=host)
+        return values
+
+    fix = (
+        "start all of them with the same command; shorn.toml and SHORN_ variables of every machine "
+        "count too"
+    )
+    require_same(given(), gather, fix, first="the command")
 
 
 def _prepare_cuda(device: torch.device) -> None:

@@ -12,6 +12,7 @@ from data.log import logger
 from data.places import REPLACED
 from data.records import read_json
 from trainer.checkpoint_files import committed
+from trainer.finished import ways_back
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import save_model
@@ -146,12 +147,9 @@ def _written_dtype(report: Path) -> str | None:
     """The type of a finished run's model, by name. Raises InputError when the model is gone."""
     config = report.parent / "model" / "config.json"
     if not config.exists():
-        again = ""
-        if committed(report.parent / "checkpoints"):
-            again = f"delete {report} to have the same command write it from the last checkpoint, "
         raise InputError(
-            f"{report.parent}: this run is finished, but its model/ is gone: put it back from a "
-            f"copy, {again}or name another --output"
+            f"{report.parent}: this run is finished, but its model/ is gone: "
+            f"{ways_back(report, 'the same command')}"
         )
     dtype = read_json(config, "restore it from a copy").get("dtype")
     return dtype if isinstance(dtype, str) else None

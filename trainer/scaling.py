@@ -19,8 +19,9 @@ from unicodedata import normalize
 
 import numpy as np
 
-from data.errors import InputError
-from data.records import is_finite, parse_json, read_text
+from data.errors import InputError, naming
+from data.pipes import read_again
+from data.records import is_finite, parse_json
 
 FLAG = "--reference-fit"
 LEAST_SIZES = 3
@@ -140,7 +141,8 @@ def read_sizes(path: Path) -> dict[int, dict[str, float]]:
         f"{FLAG} takes a JSON file of losses by number of parameters such as "
         '{"sizes": {"6738415616": {"c4": 1.92, ...}, ...}}'
     )
-    text = read_text(path, fix)
+    with naming(FLAG):
+        text = read_again(path, fix)
     content = parse_json(text, place, fix, keys={"sizes": dict})
     sizes: dict[int, dict[str, float]] = {}
     for name, losses in content["sizes"].items():

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.errors import InputError
 from data.files import require_writable, write_copy
 from data.find import find_files
 from data.hub import pinned
 from data.locks import folder_lock
+from data.pipes import INTO_A_FILE, is_pipe
 from launch.compare.config import CompareConfig
 from launch.compare.dead_units import dead_units_plan
 from launch.compare.losses import losses_plan
@@ -38,7 +40,7 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     require_writable(config.json, "--json")
     require_own(Path(config.output))
     if config.text is not None:
-        read_document(Path(config.text))
+        _check_text(Path(config.text))
     if config.tasks:
         # Missing data would end the comparison after hours of training.
         Tasks(EvaluateConfig(tasks=config.tasks, task_files=config.task_files)).load()
@@ -72,6 +74,16 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
             if results is not None:
                 plan.show(results)
     return results
+
+
+def _check_text(path: Path) -> None:
+    """Raises InputError for a --text that the stages could not score."""
+    if is_pipe(path):
+        raise InputError(
+            f"--text {path}: is a pipe, and the evaluation of every model would have to read it; "
+            f"{INTO_A_FILE}"
+        )
+    read_document(path)
 
 
 def _text_fingerprint(files: Sequence[Path]) -> str:

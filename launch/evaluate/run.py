@@ -31,13 +31,14 @@ from pruner.latency import decode_timer
 from pruner.shapes import shape_of
 from pruner.timing import too_busy
 from trainer import parallel
+from trainer.agreement import SAME_FILES, require_same
 from trainer.evaluate import evaluate, overall, report
 from trainer.inputs import check_tokenizer
 from trainer.memory import total_memory
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_config, load_model
-from trainer.models.sources import resolve_model
+from trainer.models.sources import resolve_model, weights_fingerprint
 from trainer.run import choose_kernels
 
 
@@ -72,10 +73,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """
     require_distinct({"--text": config.text, "--json": config.json})
     require_writable(config.json, "--json")
-    text = read_document(Path(config.text)) if config.text is not None else None
+    context = parallel.init(threads=config.threads)
+    text = _shared_document(config, context)
     reader = _open_tokens(config) if config.data is not None else None
     tasks = Tasks(config) if config.tasks else None
-    context = parallel.init(threads=config.threads)
     kernels = choose_kernels(config.kernels, context)
     with context.rank_zero_first():
         paths = [resolve_model(model) for model in config.model]
@@ -89,6 +90,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             check_tokenizer(reader, shape, path, str(config.data))
         document = _tokenize(config, path, shape, text) if text is not None else None
         candidates.append(Candidate(name, path, shape, document))
+    _require_same_inputs(candidates, reader, tasks, context)
     dtype = parallel.compute_dtype(config.precision, context.device)
     if config.speed:
         _require_memory(candidates, context, dtype)
@@ -190,6 +192,38 @@ def _time(
     names = [f"{one.name} (model {index})" for index, one in enumerate(candidates, 1)]
     shapes = [shape_of(one.shape) for one in candidates]
     return too_busy(dict(zip(names, timings, strict=True)), dict(zip(names, shapes, strict=True)))
+
+
+def _shared_document(config: EvaluateConfig, context: parallel.DistributedContext) -> str | None:
+    """The text of --text on every rank, None without one; rank 0 alone reads it, for a pipe can be
+    read once. Raises InputError on every rank."""
+    if config.text is None:
+        return None
+    path = Path(config.text)
+    text = context.raise_on_any_rank(lambda: read_document(path) if context.is_main else None)
+    shared: str = context.broadcast(text)
+    return shared
+
+
+def _require_same_inputs(
+    candidates: list[Candidate],
+    reader: TokenReader | None,
+    tasks: Tasks | None,
+    context: parallel.DistributedContext,
+) -> None:
+    """Raises InputError on every rank where the models, tokens or tasks of some are others."""
+    if context.world == 1:
+        return
+    found = {
+        f"model {number} of --model": weights_fingerprint(one.path)
+        for number, one in enumerate(candidates, start=1)
+    }
+    if reader is not None:
+        found["--data"] = reader.fingerprint
+    if tasks is not None:
+        found["version of lm-eval"] = str(tasks.harness.version)
+        found["--task-files"] = str(tasks.harness.digest)
+    require_same(found, context.gather, SAME_FILES)
 
 
 def read_document(path: Path) -> str:

@@ -39,6 +39,13 @@ from trainer.disk import size_text
 
 HERE = Path(__file__).parent
 UNKNOWN = "not known yet"
+_SEARCHES = {
+    "one-shot": "and those of least score went at once",
+    "greedy": "and went one at a time, the others scored anew after each",
+    "evolution": "and those of least score exchanged for others that change predictions less",
+    "refitted": "and those of least score exchanged for others that cost less after a refit",
+}
+"""How blocks were chosen once they were scored, by --search of `shorn shorten`."""
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
@@ -244,9 +251,7 @@ def _units(run: Run, suffix: str) -> Html:
 
 def _no_history(run: Run) -> Html:
     if run.steps == 0:
-        return element(
-            "p", "The run had no training steps: units were chosen once, by their initial scores."
-        )
+        return element("p", f"The run had no training steps: {_chosen(run)}.")
     if run.report is None and not run.metrics:
         return element("p", "No step is on record yet.")
     return element(
@@ -255,6 +260,22 @@ def _no_history(run: Run) -> Html:
         "settled and the multipliers cannot be shown.",
         class_="note",
     )
+
+
+def _chosen(run: Run) -> str:
+    """How the units of a run without steps were found, in words."""
+    found = (run.report or {}).get("selection")
+    found = found if isinstance(found, dict) else {}
+    if found.get("from"):
+        return f"it keeps the units that {found['from']} keeps (--selection)"
+    if found.get("search"):
+        search = _SEARCHES.get(found["search"], f"and searched ({found['search']})")
+        then = found.get("then")
+        cut = f"; the units of {then} by the strength of their activations" if then else ""
+        return f"blocks were scored by the criterion {found.get('init')}, {search}{cut}"
+    if run.report is None and "selection" in run.identity:
+        return "its units were chosen before it, which its report will tell of"
+    return "units were chosen once, by their initial scores"
 
 
 def _by_layer(run: Run, counts: dict[str, UnitCounts]) -> list[Html]:

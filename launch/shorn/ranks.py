@@ -28,6 +28,7 @@ from data.cli import INTERRUPTED, STOPPED
 from data.errors import InputError
 from data.log import logger
 from data.machine import LAUNCHED
+from data.pipes import INTO_A_FILE, is_of_a_shell
 from launch.commands import child_environment
 
 HOST = "127.0.0.1"
@@ -44,13 +45,19 @@ def start_ranks(number: int, words: list[str]) -> int:
     """Runs `shorn WORDS` on `number` ranks; the exit status.
 
     Signals that ask for a stop are passed on to the ranks, which take the time they need. Raises
-    InputError where there are fewer GPUs than ranks.
+    InputError where there are fewer GPUs than ranks, and for what the ranks could not open.
     """
     gpus = torch.cuda.device_count()
     if 0 < gpus < number:
         raise InputError(f"--ranks {number}: this machine has {gpus} GPUs; use --ranks {gpus}")
     if LAUNCHED in os.environ:
         raise InputError(f"--ranks {number}: torchrun has started ranks already; leave one of both")
+    for word in words:
+        if is_of_a_shell(word.rpartition("=")[2]):
+            raise InputError(
+                f"--ranks {number}: {word} is a pipe that the shell opened for this process alone, "
+                f"and ranks are processes of their own; {INTO_A_FILE}"
+            )
     try:
         store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     except DistNetworkError:

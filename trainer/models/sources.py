@@ -27,6 +27,7 @@ from data.hub import (
 from data.paths import home_expanded, require_utf8
 from data.places import odd_name, what_is
 from data.tokenizers import holds_tokenizer
+from trainer.finished import without_model
 from trainer.models.export import widen
 from trainer.models.gguf_header import check_gguf
 from trainer.models.weights import adapter_advice, weight_files
@@ -148,8 +149,8 @@ def _inner_models(path: Path) -> str:
 
 
 def _refuse_parts_of_runs(path: Path, option: str) -> None:
-    """Raises InputError for the folder of a run that has written no model yet, and for its
-    checkpoints, which are a state of training."""
+    """Raises InputError for the folder of a run without a model, and for its checkpoints, which are
+    a state of training."""
     place = path.resolve()
     for run in (place, place.parent, place.parent.parent):
         if not (run / "run.json").is_file():
@@ -157,10 +158,7 @@ def _refuse_parts_of_runs(path: Path, option: str) -> None:
         if (run / "model" / "config.json").is_file():
             raise InputError(f"{option} {path}: is no model; the run's model is {run / 'model'}")
         part = "the folder" if run == place else "a part"
-        raise InputError(
-            f"{option} {path}: is {part} of a run that has not finished, so there is no model yet; "
-            "resume it with the command that started it"
-        )
+        raise InputError(f"{option} {path}: is {part} of {without_model(run)}")
 
 
 def fetch_advice(name: str, option: str) -> str:

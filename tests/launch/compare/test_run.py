@@ -1,6 +1,7 @@
 """A whole comparison of a tiny model, its stages run in this process; resumed and extended."""
 
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -220,9 +221,11 @@ def test_what_cannot_work_is_refused_before_any_stage(
     commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
 ) -> None:
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     refused: dict[str, dict[str, Any]] = {
         r"--input '/nowhere/\*.zst' matches no files": {"input": ("/nowhere/*.zst",)},
         r"--text /nowhere/wiki.txt": {"text": "/nowhere/wiki.txt"},
+        r"--text .*pipe: is a pipe, .* into a file": {"text": str(tmp_path / "pipe")},
         r"--json .*folder is a folder": {"json": str(tmp_path / "folder")},
         r"--targets odd: hidden size 23 is not a multiple": {"targets": ("odd=hidden=23",)},
         r"--seq-len 999 is longer than the model's 256 positions": {"seq_len": 999},

@@ -293,6 +293,17 @@ def test_a_run_of_no_steps(runs: Path, tmp_path: Path) -> None:
     assert "no training steps: units were chosen once" in page.text
     for words in ("0 of 0", "tokens/s", "training tokens", 'class="note"'):
         assert words not in page.source, words
+    report = json.loads((folder / "shear.json").read_text())
+    for chosen, words in (
+        ({"from": "runs/other"}, "keeps the units that runs/other keeps (--selection)."),
+        ({"init": "ppl", "search": "one-shot"}, "by the criterion ppl, and those of least score"),
+        ({"init": "taylor", "search": "greedy", "then": "ffn=8"}, "; the units of ffn=8 by"),
+        ({"init": "ppl", "search": "new"}, "by the criterion ppl, and searched (new)."),
+    ):
+        told = report | {"selection": report["selection"] | chosen}
+        (folder / "shear.json").write_text(json.dumps(told))
+        page = make(tmp_path, folder)[0]
+        assert words in page.text and "initial scores" not in page.text
 
 
 def test_what_was_measured_behind_the_last_step_is_shown_everywhere(

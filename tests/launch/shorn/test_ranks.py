@@ -72,6 +72,12 @@ def test_an_error_is_one_line_and_status_2(workspace: Path) -> None:
     assert line.startswith("error: --global-batch 15 does not divide over 2 ranks; ")
 
 
+@pytest.mark.parametrize("word", ["/dev/fd/63", "--text=/dev/fd/63"])
+def test_a_pipe_of_the_shell_is_refused(word: str) -> None:
+    with pytest.raises(InputError, match=r"--ranks 2: .*/dev/fd/63 is a pipe .* into a file"):
+        ranks.start_ranks(2, ["evaluate", word])
+
+
 def wait_for_steps(process: subprocess.Popen[str], output: Path) -> None:
     metrics = output / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 2:
