@@ -142,7 +142,7 @@ def verify_run(
     context.raise_on_any_rank(verify if context.is_main else lambda: None)
 
 
-def require_same(output: Path, options: Mapping[str, Any]) -> None:
+def require_same_options(output: Path, options: Mapping[str, Any]) -> None:
     """Raises InputError where the run in `output` was started with others of the `options`, which
     are a part of its identity."""
     saved = read_identity(output) or {}

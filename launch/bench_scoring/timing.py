@@ -20,6 +20,7 @@ from pruner.shorten.ranking import order_of
 from pruner.timing import Timing, too_busy
 from trainer import parallel
 from trainer.config import TrainConfig
+from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM, LossOutput, next_token_targets
 from trainer.models.hf import load_config
 from trainer.models.sources import resolve_model
@@ -34,10 +35,8 @@ def run(config: BenchScoringConfig) -> None:
     write_copy(config.json, result)
 
 
-def measure(config: BenchScoringConfig) -> dict[str, Any]:
-    """Times both in turns; what they take, whether they agree, and what they were measured on."""
-    context = parallel.init(threads=config.threads)
-    train = TrainConfig(precision=config.precision, seq_len=config.seq_len)
+def _opened(config: BenchScoringConfig) -> tuple[ModelConfig, Callable[[CausalLM], None]]:
+    """The architecture to time, and what gives it weights. Raises InputError for one block."""
     if config.source is None:
         model = llama(
             vocabulary=config.vocabulary,
@@ -47,15 +46,22 @@ def measure(config: BenchScoringConfig) -> dict[str, Any]:
             heads=config.heads,
             positions=config.seq_len,
         )
-        load = random_init(0)
-    else:
-        folder = resolve_model(config.source, option="--source")
-        model, load = load_config(folder), pretrained(folder)
-        if model.num_layers == 1:
-            raise InputError(
-                f"--source {config.source}: has a single block, and scores compare blocks; name a "
-                "model of two or more"
-            )
+        return model, random_init(0)
+    folder = resolve_model(config.source, option="--source")
+    model = load_config(folder)
+    if model.num_layers == 1:
+        raise InputError(
+            f"--source {config.source}: has a single block, and scores compare blocks; name a "
+            "model of two or more"
+        )
+    return model, pretrained(folder)
+
+
+def measure(config: BenchScoringConfig) -> dict[str, Any]:
+    """Times both in turns; what they take, whether they agree, and what they were measured on."""
+    context = parallel.init(threads=config.threads)
+    train = TrainConfig(precision=config.precision, seq_len=config.seq_len)
+    model, load = _opened(config)
     network = build_model(model, train, context, load=load, frozen=True).eval()
     draw = torch.Generator().manual_seed(0)
     shape = (config.sequences, config.seq_len)

@@ -20,7 +20,7 @@ from data.terminal import passing_over_what_is_not_shown
 from pruner.divergence import PARTS, Divergence
 from pruner.measurements import sequences_ahead
 from pruner.refitted import cut, importance_of, refitted_divergence
-from pruner.run import Inputs, find_source, open_inputs, prune
+from pruner.run import Inputs, find_source, open_inputs, prune, require_same_inputs
 from pruner.selection import Selection
 from pruner.shapes import config_of, parse_sizes, parse_target, shape_of
 from pruner.shorten import scores
@@ -32,7 +32,7 @@ from pruner.shorten.scores import BlockScores
 from pruner.shorten.search import Removed, evolve
 from pruner.units import unit_sizes
 from trainer import parallel
-from trainer.identity import require_own, require_same
+from trainer.identity import require_own, require_same_options
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.masks import Masks
@@ -69,6 +69,7 @@ def shorten(config: ShortenConfig) -> None:
     require_copy(context, config.json, Path(config.output) / "shear.json")
     with context.rank_zero_first():
         inputs, count = _open(config)
+    require_same_inputs(inputs, context)
     output = Path(config.output)
     with owned(output, "shear.json", context):
         options = _options(config, count)
@@ -76,7 +77,7 @@ def shorten(config: ShortenConfig) -> None:
         def check() -> None:
             require_own(output)
             if (output / "shear.json").exists():
-                require_same(output, options)
+                require_same_options(output, options)
 
         context.raise_on_any_rank(check if context.is_main else lambda: None)
         selection = replace(_select(config, inputs, count, context), options=options)
