@@ -247,7 +247,7 @@ class Scorer:
         found = evolve(
             fitness.of,
             tuple(start),
-            allowed,
+            [index for index in scored.order if index in allowed],
             generations=generations,
             offspring=offspring,
             seed=self.config.seed,

@@ -20,20 +20,33 @@ Removed = tuple[int, ...]
 """Numbers of blocks, ascending."""
 
 
-def exchanged(parent: Removed, allowed: Sequence[int], draw: random.Random) -> Removed:
-    """`parent` with one or two of its blocks exchanged for others that are `allowed`; one is the
-    likelier number (the lesser of two draws)."""
-    others = [index for index in allowed if index not in parent]
-    most = min(2, len(parent), len(others))
+def exchanged(parent: Removed, order: Sequence[int], draw: random.Random) -> Removed:
+    """`parent` with one or two of its blocks exchanged for others of `order`, which holds those
+    that may go, the least score first. One is the likelier number (the lesser of two draws); the
+    n-th least score is drawn to go, and the n-th largest to come back, with a weight of 1 / n,
+    because most other exchanges are far worse."""
+    others = [index for index in order if index not in parent]
+    own = [index for index in reversed(order) if index in parent]
+    most = min(2, len(own), len(others))
     number = min(draw.randint(1, most), draw.randint(1, most))
-    gone = draw.sample(parent, number)
-    return tuple(sorted({*parent, *draw.sample(others, number)} - set(gone)))
+    back, gone = _drawn(own, number, draw), _drawn(others, number, draw)
+    return tuple(sorted({*parent, *gone} - back))
+
+
+def _drawn(indices: Sequence[int], number: int, draw: random.Random) -> set[int]:
+    """`number` of `indices`, the n-th with a weight of 1 / n."""
+    weights = {index: 1 / (place + 1) for place, index in enumerate(indices)}
+    found: set[int] = set()
+    while len(found) < number:
+        left = [index for index in indices if index not in found]
+        found |= set(draw.choices(left, [weights[index] for index in left]))
+    return found
 
 
 def evolve(
     divergence: Callable[[Removed, int], float],
     parent: Removed,
-    allowed: Sequence[int],
+    order: Sequence[int],
     *,
     generations: int,
     offspring: int,
@@ -47,13 +60,13 @@ def evolve(
     Args:
         divergence: of a set, on so many parts of the text.
         parent: the set to begin with.
-        allowed: blocks that may go.
+        order: blocks that may go, the least score first.
         generations: at most.
         offspring: sets in each.
         seed: of the draws.
         keep: called after every generation.
     """
-    if len(parent) == len(allowed):
+    if len(parent) == len(order):
         return parent
     with Progress("search", total=generations, unit="generation") as bar:
         for number in range(generations):
@@ -61,7 +74,7 @@ def evolve(
             children: dict[Removed, None] = {}
             for _ in range(offspring * MOST_DRAWS):
                 if len(children) < offspring:
-                    child = exchanged(parent, allowed, draw)
+                    child = exchanged(parent, order, draw)
                     children |= {child: None} if child != parent else {}
             left = list(children)
             for parts, survivors in STAGES:

@@ -121,6 +121,24 @@ def test_exchanges_keep_the_number_and_what_is_protected() -> None:
     assert exchanged((1, 2), [1, 2, 3], random.Random(0)) in ((1, 3), (2, 3))
 
 
+def test_the_least_score_goes_and_the_largest_comes_back_most_often() -> None:
+    import random
+    from collections import Counter
+
+    order = [4, 2, 0, 5, 1, 3]
+    gone, back = Counter[int](), Counter[int]()
+    for seed in range(2000):
+        child = exchanged((0, 2, 3), order, random.Random(seed))
+        if len(set(child) - {0, 2, 3}) == 1:
+            gone.update(set(child) - {0, 2, 3})
+            back.update({0, 2, 3} - set(child))
+    # The weights are 1, 1/2 and 1/3.
+    for counts, wanted in ((gone, (4, 5, 1)), (back, (3, 0, 2))):
+        total = counts.total()
+        for index, share in zip(wanted, (6 / 11, 3 / 11, 2 / 11), strict=True):
+            assert counts[index] / total == pytest.approx(share, abs=0.04)
+
+
 def test_nothing_is_left_to_exchange(folder: Path, tmp_path: Path) -> None:
     measured = divergence(folder, tmp_path)
     options: dict[str, Any] = {"generations": 3, "offspring": 4, "seed": 0, "keep": measured.keep}
