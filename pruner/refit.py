@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from pruner.extract import Extraction
 from pruner.kept_blocks import KeptBlocks
+from pruner.ridge import Apart, Ridge
 from trainer.models.config import ModelConfig
 from trainer.models.families import Role
 from trainer.models.masks import LayerMasks
@@ -140,78 +141,6 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-class Ridge:
-    """The normal equations of matrices that share their inputs; fp64, summed over ranks.
-
-    With a bias, a column of ones that costs nothing stands behind the inputs.
-    """
-
-    def __init__(self, linears: list[nn.Linear]) -> None:
-        self.rows = [linear.weight.shape[0] for linear in linears]
-        self.biased = linears[0].bias is not None
-        weight = linears[0].weight
-        inputs, outputs = weight.shape[1] + self.biased, sum(self.rows)
-        self.gram = self._zeros(weight, inputs, inputs)
-        """[in, in]"""
-        self.moment = self._zeros(weight, inputs, outputs)
-        """[in, all outputs]"""
-
-    def _zeros(self, like: Tensor, *size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.float64, device=like.device)
-
-    def add(self, inputs: Tensor, residual: Tensor) -> None:
-        """Adds tokens: inputs [n, in] and what is missing from the outputs [n, all outputs]."""
-        dtype = inputs.dtype
-        # Sums over tokens in less than fp32 would be wrong by as much as the penalty.
-        inputs, residual = inputs.float(), residual.float()
-        if self.biased:
-            inputs = F.pad(inputs, (0, 1), value=1.0)
-        with _factors_in(dtype):
-            self.gram += (inputs.t() @ inputs).double()
-            self.moment += (inputs.t() @ residual).double()
-
-    def solve(
-        self, ridge: float, context: DistributedContext
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """The change of each matrix's weight [out, in] and bias [out] in fp64; collective, equal on
-        every rank."""
-        context.all_reduce_sum(self.gram)
-        context.all_reduce_sum(self.moment)
-        diagonal = self.gram.diagonal()
-        size = len(diagonal) - self.biased
-        # A dimension that is 0 everywhere must not make the matrix singular.
-        penalty = ridge * float(typical(diagonal[:size])) or 1.0
-        diagonal[:size] += penalty
-        if self.biased:
-            diagonal[size:] += 1e-9 * penalty
-        factor, failed = torch.linalg.cholesky_ex(self.gram)
-        while failed:
-            # Less than the rounding of the fp32 products that were summed.
-            diagonal[:size] += 9 * penalty
-            penalty *= 10
-            factor, failed = torch.linalg.cholesky_ex(self.gram)
-        change = torch.cholesky_solve(self.moment, factor).t()
-        parts = change.split(self.rows)
-        return [(part[:, :size], part[:, size] if self.biased else None) for part in parts]
-
-
-def typical(squares: Tensor) -> Tensor:
-    """Mean of `squares` [n] without the largest 2%."""
-    return squares.sort().values[: len(squares) - len(squares) // 50].mean()
-
-
-@contextmanager
-def _factors_in(dtype: torch.dtype) -> Iterator[None]:
-    """Lets fp32 products read their factors in bf16, of which nothing is lost if `dtype` is bf16;
-    sums stay fp32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(slots=True)
@@ -337,21 +266,24 @@ class Refit:
     ) -> None:
         """Refits what reads in a half, and moves the source's streams past that half."""
         equations = Ridge([pruned.linear(name) for name in half.readers])
+        apart = Apart()
+        for streams in self.streams[: self.fitted]:
+            wanted = self._kept(streams.source_read)
+            apart.add(wanted, wanted - streams.pruned_read)
         for number, streams in enumerate(self.streams):
             with source.watch(*half.readers) as seen:
                 self._advance_source(half, source, streams)
             if number >= self.fitted:
                 continue
             inputs = pruned.normed(half, self._on_device(streams.pruned_read, pruned))
-            inputs = inputs.flatten(0, 1)
             missing = []
             for name in half.readers:
                 wanted, own = seen[name][1], rows[name]
                 if own is not None:
                     wanted = wanted[..., own.to(wanted.device)]
-                missing.append(wanted.flatten(0, 1).float() - pruned.linear(name)(inputs))
+                missing.append(wanted.float() - pruned.linear(name)(inputs))
             equations.add(inputs, torch.cat(missing, dim=-1))
-        self._change(pruned, half.readers, equations)
+        self._change(pruned, half.readers, equations, apart)
 
     def _fit_writer(self, half: Half, block: Block) -> list[Tensor]:
         """Refits what writes in a half to the source's stream; its inputs, if they stay at hand.
@@ -360,6 +292,7 @@ class Refit:
         and back.
         """
         kept = []
+        apart = Apart()
         equations = Ridge([block.linear(half.writer)])
         for streams in self.streams[: self.fitted]:
             with block.watch(half.writer) as seen:
@@ -367,13 +300,16 @@ class Refit:
             wanted = self._kept(self._on_device(streams.source))
             missing = wanted - self._on_device(streams.pruned) - update
             inputs = seen[half.writer][0]
-            equations.add(inputs.flatten(0, 1), missing.flatten(0, 1))
+            equations.add(inputs, missing)
+            apart.add(wanted, missing)
             if self.device.type == "cpu":
                 kept.append(inputs)
-        self._change(block, (half.writer,), equations)
+        self._change(block, (half.writer,), equations, apart)
         return kept
 
-    def _change(self, block: Block, names: tuple[str, ...], equations: Ridge) -> None:
+    def _change(self, block: Block, names: tuple[str, ...], equations: Ridge, apart: Apart) -> None:
+        if not apart.lost(self.context):
+            equations.add_first()
         changes = equations.solve(self.ridge, self.context)
         for name, (weight, bias) in zip(names, changes, strict=True):
             block.change(name, weight, bias)

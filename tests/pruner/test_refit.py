@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pruner.extract import Extraction
-from pruner.refit import Ridge, refit
+from pruner.refit import refit
+from pruner.ridge import Ridge
 from pruner.shapes import Shape, shape_of
 from pruner.units import to_masks, unit_sizes
 from tests.distributed import run_ranks
@@ -105,7 +106,9 @@ def test_ridge_is_the_minimum(biased: bool) -> None:
     equations = Ridge([linear])
     with torch.no_grad():
         for part in range(0, 50, 20):
-            equations.add(inputs[part : part + 20], residual[part : part + 20])
+            own = slice(part, part + 20)
+            equations.add(inputs[None, own], residual[None, own])
+        equations.add_first()
         ((weight, bias),) = equations.solve(0.3, alone())
     a = torch.nn.functional.pad(inputs.double(), (0, int(biased)), value=1.0)
     penalty = 0.3 * inputs.double().square().sum(0).mean()
@@ -125,13 +128,13 @@ def test_a_massive_input_does_not_hold_the_others() -> None:
     linear = torch.nn.Linear(100, 3, bias=False)
     inputs = torch.randn(2000, 100)
     wanted = torch.randn(3, 100)
-    residual = inputs @ wanted.t()
     spiked = inputs.clone()
     spiked[::100, 7] = 1000.0
     found = []
     for own in (inputs, spiked):
         equations = Ridge([linear])
-        equations.add(own, residual if own is inputs else own @ wanted.t())
+        equations.add(own[None], own[None] @ wanted.t())
+        equations.add_first()
         ((weight, _),) = equations.solve(0.1, alone())
         found.append(weight)
     others = torch.arange(100) != 7
