@@ -116,7 +116,8 @@ class Apart:
     def add(self, wanted: Tensor, missing: Tensor) -> None:
         """Adds a batch: the source's stream [B, S, d'] and what the pruned model's lacks of it."""
         parts = (missing[:, 0], wanted[:, 0], missing[:, 1:])
-        self.sums += torch.stack([part.double().square().sum() for part in parts]).cpu()
+        squares = [part.square().sum(dtype=torch.float64) for part in parts]
+        self.sums += torch.stack(squares).cpu()
 
     def lost(self, context: DistributedContext) -> bool:
         """Whether the stream of the first position is lost; collective, the same on every rank."""

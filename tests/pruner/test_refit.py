@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pruner.extract import Extraction
 from pruner.refit import refit
-from pruner.ridge import Ridge
 from pruner.shapes import Shape, shape_of
 from pruner.units import to_masks, unit_sizes
 from tests.distributed import run_ranks
@@ -95,51 +94,6 @@ def test_what_lost_nothing_stays(name: str) -> None:
     fitted = dict(refit(extraction, source, tokens(), ridge=0.1, batch=7, context=alone()))
     for key, value in plain.items():
         torch.testing.assert_close(fitted[key], value, atol=2e-5, rtol=2e-5)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_ridge_is_the_minimum(biased: bool) -> None:
-    """Against the same problem as one least-squares system in fp64."""
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(6, 4, bias=biased)
-    inputs, residual = torch.randn(50, 6), torch.randn(50, 4)
-    equations = Ridge([linear])
-    with torch.no_grad():
-        for part in range(0, 50, 20):
-            own = slice(part, part + 20)
-            equations.add(inputs[None, own], residual[None, own])
-        equations.add_first()
-        ((weight, bias),) = equations.solve(0.3, alone())
-    a = torch.nn.functional.pad(inputs.double(), (0, int(biased)), value=1.0)
-    penalty = 0.3 * inputs.double().square().sum(0).mean()
-    rows = penalty.sqrt() * torch.eye(6, 6 + biased, dtype=torch.float64)
-    wanted = torch.linalg.lstsq(
-        torch.cat([a, rows]), torch.cat([residual.double(), torch.zeros(6, 4)])
-    ).solution
-    torch.testing.assert_close(weight, wanted[:6].t(), atol=1e-6, rtol=1e-5)
-    assert (bias is not None) == biased
-    if bias is not None:
-        torch.testing.assert_close(bias, wanted[6], atol=1e-6, rtol=1e-5)
-
-
-def test_a_massive_input_does_not_hold_the_others() -> None:
-    """One channel in a hundred that is a thousand times stronger than the others in a few rows."""
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(100, 3, bias=False)
-    inputs = torch.randn(2000, 100)
-    wanted = torch.randn(3, 100)
-    spiked = inputs.clone()
-    spiked[::100, 7] = 1000.0
-    found = []
-    for own in (inputs, spiked):
-        equations = Ridge([linear])
-        equations.add(own[None], own[None] @ wanted.t())
-        equations.add_first()
-        ((weight, _),) = equations.solve(0.1, alone())
-        found.append(weight)
-    others = torch.arange(100) != 7
-    torch.testing.assert_close(found[0][:, others], found[1][:, others], atol=0.02, rtol=0.1)
-    torch.testing.assert_close(found[1][:, 7], wanted[:, 7].double(), atol=1e-3, rtol=1e-3)
 
 
 def test_bf16_fits_as_well() -> None:
