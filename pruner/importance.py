@@ -3,7 +3,7 @@
 importance  Activations over a calibration set as in Minitron (arXiv 2407.14679, section 2.2): the
             mean of |x| over the tokens of a sequence, then the sum of squares over sequences.
             Blocks by how much they turn the residual stream: one minus the cosine of input and
-            output (ShortGPT, arXiv 2403.03853), the first position counting for more.
+            output (ShortGPT, arXiv 2403.03853).
 taylor      First-order estimate of the loss without the unit (arXiv 1906.10771, section 3, with
             the unit's mask as its weight): the mean over sequences of |d loss / d z| at z = 1.
 magnitude   Norm of the unit's weights; needs no text.
@@ -40,9 +40,6 @@ FIRST_SHARE = 1 / 256
 """Least share of the first position of a sequence in what is measured. A few channels write a huge
 stream there, which all heads attend to ("massive activations", arXiv 2402.17762): without these
 channels attention falls apart, and in long sequences a plain mean would not see them."""
-FIRST_OF_BLOCKS = 1 / 16
-"""The same for blocks: most do not turn the stream of the first position at all, and what the few
-that do have written there is read in all blocks behind them."""
 REPLICATES = 32
 """Bootstrap replicates of a calibration set."""
 SURE = 0.95
@@ -127,17 +124,16 @@ class ActivationStatistics:
     def _block_hook(self, index: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             cosine = F.cosine_similarity(inputs[0].float(), output.float(), dim=-1)
-            shares = position_shares(cosine.shape[1], cosine.device, FIRST_OF_BLOCKS)
+            shares = position_shares(cosine.shape[1], cosine.device)
             change = ((1 - cosine) @ shares).double()
             self.layer[:, index] += self.weights.t() @ change
 
         return hook
 
 
-def position_shares(length: int, device: torch.device, first: float = FIRST_SHARE) -> Tensor:
-    """Share of each position of a sequence in what is measured: [S] fp32, with sum 1; that of the
-    `first` one at least."""
-    first = max(first, 1 / length)
+def position_shares(length: int, device: torch.device) -> Tensor:
+    """Share of each position of a sequence in what is measured: [S] fp32, with sum 1."""
+    first = max(FIRST_SHARE, 1 / length)
     shares = torch.full((length,), (1 - first) / max(1, length - 1), device=device)
     shares[0] = first
     return shares

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pruner.importance import (
-    FIRST_OF_BLOCKS,
     REPLICATES,
     in_doubt,
     measure,
@@ -185,8 +184,6 @@ def test_the_first_position_counts_in_long_sequences_too() -> None:
         assert float(shares[0]) == pytest.approx(max(1 / length, 1 / 256))
         assert float(shares.sum()) == pytest.approx(1, rel=1e-5)
         assert length < 3 or float(shares[1:].max() - shares[1:].min()) == 0
-    of_blocks = position_shares(256, torch.device("cpu"), FIRST_OF_BLOCKS)
-    assert float(of_blocks[0]) == 1 / 16
 
 
 def test_gpt_neox_is_measured_by_all_means(tmp_path: Path) -> None:
