@@ -5,14 +5,15 @@ block. Matrices that read the stream are refitted to the source's own outputs of
 given what the pruned model reads; matrices that write to it, to the source's stream in the kept
 dimensions. Each is a ridge regression towards the weights that pruning left:
 
-    min over D of  |A (W + D)^T - R|^2 + ridge * typical(diag(A^T A)) * |D|^2
+    min over D of  |A (W + D)^T - R|^2 + ridge * mean(diag(A^T A)) * |D|^2
 
-typical() is the mean without the largest 2%: a few channels are thousands of times stronger than
-all others at the first position of a sequence ("massive activations", arXiv 2402.17762), and would
-hold everything where it is. A are the matrix's inputs in the pruned model, so that each block
-answers for what the blocks before it got wrong (as in OSSCAR, arXiv 2403.12983, and ZipLM, arXiv
-2302.04089; those fit a layer's own output). The last writer in front of removed blocks is fitted to
-the stream behind them.
+A are the matrix's inputs in the pruned model, so that each block answers for what the blocks before
+it got wrong (as in OSSCAR, arXiv 2403.12983, and ZipLM, arXiv 2302.04089; those fit a layer's own
+output). The last writer in front of removed blocks is fitted to the stream behind them.
+
+A few channels are thousands of times stronger than all others at the first position of a sequence
+("massive activations", arXiv 2402.17762). Where that position is fitted, the mean goes without the
+largest 2%, which would hold everything where it is.
 
 Only weights that were not trained since they were cut gain by it.
 """
@@ -161,7 +162,7 @@ class Refit:
     Args:
         extraction: what is kept of the source.
         ids: [n, S] this rank's calibration sequences, on the CPU.
-        ridge: weight of the penalty, relative to the typical square of a matrix's inputs.
+        ridge: weight of the penalty, relative to the mean square of a matrix's inputs.
         batch: sequences that are computed at once.
         held_out: how many of the sequences, the last ones, are carried along and not fitted.
 

@@ -31,7 +31,9 @@ class Ridge:
         self.moment = self._zeros(weight, inputs, outputs)
         """[in, all outputs]"""
         self.first: list[tuple[Tensor, Tensor]] = []
-        """Inputs and residuals of the first position of each sequence, which are not added yet."""
+        """Inputs and residuals of the first position of each sequence, which wait."""
+        self.with_first = False
+        """Whether these are among the sums."""
 
     def _zeros(self, like: Tensor, *size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.float64, device=like.device)
@@ -43,7 +45,9 @@ class Ridge:
         self._add(inputs[:, 1:].flatten(0, 1), residual[:, 1:].flatten(0, 1))
 
     def add_first(self) -> None:
-        """Adds the tokens of the first position."""
+        """Adds the tokens of the first position. Channels that are massive there then do not enter
+        the penalty, which they would govern."""
+        self.with_first = True
         if self.first:
             inputs, residuals = zip(*self.first, strict=True)
             self._add(torch.cat(inputs), torch.cat(residuals))
@@ -68,7 +72,8 @@ class Ridge:
         diagonal = self.gram.diagonal()
         size = len(diagonal) - self.biased
         # A dimension that is 0 everywhere must not make the matrix singular.
-        penalty = ridge * float(typical(diagonal[:size])) or 1.0
+        squares = diagonal[:size]
+        penalty = ridge * float(typical(squares) if self.with_first else squares.mean()) or 1.0
         diagonal[:size] += penalty
         if self.biased:
             diagonal[size:] += 1e-9 * penalty

@@ -54,6 +54,24 @@ def test_a_massive_input_does_not_hold_the_others() -> None:
     torch.testing.assert_close(found[1][:, 7], wanted[:, 7].double(), atol=1e-3, rtol=1e-3)
 
 
+def test_without_the_first_position_all_inputs_enter_the_penalty() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(100, 1, bias=False)
+    inputs = torch.randn(1, 500, 100)
+    inputs[..., 7] *= 30
+    changes = []
+    for first in (True, False):
+        equations = Ridge([linear])
+        equations.add(inputs, inputs.sum(-1, keepdim=True))
+        if first:
+            equations.add_first()
+        ((weight, _),) = equations.solve(0.1, alone())
+        changes.append(weight[:, :7].mean().item())
+    # The penalty is that of squares of 1, and of (99 + 900) / 100 on average.
+    assert changes[0] == pytest.approx(1 / 1.1, abs=0.06)
+    assert changes[1] == pytest.approx(1 / 2, abs=0.1)
+
+
 def test_the_first_position_enters_only_when_it_is_added() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(6, 4)
