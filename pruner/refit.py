@@ -289,8 +289,8 @@ class Refit:
     def _fit_writer(self, half: Half, block: Block) -> list[Tensor]:
         """Refits what writes in a half to the source's stream; its inputs, if they stay at hand.
 
-        They do on a CPU. On a GPU, computing them again is faster than bringing them to the host
-        and back.
+        They do on a CPU. From a GPU they would have to go to the host and back, so that they are
+        computed again.
         """
         kept = []
         apart = Apart()

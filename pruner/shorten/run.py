@@ -240,7 +240,7 @@ class Scorer:
         return Choice(first, removed)
 
     def _evolved(
-        self, scored: BlockScores, start: list[int], allowed: list[int], fitness: "Fitness"
+        self, scored: BlockScores, start: list[int], allowed: list[int], fitness: Fitness
     ) -> Choice:
         generations, offspring = self.config.rounds
         before = fitness.of(tuple(start), PARTS)
@@ -259,7 +259,7 @@ class Scorer:
         told |= {"generations": generations, "offspring": offspring}
         return Choice(scored, list(found), told | fitness.told())
 
-    def _cuts(self) -> "Fitness":
+    def _cuts(self) -> Fitness:
         """Sets of blocks by what the model without them predicts."""
         config, device = self.config, self.context.device
         path = self.path("divergence", [])
@@ -274,7 +274,7 @@ class Scorer:
 
         return Fitness(divergence, measured.keep, told)
 
-    def _refits(self) -> "Fitness":
+    def _refits(self) -> Fitness:
         """Sets of blocks by what a refit makes of the model without them, in the sizes of --then;
         the source is rotated for it if those cut hidden dimensions."""
         inputs, config = self.inputs, self.inputs.config

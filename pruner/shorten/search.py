@@ -24,7 +24,7 @@ def exchanged(parent: Removed, order: Sequence[int], draw: random.Random) -> Rem
     """`parent` with one or two of its blocks exchanged for others of `order`, which holds those
     that may go, the least score first. One is the likelier number (the lesser of two draws); the
     n-th least score is drawn to go, and the n-th largest to come back, with a weight of 1 / n,
-    because most other exchanges are far worse."""
+    because scores tell something of a block's worth."""
     others = [index for index in order if index not in parent]
     own = [index for index in reversed(order) if index in parent]
     most = min(2, len(own), len(others))
