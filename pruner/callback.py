@@ -20,6 +20,8 @@ from trainer.parallel import compute_dtype
 LABELS = {
     "hidden": "hidden",
     "layer": "layers",
+    "attention": "attention",
+    "feed_forward": "mlp",
     "kv_group": "kv",
     "query_head": "heads",
     "intermediate": "ffn",

@@ -6,7 +6,6 @@ Tensors are handled one at a time, on the CPU.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from trainer.models.masks import LayerMasks, Masks
 class Extraction:
     """What to keep of each tensor, worked out from the masks once.
 
-    All kept blocks must keep equally many units of each kind, and every kept KV head equally many
-    query heads; otherwise the result is no uniform model (AssertionError).
+    Every kept KV head of a block must keep equally many query heads (AssertionError).
     """
 
     def __init__(self, config: ModelConfig, masks: Masks) -> None:
@@ -39,20 +37,18 @@ class Extraction:
         self.config = self._config()
 
     def _config(self) -> ModelConfig:
-        """The smaller model's; AssertionError where the masks leave no uniform one."""
+        """The smaller model's; AssertionError where the masks leave none."""
         assert self.masks.computed is not None
         _require_nonzero(self.masks.hidden, self.stream.units, "no hidden dimension is kept")
-        shapes = []
         for index, block in self.blocks.items():
-            columns = block.head_columns(self.source.head_dim)
-            uneven = f"KV heads keep different query heads in block {index}"
-            _require_nonzero(columns, block.units.queries, uneven)
-            empty = f"no channel is kept in block {index}"
-            _require_nonzero(block.intermediate, block.units.channels, empty)
-            shapes.append(computed_config(self.source, self.masks.computed, index))
-        uniform = all(shape == shapes[0] for shape in shapes)
-        assert uniform, f"blocks keep different numbers of units: {shapes}"
-        return replace(shapes[0], num_layers=len(shapes))
+            if block.units.attends:
+                columns = block.head_columns(self.source.head_dim)
+                uneven = f"KV heads keep different query heads in block {index}"
+                _require_nonzero(columns, block.units.queries, uneven)
+            if block.units.feeds:
+                empty = f"no channel is kept in block {index}"
+                _require_nonzero(block.intermediate, block.units.channels, empty)
+        return computed_config(self.source, self.masks.computed, list(self.blocks))
 
     @torch.no_grad()
     def tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -69,7 +65,13 @@ class Extraction:
                     yield name, self._outer(name, tensor)
             elif int(index) in self.blocks:
                 block = self.blocks[int(index)]
-                yield f"{prefix}{numbers[int(index)]}.{part}", self._inner(part, tensor, block)
+                if self._keeps(part, block):
+                    yield f"{prefix}{numbers[int(index)]}.{part}", self._inner(part, tensor, block)
+
+    def _keeps(self, part: str, block: LayerMasks) -> bool:
+        """Whether a kept block keeps the layer to which its tensor `part` belongs."""
+        attends = self.names.attends(part.rpartition(".")[0])
+        return block.units.attends if attends else block.units.feeds
 
     def _outer(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor outside the blocks.
@@ -111,9 +113,9 @@ def _fold(role: Role, block: LayerMasks, head_dim: int) -> Fold:
     """How the block's forward pass folds its matrices of this role."""
     units = block.units
     if role is Role.ATTENTION_OUTPUT:
-        return block.writing(units.queries, block.head_columns(head_dim))
+        return block.writing(units.queries, block.head_columns(head_dim), block.attention)
     if role is Role.FEED_FORWARD_OUTPUT:
-        return block.writing(units.channels, block.intermediate)
+        return block.writing(units.channels, block.intermediate, block.feed_forward)
     rows = {
         Role.QUERIES: units.queries,
         Role.KEYS: units.keys,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from data.progress import Progress
 from pruner.shapes import Shape, shape_of
-from pruner.units import UnitKind, to_masks, top_units, unit_sizes
+from pruner.units import UnitKind, measured_sizes, to_masks, top_units
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.families import Names, Role
 from trainer.parallel import DistributedContext
@@ -232,12 +232,12 @@ def taylor(model: CausalLM, sequences: Tensor, context: DistributedContext) -> d
     shape, device = shape_of(model.config), context.device
     z = {
         name: torch.ones(size, device=device, requires_grad=True)
-        for name, size in unit_sizes(shape).items()
+        for name, size in measured_sizes(shape).items()
     }
     replicates = replicate_counts(len(sequences))
     sums = {
         name: torch.zeros(replicates.shape[1], *size, dtype=torch.float64, device=device)
-        for name, size in unit_sizes(shape).items()
+        for name, size in measured_sizes(shape).items()
     }
     batches = calibration_batches(sequences, context, 1, "measure importance", replicates)
     for counts, ids in batches:
@@ -261,7 +261,7 @@ def magnitudes(model: CausalLM) -> dict[str, Tensor]:
     """
     shape = shape_of(model.config)
     squares = {
-        name: torch.zeros(size, dtype=torch.float64) for name, size in unit_sizes(shape).items()
+        name: torch.zeros(size, dtype=torch.float64) for name, size in measured_sizes(shape).items()
     }
     for name, tensor in full_tensors(model):
         if tensor.ndim == 2:

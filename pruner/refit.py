@@ -71,12 +71,13 @@ def halves(config: ModelConfig) -> tuple[Half, Half]:
 class Block:
     """One block, run half by half in `dtype`; a refit changes its parameters in their own.
 
-    `tensors` are its parameters by their names inside the block.
+    It is number `index` of its model; `tensors` are its parameters by their names inside the block.
     """
 
     def __init__(
         self,
         config: ModelConfig,
+        index: int,
         tensors: dict[str, Tensor],
         device: torch.device,
         dtype: torch.dtype,
@@ -89,10 +90,16 @@ class Block:
         self.fitted = fitted
         """Whether its matrices are what a refit made of them."""
         with torch.device("meta"):
-            self.module: nn.Module = pkgutil.resolve_name(config.traits.block)(config)
+            block = pkgutil.resolve_name(config.traits.block)
+            self.module: nn.Module = block(config, config.blocks[index])
+        self.sizes = config.blocks[index]
         values = {name: t.to(device, dtype) for name, t in tensors.items()}
         self.module.load_state_dict(values, assign=True)
         self.frequencies = inverse_frequencies(config).to(device)
+
+    def has(self, half: Half) -> bool:
+        """Whether it has this half."""
+        return bool(self.sizes.num_heads if half.attends else self.sizes.intermediate_size)
 
     def update(self, half: Half, stream: Tensor) -> Tensor:
         """What a half adds to the stream [B, S, d] that it reads."""
@@ -194,8 +201,8 @@ class Refit:
         self.attention, self.feed_forward = halves(extraction.source)
         self.parallel = extraction.source.parallel_residual
         self.streams: list[Streams] = []
-        self.pending: Block | None = None
-        """The last kept block, whose feed-forward layer has not written yet."""
+        self.pending: tuple[Half, Block] | None = None
+        """The last kept half, whose writer has not written yet, and its block."""
 
     @torch.no_grad()
     def embed(self, embedding: Tensor) -> None:
@@ -219,8 +226,15 @@ class Refit:
         return stream.to(self.device, dtype, non_blocking=True)
 
     @torch.no_grad()
+    def approach(self, source: Block, pruned: Block) -> None:
+        """Passes the attention of a block of the source, if what is kept of it, `pruned`, has none;
+        the writer that waits may then make up for it. Comes before `keep`."""
+        if not pruned.has(self.attention):
+            self._skip(self.attention, source)
+
+    @torch.no_grad()
     def keep(self, index: int, source: Block, pruned: Block) -> None:
-        """Passes block `index` of the source, which is kept as `pruned`; its writer waits."""
+        """Passes block `index` of the source, which is kept as `pruned`; its last writer waits."""
         assert self.pending is None
         units = self.extraction.blocks[index].units
         rows = {
@@ -233,28 +247,34 @@ class Refit:
             for name in (*self.attention.readers, *self.feed_forward.readers)
         }
         for half in (self.attention, self.feed_forward):
+            if not pruned.has(half):
+                if half is self.feed_forward:
+                    self._skip(half, source)
+                continue
+            self.finish_pending()
             if pruned.fitted:
-                for streams in self.streams:
-                    self._advance_source(half, source, streams)
+                self._skip(half, source)
             else:
                 self._fit_readers(half, source, pruned, rows)
-            if half is self.attention:
-                self._write(half, pruned)
-        self.pending = pruned
+            self.pending = half, pruned
 
     @torch.no_grad()
     def skip(self, source: Block) -> None:
         """Passes a block of the source that is removed."""
+        for half in (self.attention, self.feed_forward):
+            self._skip(half, source)
+
+    def _skip(self, half: Half, source: Block) -> None:
         for streams in self.streams:
-            for half in (self.attention, self.feed_forward):
-                self._advance_source(half, source, streams)
+            self._advance_source(half, source, streams)
 
     @torch.no_grad()
     def finish_pending(self) -> Block | None:
         """Refits the writer that waits to the source's stream as it is now; returns its block."""
-        block, self.pending = self.pending, None
-        if block is not None:
-            self._write(self.feed_forward, block)
+        if self.pending is None:
+            return None
+        (half, block), self.pending = self.pending, None
+        self._write(half, block)
         return block
 
     def _write(self, half: Half, block: Block) -> None:
@@ -324,18 +344,18 @@ class Refit:
             else:
                 update = block.update(half, self._on_device(streams.pruned_read, block))
             streams.pruned = (self._on_device(streams.pruned) + update).cpu()
-            if self._moves_on(half):
+            if self._moves_on(half, block):
                 streams.pruned_read = streams.pruned
 
     def _advance_source(self, half: Half, source: Block, streams: Streams) -> None:
         update = source.update(half, self._on_device(streams.source_read, source))
         streams.source = (self._on_device(streams.source) + update).cpu()
-        if self._moves_on(half):
+        if self._moves_on(half, source):
             streams.source_read = streams.source
 
-    def _moves_on(self, half: Half) -> bool:
-        """Whether what comes behind `half` reads the stream with its update."""
-        return not (self.parallel and half.attends)
+    def _moves_on(self, half: Half, block: Block) -> bool:
+        """Whether what comes behind `half` of `block` reads the stream with its update."""
+        return not (self.parallel and half.attends and block.has(self.feed_forward))
 
 
 def refit(
@@ -393,16 +413,18 @@ def carry(
                 work.embed(group[f"{extraction.names.embedding}.weight"])
             continue
         inner = {name.removeprefix(f"{prefix}{index}."): t for name, t in group.items()}
-        source = Block(extraction.source, inner, work.device, dtype)
+        source = Block(extraction.source, index, inner, work.device, dtype)
         if index not in numbers:
             work.skip(source)
             continue
-        yield from finished()
         fitted, start = files.read(numbers[index]), f"{prefix}{numbers[index]}."
         # Where nothing is cut they are the source's own, which stay as they are.
         cut = extraction.tensors(group.items())
         own = fitted or {name.removeprefix(start): tensor.clone() for name, tensor in cut}
-        pruned = Block(extraction.config, own, work.device, dtype, fitted=fitted is not None)
+        fits = {"fitted": fitted is not None}
+        pruned = Block(extraction.config, numbers[index], own, work.device, dtype, **fits)
+        work.approach(source, pruned)
+        yield from finished()
         work.keep(index, source, pruned)
         last = index
     yield from finished()

@@ -91,6 +91,7 @@ def finish(
     )
     extraction = Extraction(trainer.model.config, masks)
     assert shape_of(extraction.config) == target, extraction.config
+    assert target.even == (extraction.config.layer_sizes is None), extraction.config
     difference = _save_checked(trainer, extraction, masks, config, source)
     refitted = None
     if config.refits:

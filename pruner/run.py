@@ -254,12 +254,16 @@ def _searched(
         return open_inputs(replace(config, target=found["shape"])), proposal
 
 
-def open_inputs(config: ShearConfig, selection: Selection | None = None) -> Inputs:
-    """Opens source and data and checks that they fit each other and the target.
+def open_inputs(
+    config: ShearConfig, selection: Selection | None = None, *, apart: bool = False
+) -> Inputs:
+    """Opens source and data and checks that they fit each other and the target, which may remove
+    layers of blocks `apart` where a selection says which.
 
     The weights of a hub id are fetched only when everything else is right.
     """
-    parse_sizes(config.target)
+    apart = apart or selection is not None
+    parse_sizes(config.target, apart=apart)
     options = DomainOptions(
         weights=config.domain_weights,
         reference=config.reference_losses,
@@ -267,7 +271,7 @@ def open_inputs(config: ShearConfig, selection: Selection | None = None) -> Inpu
     )
     folder, model = find_source(config)
     source = shape_of(model)
-    target = parse_target(config.target, source)
+    target = parse_target(config.target, source, apart=apart)
     pruned = config_of(target, model)
     require_loadable(pruned, folder)
     require_reachable(unit_kinds(target, source), config.masks)
@@ -310,7 +314,13 @@ def find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:
         config.train.seq_len,
         local_folder(name) if is_hub_id(name) else name,
     )
-    return folder, load_config(folder)
+    model = load_config(folder)
+    if model.layer_sizes is not None:
+        raise InputError(
+            f"--source {name}: its blocks differ in size already, and only models of even blocks "
+            "can be pruned; name the model that it was cut from"
+        )
+    return folder, model
 
 
 def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from data.places import what_is
 from data.records import read_json
 from pruner.config import ShearConfig
 from pruner.shapes import Shape, shape_of
-from pruner.units import unit_sizes
+from pruner.units import APART, measured_sizes, unit_sizes
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.families import Role
@@ -57,7 +57,7 @@ class Selection:
     @property
     def complete(self) -> bool:
         """Whether the units of all kinds are decided; others are still to be measured."""
-        return self.z.keys() == unit_sizes(self.shape).keys()
+        return self.z.keys() >= measured_sizes(self.shape).keys()
 
     @property
     def key(self) -> str:
@@ -149,6 +149,8 @@ def _of_run(run: Path, source: Path, model: ModelConfig) -> Selection:
         raise InputError(f"{path} cannot be read ({error}); {fix}") from error
     z = {}
     for name, size in unit_sizes(shape_of(model)).items():
+        if name in APART and f"z.{name}" not in stored:
+            continue
         found = stored.get(f"z.{name}", torch.ones(size))
         if tuple(found.shape) != size:
             raise InputError(
@@ -161,6 +163,11 @@ def _of_run(run: Path, source: Path, model: ModelConfig) -> Selection:
 
 def _of_model(folder: Path, source: Path, model: ModelConfig) -> Selection:
     pruned_config = load_config(folder)
+    if pruned_config.layer_sizes is not None:
+        raise InputError(
+            f"--selection {folder}: its blocks differ in size, and are not matched by their "
+            "weights; name the run of shorn that made it"
+        )
     for name in ("family", "vocab_size", "head_dim", "tie_embeddings"):
         own, other = getattr(model, name), getattr(pruned_config, name)
         if own != other:
@@ -177,9 +184,13 @@ def _of_model(folder: Path, source: Path, model: ModelConfig) -> Selection:
 def _shape(z: dict[str, Tensor], model: ModelConfig) -> Shape:
     """The shape of what is kept, which must be uniform (every row keeps as many units)."""
     counts = {name: int(values[0].sum()) for name, values in z.items()}
+    kept = {name: int((z["layer"][0] * z[name][0]).sum()) for name in APART if name in z}
+    attention, feeding = (kept.get(name, counts["layer"]) for name in APART)
     return replace(
         shape_of(model),
         layers=counts["layer"],
+        attention_layers=None if attention == counts["layer"] else attention,
+        mlp_layers=None if feeding == counts["layer"] else feeding,
         hidden=counts["hidden"],
         heads=counts["kv_group"] * counts["query_head"],
         kv_heads=counts["kv_group"],
@@ -206,8 +217,8 @@ class Matcher:
         found = self._indices(embeddings[0], embeddings[1], "hidden dimensions")
         self.hidden = torch.tensor(found)
         config, kept = self.source.config, self.pruned.config
-        sizes = unit_sizes(shape_of(config))
-        targets = {name: size[1] for name, size in unit_sizes(shape_of(kept)).items()}
+        sizes = measured_sizes(shape_of(config))
+        targets = {name: size[1] for name, size in measured_sizes(shape_of(kept)).items()}
         # Rows of what is removed keep as many units as all others, whichever.
         z = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
         for name, values in z.items():

@@ -1,9 +1,9 @@
 """Target shapes: presets, parsing and the rules a shape must meet before any weight is read.
 
-A shape is uniform: every layer of the target has the same sizes. Head dim, vocabulary and the
-number of matrices are never pruned. Presets are the sizes of Sheared LLaMA (arXiv 2310.06694,
-appendix D) for a LLaMA-2-7B source, and those of Pythia-160m (arXiv 2304.01373, table 1) for a
-Pythia-410m source.
+A shape is uniform: every layer of the target has the same sizes, except that some blocks may lack
+attention or the feed-forward layer. Head dim and vocabulary are never pruned. Presets are the sizes
+of Sheared LLaMA (arXiv 2310.06694, appendix D) for a LLaMA-2-7B source, and those of Pythia-160m
+(arXiv 2304.01373, table 1) for a Pythia-410m source.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 from data.errors import InputError
 from trainer.models.config import ModelConfig
+from trainer.models.layer_sizes import LayerSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,11 @@ class Shape:
     head_dim: int
     """Channels per head; the same in source and target."""
     ffn: int
-    """Channels of the feed-forward block."""
+    """Channels of the feed-forward layer."""
+    attention_layers: int | None = None
+    """Blocks with attention, where others lack it; None: all have it."""
+    mlp_layers: int | None = None
+    """Blocks with a feed-forward layer, where others lack it; None: all have it."""
 
     @property
     def group(self) -> int:
@@ -37,12 +42,18 @@ class Shape:
 
     def describe(self) -> str:
         """The shape in the notation of --target."""
-        return ",".join(f"{key}={self.size(key)}" for key in _FIELDS)
+        apart = [key for key, name in _APART.items() if getattr(self, name) is not None]
+        return ",".join(f"{key}={self.size(key)}" for key in [*_FIELDS, *apart])
 
     def size(self, key: str) -> int:
         """The size that --target calls `key`."""
-        size: int = getattr(self, _FIELDS[key])
-        return size
+        size: int | None = getattr(self, (_FIELDS | _APART)[key])
+        return self.layers if size is None else size
+
+    @property
+    def even(self) -> bool:
+        """Whether all blocks have both layers."""
+        return self.attention_layers is None and self.mlp_layers is None
 
 
 _FIELDS = {
@@ -53,8 +64,8 @@ _FIELDS = {
     "ffn": "ffn",
 }
 
-_APART = ("attention-layers", "mlp-layers")
-"""Sizes that no Hugging Face config can express: docs/decisions/0004."""
+_APART = {"attention-layers": "attention_layers", "mlp-layers": "mlp_layers"}
+"""Sizes that are not learned: docs/decisions/0021."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,9 @@ PRESET_SOURCES = dict.fromkeys(PRESETS, _LLAMA_2_7B) | {"pythia-160m": _PYTHIA_4
 
 def shape_of(config: ModelConfig) -> Shape:
     """The prunable sizes of a model."""
+    attention, feeding = (
+        sum(bool(sizes[position]) for sizes in config.blocks) for position in (0, 2)
+    )
     return Shape(
         layers=config.num_layers,
         hidden=config.hidden_size,
@@ -89,11 +103,23 @@ def shape_of(config: ModelConfig) -> Shape:
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         ffn=config.intermediate_size,
+        attention_layers=None if attention == config.num_layers else attention,
+        mlp_layers=None if feeding == config.num_layers else feeding,
     )
 
 
 def config_of(shape: Shape, source: ModelConfig) -> ModelConfig:
-    """The architecture of `source` in another shape."""
+    """The architecture of `source` in another shape; where it leaves open which blocks lack a
+    layer, the last ones lack attention, and the first ones the feed-forward layer."""
+    attends, feeds = shape.size("attention-layers"), shape.size("mlp-layers")
+    sizes = [
+        LayerSizes(
+            shape.heads if index < attends else 0,
+            shape.kv_heads if index < attends else 0,
+            shape.ffn if index >= shape.layers - feeds else 0,
+        )
+        for index in range(shape.layers)
+    ]
     return replace(
         source,
         num_layers=shape.layers,
@@ -101,16 +127,18 @@ def config_of(shape: Shape, source: ModelConfig) -> ModelConfig:
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
         intermediate_size=shape.ffn,
+        layer_sizes=None if shape.even else tuple(sizes),
     )
 
 
-def parse_target(text: str, source: Shape) -> Shape:
+def parse_target(text: str, source: Shape, *, apart: bool = False) -> Shape:
     """Read `1.3b` or `layers=24,hidden=432,heads=6,kv-heads=2,ffn=1152` and validate it.
 
     A key that is left out keeps the source's size; without kv-heads, a source that has one KV head
-    per query head keeps it so. Raises InputError naming value, limit and fix.
+    per query head keeps it so. `apart` allows attention-layers and mlp-layers. Raises InputError
+    naming value, limit and fix.
     """
-    sizes = parse_sizes(text)
+    sizes = parse_sizes(text, apart=apart)
     preset = PRESET_SOURCES.get(text.strip().lower())
     if preset is None:
         target = _complete(sizes, source)
@@ -142,7 +170,7 @@ def parse_default(text: str, default: str, source: Shape) -> Shape:
 
 def validate(target: Shape, source: Shape) -> None:
     """Refuse a target that no choice of units of the source can meet. Raises InputError."""
-    check_sizes({key: target.size(key) for key in _FIELDS}, source)
+    check_sizes({key: target.size(key) for key in _FIELDS | _APART}, source)
     if target.head_dim != source.head_dim:
         raise InputError(
             f"target head dim {target.head_dim} differs from the source's {source.head_dim}: "
@@ -189,8 +217,9 @@ def _validate_heads(target: Shape, source: Shape) -> None:
         )
 
 
-def parse_sizes(text: str) -> dict[str, int]:
+def parse_sizes(text: str, *, apart: bool = False) -> dict[str, int]:
     """The sizes that `text` names; needs no source. Raises InputError for malformed text."""
+    known = _FIELDS | (_APART if apart else {})
     preset = PRESETS.get(text.strip().lower())
     if preset is not None:
         return dict(preset)
@@ -203,13 +232,13 @@ def parse_sizes(text: str) -> dict[str, int]:
                 f"target {text!r}: a preset stands alone, because {key} fixes every size: give "
                 f"--target {key}, or the sizes without it"
             )
-        if key in _APART:
+        if key in _APART and not apart:
             raise InputError(
-                f"target {pair.strip()!r}: attention and feed-forward layers cannot be removed "
-                "apart, because no Hugging Face class has blocks without one of them; use layers=, "
-                "which removes whole blocks"
+                f"target {pair.strip()!r}: attention and feed-forward layers are not removed apart "
+                "here; use layers=, which removes whole blocks, or `shorn shorten --units "
+                "attention` (or feed-forward, or both)"
             )
-        if not equals or key not in _FIELDS:
+        if not equals or key not in known:
             raise InputError(
                 f"target {text!r}: {pair.strip()!r} is neither a preset ({', '.join(PRESETS)}) nor "
                 f"key=size with a key of {', '.join(_FIELDS)}: write for example "
@@ -228,7 +257,7 @@ def parse_sizes(text: str) -> dict[str, int]:
 
 def _complete(sizes: dict[str, int], source: Shape) -> Shape:
     complete = {field.name: getattr(source, field.name) for field in fields(Shape)}
-    complete |= {_FIELDS[key]: size for key, size in sizes.items()}
+    complete |= {(_FIELDS | _APART)[key]: size for key, size in sizes.items()}
     if "kv-heads" not in sizes and source.kv_heads == source.heads:
         complete["kv_heads"] = complete["heads"]
     return Shape(**complete)

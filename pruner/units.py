@@ -6,12 +6,15 @@ A kind is a stack of independent rows; each row must end with exactly its target
 |--------------|-------------------------|----------------------------------|
 | hidden       | 1                       | residual dims                    |
 | layer        | 1                       | decoder blocks                   |
+| attention    | 1                       | attention layers, whole          |
+| feed_forward | 1                       | feed-forward layers, whole       |
 | kv_group     | layers                  | KV heads with their query heads  |
 | query_head   | layers * KV heads       | query heads of that KV head      |
 | intermediate | layers                  | feed-forward channels            |
 
 Every KV head keeps the same number of query heads, so that the result is an ordinary
-grouped-query model.
+grouped-query model. Attention and feed-forward layers are removed apart where a target says how
+many stay; those of removed blocks then count as removed too.
 """
 
 from dataclasses import dataclass
@@ -30,11 +33,17 @@ OFF = 0.01
 LABELS = {
     "hidden": "hidden dimensions",
     "layer": "layers",
+    "attention": "attention layers",
+    "feed_forward": "feed-forward layers",
     "kv_group": "KV heads per layer",
     "query_head": "query heads per KV head",
     "intermediate": "FFN channels per layer",
 }
 """What tables and pictures call the units of a row. Files keep the names of the kinds."""
+
+
+APART = {"attention": "attention-layers", "feed_forward": "mlp-layers"}
+"""Kinds of units that only some targets remove, and the sizes that say so."""
 
 
 def label(kind: str) -> str:
@@ -54,13 +63,21 @@ class UnitKind:
 
 def unit_sizes(source: Shape) -> dict[str, tuple[int, int]]:
     """(rows, units) of every kind of units of a source, in a fixed order."""
-    return {
-        "hidden": (1, source.hidden),
-        "layer": (1, source.layers),
-        "kv_group": (source.layers, source.kv_heads),
-        "query_head": (source.layers * source.kv_heads, source.group),
-        "intermediate": (source.layers, source.ffn),
-    }
+    apart = {name: (1, source.size(key)) for name, key in APART.items()}
+    return (
+        {"hidden": (1, source.hidden), "layer": (1, source.layers)}
+        | apart
+        | {
+            "kv_group": (source.layers, source.kv_heads),
+            "query_head": (source.layers * source.kv_heads, source.group),
+            "intermediate": (source.layers, source.ffn),
+        }
+    )
+
+
+def measured_sizes(source: Shape) -> dict[str, tuple[int, int]]:
+    """`unit_sizes` of those kinds whose importance is measured in any run."""
+    return {name: size for name, size in unit_sizes(source).items() if name not in APART}
 
 
 def unit_kinds(target: Shape, source: Shape) -> dict[str, UnitKind]:
@@ -68,7 +85,8 @@ def unit_kinds(target: Shape, source: Shape) -> dict[str, UnitKind]:
     kinds = {}
     for name, (rows, units) in unit_sizes(source).items():
         kept = unit_sizes(target)[name][1]
-        if kept < units:
+        whole = {"attention": target.attention_layers, "feed_forward": target.mlp_layers}
+        if kept < units and whole.get(name, kept) is not None:
             kinds[name] = UnitKind(name, rows, units, kept)
     return kinds
 
@@ -87,6 +105,8 @@ def to_masks(z: dict[str, Tensor], source: Shape, *, hold_scale: bool = False) -
     return Masks(
         hidden=z["hidden"][0] if "hidden" in z else None,
         layer=z["layer"][0] if "layer" in z else None,
+        attention=z["attention"][0] if "attention" in z else None,
+        feed_forward=z["feed_forward"][0] if "feed_forward" in z else None,
         head=head,
         intermediate=z.get("intermediate"),
         hold_scale=hold_scale,

@@ -61,7 +61,7 @@ and the order of the data does not depend on them."""
 NOTED = "revisions"
 """What names on the hub stood for, by option. It tells what a name was, and makes no other run."""
 
-_BLOCKS = {f"shorten.{name}" for name in ("criterion", "remove", "then", "search")} | {
+_BLOCKS = {f"shorten.{name}" for name in ("units", "criterion", "remove", "then", "search")} | {
     f"shorten.{name}" for name in ("protect_first", "protect_last", "sequences")
 }
 FOLLOWING = {
@@ -84,6 +84,8 @@ def run_identity(
     """Everything that decides the sequence of losses: schedule, shape, compute precision, data
     fingerprint, `others`."""
     shape = {key: value for key, value in asdict(model).items() if key != "hf"}
+    if model.layer_sizes is None:
+        del shape["layer_sizes"]
     options = asdict(config)
     return {
         **{name: options[name] for name in SCHEDULE_FIELDS},

@@ -16,6 +16,7 @@ from data.progress import Progress
 from launch.bench_model import llama, now
 from launch.bench_scoring.config import BenchScoringConfig
 from pruner.shorten.deletion import deletion_losses
+from pruner.shorten.parts import parts_of
 from pruner.shorten.ranking import order_of
 from pruner.timing import Timing, too_busy
 from trainer import parallel
@@ -110,7 +111,7 @@ def measure(config: BenchScoringConfig) -> dict[str, Any]:
 
 def shared(model: CausalLM, ids: Tensor) -> Tensor:
     """Summed losses [n, L] without each block, a sequence at a time, all blocks together."""
-    blocks = range(model.config.num_layers)
+    blocks = parts_of("block", model.config.num_layers)
     return torch.stack([deletion_losses(model, own[None], blocks)[1:, 0] for own in ids])
 
 

@@ -1,4 +1,4 @@
-"""Options of removing whole blocks."""
+"""Options of removing whole blocks, or attention and feed-forward layers."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -7,6 +7,7 @@ from data.errors import InputError, require, require_at_least, require_finite
 from data.options import ON_DISK
 from pruner.config import MaskConfig, RefitConfig, ShearConfig, calibration_sequences
 from pruner.shapes import PRESETS, parse_sizes
+from pruner.shorten.parts import Units
 from trainer.config import Kernels, Precision, TrainConfig
 
 SEARCHES = {"evolution": (40, 16), "refitted": (8, 8)}
@@ -18,26 +19,32 @@ Criterion = Literal["ppl", "taylor", "magnitude", "influence", "angular", "rever
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShortenConfig:
-    """Remove whole blocks of a model, by importance; running it again resumes --output."""
+    """Remove whole blocks of a model, or layers of them, by importance; running it again resumes
+    --output."""
 
     ESSENTIAL: ClassVar = (
-        "source criterion remove ratio params then search protect-first protect-last data output "
-        "seq-len json"
+        "source units criterion remove ratio params then search protect-first protect-last data "
+        "output seq-len json"
     )
 
     source: Annotated[str, ON_DISK] = "meta-llama/Llama-2-7b-hf"
     """Model to shorten: a Hugging Face folder, a .gguf file, a run's output folder or a hub id
     (org/name, or org/name@revision)."""
+    units: Units = "block"
+    """What is removed. block: whole blocks; attention, feed-forward: these layers, while the rest
+    of their blocks stays; both: either of the two, whichever score less. Models without all layers
+    load in transformers with trust_remote_code=True and the file that is saved along."""
     criterion: Criterion = "ppl"
-    """What a block's score is; the lowest go first. ppl: perplexity without the block; taylor:
-    first-order change of the loss, magnitude: size of weights, each summed over the block;
+    """What the score of a block or layer is; the lowest go first. ppl: perplexity without it;
+    taylor: first-order change of the loss, magnitude: size of weights, each summed over the block;
     influence: one minus the cosine of the stream in front of and behind the block; angular: the
     same as an angle over as many blocks in a row as are removed, so that they go together; reverse:
     the last go first; random: by --seed."""
     remove: int | None = None
-    """Number of blocks to remove."""
+    """Number of blocks (or layers) to remove."""
     ratio: float | None = None
-    """Instead: fraction of all parameters to remove, in as many whole blocks as it holds."""
+    """Instead: fraction of all parameters to remove, in as many whole blocks (or layers of one
+    kind) as it holds."""
     params: str | None = None
     """Instead: parameters to come nearest to, such as 5.5b or 70m."""
     then: str | None = None
@@ -55,9 +62,9 @@ class ShortenConfig:
     """Sets that are tried in each, most of them on a part of the text only (evolution, refitted).
     Default: 16, and 8 for refitted."""
     protect_first: int = 4
-    """First blocks that stay."""
+    """First blocks that stay whole."""
     protect_last: int = 2
-    """Last blocks that stay."""
+    """Last blocks that stay whole."""
     data: Annotated[str, ON_DISK] = "runs/tokens"
     """Folder made by `shorn tokenize`, on whose text blocks are scored and weights refitted."""
     output: Annotated[str, ON_DISK] = "runs/shorten"
@@ -102,6 +109,7 @@ class ShortenConfig:
         ratio = self.ratio
         require(ratio is None or 0 < ratio < 1, "ratio", ratio, "between 0 and 1, such as 0.2")
         require_at_least(self, 0, "protect_first", "protect_last")
+        self._require_units()
         if self.search == "greedy" and self.criterion != "ppl":
             raise InputError(
                 f"--search greedy: scores anew by --criterion ppl only, and --criterion is "
@@ -113,6 +121,20 @@ class ShortenConfig:
                 "left; leave one of the two out, or use --search evolution"
             )
         _ = self.train
+
+    def _require_units(self) -> None:
+        """Raises InputError where --units does not go with another option."""
+        if self.units == "both" and self.remove is None:
+            raise InputError(
+                "--units both: attention and feed-forward layers hold different numbers of "
+                "parameters, so that how many go cannot be known before; say it with --remove 6, "
+                "or use --units attention or --units feed-forward"
+            )
+        if self.units != "block" and self.criterion == "angular":
+            raise InputError(
+                f"--criterion angular: is taken over whole blocks in a row, and --units is "
+                f"{self.units}; use --criterion influence for layers"
+            )
 
     def _require_sizes(self) -> None:
         """Raises InputError where --then holds no sizes besides blocks."""
@@ -174,12 +196,15 @@ class ShortenConfig:
         generations, offspring = SEARCHES.get(self.search, SEARCHES["evolution"])
         return self.generations or generations, self.offspring or offspring
 
-    def shearing(self, layers: int) -> ShearConfig:
-        """The run of shearing that keeps `layers` blocks, and of these what --then says."""
+    def shearing(self, sizes: dict[str, int]) -> ShearConfig:
+        """The run of shearing that keeps `sizes` by their names in --target, and else what --then
+        says."""
         narrows = self.then is not None and "hidden" in parse_sizes(self.then)
         return ShearConfig(
             source=self.source,
-            target=",".join([f"layers={layers}", *([self.then] if self.then else [])]),
+            target=",".join(
+                [*(f"{key}={size}" for key, size in sizes.items()), *filter(None, [self.then])]
+            ),
             data=self.data,
             output=self.output,
             domain_weights=self.domain_weights,

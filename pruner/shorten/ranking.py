@@ -1,4 +1,5 @@
-"""From scores of blocks to the blocks that are removed: how many, in which order, how sure.
+"""From scores of blocks, or of their layers, to those that are removed: how many, in which order,
+how sure.
 
 Orders are those of shortened-llm (arXiv 2402.02834): ascending, the least score first, equal ones
 in the order of the model. They are over all blocks; those that are protected (there, as here by
@@ -7,7 +8,6 @@ default, the first four and the last two) are passed over only when blocks are t
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from data.errors import InputError
 from pruner.budget import number_of_parameters
 from pruner.importance import SURE
+from pruner.shorten.parts import WORDS, Units, part_parameters, parts_of
 from trainer.models.config import ModelConfig
 
 SLACK = 0.03
@@ -31,9 +32,12 @@ def order_of(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda index: scores[index])
 
 
-def removable(layers: int, first: int, last: int) -> list[int]:
-    """Numbers of the blocks between the `first` and the `last` ones, which are protected."""
-    return list(range(first, max(first, layers - last)))
+def removable(layers: int, first: int, last: int, units: Units = "block") -> list[int]:
+    """Numbers of the parts (parts_of) of blocks between the `first` and the `last` ones, which are
+    protected."""
+    blocks = range(first, max(first, layers - last))
+    parts = parts_of(units, layers)
+    return [number for number, part in enumerate(parts) if part.block in blocks]
 
 
 def take(order: Sequence[int], allowed: Sequence[int], count: int) -> list[int]:
@@ -41,12 +45,6 @@ def take(order: Sequence[int], allowed: Sequence[int], count: int) -> list[int]:
     chosen = [index for index in order if index in set(allowed)][:count]
     assert len(chosen) == count, (order, allowed, count)
     return sorted(chosen)
-
-
-def block_parameters(model: ModelConfig) -> int:
-    """Parameters of one block."""
-    longer = replace(model, num_layers=model.num_layers + 1)
-    return longer.num_parameters() - model.num_parameters()
 
 
 def count_of(
@@ -58,14 +56,16 @@ def count_of(
     params: str | None,
     first: int,
     last: int,
+    units: Units = "block",
 ) -> int:
-    """How many blocks go: `remove`, or as many as `ratio` of the `model`'s parameters holds, or
+    """How many `units` go: `remove`, or as many as `ratio` of the `model`'s parameters holds, or
     those whose removal comes nearest to `params` parameters. `narrowed` is the model with all
     blocks in the sizes that those have which stay.
 
     Raises InputError where that is none, or more than are not protected.
     """
-    layers, block = model.num_layers, block_parameters(narrowed)
+    layers, block, words = model.num_layers, part_parameters(narrowed, units), WORDS[units]
+    one = words.removesuffix("s")
     total, left = model.num_parameters(), narrowed.num_parameters()
     if remove is not None:
         count, asked = remove, f"--remove {remove}"
@@ -93,20 +93,24 @@ def count_of(
         least = math.ceil(1000 * (total - left + block) / total) / 1000
         sizes = "" if left == total else f"--then takes {1 - left / total:.1%} of the parameters, "
         raise InputError(
-            f"{asked}: removes no block, because {sizes}one is {block / total:.1%}"
+            f"{asked}: removes no {one}, because {sizes}one is {block / total:.1%}"
             f"{'' if sizes else ' of the parameters'}; use at least --ratio {least:g}, or "
             "--remove 1"
         )
-    allowed = len(removable(layers, first, last))
+    number = len(parts_of(units, layers))
+    allowed = len(removable(layers, first, last, units))
+    # Fewer than there are layers of a kind, so that one is left.
     most = min(allowed, layers - 1)
     if count > most:
         fix = f"ask for at most {most}" + (", or protect fewer" if allowed < layers else "")
         if not most:
             fix = "protect fewer, such as --protect-first 0 --protect-last 0"
         why = f"--protect-first {first} and --protect-last {last} leave {allowed} to take from"
-        if allowed == layers:
+        if allowed >= layers:
             why = "at least one must stay"
-        raise InputError(f"{asked}: takes {count} of {layers} blocks, and {why}; {fix}")
+            if number > layers:
+                why = "at least one layer of each kind must stay"
+        raise InputError(f"{asked}: takes {count} of {number} {words}, and {why}; {fix}")
     return count
 
 
@@ -129,7 +133,7 @@ def intervals(means: Tensor) -> list[tuple[float, float]]:
 
 
 def in_doubt(means: Tensor, allowed: Sequence[int], count: int) -> list[int]:
-    """Blocks that are among the `count` lowest of the `allowed` in some replicates and not in
+    """Numbers that are among the `count` lowest of the `allowed` in some replicates and not in
     others; `means` [R, K]."""
     taken = torch.zeros(means.shape[1], dtype=torch.float64)
     for replicate in means.tolist():

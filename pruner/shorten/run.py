@@ -1,9 +1,10 @@
-"""A run of shortening: blocks scored, the least of them removed, and the rest refitted."""
+"""A run of shortening: blocks, or their layers, scored, the least of them removed, and the rest
+refitted."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,12 @@ from pruner.selection import Selection
 from pruner.shapes import config_of, parse_sizes, parse_target, shape_of
 from pruner.shorten import scores
 from pruner.shorten.config import SEARCHES, ShortenConfig
-from pruner.shorten.deletion import without
 from pruner.shorten.kept import FOLDER, KeptRows
+from pruner.shorten.parts import KINDS, WORDS, Part, left_over, marks, parts_of, without
 from pruner.shorten.ranking import count_of, in_doubt, removable, take
-from pruner.shorten.scores import BlockScores
+from pruner.shorten.scores import Scores
 from pruner.shorten.search import Removed, evolve
-from pruner.units import unit_sizes
+from pruner.units import APART, unit_sizes
 from trainer import parallel
 from trainer.identity import require_own, require_same_options
 from trainer.models.config import ModelConfig
@@ -43,15 +44,15 @@ from trainer.run import build_model, choose_kernels, pretrained
 from trainer.saving import publish, require_copy
 
 SHOWN = 12
-"""Blocks in the printed table."""
+"""Blocks or layers in the printed table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The blocks that go, and how they were found."""
+    """The parts that go, by their numbers, and how they were found."""
 
-    scores: BlockScores
-    """Of all blocks of the source."""
+    scores: Scores
+    """Of all parts of the source."""
     removed: list[int]
     """In the order in which they went, where they went one by one; else ascending."""
     divergence: dict[str, Any] | None = None
@@ -80,13 +81,15 @@ def shorten(config: ShortenConfig) -> None:
                 require_same_options(output, options)
 
         context.raise_on_any_rank(check if context.is_main else lambda: None)
-        selection = replace(_select(config, inputs, count, context), options=options)
+        inputs = _selected(config, inputs, count, context)
+        assert inputs.selection is not None
+        selection = replace(inputs.selection, options=options)
         prune(replace(inputs, selection=selection), context, None, kernels)
 
 
 def _open(config: ShortenConfig) -> tuple[Inputs, int]:
-    """What the options name, and how many blocks go."""
-    _, model = find_source(config.shearing(1))
+    """What the options name, and how many blocks or layers go."""
+    _, model = find_source(config.shearing({"layers": 1}))
     count = count_of(
         model,
         model if config.then is None else _narrowed(config.then, model),
@@ -95,8 +98,11 @@ def _open(config: ShortenConfig) -> tuple[Inputs, int]:
         params=config.params,
         first=config.protect_first,
         last=config.protect_last,
+        units=config.units,
     )
-    return open_inputs(config.shearing(model.num_layers - count)), count
+    # Which go is still to be found; of --units both it may be other numbers of each kind.
+    removed = parts_of(config.units, model.num_layers)[:count]
+    return open_inputs(config.shearing(left_over(removed, model.num_layers)), apart=True), count
 
 
 def _narrowed(sizes: str, model: ModelConfig) -> ModelConfig:
@@ -117,7 +123,7 @@ def _narrowed(sizes: str, model: ModelConfig) -> ModelConfig:
 
 def _options(config: ShortenConfig, count: int) -> dict[str, Any]:
     """What decides which blocks go, as the run's identity names it."""
-    names = ["criterion", "then", "search", "protect_first", "protect_last"]
+    names = ["units", "criterion", "then", "search", "protect_first", "protect_last"]
     names += [] if config.idle().get("sequences") else ["sequences"]
     values = {name: getattr(config, name) for name in names} | {"remove": count}
     if config.search in SEARCHES:
@@ -127,12 +133,12 @@ def _options(config: ShortenConfig, count: int) -> dict[str, Any]:
     return {f"shorten.{name}": value for name, value in values.items()}
 
 
-def _select(
+def _selected(
     config: ShortenConfig, inputs: Inputs, count: int, context: DistributedContext
-) -> Selection:
-    """The blocks to keep; collective."""
+) -> Inputs:
+    """`inputs` with what is left once `count` blocks or layers are chosen; collective."""
     layers = inputs.model.num_layers
-    allowed = removable(layers, config.protect_first, config.protect_last)
+    allowed = removable(layers, config.protect_first, config.protect_last, config.units)
     scorer = Scorer(config, inputs, context)
     search: list[Any] = [config.seed, *config.rounds]
     if config.search == "refitted":
@@ -140,20 +146,33 @@ def _select(
     path = scorer.path("chosen", [config.criterion, config.search, count, allowed, *search])
     told = context.broadcast(_chosen(path) if context.is_main else None)
     if told is None:
+        words = WORDS[config.units]
         logger.info(
-            f"scoring {layers} blocks by {config.criterion}; {count} of the {len(allowed)} that "
-            "are not protected will go"
+            f"scoring {len(scorer.parts)} {words} by {config.criterion}; {count} of the "
+            f"{len(allowed)} that are not protected will go"
         )
         choice = scorer.choose(allowed, count)
         told = _told(scorer, choice, allowed)
         publish(context, told, path)
         if context.is_main:
-            _show(choice, allowed)
-    sizes = unit_sizes(inputs.source)
-    decided = sizes if config.then is None else ["layer"]
-    z = {name: torch.ones(sizes[name], dtype=torch.float64) for name in decided}
-    z["layer"][0, told["removed"]] = 0
-    return Selection(inputs.target, z, None, told)
+            _show(scorer, choice, allowed)
+    names = {part.name: part for part in scorer.parts}
+    removed = [names[name] for name in told["removed"]]
+    sizes = left_over(removed, layers)
+    if len(KINDS[config.units]) > 1:
+        with context.rank_zero_first():
+            inputs = open_inputs(config.shearing(sizes), apart=True)
+    z = marks(removed, layers)
+    if config.then is None:
+        apart = APART if config.units != "block" else {}
+        sizes_of_all = unit_sizes(inputs.source)
+        every = {n: s for n, s in sizes_of_all.items() if n not in APART or n in apart}
+    else:
+        every = dict.fromkeys(z, (1, layers))
+    kept = {name: torch.ones(size, dtype=torch.float64) for name, size in every.items()}
+    for name, row in z.items():
+        kept[name][0] = row
+    return replace(inputs, selection=Selection(inputs.target, kept, None, told))
 
 
 def _chosen(path: Path) -> dict[str, Any] | None:
@@ -167,7 +186,7 @@ def _chosen(path: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Fitness:
-    """What a search compares sets of removed blocks by."""
+    """What a search compares sets of removed parts by."""
 
     of: Callable[[Removed, int], float]
     """Divergence from the source on so many parts of the text, in nats per token."""
@@ -182,13 +201,16 @@ def _name(removed: Removed) -> str:
 
 
 class Scorer:
-    """Scores the blocks of a source; collective. The model is loaded when something is scored."""
+    """Scores the blocks or layers of a source; collective. The model is loaded when something is
+    scored."""
 
     def __init__(self, config: ShortenConfig, inputs: Inputs, context: DistributedContext) -> None:
         self.config = config
         self.inputs = inputs
         self.context = context
         self._model: CausalLM | None = None
+        self.parts = parts_of(config.units, inputs.model.num_layers)
+        """What could go; numbers below are places in this list."""
         self.sequences = sequences_ahead(
             inputs.config, inputs.reader, inputs.domains.weights, config.scored_sequences
         )
@@ -214,7 +236,7 @@ class Scorer:
         return self._model
 
     def choose(self, allowed: list[int], count: int) -> Choice:
-        """`count` of the `allowed` blocks."""
+        """`count` of the `allowed` parts."""
         if self.config.search == "greedy":
             return self._one_by_one(allowed, count)
         scored = self._score(count)
@@ -235,12 +257,24 @@ class Scorer:
             left = [index for index in allowed if index not in removed]
             removed += take(scored.order, left, 1)
             logger.info(
-                f"without block {removed[-1]} as well: perplexity {scored.values[removed[-1]]:.4f}"
+                f"without {self._word(removed[-1])} as well: perplexity "
+                f"{scored.values[removed[-1]]:.4f}"
             )
         return Choice(first, removed)
 
+    def _word(self, number: int) -> str:
+        name = self.parts[number].name
+        return f"block {name}" if isinstance(name, int) else name
+
+    def names(self, numbers: Iterable[int]) -> list[int | str]:
+        """Names of parts."""
+        return [self.parts[number].name for number in numbers]
+
+    def _gone(self, removed: Iterable[int]) -> list[Part]:
+        return [self.parts[number] for number in removed]
+
     def _evolved(
-        self, scored: BlockScores, start: list[int], allowed: list[int], fitness: Fitness
+        self, scored: Scores, start: list[int], allowed: list[int], fitness: Fitness
     ) -> Choice:
         generations, offspring = self.config.rounds
         before = fitness.of(tuple(start), PARTS)
@@ -255,19 +289,20 @@ class Scorer:
         )
         after = fitness.of(found, PARTS)
         logger.info(f"divergence from the source {before:.4f} -> {after:.4f} nats")
-        told = {"before": _finite(before), "after": _finite(after), "start": start}
+        told = {"before": _finite(before), "after": _finite(after), "start": self.names(start)}
         told |= {"generations": generations, "offspring": offspring}
         return Choice(scored, list(found), told | fitness.told())
 
     def _cuts(self) -> Fitness:
-        """Sets of blocks by what the model without them predicts."""
-        config, device = self.config, self.context.device
+        """Sets of parts by what the model without them predicts."""
+        config, model, device = self.config, self.inputs.model, self.context.device
         path = self.path("divergence", [])
         data = (self.sequences, self.context, config.micro_batch, path)
         measured = Divergence(self.model, *data)
 
         def divergence(removed: Removed, parts: int) -> float:
-            return measured.of(_name(removed), partial(without, removed, self.model, device), parts)
+            masks = partial(without, self._gone(removed), model, device)
+            return measured.of(_name(removed), masks, parts)
 
         def told() -> dict[str, Any]:
             return {"sets": len(measured.known), "sequences_computed": measured.computed}
@@ -275,7 +310,7 @@ class Scorer:
         return Fitness(divergence, measured.keep, told)
 
     def _refits(self) -> Fitness:
-        """Sets of blocks by what a refit makes of the model without them, in the sizes of --then;
+        """Sets of parts by what a refit makes of the model without them, in the sizes of --then;
         the source is rotated for it if those cut hidden dimensions."""
         inputs, config = self.inputs, self.inputs.config
         refit = config.refit
@@ -289,9 +324,11 @@ class Scorer:
         held = config.masks.norm_scale == "held"
 
         def masks(removed: Removed) -> Masks:
-            layer = torch.ones(1, inputs.source.layers, dtype=torch.float64)
-            layer[0, list(removed)] = 0
-            return cut(inputs.model, units | {"layer": layer}, inputs.target, held)
+            rows = marks(self._gone(removed), inputs.model.num_layers)
+            sizes = left_over(self._gone(removed), inputs.model.num_layers)
+            target = parse_target(self.config.shearing(sizes).target, inputs.source, apart=True)
+            own = {name: row[None] for name, row in rows.items()}
+            return cut(inputs.model, units | own, target, held)
 
         def divergence(removed: Removed, parts: int) -> float:
             number = max(1, len(measured.ids) * parts // PARTS)
@@ -299,14 +336,14 @@ class Scorer:
 
         return Fitness(divergence, lambda: None, lambda: {"refits": len(measured.known)})
 
-    def _score(self, count: int) -> BlockScores:
-        criterion, layers = self.config.criterion, self.inputs.model.num_layers
-        data = (self.sequences, self.context)
+    def _score(self, count: int) -> Scores:
+        criterion, number = self.config.criterion, len(self.parts)
+        data = (self.parts, self.sequences, self.context)
         batch = self.config.micro_batch
         if criterion == "ppl":
             return self._by_perplexity([])
         if criterion == "magnitude":
-            return scores.by_magnitude(self.model, self.context)
+            return scores.by_magnitude(self.model, self.parts, self.context)
         if criterion == "taylor":
             return scores.by_taylor(self.model, *data)
         if criterion == "influence":
@@ -314,32 +351,29 @@ class Scorer:
         if criterion == "angular":
             return scores.by_angle(self.model, *data, batch, count, scores.angle)
         if criterion == "reverse":
-            return scores.by_position(layers)
-        return scores.by_chance(layers, self.config.seed)
+            return scores.by_position(number)
+        return scores.by_chance(number, self.config.seed)
 
-    def _by_perplexity(self, removed: list[int]) -> BlockScores:
+    def _by_perplexity(self, removed: list[int]) -> Scores:
         kept = KeptRows(self.path("losses", sorted(removed), "safetensors"), self.context)
         if kept.rows is not None and len(kept.rows) == len(self.sequences):
-            return scores.from_losses(kept.rows, self.sequences.shape[1], self._layers, removed)
-        return scores.by_perplexity(
-            self.model, self.sequences, self.context, self.config.micro_batch, kept, removed
-        )
-
-    @property
-    def _layers(self) -> int:
-        return self.inputs.model.num_layers
+            seq_len = self.sequences.shape[1]
+            return scores.from_losses(kept.rows, seq_len, len(self.parts), removed)
+        data = (self.sequences, self.context, self.config.micro_batch)
+        return scores.by_perplexity(self.model, self.parts, *data, kept, removed)
 
     def path(self, name: str, what: list[Any], suffix: str = "json") -> Path:
         """File of what is kept under `name` of measurements of `what` on this text."""
         precision = parallel.compute_dtype(self.config.precision, self.context.device)
         digest = hashlib.sha256(self.sequences.numpy().tobytes())
         parts = [weights_fingerprint(self.inputs.folder), str(precision), what]
+        parts += [] if self.config.units == "block" else [self.config.units]
         digest.update(json.dumps(parts).encode())
         folder = Path(self.config.output) / FOLDER
         return folder / f"{name}-{digest.hexdigest()[:16]}.{suffix}"
 
 
-def _window(scored: BlockScores, allowed: list[int], count: int) -> list[int]:
+def _window(scored: Scores, allowed: list[int], count: int) -> list[int]:
     """The `count` blocks in a row, all `allowed`, with the least score of the first."""
     for first in scored.order:
         window = list(range(first, first + count))
@@ -356,19 +390,20 @@ def _told(scorer: Scorer, choice: Choice, allowed: list[int]) -> dict[str, Any]:
     return {
         "init": config.criterion,
         "search": config.search,
-        "order": scored.order,
+        "order": scorer.names(scored.order),
         "scores": [_finite(value) for value in scored.values],
         "intervals": pairs and [[_finite(low), _finite(high)] for low, high in pairs],
         "intact": scored.whole,
-        "protected": [index for index in range(len(scored.values)) if index not in allowed],
-        "removed": sorted(choice.removed),
-        "removed_in_order": choice.removed,
-        "unsure": in_doubt(scored.means, allowed, len(choice.removed))
+        "protected": scorer.names(sorted(set(range(len(scored.values))) - set(allowed))),
+        "removed": scorer.names(sorted(choice.removed)),
+        "removed_in_order": scorer.names(choice.removed),
+        "unsure": scorer.names(in_doubt(scored.means, allowed, len(choice.removed)))
         if one_shot and scored.means is not None
         else None,
         "divergence": choice.divergence,
         "sequences": None if "sequences" in config.idle() else len(scorer.sequences),
         **({} if config.then is None else {"then": config.then}),
+        **({} if config.units == "block" else {"units": scorer.names(range(len(scorer.parts)))}),
     }
 
 
@@ -378,16 +413,18 @@ def _finite(value: float) -> float | None:
 
 
 @passing_over_what_is_not_shown()
-def _show(choice: Choice, allowed: list[int]) -> None:
-    """Prints the blocks of least score, and which go."""
+def _show(scorer: Scorer, choice: Choice, allowed: list[int]) -> None:
+    """Prints the parts of least score, and which go."""
     scored, removed = choice.scores, sorted(choice.removed)
     pairs = scored.intervals
-    table = Table(title="blocks, the least score first")
-    for heading in ("block", "score", "95% interval", ""):
+    blocks = scorer.config.units == "block"
+    table = Table(title=f"{WORDS[scorer.config.units]}, the least score first")
+    for heading in ("block" if blocks else "layer", "score", "95% interval", ""):
         table.add_column(heading, justify="right")
     for index in scored.order[: max(SHOWN, len(removed))]:
         span = "" if pairs is None else f"{pairs[index][0]:.5g} .. {pairs[index][1]:.5g}"
         word = "goes" if index in removed else "" if index in allowed else "protected"
-        table.add_row(str(index), f"{scored.values[index]:.6g}", span, word)
+        table.add_row(str(scorer.parts[index].name), f"{scored.values[index]:.6g}", span, word)
     print_table(table)
-    logger.info(f"removed: blocks {', '.join(map(str, removed))}")
+    word = "blocks " if blocks else ""
+    logger.info(f"removed: {word}{', '.join(map(str, scorer.names(removed)))}")

@@ -1,5 +1,6 @@
 """The extracted model computes what the masked one does, in transformers too."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +237,35 @@ def test_dtype_is_kept_and_dropped_blocks_are_renumbered() -> None:
     assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], last)
 
 
+@pytest.mark.parametrize("name", [*MODELS, *NEOX_MODELS])
+@pytest.mark.parametrize("mid_range", [True, False])
+def test_blocks_of_different_sizes_agree(name: str, mid_range: bool, tmp_path: Path) -> None:
+    """A block without attention, one without its feed-forward layer, and channels of any number."""
+    model = random_model(**(MODELS | NEOX_MODELS)[name])
+    source = shape_of(model.config)
+    fused = model.config.traits.fused_qkv
+    target = Shape(3, 48, 6, 6, 8, 20) if fused else Shape(3, 18, source.kv_heads, 0, 8, 20)
+    target = replace(target, kv_heads=source.kv_heads)
+    masks = random_masks(target, source, mid_range=mid_range)
+    part = 0.6 if mid_range else 1.0
+    channels = torch.ones(3, 20)
+    channels[1, 3:9] = 0
+    masks = replace(
+        masks,
+        attention=torch.tensor([0.0, 1.0, part]),
+        feed_forward=torch.tensor([1.0, part, 0.0]),
+        intermediate=channels,
+    )
+    config = check_all_agree(model, masks, tmp_path / "model")
+    heads, kv_heads = target.heads, target.kv_heads
+    assert config.layer_sizes == ((0, 0, 20), (heads, kv_heads, 14), (heads, kv_heads, 0))
+    saved = load_config(tmp_path / "model")
+    assert saved.layer_sizes == config.layer_sizes
+    assert replace(saved, hf={}) == replace(config, hf={})
+
+
 def test_non_uniform_masks_are_refused() -> None:
     config = random_model(model_type="llama").config
-    ragged = torch.ones(3, 20)
-    ragged[1, 0] = 0
-    with pytest.raises(AssertionError, match="different numbers of units"):
-        Extraction(config, Masks(intermediate=ragged))
     heads = torch.ones(3, 6)
     heads[:, 0] = 0
     with pytest.raises(AssertionError, match="different query heads"):

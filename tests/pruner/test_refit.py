@@ -10,7 +10,7 @@ from torch import Tensor
 from pruner.extract import Extraction
 from pruner.refit import refit
 from pruner.shapes import Shape, shape_of
-from pruner.units import to_masks, unit_sizes
+from pruner.units import measured_sizes, to_masks
 from tests.distributed import run_ranks
 from tests.pruner.test_extract import BASE, MODELS, NEOX_MODELS
 from trainer import parallel
@@ -34,7 +34,7 @@ def half_masks(shape: Shape, *, layers: tuple[int, ...] = (0, 2)) -> Masks:
     """Keeps a random half of the units of each kind and the named blocks."""
     draw = torch.Generator().manual_seed(1)
     z = {}
-    for name, (rows, units) in unit_sizes(shape).items():
+    for name, (rows, units) in measured_sizes(shape).items():
         keep = max(1, units // 2)
         z[name] = torch.zeros(rows, units)
         for row in z[name]:
@@ -78,6 +78,46 @@ def test_the_stream_comes_closer(name: str) -> None:
     assert after < 0.9 * before
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("gone", ["attention", "feed_forward", "both"])
+def test_layers_may_be_gone(name: str, gone: str) -> None:
+    """A whole block too, and the layers on either side of it."""
+    model = build(name)
+    rows = {
+        "attention": torch.tensor([1.0, 0.0, float(gone == "feed_forward")]),
+        "feed_forward": torch.tensor([float(gone == "attention"), 0.0, 1.0]),
+    }
+    masks = half_masks(shape_of(model.config), layers=(0, 1, 2))
+    masks = masks.with_tensors(masks.tensors() | rows)
+    extraction = Extraction(model.config, masks)
+    assert extraction.config.layer_sizes is not None and extraction.config.num_layers == 2
+    source = [(key, value.detach()) for key, value in model.named_parameters()]
+    plain = dict(extraction.tensors(source))
+    options: dict[str, Any] = {"ridge": 0.01, "batch": 90, "context": alone()}
+    fitted = dict(refit(extraction, source, tokens(400), **options))
+    assert fitted.keys() == plain.keys()
+    before, after = (stream_error(model, tensors, extraction) for tensors in (plain, fitted))
+    assert after < 0.95 * before
+
+
+def test_a_writer_makes_up_for_the_layers_behind_it() -> None:
+    """Layers that add nothing else than what the one in front can add are not missed."""
+    model = build("llama")
+    with torch.no_grad():
+        for index, kind in ((0, "mlp.down_proj"), (1, "self_attn.o_proj")):
+            model.blocks[index].get_submodule(kind).get_parameter("weight").zero_()
+    rows = {
+        "attention": torch.tensor([1.0, 0.0, 1.0]),
+        "feed_forward": torch.tensor([0.0, 1.0, 1.0]),
+    }
+    extraction = Extraction(model.config, Masks.of(rows))
+    source = [(key, value.detach()) for key, value in model.named_parameters()]
+    plain = dict(extraction.tensors(source))
+    fitted = dict(refit(extraction, source, tokens(), ridge=0.1, batch=7, context=alone()))
+    for key, value in plain.items():
+        torch.testing.assert_close(fitted[key], value, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3", "pythia"])
 def test_what_lost_nothing_stays(name: str) -> None:
     """Blocks that change nothing are removed, so that the weights fit already."""
@@ -86,7 +126,7 @@ def test_what_lost_nothing_stays(name: str) -> None:
         for key, parameter in model.named_parameters():
             if ".1." in key and ("o_proj" in key or "down_proj" in key or "dense" in key):
                 parameter.zero_()
-    ones = {key: torch.ones(size) for key, size in unit_sizes(shape_of(model.config)).items()}
+    ones = {key: torch.ones(size) for key, size in measured_sizes(shape_of(model.config)).items()}
     ones["layer"][0, 1] = 0.0
     extraction = Extraction(model.config, to_masks(ones, shape_of(model.config)))
     source = [(key, value.detach()) for key, value in model.named_parameters()]

@@ -14,7 +14,7 @@ from pruner.extract import Extraction
 from pruner.run import shear
 from pruner.selection import read_selection
 from pruner.shapes import shape_of
-from pruner.units import to_masks, unit_kinds, unit_sizes
+from pruner.units import measured_sizes, to_masks, unit_kinds
 from tests.factories import write_model
 from tests.pruner.test_refit import CASES, build
 from tests.pruner.test_run import configure
@@ -58,7 +58,7 @@ def random_half(source: CausalLM) -> dict[str, Tensor]:
     shape = shape_of(source.config)
     draw = torch.Generator().manual_seed(1)
     z = {}
-    for name, (rows, units) in unit_sizes(shape).items():
+    for name, (rows, units) in measured_sizes(shape).items():
         z[name] = torch.zeros(rows, units)
         for row in z[name]:
             row[torch.randperm(units, generator=draw)[: max(1, units // 2)]] = 1.0

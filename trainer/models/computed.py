@@ -1,6 +1,6 @@
 """Which units a masked forward pass has to compute: those whose mask is not zero."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.models.config import ModelConfig
+from trainer.models.layer_sizes import LayerSizes
 
 
 class LayerUnits(NamedTuple):
@@ -23,7 +24,11 @@ class LayerUnits(NamedTuple):
     channels: Tensor | None = None
     """[f] feed-forward channels."""
     skipped: bool = False
-    """The block's own mask is 0: it passes its input on."""
+    """The block's own mask is 0, or those of both its layers: it passes its input on."""
+    attends: bool = True
+    """The mask of its attention is not 0."""
+    feeds: bool = True
+    """The mask of its feed-forward layer is not 0."""
 
 
 ALL_UNITS = LayerUnits()
@@ -44,7 +49,8 @@ def find_computed_units(
     """The nonzero units (z > 0) of those masks that are present, and what pads them.
 
     Args:
-        masks: any of hidden [d], layer [L], head [L, H] and intermediate [L, F].
+        masks: any of hidden [d], layer, attention and feed_forward [L], head [L, H] and
+            intermediate [L, F].
         config: the model's architecture.
         multiple: units with mask 0 pad the dimensions and channels to multiples of this. They pad
             the heads so that all KV heads with a nonzero query head have equally many.
@@ -57,11 +63,13 @@ def find_computed_units(
     upload = _Upload(next(iter(masks.values())).device)
     hidden = nonzero.get("hidden")
     upload.add("hidden", None if hidden is None else padded_units(hidden, multiple))
-    skipped = ~nonzero.get("layer", np.ones(config.num_layers, dtype=bool))
+    every = np.ones(config.num_layers, dtype=bool)
+    attends, feeds = (
+        nonzero.get("layer", every) & nonzero.get(name, every)
+        for name in ("attention", "feed_forward")
+    )
     for index in range(config.num_layers):
-        if skipped[index]:
-            continue
-        if "head" in nonzero:
+        if "head" in nonzero and attends[index]:
             chosen = computed_heads(nonzero["head"][index], config.num_kv_heads)
             if chosen is not None:
                 heads, groups = chosen
@@ -70,7 +78,7 @@ def find_computed_units(
                     upload.add(f"{index}.fused", expand(heads, 3 * config.head_dim))
                 else:
                     upload.add(f"{index}.keys", expand(groups, config.head_dim))
-        if "intermediate" in nonzero:
+        if "intermediate" in nonzero and feeds[index]:
             channels = padded_units(nonzero["intermediate"][index], multiple)
             upload.add(f"{index}.channels", channels)
     found = upload.send()
@@ -80,7 +88,9 @@ def find_computed_units(
             keys=found.get(f"{index}.keys"),
             fused=found.get(f"{index}.fused"),
             channels=found.get(f"{index}.channels"),
-            skipped=bool(skipped[index]),
+            skipped=not (attends[index] or feeds[index]),
+            attends=bool(attends[index]),
+            feeds=bool(feeds[index]),
         )
         for index in range(config.num_layers)
     ]
@@ -120,19 +130,31 @@ def expand(heads: np.ndarray, width: int) -> np.ndarray:
     return (heads[:, None] * width + np.arange(width)).ravel()
 
 
-def computed_config(config: ModelConfig, computed: ComputedUnits, index: int) -> ModelConfig:
-    """The architecture of what is computed of block `index`, as a model of this one block."""
-    units = computed.layers[index]
+def computed_sizes(config: ModelConfig, units: LayerUnits) -> LayerSizes:
+    """The sizes of what is computed of a block; `config` is that of the model, of even blocks."""
     keys_of = units.keys if units.fused is None else units.queries
-    kept = (computed.hidden, units.queries, keys_of, units.channels)
-    width, queries, keys, channels = (None if found is None else len(found) for found in kept)
+    queries = config.query_size if units.queries is None else len(units.queries)
+    keys = config.kv_size if keys_of is None else len(keys_of)
+    channels = config.intermediate_size if units.channels is None else len(units.channels)
+    heads = queries // config.head_dim if units.attends else 0
+    kv_heads = keys // config.head_dim if units.attends else 0
+    return LayerSizes(heads, kv_heads, channels if units.feeds else 0)
+
+
+def computed_config(
+    config: ModelConfig, computed: ComputedUnits, indices: Sequence[int]
+) -> ModelConfig:
+    """The architecture of a model of what is computed of the blocks `indices`."""
+    sizes = [computed_sizes(config, computed.layers[index]) for index in indices]
+    heads, kv_heads, channels = map(max, zip(*sizes, strict=True))
     return replace(
         config,
-        num_layers=1,
-        hidden_size=width or config.hidden_size,
-        num_heads=(queries or config.query_size) // config.head_dim,
-        num_kv_heads=(keys or config.kv_size) // config.head_dim,
-        intermediate_size=channels or config.intermediate_size,
+        num_layers=len(sizes),
+        hidden_size=config.hidden_size if computed.hidden is None else len(computed.hidden),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        intermediate_size=channels,
+        layer_sizes=tuple(sizes),
     )
 
 
@@ -141,13 +163,11 @@ def computed_flops(
 ) -> float:
     """Forward plus backward FLOPs of one token through the computed units, in the conventions of
     ModelConfig.flops_per_token."""
+    blocks = [index for index, units in enumerate(computed.layers) if not units.skipped]
+    if blocks:
+        return computed_config(config, computed, blocks).flops_per_token(seq_len, causal)
     width = config.hidden_size if computed.hidden is None else len(computed.hidden)
-    head = 6.0 * config.vocab_size * width
-    blocks = (index for index, units in enumerate(computed.layers) if not units.skipped)
-    return head + sum(
-        computed_config(config, computed, index).flops_per_token(seq_len, causal) - head
-        for index in blocks
-    )
+    return 6.0 * config.vocab_size * width
 
 
 def _to_host(masks: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

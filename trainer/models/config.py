@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,17 @@ import torch
 from data.errors import InputError
 from data.records import is_kind, word_for, words_for
 from trainer.models.families import FAMILIES, Family
+from trainer.models.layer_sizes import (
+    KEY,
+    SUFFIX,
+    LayerSizes,
+    read_layer_sizes,
+    require_layer_sizes,
+    written_layer_sizes,
+)
 from trainer.models.limits import LARGEST_WIDTH, SIZE_LIMITS, shortened
 from trainer.models.rope_settings import read_rope
+from trainer.models.uneven import register, uneven_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,6 +47,7 @@ _REWRITTEN_KEYS = frozenset(
         "attn_implementation",
         "auto_map",
         "dtype",
+        KEY,
         "layer_types",
         "model_type",
         "original_dtype",
@@ -112,6 +123,9 @@ class ModelConfig:
     """Attention and feed-forward layer of a block read the same input."""
     sliding_window: int | None = None
     """Each position sees only this many positions, itself included; None: all earlier ones."""
+    layer_sizes: tuple[LayerSizes, ...] | None = None
+    """Sizes of every block, where they differ; the fields above then hold the largest. None: all
+    blocks are alike."""
     hf: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The Hugging Face config this one was read from: special token ids and other extras."""
 
@@ -145,6 +159,15 @@ class ModelConfig:
                 f"head_dim is {self.head_dim}, of which the rotary embedding rotates "
                 f"{self.rotary_dim}; it needs an even number of at least 2"
             )
+        if self.layer_sizes is not None:
+            self._settle_layer_sizes(self.layer_sizes)
+
+    def _settle_layer_sizes(self, given: Sequence[Sequence[int]]) -> None:
+        """Checks them; blocks that are all alike need none."""
+        sizes = tuple(LayerSizes(*block) for block in given)
+        require_layer_sizes(sizes, self._largest, self.num_layers)
+        uneven = any(block != self._largest for block in sizes)
+        object.__setattr__(self, "layer_sizes", sizes if uneven else None)
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> "ModelConfig":
@@ -157,11 +180,17 @@ class ModelConfig:
         if "model_type" not in values:
             raise InputError("`model_type` is missing; it names the model's family, such as llama")
         family = str(values["model_type"])
+        sizes = None
+        if family.endswith(SUFFIX):
+            family, sizes = family.removesuffix(SUFFIX), read_layer_sizes(values)
+            values = {key: value for key, value in values.items() if key != KEY}
         _require_known(family)
         _require_possible(FAMILIES[family], values)
         _require_dtype(values)
         _refuse_unsupported(family, values)
         config = _transformers_config(family, values)
+        if sizes is not None:
+            register(family)
         theta, fraction, scaling = read_rope(config.rope_parameters)
         if fraction != 1.0 and not FAMILIES[family].partial_rotary:
             raise InputError(
@@ -173,6 +202,7 @@ class ModelConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             rotary_fraction=fraction,
+            layer_sizes=sizes,
             hf=copy.deepcopy(values),
             **_read_fields(FAMILIES[family], config),
         )
@@ -191,6 +221,8 @@ class ModelConfig:
         if self.traits.partial_rotary:
             rope["partial_rotary_factor"] = self.rotary_fraction
         values |= {"architectures": [self.traits.architecture], "rope_parameters": rope}
+        if self.layer_sizes is not None:
+            values[KEY] = written_layer_sizes(self.layer_sizes)
         return _transformers_config(self.family, values)
 
     def _require_expressible(self) -> None:
@@ -246,6 +278,15 @@ class ModelConfig:
         return FAMILIES[self.family]
 
     @property
+    def _largest(self) -> LayerSizes:
+        return LayerSizes(self.num_heads, self.num_kv_heads, self.intermediate_size)
+
+    @property
+    def blocks(self) -> tuple[LayerSizes, ...]:
+        """Sizes of every block."""
+        return self.layer_sizes or (self._largest,) * self.num_layers
+
+    @property
     def query_size(self) -> int:
         """Width of all query heads together."""
         return self.num_heads * self.head_dim
@@ -264,37 +305,44 @@ class ModelConfig:
         """Number of parameters; `embeddings=False` leaves out the embedding and an untied head."""
         # A LayerNorm has a gain and a bias, an RMSNorm only a gain.
         norm = (2 if self.traits.norm == "LayerNorm" else 1) * self.hidden_size
-        block = self._block_matmul_parameters() + 2 * norm
-        block += self.qkv_bias * (self.query_size + 2 * self.kv_size)
-        block += self.output_bias * self.hidden_size
-        block += self.mlp_bias * (
-            (1 + self.traits.gated) * self.intermediate_size + self.hidden_size
-        )
-        block += self.qk_norm * 2 * self.head_dim
-        total = self.num_layers * block + norm
+        total = norm + sum(self._block_parameters(sizes, norm) for sizes in self.blocks)
         if embeddings:
             total += (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+        return total
+
+    def _block_parameters(self, sizes: LayerSizes, norm: int) -> int:
+        """Parameters of a block with norms of `norm`."""
+        total = self._block_matmul_parameters(sizes)
+        if sizes.num_heads:
+            total += norm + self.qk_norm * 2 * self.head_dim + self.output_bias * self.hidden_size
+            heads = sizes.num_heads + 2 * sizes.num_kv_heads
+            total += self.qkv_bias * heads * self.head_dim
+        if sizes.intermediate_size:
+            biases = (1 + self.traits.gated) * sizes.intermediate_size + self.hidden_size
+            total += norm + self.mlp_bias * biases
         return total
 
     @property
     def block_matrices(self) -> int:
         """Number of weights of the matrices in blocks."""
-        return self.num_layers * self._block_matmul_parameters()
+        return sum(map(self._block_matmul_parameters, self.blocks))
 
     def flops_per_token(self, seq_len: int, causal: bool) -> float:
         """Forward plus backward FLOPs of one token in a sequence of `seq_len`.
 
-        6N + 12 L d s (or 6N + 6 L d s when only the causal half of attention is counted), where N
-        is the number of weights in matrix products: the head is in, the embedding lookup is out;
-        d is the width of all query heads (PaLM, arXiv 2204.02311, appendix B).
+        6N + 12 d s for each of the layers of attention (or 6N + 6 d s when only the causal half of
+        attention is counted), where N is the number of weights in matrix products: the head is in,
+        the embedding lookup is out; d is the width of all query heads (PaLM, arXiv 2204.02311,
+        appendix B).
         """
         weights = self.block_matrices + self.vocab_size * self.hidden_size
-        attention = (6 if causal else 12) * self.num_layers * self.query_size * seq_len
-        return float(6 * weights + attention)
+        width = sum(sizes.num_heads for sizes in self.blocks) * self.head_dim
+        return float(6 * weights + (6 if causal else 12) * width * seq_len)
 
-    def _block_matmul_parameters(self) -> int:
-        attention = 2 * self.hidden_size * (self.query_size + self.kv_size)
-        return attention + (2 + self.traits.gated) * self.hidden_size * self.intermediate_size
+    def _block_matmul_parameters(self, sizes: LayerSizes) -> int:
+        heads, kv_heads, channels = sizes
+        attention = 2 * (heads + kv_heads) * self.head_dim
+        return self.hidden_size * (attention + (2 + self.traits.gated) * channels)
 
 
 def _require_known(family: str) -> None:
@@ -383,6 +431,8 @@ def _transformers_config(family: str, values: dict[str, Any]) -> "PreTrainedConf
     try:
         # transformers completes the nested rope dictionaries in place.
         arguments = copy.deepcopy({key: values[key] for key in values if key != "model_type"})
+        if KEY in values:
+            return uneven_config(family, arguments)
         return AutoConfig.for_model(family, **arguments)
     except Exception as error:  # it raises many types for a bad value
         reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)

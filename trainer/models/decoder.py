@@ -49,7 +49,7 @@ class CausalLM(nn.Module):
         block = pkgutil.resolve_name(config.traits.block)
         norm = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[config.traits.norm]
         self._place(names.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
-        self._place(names.blocks, nn.ModuleList(block(config) for _ in range(config.num_layers)))
+        self._place(names.blocks, nn.ModuleList(block(config, sizes) for sizes in config.blocks))
         self._place(names.final_norm, norm(config.hidden_size, config.norm_eps))
         if not config.tie_embeddings:
             self._place(names.head, Linear(config.hidden_size, config.vocab_size, bias=False))

@@ -19,7 +19,9 @@ from data.log import logger
 from data.records import read_json, require_no_mark
 from trainer.models.config import ModelConfig
 from trainer.models.families import FAMILIES
+from trainer.models.layer_sizes import SUFFIX
 from trainer.models.limits import shortened
+from trainer.models.uneven import FILE
 
 _FIX = "fetch the file again, or repair it"
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -78,7 +80,7 @@ def _widen_config(values: dict[str, Any]) -> dict[str, Any]:
         added["torch_dtype"] = values["dtype"]
     rope = values.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
-        family = FAMILIES.get(str(values.get("model_type")))
+        family = FAMILIES.get(str(values.get("model_type")).removesuffix(SUFFIX))
         names = {"rope_theta": "rope_theta"} if family is None else family.legacy_rope_keys
         added |= {names[key]: rope[key] for key in names if key in rope}
         scaled = rope.get("rope_type", "default") != "default"
@@ -150,7 +152,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in taken:
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)
-    others = [name for name in left if not name.endswith((".safetensors", ".index.json"))]
+    others = [name for name in left if not name.endswith((".safetensors", ".index.json", FILE))]
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         logger.info(f"{source}: not copied to the new model: {shown}")

@@ -42,11 +42,18 @@ class Names:
     head: str
     """The output head, present unless it is tied to the embedding."""
     modules: Mapping[str, Role]
-    """Modules with parameters inside a block."""
+    """Modules with parameters inside a block; the first norm is that in front of attention."""
 
     def with_role(self, role: Role) -> str:
         """The first module of `role` inside a block."""
         return next(name for name, own in self.modules.items() if own is role)
+
+    def attends(self, module: str) -> bool:
+        """Whether a module inside a block belongs to its attention, with the norm in front."""
+        role = self.modules[module]
+        if role is Role.NORM:
+            return module == self.with_role(Role.NORM)
+        return role not in (Role.CHANNELS, Role.FEED_FORWARD_OUTPUT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,12 @@ from torch import Tensor
 from data.errors import InputError, failure
 from data.files import follow_umask, partial_path, replace_file, replace_folder
 from data.records import read_json
+from trainer.models import uneven
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.export import copy_companions, widen
 from trainer.models.families import Role
+from trainer.models.layer_sizes import LayerSizes
 from trainer.models.weights import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -268,7 +270,7 @@ def save_model(
         The config as derived from the tensors.
 
     Raises:
-        InputError: blocks of different shapes, missing tensors, a shape that transformers cannot
+        InputError: missing tensors or some that do not fit, a shape that transformers cannot
             express, values too large for `dtype`, or a failure to write.
     """
     path = path.absolute()
@@ -293,6 +295,8 @@ def save_model(
         if original is not None and f"torch.{original}" != str(dtype):
             hf_config.original_dtype = original
         hf_config.save_pretrained(temporary)
+        if derived.layer_sizes is not None:
+            shutil.copyfile(uneven.SOURCE, temporary / uneven.FILE)
         if tokenizer_from is not None:
             copy_companions(tokenizer_from, temporary)
         widen(temporary)
@@ -349,18 +353,14 @@ def _write_tensors(
 
 
 def _config_from_shapes(config: ModelConfig, shapes: dict[str, torch.Size]) -> ModelConfig:
-    """`config` with the sizes of the given tensors; every block must have the same ones."""
+    """`config` with the sizes of the given tensors."""
     names = config.traits.names
     prefix = f"{names.blocks}."
     indices = {int(name[len(prefix) :].split(".")[0]) for name in shapes if name.startswith(prefix)}
     try:
-        block = f"{prefix}{min(indices)}."
-        query_channels = shapes[f"{block}{names.with_role(Role.ATTENTION_OUTPUT)}.weight"][1]
-        key_channels = query_channels
-        if not config.traits.fused_qkv:
-            key_channels = shapes[f"{block}{names.with_role(Role.KEYS)}.weight"][0]
-        channels = shapes[f"{block}{names.with_role(Role.FEED_FORWARD_OUTPUT)}.weight"][1]
+        sizes = [_sizes_from_shapes(config, shapes, f"{prefix}{index}.") for index in indices]
         vocabulary, hidden = shapes[f"{names.embedding}.weight"]
+        heads, kv_heads, channels = map(max, zip(*sizes, strict=True))
     except (KeyError, ValueError) as error:
         raise InputError(f"the tensors to save are no whole decoder: {error} is missing") from error
     derived = dataclasses.replace(
@@ -369,9 +369,10 @@ def _config_from_shapes(config: ModelConfig, shapes: dict[str, torch.Size]) -> M
         hidden_size=hidden,
         intermediate_size=channels,
         num_layers=len(indices),
-        num_heads=query_channels // config.head_dim,
-        num_kv_heads=key_channels // config.head_dim,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         tie_embeddings=f"{names.head}.weight" not in shapes,
+        layer_sizes=tuple(sizes),
     )
     with torch.device("meta"):
         expected = {name: p.shape for name, p in CausalLM(derived).named_parameters()}
@@ -379,10 +380,30 @@ def _config_from_shapes(config: ModelConfig, shapes: dict[str, torch.Size]) -> M
     for name, shape in shapes.items():
         if shape != expected[name]:
             raise InputError(
-                f"{name} has shape {tuple(shape)} where the first block and the embedding imply "
-                f"{tuple(expected[name])}; Hugging Face configs need uniform blocks"
+                f"{name} has shape {tuple(shape)} where the others of its block and the embedding "
+                f"imply {tuple(expected[name])}"
             )
     return derived
+
+
+def _sizes_from_shapes(
+    config: ModelConfig, shapes: dict[str, torch.Size], block: str
+) -> LayerSizes:
+    """The sizes of the block whose tensors' names begin with `block`. Raises KeyError where one
+    that tells them is missing."""
+    names = config.traits.names
+
+    def width(role: Role, dim: int) -> int:
+        return shapes[f"{block}{names.with_role(role)}.weight"][dim]
+
+    own = {name[len(block) :].rpartition(".")[0] for name in shapes if name.startswith(block)}
+    heads = kv_heads = channels = 0
+    if any(names.attends(module) for module in own & names.modules.keys()):
+        heads = width(Role.ATTENTION_OUTPUT, 1) // config.head_dim
+        kv_heads = heads if config.traits.fused_qkv else width(Role.KEYS, 0) // config.head_dim
+    if not all(names.attends(module) for module in own & names.modules.keys()):
+        channels = width(Role.FEED_FORWARD_OUTPUT, 1)
+    return LayerSizes(heads, kv_heads, channels)
 
 
 @torch.no_grad()

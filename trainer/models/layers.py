@@ -28,8 +28,14 @@ class Linear(nn.Linear):
 
 def skip_block(block: nn.Module, x: Tensor, stream: StreamMasks) -> Tensor:
     """What a block whose mask is 0 returns: its input x, and zeros as its parameters' gradients."""
-    slot = None if stream.cache is None else stream.cache.slot(block)
-    return zero_gradients(x, block.parameters(), slot)
+    return skip_layer(x, stream, block)
+
+
+def skip_layer(x: Tensor, stream: StreamMasks, *modules: nn.Module) -> Tensor:
+    """As `skip_block`, for `modules` that are a part of one."""
+    slot = None if stream.cache is None else stream.cache.slot(modules[-1])
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return zero_gradients(x, parameters, slot)
 
 
 class LayerNorm(nn.Module):

@@ -1,5 +1,7 @@
-"""Multiplicative masks over a decoder's units: residual dimensions, blocks, heads, channels."""
+"""Multiplicative masks over a decoder's units: residual dimensions, blocks and their two layers,
+heads, channels."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +11,7 @@ from trainer.models.computed import ALL_UNITS, ComputedUnits, LayerUnits, find_c
 from trainer.models.config import ModelConfig
 from trainer.models.folding import Fold, WeightCache
 
-MASK_NAMES = ("hidden", "layer", "head", "intermediate")
+MASK_NAMES = ("hidden", "layer", "head", "intermediate", "attention", "feed_forward")
 """Names of the masks of a model."""
 
 
@@ -53,6 +55,10 @@ class LayerMasks:
     stream: StreamMasks = StreamMasks()
     residual: Tensor | None = None
     """[d] or scalar: factor of everything the block adds to the residual stream."""
+    attention: Tensor | None = None
+    """Scalar: further factor of what attention adds."""
+    feed_forward: Tensor | None = None
+    """Scalar: further factor of what the feed-forward layer adds."""
     head: Tensor | None = None
     """[H] query heads."""
     intermediate: Tensor | None = None
@@ -64,12 +70,14 @@ class LayerMasks:
         """Fold of a weight that reads the residual stream; `rows` are the outputs computed."""
         return self.stream.reading()._replace(rows=rows)
 
-    def writing(self, columns: Tensor | None, column_scale: Tensor | None) -> Fold:
+    def writing(
+        self, columns: Tensor | None, column_scale: Tensor | None, own: Tensor | None
+    ) -> Fold:
         """Fold of a weight that writes to the residual stream; `columns` are the inputs computed,
-        `column_scale` the factors of all inputs."""
-        return Fold(
-            self.stream.units, self.residual, columns, column_scale, cache=self.stream.cache
-        )
+        `column_scale` the factors of all inputs, and `own` that of its layer."""
+        factors = [factor for factor in (self.residual, own) if factor is not None]
+        scale = math.prod(factors[1:], start=factors[0]) if factors else None
+        return Fold(self.stream.units, scale, columns, column_scale, cache=self.stream.cache)
 
     def head_columns(self, head_dim: int) -> Tensor | None:
         """[H * head_dim]: the head mask for each input column of the output projection."""
@@ -94,6 +102,10 @@ class Masks:
     """[L, H] query heads."""
     intermediate: Tensor | None = None
     """[L, F] channels of the feed-forward layers."""
+    attention: Tensor | None = None
+    """[L] attention of the blocks, whole."""
+    feed_forward: Tensor | None = None
+    """[L] feed-forward layers of the blocks, whole."""
     computed: ComputedUnits | None = None
     """The units that are computed (`compact`); None: all, dense."""
     cache: WeightCache | None = None
@@ -141,6 +153,8 @@ class Masks:
         return LayerMasks(
             stream=stream,
             residual=residual,
+            attention=None if self.attention is None else self.attention[index],
+            feed_forward=None if self.feed_forward is None else self.feed_forward[index],
             head=None if self.head is None else self.head[index],
             intermediate=None if self.intermediate is None else self.intermediate[index],
             units=ALL_UNITS if self.computed is None else self.computed.layers[index],
@@ -150,8 +164,15 @@ class Masks:
     def of(cls, tensors: dict[str, Tensor], *, hold_scale: bool = False) -> "Masks":
         """Dense masks from tensors by name, as `tensors` gives them."""
         assert tensors.keys() <= set(MASK_NAMES), sorted(tensors)
-        hidden, layer, head, intermediate = (tensors.get(name) for name in MASK_NAMES)
-        return cls(hidden, layer, head, intermediate, hold_scale=hold_scale)
+        return cls(
+            hidden=tensors.get("hidden"),
+            layer=tensors.get("layer"),
+            attention=tensors.get("attention"),
+            feed_forward=tensors.get("feed_forward"),
+            head=tensors.get("head"),
+            intermediate=tensors.get("intermediate"),
+            hold_scale=hold_scale,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """The masks that are present, by name."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data.errors import InputError
+from pruner.shorten.parts import part_parameters
 from pruner.shorten.ranking import (
-    block_parameters,
     count_of,
     in_doubt,
     intervals,
@@ -93,7 +93,7 @@ def count(name: str, **asked: Any) -> int:
 )
 def test_published_sizes(name: str, ratio: float, params: str, blocks: int, left: int) -> None:
     source = model(name)
-    assert source.num_parameters() - blocks * block_parameters(source) == left
+    assert source.num_parameters() - blocks * part_parameters(source, "block") == left
     assert count(name, ratio=ratio) == blocks
     assert count(name, params=params) == blocks
     assert count(name, params=str(left)) == blocks
@@ -106,7 +106,7 @@ def test_blocks_beside_other_sizes() -> None:
     narrowed = replace(source, intermediate_size=source.intermediate_size // 2)
     options: dict[str, Any] = {"remove": None, "ratio": None, "params": None, "first": 4, "last": 2}
     taken = source.num_parameters() - narrowed.num_parameters()
-    block = block_parameters(narrowed)
+    block = part_parameters(narrowed, "block")
     for blocks in (1, 10):
         left = narrowed.num_parameters() - blocks * block
         assert count_of(source, narrowed, **options | {"params": str(left)}) == blocks
@@ -119,7 +119,11 @@ def test_blocks_beside_other_sizes() -> None:
 
 
 def test_a_block_of_grouped_queries() -> None:
-    assert block_parameters(model("llama-3-8b")) == 218_112_000
+    llama = model("llama-3-8b")
+    assert part_parameters(llama, "block") == 218_112_000
+    # 4096 x (32 + 8 + 8 + 32) x 128, and 3 x 4096 x 14336, each with a norm.
+    assert part_parameters(llama, "attention") == 41_943_040 + 4096
+    assert part_parameters(llama, "feed-forward") == 176_160_768 + 4096
 
 
 def test_orders_are_those_of_the_published_scores() -> None:

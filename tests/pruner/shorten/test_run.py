@@ -116,7 +116,7 @@ def test_other_sizes_are_cut_behind_the_blocks(then: str, inputs: Path, tmp_path
     shape = parse_target(f"layers=3,{then}", shape_of(load_config(inputs / "model")))
     assert shape_of(load_config(tmp_path / "out" / "model")) == shape
     assert report["refit"]["kept"] in (True, False)
-    shear(replace(config.shearing(3), output=str(tmp_path / "sheared")))
+    shear(replace(config.shearing({"layers": 3}), output=str(tmp_path / "sheared")))
     others = load_file(tmp_path / "sheared" / "masks.safetensors")
     assert others.keys() == masks.keys()
     for name, tensor in masks.items():

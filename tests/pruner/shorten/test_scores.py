@@ -11,7 +11,8 @@ from torch import Tensor
 from data.errors import InputError
 from pruner.shorten import scores
 from pruner.shorten.kept import KeptRows
-from pruner.shorten.scores import BlockScores
+from pruner.shorten.parts import parts_of
+from pruner.shorten.scores import Scores
 from tests.distributed import run_ranks
 from tests.factories import write_model
 from trainer import parallel
@@ -22,6 +23,7 @@ from trainer.parallel import DistributedContext
 from trainer.run import build_model, pretrained
 
 LAYERS = 4
+BLOCKS = parts_of("block", LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +42,19 @@ def loaded(folder: Path) -> tuple[CausalLM, DistributedContext]:
     return build_model(load_config(folder), config, context, load=pretrained(folder)), context
 
 
-def scored(criterion: str, folder: Path, output: Path) -> BlockScores:
+def scored(criterion: str, folder: Path, output: Path) -> Scores:
     model, context = loaded(folder)
     ids = sequences()
     if criterion == "ppl":
         return scores.by_perplexity(
-            model, ids, context, 2, KeptRows(output / "a.safetensors", context)
+            model, BLOCKS, ids, context, 2, KeptRows(output / "a.safetensors", context)
         )
     if criterion == "taylor":
-        return scores.by_taylor(model, ids, context)
+        return scores.by_taylor(model, BLOCKS, ids, context)
     if criterion == "magnitude":
-        return scores.by_magnitude(model, context)
+        return scores.by_magnitude(model, BLOCKS, context)
     window, measure = (1, scores.influence) if criterion == "influence" else (2, scores.angle)
-    return scores.by_angle(model, ids, context, 2, window, measure)
+    return scores.by_angle(model, BLOCKS, ids, context, 2, window, measure)
 
 
 @pytest.mark.parametrize("criterion", ["ppl", "taylor", "magnitude", "influence", "angular"])
@@ -107,7 +109,7 @@ def test_taylor_keeps_the_sign_over_the_text(folder: Path, tmp_path: Path) -> No
     assert scored("taylor", folder, tmp_path).values == pytest.approx(expected, rel=1e-4)
     assert scored("magnitude", folder, tmp_path).values == pytest.approx(sizes, rel=1e-6)
     model, context = loaded(folder)
-    scores.by_taylor(model, ids, context)
+    scores.by_taylor(model, BLOCKS, ids, context)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -146,10 +148,10 @@ def test_scoring_goes_on_from_what_is_kept(
         patch.setattr(scores, "deletion_losses", interrupted)
         kept = KeptRows(tmp_path / "cut" / "a.safetensors", context)
         with pytest.raises(KeyboardInterrupt):
-            scores.by_perplexity(model, sequences(), context, 2, kept)
+            scores.by_perplexity(model, BLOCKS, sequences(), context, 2, kept)
     again = KeptRows(tmp_path / "cut" / "a.safetensors", context)
     assert again.rows is not None and again.rows.shape == (4, 1 + LAYERS)
-    found = scores.by_perplexity(model, sequences(), context, 2, again)
+    found = scores.by_perplexity(model, BLOCKS, sequences(), context, 2, again)
     assert found.values == straight.values and found.intervals == straight.intervals
     assert KeptRows(tmp_path / "cut" / "b.safetensors", context).rows is None
     again.path.write_bytes(again.path.read_bytes()[:50])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pruner.divergence import PARTS, Divergence
-from pruner.shorten.deletion import without
+from pruner.shorten.parts import Part, without
 from pruner.shorten.search import Removed, evolve, exchanged
 from tests.distributed import run_ranks
 from tests.factories import write_model
@@ -29,7 +29,9 @@ class Measured(Divergence):
 
     def without(self, removed: Removed, parts: int = PARTS) -> float:
         name = ",".join(map(str, removed))
-        return self.of(name, lambda: without(removed, self.model, self.context.device), parts)
+        gone = [Part("layer", index) for index in removed]
+        masks = lambda: without(gone, self.model.config, self.context.device)  # noqa: E731
+        return self.of(name, masks, parts)
 
 
 def divergence(folder: Path, output: Path) -> Measured:

@@ -17,6 +17,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.families import FAMILIES, Role
 from trainer.models.hf import load_model, save_model
+from trainer.models.layer_sizes import LayerSizes
 from trainer.models.layers import LayerNorm, skip_block
 from trainer.models.masks import LayerMasks, Masks
 
@@ -24,10 +25,10 @@ from trainer.models.masks import LayerMasks, Masks
 class LayerNormBlock(nn.Module):
     """Llama's block with layer norms, as StableLM has it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, sizes: LayerSizes) -> None:
         super().__init__()
-        self.self_attn = llama.Attention(config)
-        self.mlp = llama.FeedForward(config)
+        self.self_attn = llama.Attention(config, sizes)
+        self.mlp = llama.FeedForward(config, sizes.intermediate_size)
         self.input_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
 
