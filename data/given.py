@@ -13,11 +13,14 @@ SHARED = ("output",)
 machine: what they hold is compared once it is open."""
 
 _given: dict[str, str] = {}
+_flags: set[str] = set()
 
 
 def note_given(command: str, options: Sequence[Option], values: Mapping[str, Any]) -> None:
     """Keeps the resolved `values` of the `options` of a command, by name, for `given`."""
     _given.clear()
+    _flags.clear()
+    _flags.update(option.flag for option in options)
     _given["the command"] = command
     for option in options:
         if option.name not in FREE:
@@ -28,6 +31,12 @@ def given() -> dict[str, str]:
     """The resolved options of this process's command, in words by flag, and its name; empty where
     it was not started by a command line."""
     return dict(_given)
+
+
+def has_option(flag: str) -> bool:
+    """Whether this process's command takes `flag`, so that advice may name it; true where it was
+    not started by a command line."""
+    return not _flags or flag in _flags
 
 
 def _in_words(option: Option, value: Any) -> str:

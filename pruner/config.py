@@ -220,6 +220,10 @@ class ShearConfig:
     align: int | None = None
     """Have a budget give hidden and feed-forward sizes that are multiples of this, such as 128 for
     4-bit serving kernels or 256 for GGUF's k-quants."""
+    layer_widths: Literal["uniform", "free"] = "uniform"
+    """uniform: all feed-forward layers keep as many channels; free: as many in all, but a search
+    moves them between layers, compared by the predictions after a refit (with --steps 0). Such a
+    model loads in transformers with trust_remote_code=True and the file that is saved along."""
     selection: Annotated[str | None, ON_DISK] = None
     """Keep the units that another pruned model of the source keeps: the output of a run of shear,
     or a Hugging Face folder whose weights were only cut. They are cut from the source anew and
@@ -268,6 +272,26 @@ class ShearConfig:
             raise InputError(
                 f"--selection {self.selection}: names the units to keep, and --steps "
                 f"{self.train.steps} would learn others; add --steps 0"
+            )
+        if self.layer_widths == "free":
+            self._require_free_widths()
+
+    def _require_free_widths(self) -> None:
+        """Raises InputError where another option decides how many channels layers keep."""
+        if self.train.steps:
+            raise InputError(
+                f"--layer-widths free: a search finds the widths, and masks that --steps "
+                f"{self.train.steps} would learn keep the same in every layer; add --steps 0"
+            )
+        if self.selection is not None:
+            raise InputError(
+                f"--layer-widths free: --selection {self.selection} says which channels are kept; "
+                "leave one of the two out"
+            )
+        if not self.refit.refit:
+            raise InputError(
+                "--no-refit: --layer-widths free compares what a refit makes of the widths; leave "
+                "one of the two out"
             )
 
     @property
@@ -343,7 +367,7 @@ def resolve_identity(saved: dict[str, Any]) -> dict[str, Any]:
         # Another command's run.
         return saved
     defaults = {f"masks.{name}": value for name, value in DEFAULTS[rule]["masks"].items()}
-    defaults["masks.freeze_weights"] = False
+    defaults |= {"masks.freeze_weights": False, "layer_widths": "uniform"}
     missing = {name: value for name, value in defaults.items() if saved.get(name) is None}
     # How much was measured is decided before training: what it gave is kept.
     known = {name: value for name, value in saved.items() if name != CALIBRATION}

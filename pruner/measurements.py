@@ -37,7 +37,7 @@ ROTATION = "basis"
 """Name of the rotation among the stored tensors."""
 _KINDS = {"held_out": dict, "reference": dict, "importance": bool}
 """The metadata besides the key, and what it is."""
-_LOSSES = {"*": {"loss": float, "perplexity": float, "tokens": int}}
+_LOSSES = {"*": {"loss": float, "perplexity": (float, type(None)), "tokens": int}}
 
 
 @dataclass(frozen=True, slots=True)

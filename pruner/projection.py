@@ -1,5 +1,7 @@
 """Rule "projection": the scores are projected onto a fixed count at every step."""
 
+from typing import Any
+
 from torch import Tensor
 
 from pruner.hard_concrete import gate
@@ -78,3 +80,14 @@ class Projection(Rule):
     def bound_scores(self) -> None:
         for scores in self.scores.values():
             scores -= scores.mean(-1, keepdim=True)
+
+
+class Chosen(Projection):
+    """Units that are decided before, and not trained: `units` [rows, units] of each kind."""
+
+    def __init__(self, *arguments: Any, units: dict[str, Tensor]) -> None:
+        super().__init__(*arguments)
+        self.units = {name: units[name].to(own) for name, own in self.scores.items()}
+
+    def final(self) -> dict[str, Tensor]:
+        return {name: units.detach().clone() for name, units in self.units.items()}

@@ -151,26 +151,32 @@ def refitted_divergence(
 
 def importance_of(
     model: CausalLM, config: ShearConfig, calibration: Tensor, context: DistributedContext
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Importance [rows, units] of the units of all kinds on `calibration` [m, S], by the measure of
     the resolved `config` (activations for one that does not measure all kinds at once); `model` is
-    rotated before if `config` says so. Collective."""
+    rotated before if `config` says so, by what comes second. Collective."""
     batch, masks = config.train.micro_batch, config.masks
+    rotation = None
     if masks.basis == "principal":
-        rotate(model, measure_rotation(model, calibration, context, batch))
+        rotation = measure_rotation(model, calibration, context, batch)
+        rotate(model, rotation)
     kind = "importance" if masks.init in (None, "flat", "second-order") else masks.init
     found = measure(kind, model, calibration, context, batch)
     reshard(model)
-    return {name: values[0] for name, values in found.items()}
+    return {name: values[0] for name, values in found.items()}, rotation
+
+
+def cut_units(importance: dict[str, Tensor], target: Shape, source: Shape) -> dict[str, Tensor]:
+    """The most important units, as many as `target` keeps: 1 for these, else 0, of each kind that
+    it cuts; `importance` [rows, units] of each kind."""
+    kinds = unit_kinds(target, source)
+    return {name: indicator(importance[name], kind.target) for name, kind in kinds.items()}
 
 
 def cut(source: ModelConfig, importance: dict[str, Tensor], target: Shape, held: bool) -> Masks:
-    """Masks of the most important units, as many as `target` keeps; `importance` [rows, units] of
-    each kind, `held` as Masks.hold_scale."""
+    """Masks of `cut_units`; `held` as Masks.hold_scale."""
     shape = shape_of(source)
-    kinds = unit_kinds(target, shape)
-    z = {name: indicator(importance[name], kind.target) for name, kind in kinds.items()}
-    return to_masks(z, shape, hold_scale=held)
+    return to_masks(cut_units(importance, target, shape), shape, hold_scale=held)
 
 
 class Outside:

@@ -90,8 +90,7 @@ def finish(
         z, shape_of(trainer.model.config), hold_scale=config.masks.norm_scale == "held"
     )
     extraction = Extraction(trainer.model.config, masks)
-    assert shape_of(extraction.config) == target, extraction.config
-    assert target.even == (extraction.config.layer_sizes is None), extraction.config
+    _require_target(extraction.config, target, rule)
     difference = _save_checked(trainer, extraction, masks, config, source)
     refitted = None
     if config.refits:
@@ -127,6 +126,13 @@ def finish(
         _warn_unpolarised(report)
     logger.info(f"model: {output / 'model'}  report: {output / 'shear.json'}")
     return report
+
+
+def _require_target(config: ModelConfig, target: Shape, rule: Rule) -> None:
+    """AssertionError unless the model of `config` is what was asked for."""
+    uneven = not target.even or any(kind.uneven for kind in rule.kinds.values())
+    assert shape_of(config) == target, config
+    assert uneven == (config.layer_sizes is not None), config
 
 
 def _save_checked(
@@ -203,7 +209,10 @@ def _units(rule: Rule, z: dict[str, Tensor]) -> dict[str, Any]:
     on = {name: on_counts(values) for name, values in z.items()}
     return {
         "families": {name: asdict(kind) for name, kind in rule.kinds.items()},
-        "target": {name: [kind.target] * kind.rows for name, kind in rule.kinds.items()},
+        "target": {
+            name: kept[name].tolist() if kind.uneven else [kind.target] * kind.rows
+            for name, kind in rule.kinds.items()
+        },
         "kept": {name: counts.tolist() for name, counts in kept.items()},
         "alive": {name: counts.tolist() for name, counts in on.items()},
         "kept_not_alive": {name: int((kept[name] - on[name]).sum()) for name in z},
@@ -223,8 +232,8 @@ def _selection(config: ShearConfig) -> dict[str, Any]:
 
 def _sizes(source: ModelConfig, target: ModelConfig) -> dict[str, Any]:
     return {
-        "source_shape": asdict(shape_of(source)),
-        "target_shape": asdict(shape_of(target)),
+        "source_shape": shape_of(source).to_json(),
+        "target_shape": shape_of(target).to_json(),
         "parameters": {
             "source": source.num_parameters(),
             "target": target.num_parameters(),
@@ -238,7 +247,9 @@ def _put_in_place(z: dict[str, Tensor], rotation: Tensor | None, output: Path) -
     """Publishes the checked model and writes masks and rotation; returns what went wrong, if
     anything."""
     tensors = {f"z.{name}": values for name, values in z.items()}
-    tensors |= {f"kept.{name}": kept_indices(values) for name, values in z.items()}
+    # Rows of different lengths are no tensor.
+    even = {name: values for name, values in z.items() if len({*(values > 0).sum(-1).tolist()}) < 2}
+    tensors |= {f"kept.{name}": kept_indices(values) for name, values in even.items()}
     if rotation is not None:
         tensors["basis"] = rotation.float()
     try:

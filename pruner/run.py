@@ -1,20 +1,18 @@
 """A shearing run, from validated options to the dense model and its report."""
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from data.hub import is_hub_id
+from data.given import has_option
 from data.log import logger
 from data.progress import finishing
-from data.reader import TokenReader
 from pruner.budget import parse_budget
 from pruner.callback import ShearCallback
-from pruner.config import CALIBRATION, CALIBRATION_SEQUENCES, ShearConfig, resolve, resolve_identity
+from pruner.config import CALIBRATION, ShearConfig, resolve_identity
 from pruner.history import HistoryCallback
+from pruner.inputs import Inputs, find_source, open_inputs, require_same_inputs
 from pruner.measurements import (
     Measurements,
     keep,
@@ -22,54 +20,44 @@ from pruner.measurements import (
     measure_source,
     measurements_key,
     note_kept_options,
-    sequences_ahead,
 )
-from pruner.proposal import ALTERNATIVES, TARGET_FILE, resolve_together, settled
+from pruner.projection import Chosen
+from pruner.proposal import TARGET_FILE, resolve_together
 from pruner.report import finish
 from pruner.rotation import rotate
 from pruner.rules import Rule
 from pruner.scores import initial_scores, make_rule
+from pruner.searches import with_shape, with_widths
 from pruner.selection import Selection, read_selection, selected
-from pruner.shape_search import FOLDER, ShapeSearch
-from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
-from pruner.sheared_llama import require_reachable
-from pruner.units import label, unit_kinds
+from pruner.shapes import config_of, shape_of
+from pruner.units import label
 from trainer import parallel
-from trainer.agreement import SAME_FILES, require_same
 from trainer.config import check_layout
 from trainer.distillation import (
     Teacher,
     TeacherSource,
-    check_teacher,
     load_teacher,
     teacher_identity,
 )
 from trainer.domains import (
-    DomainOptions,
-    Domains,
     begins_anew,
     drawn_again,
     mixture_identity,
-    replayed,
     resolve_mixture,
-    starting_domains,
 )
-from trainer.identity import require_own, revisions, run_identity, verify_run
-from trainer.inputs import find_model_with_data, open_data, warn_of_no_tokenizer
+from trainer.identity import revisions, run_identity, verify_run
+from trainer.inputs import open_data
 from trainer.loop import Trainer
 from trainer.memory import headroom_bytes
-from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.export import require_loadable
-from trainer.models.hf import check_weights, load_config
-from trainer.models.sources import local_folder, resolve_model, weights_fingerprint
+from trainer.models.hf import load_config
+from trainer.models.sources import resolve_model, weights_fingerprint
 from trainer.moments import FILE as MOMENTS
 from trainer.output import (
     finish_removal,
     note_removal,
     owned,
     remove_checkpoints,
-    require_apart,
     require_room,
     run_of,
     state_of,
@@ -77,24 +65,6 @@ from trainer.output import (
 from trainer.parallel import DistributedContext
 from trainer.run import build_model, build_trainer, choose_kernels, pretrained
 from trainer.saving import log_finished, publish, require_copy
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """Everything the options name, opened and checked; no weights yet."""
-
-    config: ShearConfig
-    """The options, resolved."""
-    folder: Path
-    """The source's Hugging Face folder."""
-    model: ModelConfig
-    source: Shape
-    target: Shape
-    reader: TokenReader
-    held_out: TokenReader | None
-    domains: Domains
-    selection: Selection | None
-    """Units that are kept without being measured; it may leave kinds open."""
 
 
 def shear(config: ShearConfig) -> Trainer | None:
@@ -113,8 +83,8 @@ def shear(config: ShearConfig) -> Trainer | None:
         inputs = open_inputs(config, selection)
     require_same_inputs(inputs, context)
     with owned(Path(config.output), "shear.json", context):
-        inputs, proposal = _searched(inputs, proposal, context)
-        return prune(inputs, context, proposal, kernels)
+        inputs, proposal = with_shape(inputs, proposal, context)
+        return prune(with_widths(inputs, context), context, proposal, kernels)
 
 
 def prune(
@@ -226,103 +196,6 @@ def _resolve_target(
     return replace(config, target=proposal["shape"]), proposal
 
 
-def _searched(
-    inputs: Inputs, proposal: dict[str, Any] | None, context: DistributedContext
-) -> tuple[Inputs, dict[str, Any] | None]:
-    """`inputs` with the best of the shapes that a `proposal` leaves open, and that proposal."""
-    if proposal is None or ALTERNATIVES not in proposal:
-        return inputs, proposal
-    config, output = inputs.config, Path(inputs.config.output)
-    context.raise_on_any_rank(lambda: require_own(output) if context.is_main else None)
-    shapes = [parse_target(text, inputs.source) for text in proposal[ALTERNATIVES]]
-    load = pretrained(inputs.folder)
-    model = build_model(inputs.model, config.train, context, load=load, frozen=True).eval()
-    weights = inputs.domains.weights
-    calibrated = config.masks.calibration_sequences or CALIBRATION_SEQUENCES
-    refitted = config.refit.refit_sequences + config.refit.refit_held_out
-    key = measurements_key(config, weights_fingerprint(inputs.folder), inputs.reader.fingerprint)
-    parts = [key, asdict(config.refit), config.masks.norm_scale]
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    path = output / FOLDER / f"{digest[:16]}.json"
-    calibration, ids = (
-        sequences_ahead(config, inputs.reader, weights, number) for number in (calibrated, refitted)
-    )
-    found = ShapeSearch(model, config, calibration, ids, context, path).best(shapes)
-    del model
-    proposal = settled(proposal, found, inputs.model)
-    with context.rank_zero_first():
-        return open_inputs(replace(config, target=found["shape"])), proposal
-
-
-def open_inputs(
-    config: ShearConfig, selection: Selection | None = None, *, apart: bool = False
-) -> Inputs:
-    """Opens source and data and checks that they fit each other and the target, which may remove
-    layers of blocks `apart` where a selection says which.
-
-    The weights of a hub id are fetched only when everything else is right.
-    """
-    apart = apart or selection is not None
-    parse_sizes(config.target, apart=apart)
-    options = DomainOptions(
-        weights=config.domain_weights,
-        reference=config.reference_losses,
-        reference_fit=config.reference_fit,
-    )
-    folder, model = find_source(config)
-    source = shape_of(model)
-    target = parse_target(config.target, source, apart=apart)
-    pruned = config_of(target, model)
-    require_loadable(pruned, folder)
-    require_reachable(unit_kinds(target, source), config.masks)
-    config = resolve(config, model, target)
-    reader, held_out = open_data(config.data, config.train, model, folder)
-    warn_of_no_tokenizer(folder)
-    require_apart(Path(config.output), models={"--source": folder}, data=Path(config.data))
-    check_teacher("the source", model, config.distillation, config.train, model)
-    domains = starting_domains(
-        reader.sizes,
-        options,
-        parameters=pruned.num_parameters(),
-        sheared=None,
-        needs_reference=False,
-    )
-    domains = replayed(domains, config.mixture, options, reader, config.train, {})
-    folder = resolve_model(config.source, option="--source")
-    check_weights(folder, model)
-    return Inputs(config, folder, model, source, target, reader, held_out, domains, selection)
-
-
-def require_same_inputs(inputs: Inputs, context: DistributedContext) -> None:
-    """Raises InputError on every rank where the source or the data of some are others, before
-    anything is measured on them together."""
-    if context.world > 1:
-        found = {
-            "--source": weights_fingerprint(inputs.folder),
-            "--data": inputs.reader.fingerprint,
-            "--target": inputs.target.describe(),
-        }
-        require_same(found, context.gather, SAME_FILES)
-
-
-def find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:
-    """The source's folder, where weights may still be missing, and its architecture."""
-    name = config.source
-    folder = find_model_with_data(
-        lambda: resolve_model(name, weights=False, option="--source"),
-        config.data,
-        config.train.seq_len,
-        local_folder(name) if is_hub_id(name) else name,
-    )
-    model = load_config(folder)
-    if model.layer_sizes is not None:
-        raise InputError(
-            f"--source {name}: its blocks differ in size already, and only models of even blocks "
-            "can be pruned; name the model that it was cut from"
-        )
-    return folder, model
-
-
 def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> dict[str, Any]:
     config = inputs.config
     precision = parallel.compute_dtype(config.train.precision, context.device)
@@ -339,6 +212,7 @@ def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> 
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference,
         **{name: value for name, value in masks.items() if name != CALIBRATION},
+        layer_widths=config.layer_widths,
         **({"selection": inputs.selection.key} if inputs.selection else {}),
         **((inputs.selection.options if inputs.selection else None) or {}),
         **_refit_identity(config),
@@ -375,7 +249,7 @@ def _measurements(
         assert model is not None
         logger.info(f"measuring the source: {_measured(inputs)}")
         data = (inputs.reader, inputs.held_out, inputs.domains.weights)
-        kinds = unit_kinds(inputs.target, inputs.source)
+        kinds = inputs.kinds
         measured = measure_source(model, config, context, *data, kinds, inputs.selection)
         keep(measured, output, key, context, config)
     elif model is not None and measured.rotation is not None:
@@ -426,16 +300,18 @@ def _log_notes(inputs: Inputs) -> None:
 def _log_doubt(measured: Measurements, inputs: Inputs) -> None:
     """Says which units' importance is within the noise of the calibration text."""
     parts = []
-    for name, kind in unit_kinds(inputs.target, inputs.source).items():
+    for name, kind in inputs.kinds.items():
         count = (measured.in_doubt or {}).get(name, 0)
         if count:
             what = label(name).partition(" per ")[0]
             parts.append(f"{count:,} of {kind.rows * kind.units:,} {what}")
     if parts:
         number = inputs.config.masks.calibration_sequences
+        flags = ("--calibration-sequences", "--sequences")
+        more = next((f"; {flag} takes more" for flag in flags if has_option(flag)), "")
         logger.info(
             f"importance: on other text, other units would be among the strongest: "
-            f"{', '.join(parts)} (--calibration-sequences, now {number})"
+            f"{', '.join(parts)} (measured on {number} sequences{more})"
         )
 
 
@@ -451,9 +327,11 @@ def _assemble(
     """The trainer with its newest checkpoint restored, and the rule that trains its masks."""
     config, output = inputs.config, Path(inputs.config.output)
     train, seed = config.train, config.train.seed
-    kinds = unit_kinds(inputs.target, inputs.source)
+    kinds = inputs.kinds
     scores = initial_scores(kinds, config.masks, measured.importance, seed, context.device)
     rule = make_rule(kinds, scores, config.masks, train.steps, seed)
+    if inputs.selection and inputs.selection.complete:
+        rule = Chosen(kinds, scores, config.masks, train.steps, seed, units=inputs.selection.z)
     teacher_config = None if teacher is None else inputs.model
     frozen = not config.trains_weights
     headroom = headroom_bytes(inputs.model, train, context, teacher_config, frozen=frozen)

@@ -194,7 +194,8 @@ def _shape(z: dict[str, Tensor], model: ModelConfig) -> Shape:
         hidden=counts["hidden"],
         heads=counts["kv_group"] * counts["query_head"],
         kv_heads=counts["kv_group"],
-        ffn=counts["intermediate"],
+        # Where blocks differ, their mean.
+        ffn=int((z["layer"][0] @ z["intermediate"].sum(-1)).item()) // counts["layer"],
     )
 
 

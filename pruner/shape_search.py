@@ -55,7 +55,7 @@ class ShapeSearch:
     ) -> None:
         self.model = model
         self.config = config
-        self.importance = importance_of(model, config, calibration, context)
+        self.importance, _ = importance_of(model, config, calibration, context)
         self.refitted = refitted_divergence(model, config, ids, context, path)
 
     def best(self, shapes: Sequence[Shape]) -> dict[str, Any]:

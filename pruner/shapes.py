@@ -7,7 +7,7 @@ of Sheared LLaMA (arXiv 2310.06694, appendix D) for a LLaMA-2-7B source, and tho
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from data.errors import InputError
 from trainer.models.config import ModelConfig
@@ -29,7 +29,7 @@ class Shape:
     head_dim: int
     """Channels per head; the same in source and target."""
     ffn: int
-    """Channels of the feed-forward layer."""
+    """Channels of a feed-forward layer; where they differ, the mean."""
     attention_layers: int | None = None
     """Blocks with attention, where others lack it; None: all have it."""
     mlp_layers: int | None = None
@@ -44,6 +44,10 @@ class Shape:
         """The shape in the notation of --target."""
         apart = [key for key, name in _APART.items() if getattr(self, name) is not None]
         return ",".join(f"{key}={self.size(key)}" for key in [*_FIELDS, *apart])
+
+    def to_json(self) -> dict[str, int]:
+        """The sizes by field; those of layers apart only where blocks lack some."""
+        return {name: size for name, size in asdict(self).items() if size is not None}
 
     def size(self, key: str) -> int:
         """The size that --target calls `key`."""
@@ -102,7 +106,7 @@ def shape_of(config: ModelConfig) -> Shape:
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        ffn=config.intermediate_size,
+        ffn=sum(sizes.intermediate_size for sizes in config.blocks) // max(1, feeding),
         attention_layers=None if attention == config.num_layers else attention,
         mlp_layers=None if feeding == config.num_layers else feeding,
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data import given
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -38,6 +40,12 @@ def no_process_group_left_behind() -> Iterator[None]:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def no_command_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test's command line takes is not what another test's functions were called by."""
+    monkeypatch.setattr(given, "_flags", set())
 
 
 @pytest.fixture

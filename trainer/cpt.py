@@ -44,7 +44,7 @@ from trainer.domains import (
     starting_domains,
 )
 from trainer.finished import REPORTS, report_of, without_model
-from trainer.identity import moments_of, revisions, run_identity, verify_run
+from trainer.identity import moments_of, read_identity, revisions, run_identity, verify_run
 from trainer.inputs import find_model_with_data, open_data, warn_of_no_tokenizer
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
@@ -103,6 +103,8 @@ class Inputs:
     distillation: DistillationConfig
     teacher: TeacherSource | None
     """None when distillation is off."""
+    noted_teacher: str | None
+    """Fingerprint of the teacher of a finished run, which needs it no more; None for others."""
     note: str | None
     """What to say about the teacher."""
     moments: Moments | None
@@ -220,11 +222,22 @@ def open_inputs(config: CptConfig) -> Inputs:
         mixture = replace(mixture, kind="fixed")
     used = samples_used(sheared, reader, train.seed) if weights else {}
     domains = replayed(domains, mixture, options, reader, train, used)
+    noted = _noted_teacher(Path(config.output))
+    finished = (Path(config.output) / "cpt.json").exists()
     name, distillation, note = resolve_teacher(
-        config.teacher, config.distillation, sheared if weights else None
+        config.teacher,
+        config.distillation,
+        sheared if weights else None,
+        noted=noted,
+        finished=finished,
     )
-    with _unnamed(config.teacher):
-        teacher = open_teacher(name, distillation, train, shape, reader)
+    teacher = None
+    # Of a finished run nothing is needed any more.
+    gone = finished and name is None and noted == (sheared or {}).get("source_weights")
+    noted = noted if gone and distillation.weight else None
+    if noted is None:
+        with _unnamed(config.teacher is None and name is not None):
+            teacher = open_teacher(name, distillation, train, shape, reader)
     models = {"--model": source} | ({} if teacher is None else {"--teacher": teacher.folder})
     require_apart(Path(config.output), models=models, data=Path(config.data))
     moments, moments_note = None, None
@@ -243,6 +256,7 @@ def open_inputs(config: CptConfig) -> Inputs:
         mixture=mixture,
         distillation=distillation,
         teacher=teacher,
+        noted_teacher=noted,
         note=note,
         moments=moments,
         moments_note=moments_note,
@@ -272,13 +286,22 @@ def _scheduled(train: TrainConfig, moments: Moments | None) -> TrainConfig:
     )
 
 
+def _noted_teacher(output: Path) -> str | None:
+    """Fingerprint of the teacher that the run in `output` began with; None without one."""
+    try:
+        noted = (read_identity(output) or {}).get("distill.teacher")
+    except InputError:  # verify_run says so
+        return None
+    return noted if isinstance(noted, str) else None
+
+
 @contextmanager
-def _unnamed(given: str | None) -> Iterator[None]:
-    """Says of a teacher that nobody has named, the source of a sheared model, how to do without."""
+def _unnamed(unnamed: bool) -> Iterator[None]:
+    """Says of an `unnamed` teacher, the source of a sheared model, how to do without."""
     try:
         yield
     except InputError as error:
-        if given is not None:
+        if not unnamed:
             raise
         raise InputError(
             f"{error}. It is the teacher because the report of shearing had it: "
@@ -369,7 +392,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference if dynamic else None,
         **({} if inputs.moments is None else {"moments": inputs.moments.steps}),
-        **teacher_identity(inputs.distillation, inputs.teacher),
+        **teacher_identity(inputs.distillation, inputs.teacher, inputs.noted_teacher),
         **revisions(names),
     )
 

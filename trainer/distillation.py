@@ -64,12 +64,21 @@ class Teacher:
 
 
 def resolve_teacher(
-    name: str | None, config: DistillationConfig, sheared: dict[str, Any] | None
+    name: str | None,
+    config: DistillationConfig,
+    sheared: dict[str, Any] | None,
+    *,
+    noted: str | None = None,
+    finished: bool = False,
 ) -> tuple[str | None, DistillationConfig, str | None]:
     """The teacher of continued pre-training, its options filled in, and a note for the user.
 
     What the options leave open goes on as in shearing, whose report is `sheared` (None for other
     models): the source as teacher, the weight, and the temperature and ids that are compared.
+
+    `noted` is the fingerprint of the teacher that the run in the output folder has, if there is
+    one, and `finished` whether it needs it no more. Raises InputError where it does, and the source
+    is gone.
     """
     known = (sheared or {}).get("distillation") or {}
     asked = name is not None or config.weight is not None
@@ -98,6 +107,15 @@ def resolve_teacher(
             source,
             config,
             f"learns from {source} at weight {config.weight:g}, the model it was cut from",
+        )
+    if noted is not None and noted == sheared.get("source_weights"):
+        if finished:
+            return None, config, None
+        gone = "is gone" if not Path(source).exists() else "holds other weights now"
+        raise InputError(
+            f"this run learns from {source}, which {gone}: put it back, or name another copy of "
+            "the same model with --teacher; training without it is another run, with --output and "
+            "--distill-weight 0"
         )
     if asked:
         return None, config, None
@@ -179,15 +197,22 @@ def check_teacher(
         )
 
 
-def teacher_identity(config: DistillationConfig, source: TeacherSource | None) -> dict[str, Any]:
-    """Entries of a run's identity: options and the teacher's weights; none without a teacher."""
-    if source is None:
+def teacher_identity(
+    config: DistillationConfig, source: TeacherSource | None, noted: str | None = None
+) -> dict[str, Any]:
+    """Entries of a run's identity: options and the teacher's weights; none without a teacher.
+
+    `noted` stands for the weights of a teacher that a finished run had and that is gone.
+    """
+    if source is None and (noted is None or not config.weight):
         return {}
     options = {f"distill.{name}": value for name, value in asdict(config).items()}
     if config.top_k:
         # Former versions left the others out, which trains another model.
         options["distill.top_k"] = f"{config.top_k} and the others as one"
-    return options | {"distill.teacher": weights_fingerprint(source.folder)}
+    return options | {
+        "distill.teacher": noted if source is None else weights_fingerprint(source.folder)
+    }
 
 
 def load_teacher(

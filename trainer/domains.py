@@ -240,9 +240,10 @@ def sheared_report(model: Path) -> dict[str, Any] | None:
     fix = f"restore it, or copy {model} to another folder to train it without the run's report"
     report: dict[str, Any] = read_json(path, fix)
     for name in ("weights", "reference"):
-        values = report.get(name) or {}
+        values = {} if report.get(name) is None else report[name]
         if not isinstance(values, dict) or not all(is_finite(_loss(v)) for v in values.values()):
             raise InputError(f"{path}: `{name}` must hold a finite number per domain; {fix}")
+        report[name] = values
     samples = report.get("samples") or {}
     used = samples.get("used") or {} if isinstance(samples, dict) else None
     if not isinstance(used, dict) or not all(is_kind(n, int) and n >= 0 for n in used.values()):

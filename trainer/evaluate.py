@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.masks import Masks
 from trainer.parallel import DistributedContext, reshard
 
+MOST_NATS = 700.0
+"""Above it, perplexity is infinite."""
+
+
+def perplexity(nats: float) -> float:
+    """exp(nats), infinite where that is too large for a float."""
+    return math.inf if nats > MOST_NATS else math.exp(nats)
+
 
 @dataclass(frozen=True, slots=True)
 class DomainLoss:
@@ -26,7 +35,7 @@ class DomainLoss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return perplexity(self.loss)
 
 
 @torch.no_grad()
@@ -90,10 +99,15 @@ def overall(losses: dict[str, DomainLoss]) -> DomainLoss:
     return DomainLoss(sum(d.loss * d.tokens for d in losses.values()) / tokens, tokens)
 
 
-def report(losses: dict[str, DomainLoss]) -> dict[str, dict[str, float]]:
-    """JSON-able form: {domain: {loss, perplexity, tokens}}."""
+def report(losses: dict[str, DomainLoss]) -> dict[str, dict[str, Any]]:
+    """JSON-able form: {domain: {loss, perplexity, tokens}}; JSON knows no infinity, so that an
+    infinite perplexity is None."""
     return {
-        domain: {"loss": d.loss, "perplexity": d.perplexity, "tokens": d.tokens}
+        domain: {
+            "loss": d.loss,
+            "perplexity": None if d.perplexity == math.inf else d.perplexity,
+            "tokens": d.tokens,
+        }
         for domain, d in losses.items()
     }
 

@@ -66,7 +66,7 @@ _BLOCKS = {f"shorten.{name}" for name in ("units", "criterion", "remove", "then"
 }
 FOLLOWING = {
     "distill.teacher": {"source"},
-    "selection": _BLOCKS | {"domain_weights", "seed"},
+    "selection": _BLOCKS | {"layer_widths"} | {"domain_weights", "seed"},
     "target": _BLOCKS,
     "domain_weights": {"data", "seq_len"},
     "reference_losses": {"data", "seq_len", "mixture"},

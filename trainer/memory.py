@@ -9,6 +9,7 @@ import torch
 
 from data import machine
 from data.errors import InputError, first_line, is_out_of_memory
+from data.given import has_option
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext, compute_dtype
@@ -59,14 +60,15 @@ def memory_problem(
     parts = f"{state / 1e9:.1f} GB of {what} over {shards} shard(s)"
     if gathered:
         parts += f", {gathered / 1e9:.1f} GB of gathered weights"
-    more = "start more ranks (and fewer --replicas)"
+    more = "start more ranks"
+    more += " (and fewer --replicas)" if has_option("--replicas") else ""
     if shared:
         more = "use a machine with more memory, or ranks on several"
-    fixes = [more, "train a smaller model"]
+    fixes = [more, "take a smaller model"]
     if teacher:
         parts += f", {teacher / 1e9:.1f} GB of the teacher's weights"
         fixes.append("leave the teacher out (--distill-weight 0)")
-    if gathered and state <= total:
+    if gathered and state <= total and has_option("--reshard-after-forward"):
         fixes.insert(0, "add --reshard-after-forward")
     return (
         f"a model of {parameters:,} parameters needs {needed / 1e9:.1f} GB on each "
@@ -213,18 +215,19 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
         fixes = []
         if config.micro_batch > 1:
             fixes.append(f"--micro-batch {config.micro_batch // 2}")
-        if not config.activation_checkpointing:
+        if not config.activation_checkpointing and has_option("--activation-checkpointing"):
             fixes.append("--activation-checkpointing")
         # Ranks on CPUs share their machine's memory, and one in fp32 gathers nothing.
         started, on_gpu = machine.group(), isinstance(error, torch.OutOfMemoryError)
         alone = started is None or started.world == 1
         gathers = on_gpu or not alone or config.precision == "bf16"
-        if gathers and not config.reshard_after_forward:
+        reshard = has_option("--reshard-after-forward") and not config.reshard_after_forward
+        if gathers and reshard:
             fixes.append("--reshard-after-forward")
         fixes.append("more ranks" if on_gpu else "more memory (a higher limit, another machine)")
         raise InputError(
             f"out of {'GPU ' if on_gpu else ''}memory at "
             f"--micro-batch {config.micro_batch}, --seq-len {config.seq_len}; run the same command "
-            f"with {' or '.join(fixes)}: it resumes from the last checkpoint, if there is one "
+            f"with {' or '.join(fixes)}: it goes on from what was saved, if anything was "
             f"({first_line(error)})"
         ) from None

@@ -1,6 +1,5 @@
 """Held-out losses of pruning methods: the rows of a comparison, its results and its table."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,7 +46,7 @@ _PRUNED = _COUNTS | {
 _TRAINED = _COUNTS
 _MEASURED = {
     "domains": {"*": {"loss": float}},
-    "text?": {"nll": float},
+    "text?": {"perplexity": (float, type(None))},
     "tasks?": {"*": {"metric": str, "of?": str}},
     "task_sets?": {"*": {"average": (float, type(None)), "average_stderr": (float, type(None))}},
 }
@@ -292,9 +291,9 @@ def _losses(task: Task) -> dict[str, float]:
 
 
 def _perplexity(task: Task) -> float | None:
-    """Perplexity per token of --text; None where there is none."""
+    """Perplexity per token of --text; None where there is none, or it is infinite."""
     found = read_result(task, EVALUATION, _MEASURED).get("text")
-    return None if found is None else math.exp(min(found["nll"], 700))
+    return None if found is None else found["perplexity"]
 
 
 def _accuracy(task: Task) -> dict[str, dict[str, Any]] | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
+from trainer.evaluate import perplexity
 from trainer.models.decoder import CausalLM, LossOutput
 
 
@@ -113,7 +114,7 @@ def document_perplexity(
         tokens=len(ids),
         targets=targets,
         nll=nll.item(),
-        perplexity=math.inf if mean >= 700 else math.exp(mean),
+        perplexity=perplexity(mean),
         bits_per_byte=mean / math.log(2) * len(ids) / text_bytes,
     )
 

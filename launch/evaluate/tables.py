@@ -1,5 +1,6 @@
 """What `python -m launch.evaluate` prints: one model's numbers, or several models side by side."""
 
+import math
 from collections.abc import Sequence
 from textwrap import wrap
 from typing import Any
@@ -52,7 +53,8 @@ def _print_one(console: Console, result: dict[str, Any]) -> None:
         for name in ("loss", "perplexity", "target tokens"):
             table.add_column(name, justify="right")
         for name, row in (*result["domains"].items(), ("overall", result["overall"])):
-            values = (f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", f"{row['tokens']:,}")
+            found = math.inf if row["perplexity"] is None else row["perplexity"]
+            values = (f"{row['loss']:.4f}", f"{found:.3f}", f"{row['tokens']:,}")
             table.add_row(name, *values)
         print_table(table, console)
     if "text" in result:

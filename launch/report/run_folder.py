@@ -1,7 +1,7 @@
 """What the output folders of runs tell about them, during the run and after it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def read_run(folder: Path) -> Run:
     try:
         model = _model(identity)
         if command == "shear":
-            target = parse_target(identity["target"], shape_of(model))
+            target = parse_target(identity["target"], shape_of(model), apart=True)
     except (InputError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise _unreadable(folder, error) from error
     report = read_report(finished, command, model) if finished.exists() else None
@@ -253,8 +253,8 @@ def _mask_facts(run: Run) -> dict[str, Any]:
     reached = names and all(count.current_target == count.target for count in counts.values())
     polarised = all(count.settled for count in counts.values()) if counts else None
     return {
-        "source": asdict(shape_of(run.model)),
-        "target": asdict(run.target) if run.target else None,
+        "source": shape_of(run.model).to_json(),
+        "target": run.target.to_json() if run.target else None,
         "rule": run.identity.get("masks.rule"),
         "polarised": run.report["polarised"] if run.report else polarised,
         "kept_not_alive": {name: count.between for name, count in counts.items()},

@@ -34,8 +34,9 @@ from launch.commands import child_environment
 HOST = "127.0.0.1"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_OF_ONE_CAUSE = 5
-EXPECTED_DEATHS = (-signal.SIGTERM, -signal.SIGINT)
-"""Of ranks that the launcher ends after another one failed, or that a user ends."""
+EXPECTED_DEATHS = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
+"""Of ranks that the launcher ends after another one failed, or that a user ends, of which the ranks
+themselves say what is kept."""
 KNOWN_STATUSES = (2, STOPPED, INTERRUPTED)
 """Of an InputError, of a run that saved and of Ctrl-C: the cause, where other ranks died of other
 things meanwhile."""
@@ -104,8 +105,8 @@ def _name_the_dead(failures: list[ProcessFailure]) -> None:
             name = signal.Signals(-failure.exitcode).name
             memory = ", most likely for want of memory" if name == "SIGKILL" else ""
             logger.error(
-                f"rank {failure.local_rank} was ended by {name}{memory}; the same command goes on "
-                "from the last checkpoint"
+                f"rank {failure.local_rank} was ended by {name}{memory}; run the same command "
+                "again, which goes on from what was saved, if anything was"
             )
 
 

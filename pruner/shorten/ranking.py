@@ -97,6 +97,14 @@ def count_of(
             f"{'' if sizes else ' of the parameters'}; use at least --ratio {least:g}, or "
             "--remove 1"
         )
+    _require_allowed(asked, count, units, layers, first, last)
+    return count
+
+
+def _require_allowed(
+    asked: str, count: int, units: Units, layers: int, first: int, last: int
+) -> None:
+    """Raises InputError where `count` is more than are not protected, or than can go."""
     number = len(parts_of(units, layers))
     allowed = len(removable(layers, first, last, units))
     # Fewer than there are layers of a kind, so that one is left.
@@ -110,8 +118,7 @@ def count_of(
             why = "at least one must stay"
             if number > layers:
                 why = "at least one layer of each kind must stay"
-        raise InputError(f"{asked}: takes {count} of {number} {words}, and {why}; {fix}")
-    return count
+        raise InputError(f"{asked}: takes {count} of {number} {WORDS[units]}, and {why}; {fix}")
 
 
 def replicated(rows: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from data.records import read_json
 from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
 from pruner.divergence import PARTS, Divergence
+from pruner.evolution import evolve
 from pruner.measurements import sequences_ahead
 from pruner.refitted import cut, importance_of, refitted_divergence
 from pruner.run import Inputs, find_source, open_inputs, prune, require_same_inputs
@@ -30,7 +31,7 @@ from pruner.shorten.kept import FOLDER, KeptRows
 from pruner.shorten.parts import KINDS, WORDS, Part, left_over, marks, parts_of, without
 from pruner.shorten.ranking import count_of, in_doubt, removable, take
 from pruner.shorten.scores import Scores
-from pruner.shorten.search import Removed, evolve
+from pruner.shorten.search import Removed, exchanged
 from pruner.units import APART, unit_sizes
 from trainer import parallel
 from trainer.identity import require_own, require_same_options
@@ -281,7 +282,7 @@ class Scorer:
         found = evolve(
             fitness.of,
             tuple(start),
-            [index for index in scored.order if index in allowed],
+            partial(exchanged, order=[index for index in scored.order if index in allowed]),
             generations=generations,
             offspring=offspring,
             seed=self.config.seed,
@@ -316,9 +317,9 @@ class Scorer:
         refit = config.refit
         number = refit.refit_sequences + refit.refit_held_out
         ids = sequences_ahead(config, inputs.reader, inputs.domains.weights, number)
-        units = {}
+        units: dict[str, torch.Tensor] = {}
         if self.config.then is not None:
-            units = importance_of(self.model, config, self.sequences, self.context)
+            units, _ = importance_of(self.model, config, self.sequences, self.context)
         path = self.path("refitted", [self.config.then, asdict(refit)])
         measured = refitted_divergence(self.model, config, ids, self.context, path)
         held = config.masks.norm_scale == "held"

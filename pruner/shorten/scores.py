@@ -34,11 +34,9 @@ from pruner.shorten.deletion import deletion_losses
 from pruner.shorten.kept import KeptRows
 from pruner.shorten.parts import Part, without
 from pruner.shorten.ranking import REPLICATES, intervals, order_of, replicated
+from trainer.evaluate import MOST_NATS, perplexity
 from trainer.models.decoder import CausalLM, LossOutput, next_token_targets
 from trainer.parallel import DistributedContext, to_local
-
-MOST_NATS = 700.0
-"""Above it, perplexity is infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +65,6 @@ class Scores:
         if self.whole is None:
             return pairs
         return [(perplexity(low), perplexity(high)) for low, high in pairs]
-
-
-def perplexity(nats: float) -> float:
-    """exp(nats), infinite where that is too large or no number."""
-    return math.exp(nats) if nats <= MOST_NATS else math.inf
 
 
 @torch.no_grad()

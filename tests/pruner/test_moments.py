@@ -19,18 +19,18 @@ from tests.trainer.tiny import options
 from trainer import parallel
 from trainer.loop import Trainer
 from trainer.models.decoder import CausalLM, next_token_targets
-from trainer.models.masks import MASK_NAMES, Masks
+from trainer.models.masks import Masks
 from trainer.moments import FILE
 
 
 def soft(masks: Masks) -> Masks:
     """`masks` in fp64, whose units above 0 get random values between 0.3 and 1."""
     draw = torch.Generator().manual_seed(3)
-    values = {name: getattr(masks, name).double() for name in MASK_NAMES}
+    values = {name: z.double() for name, z in masks.tensors().items()}
     changed = {
         name: z * (0.3 + 0.7 * torch.rand(z.shape, generator=draw)) for name, z in values.items()
     }
-    return replace(masks, **changed)
+    return masks.with_tensors(changed)
 
 
 def gradients(model: CausalLM, masks: Masks | None = None) -> dict[str, Tensor]:

@@ -96,8 +96,8 @@ def test_described_shape_parses_back() -> None:
             "pythia-160m",
             r"preset pythia-160m is made for Pythia-410m .*hidden=768 is outside 1\.\.576",
         ),
-        ("attention-layers=3", r"'attention-layers=3'.*cannot be removed apart.*use layers="),
-        ("layers=3,mlp_layers=2", r"'mlp_layers=2'.*cannot be removed apart"),
+        ("attention-layers=3", r"'attention-layers=3'.*not removed apart here; use layers="),
+        ("layers=3,mlp_layers=2", r"'mlp_layers=2'.*not removed apart"),
         ("1.3b", r"preset 1\.3b is made for LLaMA-2-7B .*head dim 64.*--target layers="),
     ],
 )

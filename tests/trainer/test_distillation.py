@@ -1,6 +1,7 @@
 """The frozen teacher: its share of the gradient on any number of ranks, and runs that use it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from trainer.loop import Trainer
 from trainer.memory import teacher_bytes
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.hf import init_weights, load_config, load_model
+from trainer.models.sources import weights_fingerprint
 
 HALF = DistillationConfig(weight=0.5, temperature=2.0, top_k=0)
 
@@ -342,6 +344,57 @@ def test_a_teacher_that_nobody_named_can_be_left_out(
         train(workspace, tmp_path / "out", write_model(tmp_path / "other", vocab_size=261))
     off = DistillationConfig(weight=0.0)
     pretrain(options(steps=1), model=run, distillation=off, **arguments)
+
+
+def test_a_plain_model_with_a_weight_is_told_to_name_a_teacher(
+    workspace: Path, tmp_path: Path
+) -> None:
+    plain = write_model(tmp_path / "plain", workspace / "tokenizer")
+    arguments: dict[str, Any] = {"data": workspace / "tokens", "output": tmp_path / "out"}
+    with pytest.raises(InputError, match=r"needs a model to learn from: add --teacher [^.]*$"):
+        pretrain(options(steps=1), model=plain, distillation=HALF, **arguments)
+
+
+@pytest.mark.parametrize("weight", [None, 0.5])
+@pytest.mark.parametrize("change", ["moved", "other weights"])
+def test_a_teacher_that_left_while_its_run_was_stopped(
+    weight: float | None,
+    change: str,
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = write_model(tmp_path / "source", workspace / "tokenizer", initializer_range=0.2)
+    run = tmp_path / "shear"
+    write_model(run / "model", workspace / "tokenizer")
+    report = {
+        "source": str(source),
+        "source_weights": weights_fingerprint(source),
+        "distillation": {"weight": 0.5},
+        "steps": 1,
+    }
+    (run / "shear.json").write_text(json.dumps(report))
+    arguments: dict[str, Any] = {"data": workspace / "tokens", "output": tmp_path / "out"}
+    arguments |= {"model": run, "distillation": DistillationConfig(weight=weight)}
+    with monkeypatch.context() as patch:
+        stop_during(3, patch)
+        pretrain(options(steps=6), **arguments)
+    shutil.copytree(source, tmp_path / "copy")
+    if change == "moved":
+        source.rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(source)
+        write_model(source, workspace / "tokenizer", initializer_range=0.1)
+    words = {"moved": "is gone", "other weights": "holds other weights now"}[change]
+    with pytest.raises(InputError, match=rf"learns from .*/source, which {words}: put it back, or"):
+        pretrain(options(steps=6), **arguments)
+    # As told.
+    assert pretrain(options(steps=6), teacher=str(tmp_path / "copy"), **arguments) is not None
+    # Finished, it needs the model no more.
+    assert pretrain(options(steps=6), **arguments) is None
+    off = arguments | {"distillation": DistillationConfig(weight=0.0)}
+    with pytest.raises(InputError, match=r"--distill-weight: it had a teacher"):
+        pretrain(options(steps=6), **off)
 
 
 def test_what_has_no_effect_is_said_where_shearing_had_no_teacher() -> None:

@@ -82,4 +82,7 @@ def test_overall_weighs_tokens() -> None:
     losses = {"a": DomainLoss(1.0, 30), "b": DomainLoss(2.0, 10)}
     assert overall(losses) == DomainLoss(1.25, 40)
     assert report(losses)["a"] == {"loss": 1.0, "perplexity": pytest.approx(np.e), "tokens": 30}
-    assert DomainLoss(1e9, 1).perplexity < float("inf")
+    for nats in (701.0, 1e9):
+        broken = DomainLoss(nats, 1)
+        assert broken.perplexity == float("inf")
+        assert report({"a": broken})["a"]["perplexity"] is None

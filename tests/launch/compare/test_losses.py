@@ -167,7 +167,7 @@ def write_stages(plan_tasks: list[Any], losses: dict[str, tuple[float, float]]) 
                 domains = dict(zip(("c4", "github"), ({"loss": v} for v in values), strict=True))
                 found: dict[str, Any] = {"domains": domains}
                 if "--text" in task.settings.get("flags", ()):
-                    found["text"] = {"nll": sum(values) / 4}
+                    found["text"] = {"perplexity": math.exp(sum(values) / 4)}
                 if "--tasks" in task.settings.get("flags", ()):
                     found |= task_results(values[0] / 10)
                 (task.folder / "evaluation.json").write_text(json.dumps(found))

@@ -154,7 +154,7 @@ def test_a_comparison_runs_resumes_and_grows(
     for name, row in rows.items():
         trained = held_out(small / name / "seed-0" / "trained")
         assert {domain: row["trained"][domain] for domain in trained} == trained
-        assert row["text"] > 1 and results["source_text"] > 1
+        assert 1 < row["text"] < 1000 and 1 < results["source_text"] < 1000
         assert row["shear_steps"] + row["cpt_steps"] == 4 and row["tokens"] == 4 * 2 * 32
     assert rows["blocks"]["shape"]["hidden"] == 32 and rows["blocks"]["shape"]["layers"] == 1
     assert rows["ours"]["pruned"]["alpha"] == held_out(small / "ours/seed-0/pruned")["alpha"]

@@ -200,9 +200,10 @@ def test_only_ranks_that_nobody_explained_are_named(capsys: pytest.CaptureFixtur
     # The launcher itself ended rank 1, which did not heed SIGTERM.
     ranks._name_the_dead(failures((2, 100), (-9, 130)))
     ranks._name_the_dead(failures((-15, 100), (-2, 100)))
+    ranks._name_the_dead(failures((-10, 100), (-15, 100)))
     assert capsys.readouterr().err == ""
     ranks._name_the_dead(failures((-11, 100), (-9, 130), (-15, 101)))
-    assert capsys.readouterr().err.startswith("error: rank 0 was ended by SIGSEGV; the same comma")
+    assert capsys.readouterr().err.startswith("error: rank 0 was ended by SIGSEGV; run the sam")
 
 
 def test_a_signal_while_ranks_are_started_is_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.cli import all_options
 from data.errors import InputError
 from pruner.config import RefitConfig
 from pruner.divergence import PARTS
@@ -310,3 +312,20 @@ def test_the_command_line(inputs: Path, tmp_path: Path) -> None:
     words += ["--seq-len", "32", "--no-refit", "--output", str(tmp_path / "out"), "--threads", "1"]
     main(words)
     assert report_of(tmp_path / "out")["selection"]["removed"] == [4]
+
+
+@pytest.mark.parametrize("more", [["--then", "ffn=24"], ["--units", "both"]])
+def test_what_is_printed_names_options_that_there_are(
+    more: list[str], inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--source", str(inputs / "model"), "--data", str(inputs / "tokens"), "--remove", "2"]
+    words += ["--protect-first", "1", "--protect-last", "1", "--seq-len", "32", "--threads", "1"]
+    main([*words, *more, "--output", str(tmp_path / "out")])
+    captured = capsys.readouterr()
+    lines = (captured.out + captured.err).splitlines()
+    # Commands that come next have options of their own.
+    printed = "\n".join(line for line in lines if "shorn " not in line)
+    found = set(re.findall(r"(?<![\w-])--[a-z-]+", printed))
+    assert found <= {option.flag for option in all_options(ShortenConfig)}, found
+    if more[0] == "--then":
+        assert "--sequences" in found
