@@ -9,7 +9,7 @@ from data.errors import InputError
 from data.records import fits, read_json
 from launch.commands import ROOT, command, python
 from launch.compare.config import WARMUP_RATIO, CompareConfig, Method
-from launch.compare.text import split_documents
+from launch.compare.text import content_of, split_documents
 from launch.stages import Task
 from pruner.config import calibration_sequences
 from trainer.models.sources import resolve_model
@@ -77,12 +77,17 @@ class StageMaker:
         folder = config.source if model is None else model.folder
         flags = ["--split", "train", "--seq-len", config.seq_len, "--sequences", config.sequences]
         flags += ["--precision", config.precision]
+        # What is measured on, by its content: another text at the same path is another one.
+        read: dict[str, str] = {}
         if window and config.text is not None:
             flags += ["--text", config.text, "--window", window]
+            read["--text"] = content_of(Path(config.text))
         kept: list[object] = []
         if window and config.tasks:
             flags += ["--tasks", *config.tasks]
-            flags += [] if config.task_files is None else ["--task-files", config.task_files]
+            if config.task_files is not None:
+                flags += ["--task-files", config.task_files]
+                read["--task-files"] = content_of(Path(config.task_files))
             flags += [] if config.limit is None else ["--limit", config.limit]
             # Outlives the stage's folder, which begins empty where tasks are added.
             kept = ["--task-results", self.output / TASK_RESULTS]
@@ -92,7 +97,7 @@ class StageMaker:
         return self._task(
             name,
             kind=kind,
-            settings={"flags": flags},
+            settings={"flags": flags} | read,
             after=("tokens",) if model is None else ("tokens", model.name),
             action=lambda: self._command(name, words, EVALUATION),
         )

@@ -1,5 +1,6 @@
 """Text of a comparison: documents of each domain, some to measure on and others to train on."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -58,3 +59,15 @@ def split_documents(
 def _documents(patterns: Iterable[str], output: Path) -> Iterator[Document]:
     for path in find_files(list(patterns), output):
         yield from iterate_documents(path, Fields())
+
+
+def content_of(path: Path) -> str:
+    """Tells the content of a file, or of all files of a folder with their names, from any other."""
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            own = hashlib.file_digest(opened, "sha256").hexdigest()
+        name = "" if file == path else str(file.relative_to(path))
+        digest.update(json.dumps([name, own]).encode())
+    return digest.hexdigest()[:16]

@@ -80,11 +80,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     kernels = choose_kernels(config.kernels, context)
     with context.rank_zero_first():
         paths = [resolve_model(model) for model in config.model]
+    # Configs first: transformers, which reads tokenizers, then knows models of uneven blocks.
+    shapes = [load_config(path) for path in paths]
     if reader is not None:
         _require_one_tokenizer(config, paths)
     candidates = []
-    for name, path in zip(config.model, paths, strict=True):
-        shape = load_config(path)
+    for name, path, shape in zip(config.model, paths, shapes, strict=True):
         _check_shape(config, shape, reader)
         if reader is not None:
             check_tokenizer(reader, shape, path, str(config.data))

@@ -161,6 +161,16 @@ def test_a_comparison_runs_resumes_and_grows(
     assert rows["random"]["non_embedding_parameters"] == rows["ours"]["non_embedding_parameters"]
     assert not list(tmp_path.glob("out/**/checkpoints"))
 
+    # Another text at the same path is another one.
+    commands.clear()
+    (tmp_path / "wiki.txt").write_text("Other words, in another order! " * 30)
+    other = run(configure(methods=methods, variant=once, text=text))
+    assert other is not None and other["source_text"] != results["source_text"]
+    assert set(commands) == {"launch.evaluate"}
+    (tmp_path / "wiki.txt").write_text("A text of a few words. " * 30)
+    results = run(configure(methods=methods, variant=once, text=text))
+    assert results is not None
+
     commands.clear()
     again = run(configure(methods=methods, variant=once, text=text))
     assert again == results and commands == []

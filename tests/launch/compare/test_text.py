@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from data.errors import InputError
-from launch.compare.text import split_documents
+from launch.compare.text import content_of, split_documents
 
 
 def write(path: Path, *domains: str) -> None:
@@ -51,3 +51,19 @@ def test_a_domain_without_documents_to_train_on_is_refused(tmp_path: Path) -> No
     ):
         split_documents([str(tmp_path / "0.jsonl")], ["a", "b"], 1, 2, tmp_path)
     assert not list(tmp_path.glob("*.zst"))
+
+
+def test_content_is_told_from_any_other(tmp_path: Path) -> None:
+    def folder(**files: str) -> Path:
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, text in files.items():
+            file = path / name.replace("_", "/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return path
+
+    first = folder(a="x", b_c="y")
+    others = (folder(a="x"), folder(a="y", b_c="x"), folder(a="x", b="y"), folder(a="xy", b_c=""))
+    assert content_of(first) == content_of(folder(b_c="y", a="x"))
+    assert len({content_of(path) for path in (first, *others, first / "a", first / "b/c")}) == 7
+    assert content_of(first / "a") == content_of(others[0] / "a")
