@@ -15,6 +15,7 @@ from launch.bench_shear.config import BenchShearConfig
 from launch.compare.config import CompareConfig
 from launch.demo.config import DemoConfig
 from launch.evaluate.config import EvaluateConfig
+from launch.latency.config import LatencyConfig
 from launch.report.config import ReportConfig
 from pruner.config import ShearConfig
 from pruner.shorten.config import ShortenConfig
@@ -28,6 +29,7 @@ CONFIGS = {
     "shorten": ShortenConfig,
     "cpt": CptConfig,
     "evaluate": EvaluateConfig,
+    "latency": LatencyConfig,
     "report": ReportConfig,
     "compare": CompareConfig,
     "demo": DemoConfig,
@@ -70,6 +72,8 @@ PRINTED_BY = {
     "launch/compare/": "compare shear cpt",
     "launch/demo/config.py": "demo",
     "launch/evaluate/": "evaluate",
+    # It names the command that writes the file of losses.
+    "launch/latency/": "latency evaluate",
     "launch/report/page.py": "report",
     "launch/bench_kernels/": "bench_kernels",
     "launch/bench_shear/": "bench_shear",

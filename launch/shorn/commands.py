@@ -47,6 +47,11 @@ COMMANDS = {
         "held-out loss, perplexity, accuracy on tasks",
         True,
     ),
+    "latency": Command(
+        "launch.latency.__main__",
+        "launch.latency.config:LatencyConfig",
+        "time how models generate",
+    ),
     "report": Command(
         "launch.report.__main__",
         "launch.report.config:ReportConfig",
