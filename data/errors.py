@@ -17,6 +17,10 @@ class InputError(Exception):
     """
 
 
+class MissingInput(InputError):
+    """What a command reads is not where its options say. A finished run needs it no more."""
+
+
 def require(condition: bool, name: str, value: object, limit: str) -> None:
     """Raises InputError naming the flag of the option `name` unless `condition` holds."""
     if not condition:

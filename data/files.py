@@ -4,6 +4,7 @@ They get the permissions of the user's umask.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -63,8 +64,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file as `write_text` does."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    """Writes a JSON file as `write_text` does, with null for numbers that are not finite."""
+    write_text(path, json.dumps(finite_only(content), indent=1) + "\n")
+
+
+def finite_only(value: Any) -> Any:
+    """`value` with null for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite_only(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite_only(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_copy(path: str | None, content: dict[str, Any]) -> None:

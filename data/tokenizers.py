@@ -6,8 +6,10 @@ its characters, never the special token.
 
 import hashlib
 import tempfile
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -166,9 +168,10 @@ class HuggingFaceTokenizer(Tokenizer):
         for name in (*_RECORDS, "config.json", _JSON, _BPE[0]):
             require_no_mark(folder / name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
+            with _unsaid(folder):
+                tokenizer = AutoTokenizer.from_pretrained(
+                    str(folder), local_files_only=True, trust_remote_code=False
+                )
             self._json = tokenizer.backend_tokenizer.to_str()
             self._load()
             self.vocab_size = len(tokenizer)
@@ -346,6 +349,26 @@ def _configured_bos(folder: Path) -> bool:
     if not path.is_file():
         return True
     return bool(read_json(path, _FIX).get("add_bos_token", True))
+
+
+@contextmanager
+def _unsaid(folder: Path) -> Iterator[None]:
+    """Keeps transformers from warning of a model's class that it does not know, where the folder
+    brings its own: tokenizers have nothing to do with it."""
+    from transformers.utils import logging
+
+    config = folder / "config.json"
+    if not config.is_file() or "auto_map" not in read_json(config, _FIX):
+        yield
+        return
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _required_eos(eos_id: int | None, path: Path) -> int:

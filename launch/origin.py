@@ -12,6 +12,7 @@ from data.hub import was_revision
 from data.records import fits, read_json
 from data.tokenizers import holds_tokenizer, load_tokenizer
 from launch.stages import MARKERS
+from trainer.models.hf import load_config
 from trainer.models.sources import resolve_model, weights_fingerprint
 
 FILE = "origin.json"
@@ -53,8 +54,8 @@ def first_names(
     first = {option: known["names"].get(option, name) for option, name in names.items()}
     for option, content in contents.items():
         former = known["contents"].get(option, content)
-        # Former versions wrote nothing of a tokenizer's settings.
-        if former not in (content, content.partition(":")[0]):
+        # Former versions wrote nothing of a tokenizer's settings, or of the model's.
+        if former != content and not content.startswith(f"{former}:"):
             changed = first[option] == names[option]
             why = "has changed since" if changed else f"is not {first[option]}, of which"
             then = known.get("revisions", {}).get(option)
@@ -68,15 +69,15 @@ def first_names(
 
 
 def model_fingerprint(source: str | Path) -> str:
-    """Hash of the weights and the tokenizer of a model, named as --source takes it; behind a colon
-    that of the ids which the tokenizer's settings decide."""
+    """Hash of the weights and the tokenizer of a model, named as --source takes it; behind colons
+    that of the ids which the tokenizer's settings decide, and that of the model's settings."""
     folder = resolve_model(source, option="--source")
-    parts, ids = [weights_fingerprint(folder)], ""
+    parts, ids = [weights_fingerprint(folder)], ":"
     if holds_tokenizer(folder):
         tokenizer = load_tokenizer(folder)
         parts.append(tokenizer.fingerprint)
         ids = f":{_hash(json.dumps(tokenizer.record().ids, sort_keys=True))}"
-    return _hash(" ".join(parts)) + ids
+    return f"{_hash(' '.join(parts))}{ids}:{load_config(folder).key}"
 
 
 def _hash(text: str) -> str:

@@ -288,6 +288,11 @@ class ShearConfig:
                 f"--layer-widths free: --selection {self.selection} says which channels are kept; "
                 "leave one of the two out"
             )
+        if self.masks.init in ("flat", "second-order"):
+            raise InputError(
+                f"--init {self.masks.init}: --layer-widths free chooses units by one measure of "
+                "all kinds; use importance, taylor or magnitude"
+            )
         if not self.refit.refit:
             raise InputError(
                 "--no-refit: --layer-widths free compares what a refit makes of the widths; leave "
@@ -318,6 +323,9 @@ class ShearConfig:
             if parse_budget(self.target) is None:
                 why = f"--target {self.target} leaves no size open"
                 found |= dict.fromkeys(("propose", "align"), why)
+        if self.layer_widths == "free":
+            # Channels move in steps of it.
+            found.pop("align", None)
         for flag, value in (
             ("--reference-losses", self.reference_losses),
             ("--reference-fit", self.reference_fit),

@@ -3,13 +3,19 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.errors import InputError
 from data.hub import is_hub_id
 from data.reader import TokenReader
 from pruner.config import ShearConfig, resolve
 from pruner.layer_widths import require_room_for_widths
 from pruner.selection import Selection
-from pruner.shapes import Shape, config_of, parse_sizes, parse_target, shape_of
+from pruner.shapes import (
+    Shape,
+    config_of,
+    parse_sizes,
+    parse_target,
+    require_even,
+    shape_of,
+)
 from pruner.sheared_llama import require_reachable
 from pruner.units import UnitKind, unit_kinds
 from trainer.agreement import SAME_FILES, require_same
@@ -40,6 +46,11 @@ class Inputs:
     domains: Domains
     selection: Selection | None
     """Units that are kept without being measured; it may leave kinds open."""
+
+    @property
+    def source_key(self) -> str:
+        """Tells the source from every other model: its weights, and what computes with them."""
+        return f"{weights_fingerprint(self.folder)} {self.model.key}"
 
     @property
     def kinds(self) -> dict[str, UnitKind]:
@@ -75,7 +86,7 @@ def open_inputs(
     require_loadable(pruned, folder)
     require_reachable(unit_kinds(target, source), config.masks)
     if config.layer_widths == "free":
-        require_room_for_widths(target, source)
+        require_room_for_widths(target, source, config.align)
     config = resolve(config, model, target)
     reader, held_out = open_data(config.data, config.train, model, folder)
     warn_of_no_tokenizer(folder)
@@ -116,9 +127,5 @@ def find_source(config: ShearConfig) -> tuple[Path, ModelConfig]:
         local_folder(name) if is_hub_id(name) else name,
     )
     model = load_config(folder)
-    if model.layer_sizes is not None:
-        raise InputError(
-            f"--source {name}: its blocks differ in size already, and only models of even blocks "
-            "can be pruned; name the model that it was cut from"
-        )
+    require_even(model, name)
     return folder, model

@@ -8,9 +8,9 @@ the source's once they are refitted, so that only what the refit cannot mend cou
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class WidthSearch:
             "init": self.config.masks.init,
             "search": "layer-widths",
             "widths": dict(zip(map(str, self.layers), found, strict=True)),
-            "divergence": {"before": before, "after": after},
+            "divergence": {"before": _finite(before), "after": _finite(after)},
             "refits": len(self.refitted.known),
         }
         sizes = measured_sizes(self.source)
@@ -147,8 +147,18 @@ class WidthSearch:
         return to_masks(self._units(widths), self.source, hold_scale=held)
 
 
-def require_room_for_widths(target: Shape, source: Shape) -> None:
-    """Raises InputError where the target leaves no channels to move."""
+def _finite(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def require_room_for_widths(target: Shape, source: Shape, align: int | None) -> None:
+    """Raises InputError where the target leaves no channels to move, or not in steps of `align`."""
+    if align is not None and target.ffn % align:
+        raise InputError(
+            f"--align {align}: the target's {target.ffn} channels are no multiple of it, so that "
+            f"widths would be none; use ffn={max(1, target.ffn // align) * align}"
+        )
     if target.ffn == source.ffn:
         raise InputError(
             f"--layer-widths free: the target keeps all {source.ffn} channels of every layer, so "
@@ -163,8 +173,8 @@ def require_room_for_widths(target: Shape, source: Shape) -> None:
 
 def widths_path(config: ShearConfig, target: Shape, key: str) -> Path:
     """File of the selection of `config`, resolved, from a source and text that `key` stands for."""
-    own = [key, target.describe(), config.align, config.train.seed, config.masks.norm_scale]
-    digest = hashlib.sha256(json.dumps([*own, asdict(config.refit)]).encode()).hexdigest()
+    own = [key, target.describe(), config.align]
+    digest = hashlib.sha256(json.dumps(own).encode()).hexdigest()
     return Path(config.output) / FOLDER / f"{digest[:16]}.safetensors"
 
 

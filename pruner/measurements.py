@@ -37,7 +37,7 @@ ROTATION = "basis"
 """Name of the rotation among the stored tensors."""
 _KINDS = {"held_out": dict, "reference": dict, "importance": bool}
 """The metadata besides the key, and what it is."""
-_LOSSES = {"*": {"loss": float, "perplexity": (float, type(None)), "tokens": int}}
+_LOSSES = {"*": {"loss": (float, type(None)), "perplexity": (float, type(None)), "tokens": int}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def measurements_key(
 ) -> str:
     """Hash of everything the measurements depend on.
 
-    `config` is resolved; `source` and `data` are fingerprints of weights and tokens.
+    `config` is resolved; `source` and `data` tell models and tokens apart.
     """
     train, masks = config.train, config.masks
     parts = [source, data, train.seq_len, train.eval_sequences, train.precision]

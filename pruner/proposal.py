@@ -35,6 +35,8 @@ from trainer.models.config import ModelConfig
 from trainer.parallel import DistributedContext
 
 TARGET_FILE = "target.json"
+OPEN_FILE = "shapes/proposal.json"
+"""What a search begins with, beside what it measures."""
 ALTERNATIVES = "alternatives"
 """Key of the shapes to search among, and what each costs, in a proposal that is still open."""
 FIT_TOLERANCE = 0.15
@@ -66,13 +68,24 @@ def resolve_together(
             if record is not None:
                 _require_same_way(record, budget, search, output)
                 logger.info(f"target {budget.text} is {record['shape']} ({output / TARGET_FILE})")
-            else:
+            elif search:
+                record = recorded(output, budget, source, OPEN_FILE)
+                record = record if record is not None and _usable(record, budget) else None
+            if record is None:
                 record = resolve(budget, source, context.device, dtype, search=search)
         except InputError as error:
             problem = str(error)
     context.raise_first(problem)
     shared: dict[str, Any] = context.broadcast(record)
     return shared
+
+
+def _usable(record: dict[str, Any], budget: Budget) -> bool:
+    """Whether a search that was interrupted may go on from its `record`: it was made in the same
+    way, on a machine that was quiet."""
+    latency = record.get("latency")
+    quiet = not (isinstance(latency, dict) and latency.get("busy"))
+    return record.get("align") == budget.align and quiet and ALTERNATIVES in record
 
 
 def _require_same_way(record: dict[str, Any], budget: Budget, search: bool, output: Path) -> None:
@@ -93,10 +106,13 @@ def _require_same_way(record: dict[str, Any], budget: Budget, search: bool, outp
         )
 
 
-def recorded(output: Path, budget: Budget, source: ModelConfig) -> dict[str, Any] | None:
-    """What `resolve` returned for the same budget and source when the run in `output` began; None
-    where nothing is recorded of them. Raises InputError when the record cannot be read."""
-    path = output / TARGET_FILE
+def recorded(
+    output: Path, budget: Budget, source: ModelConfig, file: str = TARGET_FILE
+) -> dict[str, Any] | None:
+    """What `resolve` returned for the same budget and source when the run in `output` began, or its
+    search (OPEN_FILE); None where nothing is recorded of them. Raises InputError when the record
+    cannot be read."""
+    path = output / file
     if not path.exists():
         return None
     record: dict[str, Any] = read_json(

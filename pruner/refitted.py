@@ -134,8 +134,8 @@ def refitted_divergence(
     if not held_out:
         raise InputError(
             f"--data {config.data}: {len(ids)} sequences in these proportions are too few to refit "
-            "on and to compare by; use more text, or a search without refits (--propose rule, "
-            "--search evolution)"
+            "on and to compare by; use more text, or no search with refits (--propose rule, "
+            "--layer-widths uniform; of blocks --search evolution)"
         )
     return RefittedDivergence(
         model,

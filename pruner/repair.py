@@ -20,6 +20,7 @@ from trainer.callbacks.evaluate import EvaluateCallback
 from trainer.loop import Trainer
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.hf import load_config
+from trainer.models.sources import weights_fingerprint
 from trainer.parallel import compute_dtype
 from trainer.run import build_model, pretrained
 from trainer.saving import full_tensors, save_tensors_of
@@ -37,6 +38,7 @@ def repair(
     plain: Path,
     *,
     source: Path,
+    rotation: Tensor | None,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Refits the model saved in `plain`, which is replaced where the result is better on held-out
@@ -48,6 +50,7 @@ def repair(
         config: resolved.
         plain: folder of the cut model.
         source: Hugging Face folder that tokenizer and companions come from.
+        rotation: the basis in which hidden dimensions are kept; None: the source's own.
         dtype: of the saved weights.
 
     Raises InputError on every rank when a file cannot be written. Interrupted, it goes on from the
@@ -61,7 +64,7 @@ def repair(
         return told | {"held_out_sequences": 0, "before": None, "after": None, "kept": False}
     before = _loss(_load(plain, trainer), held_out, trainer)
     compute = compute_dtype(trainer.config.precision, context.device)
-    folder = output / FOLDER / _key(extraction, ids, config, compute)
+    folder = output / FOLDER / _key(extraction, ids, config, compute, source, rotation)
     refitted = output / REFITTED
     pairs = refit(
         extraction,
@@ -84,9 +87,8 @@ def repair(
                 callback.measure(trainer, model)
     context.raise_on_any_rank(lambda: _settle(refitted, plain, better) if context.is_main else None)
     verdict = "kept" if better else "not better: the weights stay as they were cut"
-    logger.info(
-        f"refitted on {len(ids)} sequences; held-out loss {before:.4f} -> {after:.4f}: {verdict}"
-    )
+    losses = f"held-out loss {before:.4f} -> {after:.4f}"
+    logger.info(f"refitted on {len(ids)} sequences; {losses}: {verdict}")
     told |= {"held_out_sequences": len(held_out), "before": before, "after": after}
     return told | {"kept": better}
 
@@ -104,9 +106,21 @@ def sequences(trainer: Trainer, config: RefitConfig) -> tuple[Tensor, Tensor]:
     return ids[:cut], ids[cut:]
 
 
-def _key(extraction: Extraction, ids: Tensor, config: RefitConfig, dtype: torch.dtype) -> str:
-    """Tells refits apart: of other units, on other sequences, with another ridge or precision."""
+def _key(
+    extraction: Extraction,
+    ids: Tensor,
+    config: RefitConfig,
+    dtype: torch.dtype,
+    source: Path,
+    rotation: Tensor | None,
+) -> str:
+    """Tells refits apart: of another model in `source`, of other units, in another basis, on other
+    sequences, with another ridge or precision."""
     digest = hashlib.blake2b(digest_size=8)
+    held = extraction.masks.hold_scale
+    digest.update(f"{weights_fingerprint(source)} {extraction.source.key} {held}".encode())
+    if rotation is not None:
+        digest.update(rotation.float().numpy().tobytes())
     for name, mask in sorted(extraction.masks.tensors().items()):
         digest.update(name.encode() + mask.float().numpy().tobytes())
     digest.update(ids.numpy().tobytes() + f"{config.refit_ridge} {dtype}".encode())

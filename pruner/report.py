@@ -86,17 +86,12 @@ def finish(
     """
     output, context = Path(config.output), trainer.context
     z = {name: values.cpu() for name, values in rule.final().items()}
-    masks = to_masks(
-        z, shape_of(trainer.model.config), hold_scale=config.masks.norm_scale == "held"
-    )
+    held = config.masks.norm_scale == "held"
+    masks = to_masks(z, shape_of(trainer.model.config), hold_scale=held)
     extraction = Extraction(trainer.model.config, masks)
     _require_target(extraction.config, target, rule)
     difference = _save_checked(trainer, extraction, masks, config, source)
-    refitted = None
-    if config.refits:
-        dtype = getattr(torch, config.save_dtype)
-        unchecked = output / UNCHECKED
-        refitted = repair(trainer, extraction, config.refit, unchecked, source=source, dtype=dtype)
+    refitted = _refitted(trainer, extraction, config, source, measured)
     report = {
         "source": str(source.absolute()),
         "source_weights": weights_fingerprint(source),
@@ -126,6 +121,27 @@ def finish(
         _warn_unpolarised(report)
     logger.info(f"model: {output / 'model'}  report: {output / 'shear.json'}")
     return report
+
+
+def _refitted(
+    trainer: Trainer,
+    extraction: Extraction,
+    config: ShearConfig,
+    source: Path,
+    measured: Measurements,
+) -> dict[str, Any] | None:
+    """What the report says of the refit; None where there is none. Collective."""
+    if not config.refits:
+        return None
+    return repair(
+        trainer,
+        extraction,
+        config.refit,
+        Path(config.output) / UNCHECKED,
+        source=source,
+        rotation=measured.rotation,
+        dtype=getattr(torch, config.save_dtype),
+    )
 
 
 def _require_target(config: ModelConfig, target: Shape, rule: Rule) -> None:

@@ -64,7 +64,7 @@ from trainer.output import (
 )
 from trainer.parallel import DistributedContext
 from trainer.run import build_model, build_trainer, choose_kernels, pretrained
-from trainer.saving import log_finished, publish, require_copy
+from trainer.saving import log_finished, open_or_finished, publish, require_copy
 
 
 def shear(config: ShearConfig) -> Trainer | None:
@@ -77,14 +77,33 @@ def shear(config: ShearConfig) -> Trainer | None:
     context = parallel.init(replicas=config.train.replicas, threads=config.train.threads)
     kernels = choose_kernels(config.train.kernels, context)
     require_copy(context, config.json, Path(config.output) / "shear.json")
-    config, selection = _resolve_selection(config, context)
-    config, proposal = _resolve_target(config, context, kernels)
-    with context.rank_zero_first():
-        inputs = open_inputs(config, selection)
+    report, train = Path(config.output) / "shear.json", config.train
+    opened = open_or_finished(
+        lambda: _opened(config, context, kernels),
+        report,
+        train,
+        context,
+        copy=config.json,
+        dtype=config.save_dtype,
+    )
+    if opened is None:
+        return None
+    inputs, proposal = opened
+    config = inputs.config
     require_same_inputs(inputs, context)
     with owned(Path(config.output), "shear.json", context):
         inputs, proposal = with_shape(inputs, proposal, context)
         return prune(with_widths(inputs, context), context, proposal, kernels)
+
+
+def _opened(
+    config: ShearConfig, context: DistributedContext, kernels: str
+) -> tuple[Inputs, dict[str, Any] | None]:
+    """What the options name, and what a budget came to."""
+    config, selection = _resolve_selection(config, context)
+    config, proposal = _resolve_target(config, context, kernels)
+    with context.rank_zero_first():
+        return open_inputs(config, selection), proposal
 
 
 def prune(
@@ -135,7 +154,7 @@ def prune(
     model = build_model(
         inputs.model, config.train, context, load=load, frozen=not config.trains_weights
     )
-    measured = _measurements(inputs, context, fingerprint, None if resuming else model)
+    measured = _measurements(inputs, context, None if resuming else model)
     reference = inputs.domains.reference or measured.reference
     trainer, rule = _assemble(inputs, model, teacher, context, measured, reference, identity)
     trainer.fit()
@@ -236,12 +255,12 @@ def _teacher(inputs: Inputs) -> TeacherSource | None:
 
 
 def _measurements(
-    inputs: Inputs, context: DistributedContext, fingerprint: str, model: CausalLM | None
+    inputs: Inputs, context: DistributedContext, model: CausalLM | None
 ) -> Measurements:
     """Kept measurements of the source, or those of `model` while it still is the source; `model` is
     rotated if its basis says so."""
     config, output = inputs.config, Path(inputs.config.output)
-    key = measurements_key(config, fingerprint, inputs.reader.fingerprint, inputs.selection)
+    key = measurements_key(config, inputs.source_key, inputs.reader.fingerprint, inputs.selection)
     measured = load_kept(output, None if model is None else key, context)
     if model is None and context.is_main:
         note_kept_options(output, config)
@@ -306,8 +325,9 @@ def _log_doubt(measured: Measurements, inputs: Inputs) -> None:
             what = label(name).partition(" per ")[0]
             parts.append(f"{count:,} of {kind.rows * kind.units:,} {what}")
     if parts:
-        number = inputs.config.masks.calibration_sequences
-        flags = ("--calibration-sequences", "--sequences")
+        held = sum(inputs.reader.sizes.values())
+        number = min(inputs.config.masks.calibration_sequences or held, held)
+        flags = ("--calibration-sequences", "--sequences") if number < held else ()
         more = next((f"; {flag} takes more" for flag in flags if has_option(flag)), "")
         logger.info(
             f"importance: on other text, other units would be among the strongest: "

@@ -53,6 +53,8 @@ class Selection:
     that is more than where they come from."""
     options: Mapping[str, Any] | None = None
     """Options that decided it, as the run's identity names them."""
+    noted_key: str | None = None
+    """The key of a finished run's, of which nothing else is needed."""
 
     @property
     def complete(self) -> bool:
@@ -62,6 +64,8 @@ class Selection:
     @property
     def key(self) -> str:
         """Tells selections apart."""
+        if self.noted_key is not None:
+            return self.noted_key
         digest = hashlib.sha256()
         for name, values in sorted(self.z.items()):
             digest.update(name.encode() + values.numpy().tobytes())

@@ -112,6 +112,16 @@ def shape_of(config: ModelConfig) -> Shape:
     )
 
 
+def require_even(model: ModelConfig, name: str) -> None:
+    """Raises InputError for the source called `name` whose blocks differ in size: it cannot be
+    pruned."""
+    if model.layer_sizes is not None:
+        raise InputError(
+            f"--source {name}: its blocks differ in size already, and only models of even blocks "
+            "can be pruned; name the model that it was cut from"
+        )
+
+
 def config_of(shape: Shape, source: ModelConfig) -> ModelConfig:
     """The architecture of `source` in another shape; where it leaves open which blocks lack a
     layer, the last ones lack attention, and the first ones the feed-forward layer."""

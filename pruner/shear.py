@@ -32,9 +32,13 @@ python -m pruner.shear --target layers=24 --steps 0 --output runs/blocks
 """
 
 
+MEASURED = ("shapes", "widths", "source.safetensors", "refit")
+"""What an interrupted run goes on from before its first step."""
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(ShearConfig, section="shear", argv=argv, examples=EXAMPLES)
-    with kept_is_said(Path(config.output) / "shear.json", "shapes", "refit"):
+    with kept_is_said(Path(config.output) / "shear.json", *MEASURED):
         from pruner.run import shear
         from trainer.memory import explain_out_of_memory
 

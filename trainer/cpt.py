@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError
+from data.errors import InputError, MissingInput
 from data.hub import is_hub_id
 from data.log import logger
 from data.mixture import MixtureConfig
@@ -78,11 +78,31 @@ from trainer.run import (
     random_init,
     training_report,
 )
-from trainer.saving import final_dtype, log_finished, publish, require_copy, save_pretrained
+from trainer.saving import (
+    final_dtype,
+    log_finished,
+    open_or_finished,
+    publish,
+    require_copy,
+    save_pretrained,
+)
 from trainer.verdict import carry, show_trained
 
 SOURCE = "meta-llama/Llama-2-7b-hf"
 """The model that messages propose to shear."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """By whom a model is taught, and how."""
+
+    distillation: DistillationConfig
+    teacher: TeacherSource | None
+    """None when distillation is off."""
+    noted: str | None
+    """Fingerprint of the teacher of a finished run, which needs it no more; None for others."""
+    note: str | None
+    """What to say about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +120,7 @@ class Inputs:
     mixture: MixtureConfig
     """Fixed where the options ask for a dynamic one but no reference losses can be known; dynamic
     without any in `domains` means that the start model's are measured."""
-    distillation: DistillationConfig
-    teacher: TeacherSource | None
-    """None when distillation is off."""
-    noted_teacher: str | None
-    """Fingerprint of the teacher of a finished run, which needs it no more; None for others."""
-    note: str | None
-    """What to say about the teacher."""
+    taught: Taught
     moments: Moments | None
     """What the optimizer starts with; None: nothing."""
     moments_note: str | None
@@ -124,8 +138,16 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     context = parallel.init(replicas=train.replicas, threads=train.threads)
     kernels = choose_kernels(train.kernels, context)
     require_copy(context, config.json, output / "cpt.json")
-    with context.rank_zero_first():
-        inputs = open_inputs(config)
+
+    def opened() -> Inputs:
+        with context.rank_zero_first():
+            return open_inputs(config)
+
+    inputs = open_or_finished(
+        opened, output / "cpt.json", train, context, copy=config.json, dtype=config.save_dtype
+    )
+    if inputs is None:
+        return None
     config = replace(config, train=_scheduled(train, inputs.moments))
     _require_one_teacher(inputs, context)
     with owned(output, "cpt.json", context):
@@ -159,7 +181,9 @@ def _train(
     require_room(output, parameters, train, context, saved=parameters, dtype=dtype)
     logger.info(kernels)
     _log_notes(inputs, config)
-    teacher = load_teacher(inputs.teacher, inputs.distillation, train, inputs.shape, context)
+    teacher = load_teacher(
+        inputs.taught.teacher, inputs.taught.distillation, train, inputs.shape, context
+    )
     fresh = config.init == "random"
     load = random_init(train.seed) if fresh else pretrained(inputs.source)
     model = build_model(inputs.shape, train, context, load=None if resuming else load)
@@ -222,22 +246,8 @@ def open_inputs(config: CptConfig) -> Inputs:
         mixture = replace(mixture, kind="fixed")
     used = samples_used(sheared, reader, train.seed) if weights else {}
     domains = replayed(domains, mixture, options, reader, train, used)
-    noted = _noted_teacher(Path(config.output))
-    finished = (Path(config.output) / "cpt.json").exists()
-    name, distillation, note = resolve_teacher(
-        config.teacher,
-        config.distillation,
-        sheared if weights else None,
-        noted=noted,
-        finished=finished,
-    )
-    teacher = None
-    # Of a finished run nothing is needed any more.
-    gone = finished and name is None and noted == (sheared or {}).get("source_weights")
-    noted = noted if gone and distillation.weight else None
-    if noted is None:
-        with _unnamed(config.teacher is None and name is not None):
-            teacher = open_teacher(name, distillation, train, shape, reader)
+    taught = _taught(config, sheared if weights else None, shape, reader)
+    teacher = taught.teacher
     models = {"--model": source} | ({} if teacher is None else {"--teacher": teacher.folder})
     require_apart(Path(config.output), models=models, data=Path(config.data))
     moments, moments_note = None, None
@@ -254,13 +264,28 @@ def open_inputs(config: CptConfig) -> Inputs:
         domains=domains,
         used=used,
         mixture=mixture,
-        distillation=distillation,
-        teacher=teacher,
-        noted_teacher=noted,
-        note=note,
+        taught=taught,
         moments=moments,
         moments_note=moments_note,
     )
+
+
+def _taught(
+    config: CptConfig, sheared: dict[str, Any] | None, shape: ModelConfig, reader: TokenReader
+) -> Taught:
+    """Who teaches a model of `shape` that `sheared` is the report of."""
+    noted = _noted_teacher(Path(config.output))
+    finished = (Path(config.output) / "cpt.json").exists()
+    name, distillation, note = resolve_teacher(
+        config.teacher, config.distillation, sheared, noted=noted, finished=finished
+    )
+    # Of a finished run nothing is needed any more.
+    gone = finished and name is None and noted == (sheared or {}).get("source_weights")
+    if gone and distillation.weight:
+        return Taught(distillation, None, noted, note)
+    with _unnamed(config.teacher is None and name is not None):
+        teacher = open_teacher(name, distillation, config.train, shape, reader)
+    return Taught(distillation, teacher, None, note)
 
 
 def _moments(source: Path, config: CptConfig) -> tuple[Moments | None, str | None]:
@@ -304,7 +329,7 @@ def _unnamed(unnamed: bool) -> Iterator[None]:
         if not unnamed:
             raise
         raise InputError(
-            f"{error}. It is the teacher because the report of shearing had it: "
+            f"{error}. It is the teacher because the model was cut from it: "
             "--distill-weight 0 trains without one"
         ) from None
 
@@ -317,9 +342,9 @@ def _check_steps(config: TrainConfig) -> None:
 
 def _require_one_teacher(inputs: Inputs, context: DistributedContext) -> None:
     """Says who teaches. Raises InputError on every rank when some have no teacher."""
-    if inputs.note is not None:
-        logger.info(inputs.note)
-    found = context.gather(inputs.teacher is not None)
+    if inputs.taught.note is not None:
+        logger.info(inputs.taught.note)
+    found = context.gather(inputs.taught.teacher is not None)
     ranks = [rank for rank, own in enumerate(found) if own]
     if 0 < len(ranks) < len(found):
         raise InputError(
@@ -354,9 +379,9 @@ def _log_origin(inputs: Inputs, config: CptConfig) -> None:
             f"note: the data begins at its start: the {others:,} samples that shearing has drawn "
             "were of another --seq-len"
         )
-    open_weight = inputs.teacher is None and config.distillation.weight is None
+    open_weight = inputs.taught.teacher is None and config.distillation.weight is None
     known = is_hub_id(config.model) or any((run / name).exists() for name in REPORTS)
-    if open_weight and inputs.note is None and not known:
+    if open_weight and inputs.taught.note is None and not known:
         logger.info(
             f"note: no shear.json lies in {run}: {inputs.source.name} is trained as a model that "
             "was not sheared, without a teacher; if it was, put the shear.json of its run there"
@@ -375,11 +400,11 @@ def _reference(
 
 
 def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) -> dict[str, Any]:
-    fresh = config.init == "random"
+    fresh, taught = config.init == "random", inputs.taught
     dynamic = inputs.mixture.kind == "dynamic"
     names: dict[str, tuple[str | None, Path]] = {"--model": (config.model, inputs.source)}
-    if inputs.teacher is not None:
-        names["--teacher"] = (config.teacher, inputs.teacher.folder)
+    if inputs.taught.teacher is not None:
+        names["--teacher"] = (config.teacher, inputs.taught.teacher.folder)
     return run_identity(
         config.train,
         inputs.shape,
@@ -392,7 +417,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
         domain_weights=inputs.domains.weights,
         reference_losses=inputs.domains.reference if dynamic else None,
         **({} if inputs.moments is None else {"moments": inputs.moments.steps}),
-        **teacher_identity(inputs.distillation, inputs.teacher, inputs.noted_teacher),
+        **teacher_identity(taught.distillation, taught.teacher, taught.noted),
         **revisions(names),
     )
 
@@ -403,9 +428,9 @@ def find_model(model: str, *, weights: bool = True) -> Path:
     run = run_of(path) if path.name == "model" or path.is_symlink() else path
     run = path if (path / "run.json").exists() else run
     if (run / "run.json").exists() and not (report_of(run) and path.exists()):
-        raise InputError(f"--model {model}: is of {without_model(run)}")
+        raise MissingInput(f"--model {model}: is of {without_model(run)}")
     if not path.exists() and not is_hub_id(model):
-        raise InputError(
+        raise MissingInput(
             f"--model {model}: no such folder. Name a Hugging Face folder or hub id, or shear a "
             f"model first: {fetch_advice(SOURCE, '--source')} to\n    python -m "
             f"pruner.shear --source {local_folder(SOURCE)} --target 1.3b --output {quoted(run)}"

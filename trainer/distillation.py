@@ -90,7 +90,7 @@ def resolve_teacher(
     idle = ", ".join(f"--distill-{k.replace('_', '-')} {v:g}" for k, v in given.items())
     if config.weight is None and name is None and sheared and not known.get("weight"):
         note = "note: shearing had no teacher, so training has none either"
-        if sheared.get("source"):
+        if sheared.get("source") and Path(sheared["source"]).exists():
             note += f"; to learn from the source: --teacher {quoted(sheared['source'])}"
         note += f" (so {idle} has no effect)" if idle else ""
         return None, replace(config, weight=0.0), note

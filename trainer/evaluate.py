@@ -81,7 +81,9 @@ def evaluate(
             targets, valid = next_token_targets(ids)
             valid[len(mine) :] = False
             output = model(ids, masks=masks, targets=targets, weights=valid.float())
-            sums[0] += output.token_loss.double().sum(dim=1) @ owners
+            # Not a matrix product: a NaN times the zeros of other domains would be theirs too.
+            losses = output.token_loss.double().sum(dim=1, keepdim=True)
+            sums[0] += torch.where(owners > 0, losses, 0.0).sum(dim=0)
             sums[1] += valid.double().sum(dim=1) @ owners
             bar.update(len(passed))
     model.train(training)

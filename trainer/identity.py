@@ -24,6 +24,8 @@ DIFFERENCES = "run.differences.json"
 """Where everything is listed by which a refused run differs from the one in its output folder."""
 MOST = 3
 """Differences that a message names."""
+CUT = "..."
+"""Stands for the rest of a long value."""
 WRITTEN = (
     "model",
     "model.unchecked",
@@ -65,6 +67,7 @@ _BLOCKS = {f"shorten.{name}" for name in ("units", "criterion", "remove", "then"
     f"shorten.{name}" for name in ("protect_first", "protect_last", "sequences")
 }
 FOLLOWING = {
+    "shorten.sequences": {"seq_len"},
     "distill.teacher": {"source"},
     "selection": _BLOCKS | {"layer_widths"} | {"domain_weights", "seed"},
     "target": _BLOCKS,
@@ -254,22 +257,32 @@ def _refuse_differences(
         kinds = {"shear": "a shearing run", "cpt": "a run of continued pre-training"}
         kind = kinds.get(str(saved.get("command")), "another kind of run")
         raise InputError(f"{place} holds {kind}: {fix or 'name another --output'}")
+    if shortens(saved) != shortens(wanted):
+        kind = "shorn shorten" if shortens(saved) else "shorn shear"
+        raise InputError(f"{place} holds a run of {kind}: {fix or 'name another --output'}")
     told = _in_words(saved, wanted, names)
     changes = ", ".join(told[:MOST])
-    if len(told) > MOST:
+    cut_off = any(CUT in entry for entry in told[:MOST])
+    if len(told) > MOST or cut_off:
         both = {name: {"was": saved.get(name), "now": wanted.get(name)} for name in names}
         _write(output / DIFFERENCES, both)
-        changes += f" and {len(told) - MOST} more ({output / DIFFERENCES})"
+        more = f" and {len(told) - MOST} more" if len(told) > MOST else ""
+        changes += f"{more} ({'whole: ' if cut_off else ''}{output / DIFFERENCES})"
     if not fix:
         fix = f"{_old_values(saved, wanted, told)}, or choose another --output to start a new run"
         if names == ["steps"]:
             fix += ". Another number of steps is another learning-rate schedule"
             if (output / "model" / "config.json").exists():
                 fix += (
-                    f"; to train the finished model further, start a new run from it: --model "
-                    f"{output / 'model'} --output <new folder>"
+                    f"; to train the finished model further, start a new run from it: shorn cpt "
+                    f"--model {output / 'model'} --output <new folder>"
                 )
     raise InputError(f"{place} holds a run of another configuration: {changes}. {fix}")
+
+
+def shortens(identity: Mapping[str, Any]) -> bool:
+    """Whether a run is one of shorn shorten, as far as its identity tells."""
+    return any(name.startswith("shorten.") for name in identity)
 
 
 def _on_ranks(identity: dict[str, Any]) -> dict[str, str]:
@@ -333,7 +346,12 @@ def _in_words(saved: dict[str, Any], wanted: dict[str, Any], names: list[str]) -
             continue  # --init and --optimizer say it
         if name in FOLLOWING and not FOLLOWING[name].isdisjoint(names):
             continue
-        if name in ("source", "initial_weights"):
+        if name == "reference_losses" and old and not new:
+            told["--reference-losses"] = (
+                "--reference-losses, which came with the model: name the run of shorn shear that "
+                "it is of, or put the shear.json of that run beside the model's folder"
+            )
+        elif name in ("source", "initial_weights"):
             told.setdefault(model, f"{model} is another model")
         elif part == "model":
             told.setdefault(
@@ -374,7 +392,7 @@ def _flag(config: type, field: str, prefix: str) -> str:
 def _short(value: Any) -> str:
     """A value as it is given to its flag, where that is a matter of words."""
     text = _text(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 60 else f"{text[:57]}{CUT}"
 
 
 def _text(value: Any) -> str:

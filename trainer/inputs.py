@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from data.errors import InputError
+from data.errors import InputError, MissingInput
 from data.hub import is_offline
 from data.log import logger
 from data.machine import available_cores
 from data.manifest import FILE_NAME, HELD_OUT, TokenizerRecord, why_no_tokens
+from data.paths import quoted
 from data.places import EMPTY_FOLDER, odd_name, what_is
 from data.reader import TokenReader
 from data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
@@ -29,7 +30,8 @@ def find_model_with_data(find: Callable[[], Path], data: str, seq_len: int, toke
         missing = missing_data(data, seq_len, tokenizer)
         if missing is None:
             raise
-        raise InputError(f"model and data are both missing.\n1. {error}\n2. {missing}") from error
+        text = f"model and data are both missing.\n1. {error}\n2. {missing}"
+        raise (MissingInput if isinstance(error, MissingInput) else InputError)(text) from error
 
 
 def missing_data(data: str, seq_len: int, tokenizer: Path | str) -> str | None:
@@ -45,7 +47,7 @@ def missing_data(data: str, seq_len: int, tokenizer: Path | str) -> str | None:
         "    hf download cerebras/SlimPajama-627B --repo-type dataset --include 'train/chunk1/*' "
         f"--local-dir {TEXT_FOLDER}\n"
         f"    python -m data.tokenize --input '{TEXT_FOLDER}/train/**/*.jsonl.zst' "
-        f"--tokenizer {tokenizer} --output {data} --seq-len {seq_len} "
+        f"--tokenizer {quoted(tokenizer)} --output {quoted(data)} --seq-len {seq_len} "
         f"--workers {available_cores()}\n"
         "  (or give data.tokenize text of your own: .jsonl, .txt or .parquet)"
     )
@@ -63,7 +65,7 @@ def open_data(
     folder = Path(data)
     missing = missing_data(data, config.seq_len, source)
     if missing is not None:
-        raise InputError(missing)
+        raise MissingInput(missing)
     require_positions(config.seq_len, model)
     reader = TokenReader(folder, config.seq_len)
     check_tokenizer(reader, model, source, data)

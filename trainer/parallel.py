@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from data.errors import InputError, first_line
+from data.errors import InputError, MissingInput, first_line
 from data.given import given
 from data.log import logger
 from data.machine import Group, available_cores, group, tasks_without_ranks
@@ -101,13 +101,17 @@ class DistributedContext:
 
     def raise_on_any_rank(self, action: Callable[[], T]) -> T:
         """The result of `action`; an InputError that any rank's raises is raised on every rank."""
-        problem, results = None, []
+        caught, results = None, []
         try:
             results.append(action())
         except InputError as error:
-            problem = str(error)
-        if self.any(problem is not None):
-            self.raise_first(problem)
+            caught = error
+        if self.any(caught is not None):
+            missing = self.any(isinstance(caught, MissingInput))
+            try:
+                self.raise_first(None if caught is None else str(caught))
+            except InputError as error:
+                raise (MissingInput(str(error)) if missing else error) from caught
         return results[0]
 
     def raise_first(self, problem: str | None) -> None:

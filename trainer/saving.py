@@ -1,23 +1,27 @@
 """What a run leaves behind: the model's folder and the report."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from data.errors import InputError, failure
+from data.errors import InputError, MissingInput, failure
 from data.files import NEEDED, require_writable, write_json
 from data.log import logger
 from data.places import REPLACED
 from data.records import read_json
 from trainer.checkpoint_files import committed
+from trainer.config import TrainConfig
 from trainer.finished import ways_back
+from trainer.identity import CHANGEABLE, SCHEDULE_FIELDS, require_same_options
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import save_model
 from trainer.models.weights import original_dtype
 from trainer.parallel import DistributedContext, full_tensor
+
+T = TypeVar("T")
 
 
 def full_tensors(model: CausalLM, *, needed: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
@@ -141,6 +145,44 @@ def log_finished(
             "name another --output to train again and keep the last one"
         )
     publish(context, content, copy)
+
+
+def open_or_finished(
+    open_inputs: Callable[[], T],
+    report: Path,
+    train: TrainConfig,
+    context: DistributedContext,
+    *,
+    copy: str | None,
+    dtype: str | None = None,
+) -> T | None:
+    """What `open_inputs` gives; None where something that it reads is gone and the run of `report`
+    is finished, which needs it no more: then both are said. Collective.
+
+    Raises InputError on every rank where the run is not finished, or was started with another
+    schedule (`train`).
+    """
+    found: list[T] = []
+    problem = None
+    try:
+        found.append(open_inputs())
+    except MissingInput as error:
+        problem = str(error)
+    if not context.any(problem is not None):
+        return found[0]
+    if not context.broadcast(report.is_file() and report.stat().st_size > 0):
+        context.raise_first(problem)
+    schedule = {name: getattr(train, name) for name in SCHEDULE_FIELDS if name not in CHANGEABLE}
+    given = {name: value for name, value in schedule.items() if value is not None}
+
+    def compare() -> None:
+        require_same_options(report.parent, given)
+
+    context.raise_on_any_rank(compare if context.is_main else lambda: None)
+    text = next(text for text in context.gather(problem) if text)
+    logger.info(f"note: {text.splitlines()[0]}")
+    log_finished(context, report, copy, dtype, train.keep_last_checkpoint)
+    return None
 
 
 def _written_dtype(report: Path) -> str | None:

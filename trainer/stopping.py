@@ -24,7 +24,8 @@ def kept_is_said(report: Path, *folders: str) -> Iterator[None]:
 
     For all that a run does before its first step and after its last one; in between checkpoints
     are saved (trainer.callbacks.checkpoint). `report` is the file whose presence marks the run as
-    finished, `folders` are names of those beside it that an interrupted measurement goes on from.
+    finished, `folders` are names of files and folders beside it that an interrupted measurement
+    goes on from.
     A signal that is ignored stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -54,13 +55,18 @@ def _kept(report: Path, folders: Sequence[str]) -> str:
     if report.exists():
         return f"the run is finished, its report is {report}"
     steps = sorted(report.parent.glob("checkpoints/step-*/COMMITTED"))
-    found = [report.parent / name for name in folders if any(report.parent.glob(f"{name}/*"))]
+    found = [report.parent / name for name in folders if _holds(report.parent / name)]
     if not steps and found:
         which = " and ".join(map(str, found))
         return f"what is measured is kept in {which}; the same command goes on from it"
     if not steps:
         return "nothing was saved yet; the same command starts again"
     return f"{steps[-1].parent} is kept; run the same command again to resume"
+
+
+def _holds(path: Path) -> bool:
+    """Whether something is there to go on from: a file, or a folder with something in it."""
+    return path.is_file() or any(path.glob("*"))
 
 
 def _complain(text: str) -> None:

@@ -27,7 +27,7 @@ REPORTS = {"shear.json": SHEARED, "cpt.json": TRAINED}
 LEAST_GAP = 0.005
 """Nats per token below which a share of the gap would be a share of rounding."""
 _NUMBER = (int, float)
-_LOSSES = {"*": {"loss": _NUMBER, "tokens": int}}
+_LOSSES = {"*": {"loss": (*_NUMBER, type(None)), "tokens": int}}
 _ON = {"data": str, "seq_len": int}
 _STAGE = {
     "name": str,
@@ -99,10 +99,11 @@ def read_stage(entry: object) -> Stage | None:
 
 
 def losses_of(held_out: object) -> dict[str, DomainLoss]:
-    """The losses {domain: {loss, tokens}} of a report; none for what is none."""
+    """The losses {domain: {loss, tokens}} of a report that are finite; none for what is none."""
     if not isinstance(held_out, dict) or not fits(held_out, _LOSSES):
         return {}
-    return {d: DomainLoss(row["loss"], row["tokens"]) for d, row in held_out.items()}
+    finite = {d: row for d, row in held_out.items() if row["loss"] is not None}
+    return {d: DomainLoss(row["loss"], row["tokens"]) for d, row in finite.items()}
 
 
 def stages_of(run: Path) -> list[Stage]:

@@ -1,5 +1,6 @@
 """Held-out losses of pruning methods: the rows of a comparison, its results and its table."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -291,9 +292,12 @@ def _losses(task: Task) -> dict[str, float]:
 
 
 def _perplexity(task: Task) -> float | None:
-    """Perplexity per token of --text; None where there is none, or it is infinite."""
+    """Perplexity per token of --text; None where there is none."""
     found = read_result(task, EVALUATION, _MEASURED).get("text")
-    return None if found is None else found["perplexity"]
+    if found is None:
+        return None
+    # JSON knows no infinity.
+    return math.inf if found["perplexity"] is None else float(found["perplexity"])
 
 
 def _accuracy(task: Task) -> dict[str, dict[str, Any]] | None:

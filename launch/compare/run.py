@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from data.files import require_writable, write_copy
+from data.files import finite_only, require_writable, write_copy
 from data.find import find_files
 from data.hub import pinned
 from data.locks import folder_lock
@@ -22,9 +22,13 @@ from launch.evaluate.run import read_document
 from launch.evaluate.tasks import Tasks
 from launch.origin import first_names, model_fingerprint
 from launch.stages import Stages, Task, require_own, run_tasks
+from pruner.shapes import require_even
 from trainer.inputs import require_positions
 from trainer.models.hf import load_config
 from trainer.models.sources import resolve_model
+
+SAMPLE = 2**20
+"""Bytes at the beginning and at the end of a text by which it is known."""
 
 
 def run(config: CompareConfig) -> dict[str, Any] | None:
@@ -36,16 +40,20 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     """
     folder = resolve_model(config.source, weights=False, option="--source")
     source, revision = load_config(folder), pinned(config.source, folder)
+    require_even(source, config.source)
     require_positions(config.seq_len, source)
     require_writable(config.json, "--json")
     require_own(Path(config.output))
     if config.text is not None:
         _check_text(Path(config.text))
+    of_tasks: dict[str, Any] = {}
     if config.tasks:
         # Missing data would end the comparison after hours of training.
-        Tasks(EvaluateConfig(tasks=config.tasks, task_files=config.task_files)).load()
+        tasks = Tasks(EvaluateConfig(tasks=config.tasks, task_files=config.task_files))
+        tasks.load()
+        of_tasks = {one.name: tasks.harness.identity(one.name) for one in tasks.asked}
     files = find_files(config.input, Path(config.output))
-    maker = StageMaker(config)
+    maker = StageMaker(config, of_tasks)
     plan = dead_units_plan(maker, source) if config.dead_units else losses_plan(maker, source)
     done: set[str] = set()
     results: dict[str, Any] | None = None
@@ -57,7 +65,7 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
         shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
         results = plan.results(done)
         if results is not None:
-            write_copy(config.json, results)
+            write_copy(config.json, finite_only(results))
 
     names = {"--source": config.source, "--input": list(config.input)}
     contents = {"--source": model_fingerprint(config.source), "--input": _text_fingerprint(files)}
@@ -87,6 +95,18 @@ def _check_text(path: Path) -> None:
 
 
 def _text_fingerprint(files: Sequence[Path]) -> str:
-    """Hash of the names and sizes of files, in which the folder they lie in does not count."""
+    """Hash of the names and sizes of files, in which the folder they lie in does not count; behind
+    a colon that of their beginnings and ends, for hours of text are not read twice."""
     content = sorted((path.name, path.stat().st_size) for path in files)
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    samples = sorted((path.name, _samples(path)) for path in files)
+    first, second = (
+        hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16] for own in (content, samples)
+    )
+    return f"{first}:{second}"
+
+
+def _samples(path: Path) -> str:
+    with path.open("rb") as file:
+        begins = file.read(SAMPLE)
+        file.seek(max(0, path.stat().st_size - SAMPLE))
+        return hashlib.sha256(begins + file.read()).hexdigest()

@@ -42,8 +42,10 @@ class StageMaker:
     stage run again.
     """
 
-    def __init__(self, config: CompareConfig) -> None:
+    def __init__(self, config: CompareConfig, of_tasks: Mapping[str, Any] | None = None) -> None:
         self.config = config
+        self.of_tasks = of_tasks or {}
+        """What the results of tasks depend on besides models."""
         self.output = Path(config.output)
         self.running: set[subprocess.Popen[bytes]] = set()
         """Processes of the stages that are at work."""
@@ -78,26 +80,27 @@ class StageMaker:
         flags = ["--split", "train", "--seq-len", config.seq_len, "--sequences", config.sequences]
         flags += ["--precision", config.precision]
         # What is measured on, by its content: another text at the same path is another one.
-        read: dict[str, str] = {}
+        read: dict[str, object] = {}
         if window and config.text is not None:
             flags += ["--text", config.text, "--window", window]
             read["--text"] = content_of(Path(config.text))
         kept: list[object] = []
         if window and config.tasks:
             flags += ["--tasks", *config.tasks]
+            read["--tasks"] = self.of_tasks
             if config.task_files is not None:
                 flags += ["--task-files", config.task_files]
-                read["--task-files"] = content_of(Path(config.task_files))
             flags += [] if config.limit is None else ["--limit", config.limit]
             # Outlives the stage's folder, which begins empty where tasks are added.
             kept = ["--task-results", self.output / TASK_RESULTS]
+        named = [flag for flag in flags if flag not in (config.text, config.task_files)]
         words = ["-m", "launch.evaluate", "--model", folder, *flags, *kept]
         words += ["--data", self.output / "tokens" / "held_out"]
         words += ["--json", self.output / name / EVALUATION]
         return self._task(
             name,
             kind=kind,
-            settings={"flags": flags} | read,
+            settings={"flags": named} | read,
             after=("tokens",) if model is None else ("tokens", model.name),
             action=lambda: self._command(name, words, EVALUATION),
         )

@@ -20,7 +20,7 @@ from launch.demo.text import DOMAINS, collect
 from launch.origin import first_names, model_fingerprint
 from launch.stages import Stages, announce, require_own
 from pruner.budget import parse_budget
-from pruner.shapes import config_of, parse_default, shape_of
+from pruner.shapes import config_of, parse_default, require_even, shape_of
 from trainer.inputs import require_positions
 from trainer.models.hf import load_config
 from trainer.models.sources import convert_gguf, resolve_model
@@ -94,6 +94,7 @@ class Demo:
         """Raises InputError for a shape that the source cannot give and for sequences that it was
         not made for, before text is made."""
         model, target = load_config(self.source), self.config.target
+        require_even(model, self.config.source or str(self.source))
         require_positions(self.config.seq_len, model)
         if parse_budget(target) is None:
             config_of(parse_default(target, DemoConfig().target, shape_of(model)), model).to_hf()

@@ -1,7 +1,9 @@
 """lm-eval, EleutherAI's harness: its tasks, and our forward pass behind its interface."""
 
 import difflib
+import glob
 import hashlib
+import itertools
 import logging
 import random
 from collections import Counter
@@ -83,12 +85,14 @@ class Harness:
 
     def identity(self, name: str) -> dict[str, Any]:
         """What a task's result depends on besides the model, as far as files tell."""
-        data = {}
+        data: dict[str, list[Any]] = {}
         for config in self.leaves(name).values():
-            for text in _texts((config.get("dataset_kwargs") or {}).get("data_files")):
-                if Path(text).is_file():
-                    stat = Path(text).stat()
-                    data[text] = [stat.st_size, stat.st_mtime_ns]
+            kwargs = config.get("dataset_kwargs") or {}
+            named = [kwargs.get("data_files"), kwargs.get("data_dir"), config.get("dataset_path")]
+            for text in itertools.chain.from_iterable(map(_texts, named)):
+                for file in _files_of(text):
+                    stat = file.stat()
+                    data[str(file)] = [stat.st_size, stat.st_mtime_ns]
         return {"lm_eval": self.version, "task_files": self.digest, "data": data}
 
     def load(self, name: str, shots: int | None) -> Loaded:
@@ -285,6 +289,16 @@ def _name_of(member: Any) -> str | None:
         return member
     name = member.get("task", member.get("group"))
     return name if isinstance(name, str) and "dataset_path" not in member else None
+
+
+def _files_of(text: str) -> list[Path]:
+    """The files that a task's settings name by `text`: one, those of a folder, or of a pattern;
+    none for a name on the hub."""
+    path = Path(text)
+    if path.is_file():
+        return [path]
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(text, recursive=True))  # noqa: PTH207 - a whole path
+    return sorted(file for file in found if file.is_file())
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data.errors import InputError, naming
-from data.files import require_distinct, require_writable, write_copy
+from data.files import finite_only, require_distinct, require_writable, write_copy
 from data.formats import Format, compression_of, format_of
 from data.log import logger
 from data.manifest import TRAIN
@@ -28,7 +28,6 @@ from launch.evaluate.document import (
 from launch.evaluate.tables import print_results
 from launch.evaluate.tasks import Tasks
 from pruner.latency import decode_timer
-from pruner.shapes import shape_of
 from pruner.timing import too_busy
 from trainer import parallel
 from trainer.agreement import SAME_FILES, require_same
@@ -108,7 +107,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     whole = {"models": results, "busy": busy} if len(results) > 1 else results[0]
     if context.is_main:
         # First, for whoever reads what is printed may not read all of it.
-        write_copy(config.json, _without_nan(whole))
+        write_copy(config.json, finite_only(whole))
         print_results(config.model, results, busy)
     return whole
 
@@ -158,15 +157,6 @@ def _warn_of_damage(candidates: list[Candidate], results: list[dict[str, Any]]) 
             logger.warning(f"the loss of {one.name} is not finite: its weights are damaged{other}")
 
 
-def _without_nan(value: Any) -> Any:
-    """`value` with null for numbers that are not finite, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _require_memory(
     candidates: list[Candidate], context: parallel.DistributedContext, dtype: torch.dtype
 ) -> None:
@@ -191,7 +181,7 @@ def _time(
     for result, timing in zip(results, timings, strict=True):
         result["decoding"] = timing.to_json() | {"threads": torch.get_num_threads()}
     names = [f"{one.name} (model {index})" for index, one in enumerate(candidates, 1)]
-    shapes = [shape_of(one.shape) for one in candidates]
+    shapes = [one.shape.key for one in candidates]
     return too_busy(dict(zip(names, timings, strict=True)), dict(zip(names, shapes, strict=True)))
 
 

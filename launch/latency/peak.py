@@ -18,8 +18,7 @@ OUT_OF_MEMORY = "out of memory"
 def peak_bytes(
     folder: Path, dtype: str, threads: int, inputs: int, new: int, batch: int
 ) -> int | None:
-    """That number; None where memory ran out. Raises RuntimeError where the process failed
-    otherwise."""
+    """That number; None where memory ran out. Raises RuntimeError where the process failed."""
     words = [str(word) for word in (folder, dtype, threads, inputs, new, batch)]
     run = subprocess.run(
         [sys.executable, "-m", "launch.latency.peak", *words],

@@ -225,7 +225,7 @@ def _result(
             if row[place].times
         ]
         timings = {name: timing for name, timing, _ in timed}
-        shapes = {name: str(shape.blocks) + str(shape.hidden_size) for name, _, shape in timed}
+        shapes = {name: shape.key for name, _, shape in timed}
         busy = too_busy(timings, shapes)
         reasons += [] if busy is None else [f"batch {batch}: {busy}"]
     models = []

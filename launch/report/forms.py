@@ -13,7 +13,7 @@ from pruner.units import unit_sizes
 from trainer.models.config import ModelConfig
 
 _NUMBER = (int, float)
-_LOSSES = {"*": {"loss": _NUMBER, "tokens": int}}
+_LOSSES = {"*": {"loss": (*_NUMBER, type(None)), "tokens": int}}
 _METRIC = {
     "step": int,
     "tokens?": int,
@@ -49,7 +49,10 @@ FIX = "restore the file, or move it away to show the run without it"
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that can be drawn; a warning counts the others."""
-    return read_records(path, _is_metric)
+    records = read_records(path, _is_metric)
+    for record in records:
+        _leave_out_infinite(record)
+    return records
 
 
 def read_history(path: Path, model: ModelConfig) -> list[dict[str, Any]]:
@@ -68,7 +71,16 @@ def read_report(path: Path, command: str, model: ModelConfig) -> dict[str, Any]:
     usable = usable and all(map(_counted, losses))
     if not usable or (command == "shear" and not _has_units(report, model)):
         raise InputError(f"{path}: not a report of {command} as this version reads it; {FIX}")
+    _leave_out_infinite(report)
     return report
+
+
+def _leave_out_infinite(record: dict[str, Any]) -> None:
+    """Takes losses out that are null, which stands for what is not finite."""
+    for name in ("held_out", "source_held_out"):
+        losses = record.get(name)
+        if losses:
+            record[name] = {d: row for d, row in losses.items() if row["loss"] is not None}
 
 
 def _has_units(report: dict[str, Any], model: ModelConfig) -> bool:

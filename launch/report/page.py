@@ -19,6 +19,7 @@ from typing import Any
 from data.errors import InputError
 from data.files import require_distinct, require_writable, write_bytes, write_copy, write_text
 from data.log import logger
+from data.records import fits
 from launch.report.config import ReportConfig
 from launch.report.curves import training_groups
 from launch.report.figures import COLOURS, ORANGE, RAMP, Group, Picture
@@ -34,7 +35,7 @@ from launch.report.run_folder import (
     unit_counts,
 )
 from launch.report.verdicts import verdict_sections
-from pruner.units import label
+from pruner.units import APART, label
 from trainer.disk import size_text
 
 HERE = Path(__file__).parent
@@ -215,11 +216,13 @@ def _mask_figures(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _shapes(numbers: dict[str, Any]) -> Html:
     """The table of source and target sizes."""
-    names = [name.replace("_", " ").replace("kv", "KV") for name in numbers["source"]]
-    rows = [
-        (which, *(f"{value:,}" for value in numbers[which].values()))
-        for which in ("source", "target")
-    ]
+    source, target = numbers["source"], numbers["target"]
+    # Of layers apart the source has as many as blocks.
+    every = dict.fromkeys([*source, *target])
+    sizes = {"source": {name: source.get(name, source["layers"]) for name in every}}
+    sizes["target"] = {name: target[name] for name in every}
+    names = [name.replace("_", " ").replace("kv", "KV").replace("mlp", "MLP") for name in every]
+    rows = [(which, *(f"{value:,}" for value in own.values())) for which, own in sizes.items()]
     return table(("", *names), rows)
 
 
@@ -268,11 +271,17 @@ def _chosen(run: Run) -> str:
     found = found if isinstance(found, dict) else {}
     if found.get("from"):
         return f"it keeps the units that {found['from']} keeps (--selection)"
+    if found.get("search") == "layer-widths":
+        return (
+            f"units were chosen by their scores ({found.get('init')}), and a search moved channels "
+            "between layers"
+        )
     if found.get("search"):
         search = _SEARCHES.get(found["search"], f"and searched ({found['search']})")
         then = found.get("then")
         cut = f"; the units of {then} by the strength of their activations" if then else ""
-        return f"blocks were scored by the criterion {found.get('init')}, {search}{cut}"
+        what = "layers" if found.get("units") else "blocks"
+        return f"{what} were scored by the criterion {found.get('init')}, {search}{cut}"
     if run.report is None and "selection" in run.identity:
         return "its units were chosen before it, which its report will tell of"
     return "units were chosen once, by their initial scores"
@@ -282,19 +291,28 @@ def _by_layer(run: Run, counts: dict[str, UnitCounts]) -> list[Html]:
     """What is on in every layer; nothing where no kind has rows of layers."""
     layers = run.model.num_layers
     split = {n: c for n, c in counts.items() if c.rows > 1 and c.rows % layers == 0}
-    own = run.masks["layer"][0] if counts and "layer" in run.masks else None
-    if not split and own is None:
+    whole = {n: run.masks[n][0] for n in ("layer", *APART) if counts and n in run.masks}
+    if not split and not whole:
         return []
-    removed = removed_layers(run) if run.masks_step is None else []
-    header = ["layer", *(["mask"] if own is not None else []), *(label(name) for name in split)]
+    finished = run.masks_step is None
+    removed = removed_layers(run) if finished else []
+    words = ["mask" if name == "layer" else name.replace("_", "-") for name in whole]
+    told = (run.report or {}).get("target")
+    known: dict[str, list[int]] = told if fits(told, {"*": [int]}) else {}  # type: ignore[assignment]
+    targets = {n: known[n] for n, c in split.items() if len(known.get(n, ())) == c.rows}
+    header = ["layer", *words, *(label(name) for name in split)]
     rows = []
     for layer in range(layers):
         row = [str(layer)]
-        if own is not None:
-            row.append("removed" if layer in removed else _mask(own[layer]))
-        for count in split.values():
+        for name, own in whole.items():
+            gone = layer in removed if name == "layer" else finished and own[layer] <= 0
+            row.append("removed" if gone else _mask(own[layer]))
+        for name, count in split.items():
             each = count.rows // layers
-            row.append(f"{_span(count.on[layer * each :][:each])} / {count.target:,}")
+            part = whole.get("feed_forward" if name == "intermediate" else "attention")
+            target = targets[name][layer * each] if name in targets else count.target
+            text = f"{_span(count.on[layer * each :][:each])} / {target:,}"
+            row.append("" if finished and part is not None and part[layer] <= 0 else text)
         rows.append(row)
     explanation = "Units on / target in each layer; a layer whose own mask is 0 is removed whole."
     return [

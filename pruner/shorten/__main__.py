@@ -6,7 +6,7 @@ Runs alone or under torchrun (`torchrun --nproc_per_node 8 -m pruner.shorten ...
 from pathlib import Path
 
 from data.cli import parse, run
-from pruner.shorten.config import ShortenConfig
+from pruner.shorten.config import SEARCHES, ShortenConfig
 
 EXAMPLES = """
 python -m pruner.shorten --source meta-llama/Llama-2-7b-hf --params 5.5b
@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     from trainer.stopping import kept_is_said
 
     report = Path(config.output) / "shear.json"
-    with kept_is_said(report, "scores", "refit"), explain_out_of_memory(config.train):
+    # Other criteria take one pass, which begins anew.
+    scored = ["scores"] if config.criterion == "ppl" or config.search in SEARCHES else []
+    with kept_is_said(report, *scored, "refit"), explain_out_of_memory(config.train):
         shorten(config)
 
 

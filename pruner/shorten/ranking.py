@@ -87,7 +87,7 @@ def count_of(
             sizes = "" if left == total else f"{left:,} in the sizes of --then, "
             raise InputError(
                 f"{asked}: the source has {total:,} parameters, {sizes}and {left - block:,} "
-                "without one of its blocks; ask for at most that"
+                f"without one of its {words}; ask for at most that"
             )
     if count < 1:
         least = math.ceil(1000 * (total - left + block) / total) / 1000
@@ -107,14 +107,19 @@ def _require_allowed(
     """Raises InputError where `count` is more than are not protected, or than can go."""
     number = len(parts_of(units, layers))
     allowed = len(removable(layers, first, last, units))
-    # Fewer than there are layers of a kind, so that one is left.
-    most = min(allowed, layers - 1)
+    # Where no block is protected, fewer than there are layers of a kind, so that one is left.
+    most = allowed if allowed < number else layers - 1
     if count > most:
-        fix = f"ask for at most {most}" + (", or protect fewer" if allowed < layers else "")
+        unprotected = layers - 1
+        fix = f"ask for at most --remove {most}"
         if not most:
             fix = "protect fewer, such as --protect-first 0 --protect-last 0"
+            if count > unprotected:
+                fix += f", and ask for at most --remove {unprotected}"
+        elif allowed < number and most < unprotected:
+            fix += ", or protect fewer"
         why = f"--protect-first {first} and --protect-last {last} leave {allowed} to take from"
-        if allowed >= layers:
+        if allowed == number:
             why = "at least one must stay"
             if number > layers:
                 why = "at least one layer of each kind must stay"

@@ -34,15 +34,14 @@ from pruner.shorten.scores import Scores
 from pruner.shorten.search import Removed, exchanged
 from pruner.units import APART, unit_sizes
 from trainer import parallel
-from trainer.identity import require_own, require_same_options
+from trainer.identity import read_identity, require_own, require_same_options
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.masks import Masks
-from trainer.models.sources import weights_fingerprint
 from trainer.output import owned
 from trainer.parallel import DistributedContext
 from trainer.run import build_model, choose_kernels, pretrained
-from trainer.saving import publish, require_copy
+from trainer.saving import open_or_finished, publish, require_copy
 
 SHOWN = 12
 """Blocks or layers in the printed table."""
@@ -69,23 +68,45 @@ def shorten(config: ShortenConfig) -> None:
     context = parallel.init(threads=config.threads)
     kernels = choose_kernels(config.kernels, context)
     require_copy(context, config.json, Path(config.output) / "shear.json")
-    with context.rank_zero_first():
-        inputs, count = _open(config)
-    require_same_inputs(inputs, context)
     output = Path(config.output)
+
+    def opened() -> tuple[Inputs, int]:
+        with context.rank_zero_first():
+            return _open(config)
+
+    report, train = output / "shear.json", config.train
+    found = open_or_finished(
+        opened, report, train, context, copy=config.json, dtype=config.save_dtype
+    )
+    if found is None:
+        return
+    inputs, count = found
+    require_same_inputs(inputs, context)
     with owned(output, "shear.json", context):
         options = _options(config, count)
 
         def check() -> None:
             require_own(output)
             if (output / "shear.json").exists():
-                require_same_options(output, options)
+                # Before anything is scored that a finished run has no use for. A run without a
+                # selection is one of shearing.
+                if "selection" not in (read_identity(output) or {"selection": ""}):
+                    raise InputError(f"{output} holds a run of shorn shear: name another --output")
+                schedule = {"seed": config.seed, "seq_len": config.seq_len}
+                require_same_options(output, options | schedule | _refit(config))
 
         context.raise_on_any_rank(check if context.is_main else lambda: None)
         inputs = _selected(config, inputs, count, context)
         assert inputs.selection is not None
         selection = replace(inputs.selection, options=options)
         prune(replace(inputs, selection=selection), context, None, kernels)
+
+
+def _refit(config: ShortenConfig) -> dict[str, Any]:
+    """The refit's options, as the run's identity names them."""
+    if not config.refit.refit:
+        return {"refit.refit": False}
+    return {f"refit.{name}": value for name, value in asdict(config.refit).items()}
 
 
 def _open(config: ShortenConfig) -> tuple[Inputs, int]:
@@ -141,9 +162,10 @@ def _selected(
     layers = inputs.model.num_layers
     allowed = removable(layers, config.protect_first, config.protect_last, config.units)
     scorer = Scorer(config, inputs, context)
-    search: list[Any] = [config.seed, *config.rounds]
+    # What is told of them depends on all of it, beside which they are.
+    search: list[Any] = [config.seed, *config.rounds, config.then]
     if config.search == "refitted":
-        search += [config.then, asdict(config.refit)]
+        search.append(asdict(config.refit))
     path = scorer.path("chosen", [config.criterion, config.search, count, allowed, *search])
     told = context.broadcast(_chosen(path) if context.is_main else None)
     if told is None:
@@ -216,10 +238,11 @@ class Scorer:
             inputs.config, inputs.reader, inputs.domains.weights, config.scored_sequences
         )
         """[n, S], what training draws first."""
-        if len(self.sequences) < config.scored_sequences and config.sequences is not None:
+        asked = config.sequences is not None and "sequences" not in config.idle()
+        if asked and len(self.sequences) < config.scored_sequences:
             logger.info(
                 f"note: --sequences {config.sequences}: {config.data} holds {len(self.sequences)} "
-                "in these proportions, and blocks are scored on those"
+                f"in these proportions, and {WORDS[config.units]} are scored on those"
             )
 
     @property
@@ -367,7 +390,7 @@ class Scorer:
         """File of what is kept under `name` of measurements of `what` on this text."""
         precision = parallel.compute_dtype(self.config.precision, self.context.device)
         digest = hashlib.sha256(self.sequences.numpy().tobytes())
-        parts = [weights_fingerprint(self.inputs.folder), str(precision), what]
+        parts = [self.inputs.source_key, str(precision), what]
         parts += [] if self.config.units == "block" else [self.config.units]
         digest.update(json.dumps(parts).encode())
         folder = Path(self.config.output) / FOLDER
@@ -394,7 +417,7 @@ def _told(scorer: Scorer, choice: Choice, allowed: list[int]) -> dict[str, Any]:
         "order": scorer.names(scored.order),
         "scores": [_finite(value) for value in scored.values],
         "intervals": pairs and [[_finite(low), _finite(high)] for low, high in pairs],
-        "intact": scored.whole,
+        "intact": None if scored.whole is None else _finite(scored.whole),
         "protected": scorer.names(sorted(set(range(len(scored.values))) - set(allowed))),
         "removed": scorer.names(sorted(choice.removed)),
         "removed_in_order": scorer.names(choice.removed),

@@ -50,11 +50,13 @@ class Scores:
     text, or all of it together, was read."""
     whole: float | None = None
     """The same measure of the intact model (ppl)."""
+    nats: list[float] | None = None
+    """Logarithms of the values (ppl), which are told apart where the values are infinite."""
 
     @property
     def order(self) -> list[int]:
         """Numbers of all parts, the least score first."""
-        return order_of(self.values)
+        return order_of(self.values if self.nats is None else self.nats)
 
     @property
     def intervals(self) -> list[tuple[float, float]] | None:
@@ -160,16 +162,18 @@ def from_losses(rows: Tensor, seq_len: int, number: int, removed: Sequence[int] 
             "suit it; use --precision fp32"
         )
     # A model without its first block may overflow: it cannot do without that block.
-    losses = losses.nan_to_num(nan=torch.inf).clamp(max=2 * MOST_NATS)
+    most = 2 * max(MOST_NATS, float(losses[:, 0].max()))
+    losses = losses.nan_to_num(nan=torch.inf).clamp(max=most)
     left = [index for index in range(number) if index not in removed]
     means = torch.full((REPLICATES, number), torch.inf, dtype=torch.float64)
     # Texts differ in how hard they are far more than blocks do, and in that all blocks are equal.
     intact = losses[:, :1]
     means[:, left] = replicated(losses[:, 1:] - intact) + intact.mean()
-    values = [math.inf] * number
-    for index, nats in zip(left, losses[:, 1:].mean(0).tolist(), strict=True):
-        values[index] = perplexity(nats)
-    return Scores(values, means, perplexity(losses[:, 0].mean().item()))
+    nats = [math.inf] * number
+    for index, mean in zip(left, losses[:, 1:].mean(0).tolist(), strict=True):
+        nats[index] = mean
+    values = [perplexity(mean) for mean in nats]
+    return Scores(values, means, perplexity(losses[:, 0].mean().item()), nats)
 
 
 class StreamAngles:

@@ -156,6 +156,7 @@ def test_saved_identities_of_unresolved_options_are_those_of_today(rule: Any) ->
     today = {f"masks.{name}": value for name, value in asdict(resolve_masks(given)).items()}
     assert today.keys() == SAVED[rule].keys() | {"masks.freeze_weights"}
     del today["masks.calibration_sequences"]
+    today["layer_widths"] = "uniform"
     assert resolve_identity({"steps": 8, **SAVED[rule]}) == {"steps": 8, **today}
     assert resolve_identity(today) == today
     assert resolve_identity({"command": "cpt"}) == {"command": "cpt"}

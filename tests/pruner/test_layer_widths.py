@@ -107,6 +107,14 @@ def test_it_goes_on_from_what_it_knows(
     assert report_of(output)["selection"]["widths"] == first["selection"]["widths"]
     with pytest.raises(InputError, match=r"--layer-widths was 'free', now 'uniform'"):
         shear(replace(config, layer_widths="uniform"))
+    # Nothing is searched of which a finished run has no use.
+    for options, words in (
+        ({"target": "layers=3,ffn=16"}, "--target was"),
+        ({"refit": RefitConfig(refit_sequences=8, refit_held_out=8)}, "--refit-sequences was 16"),
+        ({"train": replace(config.train, seed=3)}, "--seed was 0, now 3"),
+    ):
+        with pytest.raises(InputError, match=words):
+            shear(replace(config, **options))
     # The same units, by the run's masks.
     again = replace(
         config,
@@ -139,6 +147,8 @@ def _find(inputs: Path, output: Path) -> None:
     [
         ({"target": "layers=3,ffn=48"}, r"--layer-widths free: the target keeps all 48 channels"),
         ({"target": "layers=1,ffn=24"}, r"--layer-widths free: the target has one block"),
+        ({"align": 7}, r"--align 7: the target's 24 channels are no multiple .* use ffn=21"),
+        ({"masks": MaskConfig(init="second-order")}, r"--init second-order: --layer-widths free"),
         ({"selection": "x"}, r"--layer-widths free: --selection x says which"),
         ({"refit": RefitConfig(refit=False)}, r"--no-refit: --layer-widths free compares"),
         ({"train": TrainConfig(steps=4)}, r"--steps 4 would learn keep the same .* add --steps 0"),

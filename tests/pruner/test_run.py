@@ -389,7 +389,7 @@ def test_no_weights_are_fetched_for_a_call_that_cannot_work(
         assert not weights, "weights were asked for"
         return inputs / "model"
 
-    monkeypatch.setattr(run_module, "resolve_model", resolve)
+    monkeypatch.setattr("pruner.inputs.resolve_model", resolve)
     for options in ({"target": "hidden=23,heads=2"}, {"data": "/nowhere"}, {"seq_len": 512}):
         with pytest.raises(InputError):
             shear(configure(inputs, tmp_path / "out", source="some/model", **options))

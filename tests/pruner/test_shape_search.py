@@ -129,7 +129,7 @@ def test_a_run_takes_the_best_shape(
         assert {parse_target(row["shape"], source).layers for row in record["search"]} == {2}
     assert f"taken: --target {record['shape']}" in capsys.readouterr().out
     # A finished run is only shown.
-    monkeypatch.setattr(run_module, "ShapeSearch", None)
+    monkeypatch.setattr("pruner.searches.ShapeSearch", None)
     assert shear(config) is None
     for changes, message in (
         ({"propose": "rule"}, r"--propose was search, now rule\. Repeat"),
@@ -138,3 +138,34 @@ def test_a_run_takes_the_best_shape(
     ):
         with pytest.raises(InputError, match=message):
             shear(configure(inputs, tmp_path / "out", **options | changes))
+
+
+def test_an_interrupted_search_for_a_speedup_goes_on(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among the same shapes, though what would be timed now is something else."""
+    out = tmp_path / "out"
+    config = configure(inputs, out, target="params=26k", propose="search", steps=0)
+    original = ShapeSearch.of
+
+    def interrupted(self: ShapeSearch, shape: Shape, number: int) -> float:
+        if len(self.refitted.known) == 3:
+            raise KeyboardInterrupt
+        return original(self, shape, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShapeSearch, "of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shear(config)
+    measured: list[str] = []
+    measure = RefittedDivergence._measure
+
+    def counted(self: RefittedDivergence, *arguments: Any) -> float:
+        measured.append("")
+        return measure(self, *arguments)
+
+    monkeypatch.setattr("pruner.proposal.resolve", None)
+    monkeypatch.setattr(RefittedDivergence, "_measure", counted)
+    shear(config)
+    (kept,) = [path for path in (out / "shapes").glob("*.json") if path.name != "proposal.json"]
+    assert len(json.loads(kept.read_text())) == len(measured) + 3

@@ -338,7 +338,7 @@ def test_a_teacher_that_nobody_named_can_be_left_out(
     report = {"source": str(teachers / "tied"), "distillation": {"weight": 0.5}, "steps": 1}
     (run / "shear.json").write_text(json.dumps(report))
     arguments: dict[str, Any] = {"data": workspace / "tokens", "output": tmp_path / "out"}
-    with pytest.raises(InputError, match=r"student 261: .*shearing had it: --distill-weight 0 "):
+    with pytest.raises(InputError, match=r"student 261: .*cut from it: --distill-weight 0 "):
         pretrain(options(steps=1), model=run, **arguments)
     with pytest.raises(InputError, match=r"student's vocabulary$"):
         train(workspace, tmp_path / "out", write_model(tmp_path / "other", vocab_size=261))
@@ -403,13 +403,24 @@ def test_what_has_no_effect_is_said_where_shearing_had_no_teacher() -> None:
     assert note is not None and "--distill-temperature 1 has no effect" in note
 
 
-def test_a_teacher_is_named_as_a_shell_takes_it() -> None:
+def test_a_teacher_is_named_as_a_shell_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, _, note = resolve_teacher(None, DistillationConfig(), {"source": "my models/base"})
+    # It is gone.
+    assert note is not None and "--teacher" not in note
+    (tmp_path / "my models" / "base").mkdir(parents=True)
     _, _, note = resolve_teacher(None, DistillationConfig(), {"source": "my models/base"})
     assert note is not None and note.endswith("--teacher 'my models/base'")
 
 
 @pytest.mark.parametrize("known", [None, {}, {"weight": 0.0}])
-def test_training_after_shearing_without_a_teacher_says_that_it_has_none(known: Any) -> None:
+def test_training_after_shearing_without_a_teacher_says_that_it_has_none(
+    known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "base").mkdir(parents=True)
     sheared = {"source": "models/base", "distillation": known}
     name, config, note = resolve_teacher(None, DistillationConfig(), sheared)
     assert (name, config.weight) == (None, 0.0)

@@ -1,5 +1,6 @@
 """Held-out losses against a direct computation, on any number of ranks."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch.nn.functional as F
 from data.errors import InputError
 from data.reader import TokenReader
 from tests.distributed import run_ranks
+from tests.factories import write_model, write_tokens
 from tests.trainer.tiny import SHAPE, options
 from trainer import parallel
 from trainer.evaluate import DomainLoss, evaluate, overall, report
 from trainer.models.decoder import CausalLM
-from trainer.models.hf import init_weights
+from trainer.models.hf import init_weights, load_model
 from trainer.run import build_model, random_init
 
 LENGTH = 32
@@ -86,3 +88,17 @@ def test_overall_weighs_tokens() -> None:
         broken = DomainLoss(nats, 1)
         assert broken.perplexity == float("inf")
         assert report({"a": broken})["a"]["perplexity"] is None
+
+
+def test_a_loss_that_is_no_number_is_that_of_its_domain(tmp_path: Path) -> None:
+    model_folder = write_model(tmp_path / "model", tie_word_embeddings=False)
+    data = write_tokens(tmp_path / "tokens", model_folder)
+    model = load_model(model_folder)
+    reader = TokenReader(data, 32)
+    used = [set(reader.read(d, np.arange(2)).flatten().tolist()) for d in ("alpha", "beta")]
+    with torch.no_grad():
+        rows = sorted(used[1] - used[0])
+        model.get_submodule(model.names.embedding).get_parameter("weight")[rows] = torch.nan
+    assert rows
+    found = evaluate(model, reader, ["alpha", "beta"], 2, 4, parallel.init(threads=1))
+    assert math.isfinite(found["alpha"].loss) and math.isnan(found["beta"].loss)

@@ -197,3 +197,19 @@ def test_a_run_that_noted_no_revision_tells_that_there_may_be_others(tmp_path: P
         match=r"Repeat the old values .*acme/tiny@b is .* of now, --model acme/tiny@REVISION anoth",
     ):
         verify(tmp_path, options(), initial_weights="2", **noted)
+
+
+def test_values_that_are_cut_off_are_written_whole(tmp_path: Path) -> None:
+    weights = {f"domain-{number}": number / 45 for number in range(10)}
+    verify(tmp_path, options(), started=False, domain_weights=weights)
+    with pytest.raises(InputError, match=r"--domain-weights was .*\(whole: .*json\)\. Repeat"):
+        verify(tmp_path, options(), domain_weights=dict(reversed(weights.items())) | {"x": 1.0})
+    told = json.loads((tmp_path / "run.differences.json").read_text())
+    assert told["domain_weights"]["was"] == weights
+
+
+def test_losses_that_came_with_a_model_are_not_asked_of_the_user(tmp_path: Path) -> None:
+    """Where its folder was moved away from the report of shearing."""
+    verify(tmp_path, options(), started=False, reference_losses={"a": 2.5, "b": 3.5})
+    with pytest.raises(InputError, match=r"put the shear.json of that run beside the model"):
+        verify(tmp_path, options(), reference_losses={})

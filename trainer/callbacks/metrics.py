@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data.errors import InputError, failure
-from data.files import write_bytes
+from data.files import finite_only, write_bytes
 from data.log import logger
 from data.records import is_kind, read_bytes, require_regular
 from trainer.loop import Callback, Trainer
@@ -44,7 +44,9 @@ class StepLog:
     def write(self, record: dict[str, Any], separators: tuple[str, str] | None = None) -> None:
         """Appends a line; nothing where the file is not open."""
         if self._file is not None:
-            self._waiting += (json.dumps(record, separators=separators) + "\n").encode()
+            self._waiting += (
+                json.dumps(finite_only(record), separators=separators) + "\n"
+            ).encode()
             self._flush()
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -276,6 +278,12 @@ class ModelConfig:
     def traits(self) -> Family:
         """What its family determines: names, config keys, block."""
         return FAMILIES[self.family]
+
+    @property
+    def key(self) -> str:
+        """Tells architectures apart: a hash of everything that decides what the weights compute."""
+        values = {name: v for name, v in dataclasses.asdict(self).items() if name != "hf"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def _largest(self) -> LayerSizes:

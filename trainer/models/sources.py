@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from data.errors import InputError, failure, naming
+from data.errors import InputError, MissingInput, failure, naming
 from data.files import follow_umask, sync_files
 from data.gguf import gguf_files, is_gguf
 from data.hub import (
@@ -89,7 +89,7 @@ def resolve_model(source: str | Path, *, weights: bool = True, option: str = "--
             f"{option} {page}"
         )
     found, advice = what_is(path), odd_name(text, patterns=False)
-    raise InputError(
+    raise MissingInput(
         f"{option} {text}: no such model{found and f', it is {found}'}{advice and f'; {advice}'}. "
         "Give a folder with config.json and *.safetensors, a "
         ".gguf file, a finished run's folder, or a hub id such as meta-llama/Llama-2-7b-hf "
@@ -158,7 +158,7 @@ def _refuse_parts_of_runs(path: Path, option: str) -> None:
         if (run / "model" / "config.json").is_file():
             raise InputError(f"{option} {path}: is no model; the run's model is {run / 'model'}")
         part = "the folder" if run == place else "a part"
-        raise InputError(f"{option} {path}: is {part} of {without_model(run)}")
+        raise MissingInput(f"{option} {path}: is {part} of {without_model(run)}")
 
 
 def fetch_advice(name: str, option: str) -> str:
@@ -319,7 +319,7 @@ def _from_hub(name: str, weights: bool, option: str) -> Path:
         else:
             text = (str(error).splitlines() or [type(error).__name__])[0]
             reason = f"it cannot be downloaded ({text})"
-        raise InputError(
+        raise MissingInput(
             f"{option} {name}: not a folder here, not in the local Hugging Face cache, and "
             f"{reason}. To get it, {fetch_advice(name, option)}"
         ) from error

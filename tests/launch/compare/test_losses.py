@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from data.errors import InputError
+from data.files import finite_only
 from launch.compare.config import CompareConfig
-from launch.compare.losses import block_count, leads, losses_plan, print_results
+from launch.compare.losses import _spread, block_count, leads, losses_plan, print_results
 from launch.compare.stages import StageMaker
 from launch.stages import Task
 from trainer.models.config import ModelConfig
@@ -268,7 +269,7 @@ def test_accuracy_on_tasks_is_that_of_trained_models_and_the_source(
     for old, new in zip(before.tasks, plan.tasks, strict=True):
         if old.settings != new.settings:
             changed.append(new.name)
-            flags = ["--tasks", "mmlu", "some", "--task-files", "files", "--limit", 9]
+            flags = ["--tasks", "mmlu", "some", "--task-files", "--limit", 9]
             assert new.settings["flags"] == [*old.settings["flags"], *flags]
     # All that was pruned or trained before, and measured before training, is reused.
     assert changed == ["source", "half/ours/seed-0/trained", "half/ours/seed-1/trained"]
@@ -383,3 +384,39 @@ def test_nothing_is_printed_of_a_target_without_rows(capsys: pytest.CaptureFixtu
         }
     )
     assert capsys.readouterr().out == ""
+
+
+def test_an_infinite_perplexity_is_shown_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It neither leaves its column to another number, nor its seed out."""
+    spread = {"mean": 2.0, "min": 2.0, "max": 2.0}
+    accuracy = {"metric": "acc", "mean": 0.25, "min": 0.25, "max": 0.25, "stderr": 0.01}
+    entry = {
+        "target": "half",
+        "method": "ours",
+        "seeds": [0, 1],
+        "non_embedding_parameters": 10**6,
+        "kept_not_alive": [],
+        "pruned": {},
+        "trained": {"all": spread},
+        "text": _spread([20.0, math.inf]),
+        "tasks": {"sciq": accuracy},
+    }
+    results: dict[str, Any] = {
+        "source_held_out": {"all": 1.0},
+        "source_text": math.inf,
+        "source_tasks": {"sciq": {"metric": "acc", "value": 0.5, "stderr": 0.01}},
+        "source_non_embedding_parameters": 10**6,
+        "targets": {"half": "layers=1"},
+        "summary": [entry],
+        "leads": [],
+        "missing_rows": 0,
+    }
+    print_results(results)
+    lines = capsys.readouterr().out.splitlines()
+    (source,) = [line for line in lines if "source" in line]
+    (ours,) = [line for line in lines if "ours" in line]
+    assert [cell.strip() for cell in source.split("│")[-3:-1]] == ["inf", "0.500 ±0.010"]
+    assert [cell.strip()[:5] for cell in ours.split("│")[-3:-1]] == ["inf (", "0.250"]
+    assert finite_only(results)["source_text"] is None

@@ -295,3 +295,28 @@ def test_weights_that_are_no_numbers_give_no_accuracy(
     assert json.loads(found.read_text())["tasks"]["choice"]["acc"] is None
     assert "is not finite: its weights are damaged" in capsys.readouterr().err
     assert not list((tmp_path / "result.tasks").glob("*"))
+
+
+def test_data_of_any_form_decides_which_results_are_kept(tmp_path: Path) -> None:
+    """A file, a pattern, a folder of files, and a folder that is a dataset of its own."""
+    files, data = tmp_path / "tasks", tmp_path / "data"
+    files.mkdir()
+    data.mkdir()
+    (data / "test.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n")
+    forms = {
+        "file": {"data_files": {"test": str(data / "test.jsonl")}},
+        "pattern": {"data_files": {"test": str(data / "*.jsonl")}},
+        "folder": {"data_dir": str(data)},
+    }
+    for name, kwargs in forms.items():
+        task = {"task": name, "dataset_path": "json", "dataset_kwargs": kwargs}
+        (files / f"{name}.yaml").write_text(json.dumps(task | {"test_split": "test"}))
+    own = {"task": "own", "dataset_path": str(data), "test_split": "test"}
+    (files / "own.yaml").write_text(json.dumps(own))
+    found = Harness([*forms, "own"], files)
+    before = {name: found.identity(name) for name in (*forms, "own")}
+    assert before == {name: found.identity(name) for name in before}
+    with (data / "test.jsonl").open("a") as file:
+        file.write(json.dumps(QUESTIONS[1]) + "\n")
+    for name, known in before.items():
+        assert found.identity(name) != known, name

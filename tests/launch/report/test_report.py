@@ -298,6 +298,8 @@ def test_a_run_of_no_steps(runs: Path, tmp_path: Path) -> None:
         ({"from": "runs/other"}, "keeps the units that runs/other keeps (--selection)."),
         ({"init": "ppl", "search": "one-shot"}, "by the criterion ppl, and those of least score"),
         ({"init": "taylor", "search": "greedy", "then": "ffn=8"}, "; the units of ffn=8 by"),
+        ({"init": "ppl", "search": "one-shot", "units": ["attention 0"]}, "layers were scored by"),
+        ({"init": "taylor", "search": "layer-widths"}, "scores (taylor), and a search moved chan"),
         ({"init": "ppl", "search": "new"}, "by the criterion ppl, and searched (new)."),
     ):
         told = report | {"selection": report["selection"] | chosen}

@@ -151,7 +151,7 @@ def test_it_can_be_trained(inputs: Path, tmp_path: Path) -> None:
         (
             {"units": "both", "remove": 5, "protect_first": 0, "protect_last": 0},
             r"takes 5 of 10 attention and feed-forward layers, and at least one layer of each kind "
-            r"must stay; ask for at most 4",
+            r"must stay; ask for at most --remove 4",
         ),
         (
             {"units": "attention", "remove": 5, "protect_first": 0, "protect_last": 0},
@@ -190,3 +190,9 @@ def test_ratio_and_params_count_layers(inputs: Path, tmp_path: Path) -> None:
             shorten(configure(inputs, again, units=units, remove=None, **options))
             assert report_of(again)["parameters"]["target"] == left
             assert json.loads((again / "shear.json").read_text())["selection"]["removed"]
+
+
+def test_all_layers_that_are_not_protected_may_go(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shorten(configure(inputs, output, units="both", remove=6, criterion="reverse"))
+    assert present(output) == [(True, True), (True, True)]

@@ -158,7 +158,10 @@ def test_protected_blocks_are_passed_over() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"remove": 27}, r"--remove 27: takes 27 of 32 .*--protect-last 2 leave 26 .*at most 26"),
+        (
+            {"remove": 27},
+            r"--remove 27: takes 27 of 32 .*--protect-last 2 leave 26 .*at most --remove 26",
+        ),
         ({"ratio": 0.85}, r"--ratio 0.85: takes 28 of 32 blocks"),
         ({"ratio": 0.02}, r"--ratio 0.02: removes no block, because one is 3.0% .*--ratio 0.031"),
         ({"params": "6.7b"}, r"--params 6.7b: the source has 6,738,415,616 .* 6,536,032,256 witho"),
@@ -166,11 +169,11 @@ def test_protected_blocks_are_passed_over() -> None:
         ({"params": "some"}, r"--params 'some' is not a number of parameters"),
         (
             {"remove": 32, "first": 0, "last": 0},
-            r"takes 32 of 32 blocks, and at least one must stay; ask for at most 31$",
+            r"takes 32 of 32 blocks, and at least one must stay; ask for at most --remove 31$",
         ),
         (
             {"ratio": 0.99, "first": 0, "last": 0},
-            r"takes 32 of 32 blocks, and at least one must stay; ask for at most 31$",
+            r"takes 32 of 32 blocks, and at least one must stay; ask for at most --remove 31$",
         ),
         ({"remove": 1, "first": 31, "last": 1}, r"leave 0 to .*such as --protect-first 0"),
     ],

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -320,7 +321,7 @@ def test_what_is_printed_names_options_that_there_are(
 ) -> None:
     words = ["--source", str(inputs / "model"), "--data", str(inputs / "tokens"), "--remove", "2"]
     words += ["--protect-first", "1", "--protect-last", "1", "--seq-len", "32", "--threads", "1"]
-    main([*words, *more, "--output", str(tmp_path / "out")])
+    main([*words, *more, "--sequences", "4", "--output", str(tmp_path / "out")])
     captured = capsys.readouterr()
     lines = (captured.out + captured.err).splitlines()
     # Commands that come next have options of their own.
@@ -329,3 +330,29 @@ def test_what_is_printed_names_options_that_there_are(
     assert found <= {option.flag for option in all_options(ShortenConfig)}, found
     if more[0] == "--then":
         assert "--sequences" in found
+
+
+def test_what_is_kept_is_of_this_very_model(inputs: Path, tmp_path: Path) -> None:
+    """Scores are not those of the same weights under other settings, and what is told of the choice
+    is what this command says."""
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    config = configure(inputs, tmp_path / "out", source=str(tmp_path / "model"), then="ffn=24")
+    shorten(config)
+    first = report_of(tmp_path / "out")["selection"]
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"rms_norm_eps": 0.5}))
+    for name in ("shear.json", "run.json"):
+        (tmp_path / "out" / name).unlink()
+    shutil.rmtree(tmp_path / "out" / "model")
+    (tmp_path / "out" / "masks.safetensors").unlink()
+    (tmp_path / "out" / "source.safetensors").unlink()
+    shorten(replace(config, then=None))
+    again = report_of(tmp_path / "out")["selection"]
+    assert again["intact"] != first["intact"] and "then" not in again
+    fresh = tmp_path / "fresh"
+    shorten(replace(config, then=None, output=str(fresh)))
+    assert report_of(fresh)["selection"]["scores"] == again["scores"]
+    # Without the change nothing is scored again.
+    shorten(replace(config, then="ffn=32", output=str(fresh / "then")))
+    assert report_of(fresh / "then")["selection"]["then"] == "ffn=32"

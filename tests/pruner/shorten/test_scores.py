@@ -161,11 +161,20 @@ def test_scoring_goes_on_from_what_is_kept(
 def test_losses_that_are_no_number() -> None:
     rows = torch.tensor([[11.0, 22.0, torch.inf, 1.0], [11.0, 11.0, torch.nan, 2e5]]).double()
     found = scores.from_losses(rows, 12, 3)
-    assert found.order == [0, 1, 2] and found.values[1:] == [math.inf, math.inf]
+    # On both texts is worse than on one.
+    assert found.order == [0, 2, 1] and found.values[1:] == [math.inf, math.inf]
     assert found.values[0] == pytest.approx(math.exp(1.5))
     rows[0, 0] = torch.nan
     with pytest.raises(InputError, match="the source's loss is not finite"):
         scores.from_losses(rows, 12, 3)
+
+
+def test_blocks_of_a_source_of_huge_losses_are_told_apart() -> None:
+    """Above 700 nats all perplexities are infinite."""
+    rows = torch.tensor([[5600.0, 5900.0, 4900.0, 6000.0], [5610.0, 5800.0, 4800.0, 9e9]]).double()
+    found = scores.from_losses(rows, 2, 3)
+    assert found.order == [1, 0, 2]
+    assert found.whole == math.inf and set(found.values) == {math.inf}
 
 
 def test_baselines() -> None:

@@ -182,3 +182,13 @@ def test_settings_of_a_program_that_ran_the_model_are_left_out() -> None:
     assert written.return_dict
     assert not settings.keys() & written.to_diff_dict().keys()
     assert written._attn_implementation != "flash_attention_2"
+
+
+def test_keys_tell_what_computes_apart() -> None:
+    """Not by what only travels along, such as ids of special tokens."""
+    values: dict[str, Any] = {"model_type": "llama", "vocab_size": 53, "hidden_size": 24}
+    values |= {"num_attention_heads": 3, "num_hidden_layers": 2}
+    first = ModelConfig.from_hf(values)
+    assert first.key == ModelConfig.from_hf(values | {"bos_token_id": 5}).key
+    changes = ({"rope_theta": 5e5}, {"rms_norm_eps": 1e-3}, {"tie_word_embeddings": True})
+    assert len({first.key, *(ModelConfig.from_hf(values | change).key for change in changes)}) == 4

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data.errors import InputError
+from tests.factories import write_tokenizer
 from tests.pruner.test_extract import MODELS, NEOX_MODELS, random_model
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
@@ -145,3 +146,16 @@ def test_a_family_of_no_kind_is_named() -> None:
 
 
 KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def test_its_tokenizer_is_read_without_a_warning(tmp_path: Path) -> None:
+    """Though nothing has loaded its class yet."""
+    write_tokenizer(tmp_path / "model")
+    save(uneven(**MODELS["llama"]), tmp_path / "other")
+    for file in (tmp_path / "other").iterdir():
+        file.rename(tmp_path / "model" / file.name)
+    code = "import sys; from pathlib import Path; from data.tokenizers import load_tokenizer\n"
+    code += "load_tokenizer(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    run = subprocess.run(command, timeout=300, capture_output=True, text=True, check=True)
+    assert run.stdout + run.stderr == ""
