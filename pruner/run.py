@@ -92,6 +92,9 @@ def shear(config: ShearConfig) -> Trainer | None:
     config = inputs.config
     require_same_inputs(inputs, context)
     with owned(Path(config.output), "shear.json", context):
+        if context.broadcast(not report.exists()):
+            # Before hours of searching.
+            require_room_for(inputs, context)
         inputs, proposal = with_shape(inputs, proposal, context)
         return prune(with_widths(inputs, context), context, proposal, kernels)
 
@@ -128,18 +131,7 @@ def prune(
         finish_removal(output, identity, context)
         return None
     resuming = state.resuming
-    pruned = config_of(inputs.target, inputs.model).num_parameters()
-    require_room(
-        output,
-        inputs.model.num_parameters(),
-        config.train,
-        context,
-        saved=pruned,
-        dtype=config.save_dtype,
-        frozen=not config.trains_weights,
-        refitted=config.refits,
-        moments=config.saves_moments,
-    )
+    require_room_for(inputs, context)
     if proposal is not None:
         publish(context, proposal, output / TARGET_FILE)
     else:
@@ -165,6 +157,22 @@ def prune(
             finish(trainer, rule, config, inputs.folder, inputs.target, measured, reference, told)
         remove_checkpoints(output, identity, config.train, context)
     return trainer
+
+
+def require_room_for(inputs: Inputs, context: DistributedContext) -> None:
+    """Raises InputError on every rank where the disk has no room for what the run writes."""
+    config = inputs.config
+    require_room(
+        Path(config.output),
+        inputs.model.num_parameters(),
+        config.train,
+        context,
+        saved=config_of(inputs.target, inputs.model).num_parameters(),
+        dtype=config.save_dtype,
+        frozen=not config.trains_weights,
+        refitted=config.refits,
+        moments=config.saves_moments,
+    )
 
 
 def _resolve_selection(

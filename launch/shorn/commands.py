@@ -35,7 +35,7 @@ COMMANDS = {
     "shorten": Command(
         "pruner.shorten.__main__",
         "pruner.shorten.config:ShortenConfig",
-        "remove whole blocks by importance",
+        "remove whole blocks or layers by importance",
         True,
     ),
     "cpt": Command(

@@ -20,9 +20,10 @@ from data.tables import print_table
 from data.terminal import passing_over_what_is_not_shown
 from pruner.divergence import PARTS, Divergence
 from pruner.evolution import evolve
+from pruner.inputs import Inputs, find_source, open_inputs, require_same_inputs
 from pruner.measurements import sequences_ahead
 from pruner.refitted import cut, importance_of, refitted_divergence
-from pruner.run import Inputs, find_source, open_inputs, prune, require_same_inputs
+from pruner.run import prune, require_room_for
 from pruner.selection import Selection
 from pruner.shapes import config_of, parse_sizes, parse_target, shape_of
 from pruner.shorten import scores
@@ -96,6 +97,9 @@ def shorten(config: ShortenConfig) -> None:
                 require_same_options(output, options | schedule | _refit(config))
 
         context.raise_on_any_rank(check if context.is_main else lambda: None)
+        if context.broadcast(not report.exists()):
+            # Before hours of scoring.
+            require_room_for(inputs, context)
         inputs = _selected(config, inputs, count, context)
         assert inputs.selection is not None
         selection = replace(inputs.selection, options=options)

@@ -356,3 +356,12 @@ def test_what_is_kept_is_of_this_very_model(inputs: Path, tmp_path: Path) -> Non
     # Without the change nothing is scored again.
     shorten(replace(config, then="ffn=32", output=str(fresh / "then")))
     assert report_of(fresh / "then")["selection"]["then"] == "ffn=32"
+
+
+def test_a_full_disk_is_met_before_anything_is_scored(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.disk.free_bytes", lambda _: 1000)
+    monkeypatch.setattr(run_module, "Scorer", None)
+    with pytest.raises(InputError, match=r"no room for what this run will write"):
+        shorten(configure(inputs, tmp_path / "out"))

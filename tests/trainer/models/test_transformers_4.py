@@ -18,7 +18,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.factories import write_tokenizer
+from tests.pruner.test_extract import MODELS, NEOX_MODELS
 from tests.trainer.models.cases import CASES, NEOX_CASES
+from tests.trainer.models.test_uneven import uneven
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import init_weights, load_config, load_model, save_model
@@ -33,7 +35,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 assert transformers.__version__.startswith("4."), transformers.__version__
 found = {}
 for folder in sys.argv[2:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
+    # Models of uneven blocks bring their class along.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, torch_dtype="auto", trust_remote_code="uneven" in folder
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad():
@@ -108,6 +113,11 @@ def test_a_tokenizer_of_transformers_5_is_widened(source: Path, tmp_path: Path) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_4_computes_the_same(dtype: torch.dtype, source: Path, tmp_path: Path) -> None:
     folders = {name: written(name, source, tmp_path / name, dtype) for name in CASES}
+    for name in ("llama-biases", "qwen2", "qwen3", "pythia", "sequential-tied"):
+        model = uneven(**(MODELS | NEOX_MODELS)[name])
+        folder = folders[f"uneven-{name}"] = tmp_path / f"uneven-{name}"
+        state = model.state_dict()
+        save_model(model.config, state, folder, tokenizer_from=source, dtype=dtype)
     output = tmp_path / "found.pt"
     command = [sys.executable, "-W", "ignore", "-c", READER, str(output)]
     assert BESIDE is not None
