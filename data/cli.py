@@ -100,7 +100,9 @@ def parse(
     values = _parse_words(options, words)
     if values["log_level"] != level():
         set_level(values["log_level"])
-    _say_origins(overrides, given)
+    # Words without a flag are given where they are others than those found elsewhere.
+    words_of = [one for one in options if one.metavar and values[one.name] != one.default]
+    _say_origins(overrides, [*given, *(f"--{one.name.replace('_', '-')}" for one in words_of)])
     names = [option_name(flag) for flag in given]
     say_repeated(names)
     _refuse_empty(values, own, words)

@@ -27,6 +27,7 @@ SECTIONS = (
     "shorten",
     "cpt",
     "evaluate",
+    "latency",
     "report",
     "compare",
     "demo",

@@ -45,7 +45,7 @@ from trainer.domains import (
     mixture_identity,
     resolve_mixture,
 )
-from trainer.identity import revisions, run_identity, verify_run
+from trainer.identity import named, revisions, run_identity, verify_run
 from trainer.inputs import open_data
 from trainer.loop import Trainer
 from trainer.memory import headroom_bytes
@@ -83,6 +83,7 @@ def shear(config: ShearConfig) -> Trainer | None:
         report,
         train,
         context,
+        names=named(source=config.source, data=config.data),
         copy=config.json,
         dtype=config.save_dtype,
     )
@@ -245,6 +246,7 @@ def _identity(inputs: Inputs, fingerprint: str, context: DistributedContext) -> 
         **_refit_identity(config),
         **teacher_identity(config.distillation, _teacher(inputs)),
         **revisions({"--source": (config.source, inputs.folder)}),
+        **named(source=config.source, data=config.data),
     )
 
 

@@ -44,7 +44,7 @@ from trainer.domains import (
     starting_domains,
 )
 from trainer.finished import REPORTS, report_of, without_model
-from trainer.identity import moments_of, read_identity, revisions, run_identity, verify_run
+from trainer.identity import moments_of, named, read_identity, revisions, run_identity, verify_run
 from trainer.inputs import find_model_with_data, open_data, warn_of_no_tokenizer
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
@@ -144,7 +144,13 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
             return open_inputs(config)
 
     inputs = open_or_finished(
-        opened, output / "cpt.json", train, context, copy=config.json, dtype=config.save_dtype
+        opened,
+        output / "cpt.json",
+        train,
+        context,
+        names=named(model=config.model, data=config.data),
+        copy=config.json,
+        dtype=config.save_dtype,
     )
     if inputs is None:
         return None
@@ -419,6 +425,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
         **({} if inputs.moments is None else {"moments": inputs.moments.steps}),
         **teacher_identity(taught.distillation, taught.teacher, taught.noted),
         **revisions(names),
+        **named(model=config.model, data=config.data),
     )
 
 

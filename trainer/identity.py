@@ -63,6 +63,9 @@ and the order of the data does not depend on them."""
 NOTED = "revisions"
 """What names on the hub stood for, by option. It tells what a name was, and makes no other run."""
 
+NAMES = "names"
+"""Where a run's inputs were, by option. It makes no other run either."""
+
 _BLOCKS = {f"shorten.{name}" for name in ("units", "criterion", "remove", "then", "search")} | {
     f"shorten.{name}" for name in ("protect_first", "protect_last", "sequences")
 }
@@ -111,9 +114,19 @@ def revisions(names: Mapping[str, tuple[str | None, Path]]) -> dict[str, Any]:
     return {NOTED: known} if known else {}
 
 
+def named(**names: str) -> dict[str, Any]:
+    """Entry of a run's identity: where its inputs are, by option (without dashes)."""
+    return {NAMES: {f"--{option}": str(Path(name).absolute()) for option, name in names.items()}}
+
+
+def same_names(output: Path, names: Mapping[str, Any]) -> bool:
+    """Whether the run in `output` noted these `named` inputs as its own."""
+    return (read_identity(output) or {}).get(NAMES) == names[NAMES]
+
+
 def same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether two identities, as JSON gives them back, are of one run, as far as both tell."""
-    names = (saved.keys() & wanted.keys()) - {*CHANGEABLE, NOTED}
+    names = (saved.keys() & wanted.keys()) - {*CHANGEABLE, NOTED, NAMES}
     return all(saved[name] == wanted[name] for name in names)
 
 
@@ -248,7 +261,7 @@ def _refuse_differences(
     wanted: dict[str, Any],
     fix: str = "",
 ) -> None:
-    every = sorted((saved.keys() | wanted.keys()) - {NOTED})
+    every = sorted((saved.keys() | wanted.keys()) - {NOTED, NAMES})
     known = [n for n in every if n in saved or not n.startswith(NOT_ALWAYS_NOTED)]
     names = [name for name in known if saved.get(name) != wanted.get(name)]
     if not names:
@@ -293,7 +306,7 @@ def _on_ranks(identity: dict[str, Any]) -> dict[str, str]:
     last: dict[str, str] = {}
     for name, value in identity.items():
         part, _, field = name.partition(".")
-        if name == NOTED:
+        if name in (NOTED, NAMES):
             continue
         if name == "mixture" and isinstance(value, dict):
             for key, inner in value.items():

@@ -1,6 +1,6 @@
 """What a run leaves behind: the model's folder and the report."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from data.records import read_json
 from trainer.checkpoint_files import committed
 from trainer.config import TrainConfig
 from trainer.finished import ways_back
-from trainer.identity import CHANGEABLE, SCHEDULE_FIELDS, require_same_options
+from trainer.identity import CHANGEABLE, SCHEDULE_FIELDS, require_same_options, same_names
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import save_model
@@ -153,11 +153,14 @@ def open_or_finished(
     train: TrainConfig,
     context: DistributedContext,
     *,
+    names: Mapping[str, Any],
     copy: str | None,
     dtype: str | None = None,
 ) -> T | None:
     """What `open_inputs` gives; None where something that it reads is gone and the run of `report`
     is finished, which needs it no more: then both are said. Collective.
+
+    `names` are where the inputs are (identity.named): what was never the run's own is missed.
 
     Raises InputError on every rank where the run is not finished, or was started with another
     schedule (`train`).
@@ -170,7 +173,12 @@ def open_or_finished(
         problem = str(error)
     if not context.any(problem is not None):
         return found[0]
-    if not context.broadcast(report.is_file() and report.stat().st_size > 0):
+
+    def finished() -> bool:
+        whole = report.is_file() and report.stat().st_size > 0
+        return whole and same_names(report.parent, names)
+
+    if not context.broadcast(context.raise_on_any_rank(finished)):
         context.raise_first(problem)
     schedule = {name: getattr(train, name) for name in SCHEDULE_FIELDS if name not in CHANGEABLE}
     given = {name: value for name, value in schedule.items() if value is not None}

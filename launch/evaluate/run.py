@@ -123,6 +123,7 @@ def _measure(
     """Losses and accuracy of one model; its weights are gone afterwards."""
     result: dict[str, Any] = {
         "model": str(candidate.path),
+        "weights": weights_fingerprint(candidate.path),
         "parameters": candidate.shape.num_parameters(),
         "non_embedding_parameters": candidate.shape.num_parameters(embeddings=False),
         "precision": str(dtype).removeprefix("torch."),

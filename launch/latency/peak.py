@@ -28,8 +28,7 @@ def peak_bytes(
         check=False,
     )
     last = run.stdout.strip().rpartition("\n")[2]
-    # Killed for want of memory, by the system.
-    if last == OUT_OF_MEMORY or run.returncode == -9:
+    if last == OUT_OF_MEMORY or run.returncode == -9:  # by the system
         return None
     if run.returncode or not last.isdigit():
         raise RuntimeError(f"measuring the memory of {folder} failed: {run.stderr[-2000:]}")
@@ -41,8 +40,10 @@ def main(words: list[str]) -> None:
     import torch
 
     from data.errors import is_out_of_memory
+    from data.machine import end_with_parent
     from launch.latency.generation import Generator
 
+    end_with_parent()
     folder, dtype, threads, inputs, new, batch = words
     torch.set_num_threads(int(threads))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,10 +56,8 @@ def main(words: list[str]) -> None:
             raise
         print(OUT_OF_MEMORY)
         return
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated(device))
-    else:
-        print(max(0, _most_held() - before))
+    on_gpu = device.type == "cuda"
+    print(torch.cuda.max_memory_allocated(device) if on_gpu else max(0, _most_held() - before))
 
 
 def _held() -> int:
@@ -72,8 +71,8 @@ def _held() -> int:
 
 def _most_held() -> int:
     """Most bytes that this process has held so far."""
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import statistics
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from rich.table import Table
 
 from data.errors import InputError, is_out_of_memory
-from data.files import require_writable, write_copy
+from data.files import require_distinct, require_writable, write_copy
 from data.log import logger
 from data.progress import Progress
 from data.records import fits, read_json
@@ -24,11 +25,11 @@ from trainer import parallel
 from trainer.memory import total_memory
 from trainer.models.config import ModelConfig
 from trainer.models.hf import check_weights, load_config
-from trainer.models.sources import resolve_model
+from trainer.models.sources import resolve_model, weights_fingerprint
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HEADINGS = ("first token (ms)", "per token (ms)", "tokens/s", "speed", "spread", "peak (MB)")
-_QUALITY = {"model": str, "overall": {"loss": float}}
+_QUALITY = {"model": str, "weights": str, "overall": {"loss": float}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,12 @@ def run(config: LatencyConfig) -> dict[str, Any]:
 
     Raises InputError before any weight is read for what cannot work.
     """
-    for path, option in ((config.json, "--json"), (config.plot, "--plot")):
-        require_writable(path, option)
+    names = {"--json": config.json, "--plot": config.plot, "--quality": config.quality}
+    require_distinct(names)
+    for option in ("--json", "--plot"):
+        require_writable(names[option], option)
+    if config.plot is not None and find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib: pip install 'shorn[demo]'")
     device = parallel.init(threads=config.threads).device
     dtype = DTYPES.get(config.precision, parallel.compute_dtype("auto", device))
     candidates = _open(config)
@@ -96,9 +101,9 @@ def run(config: LatencyConfig) -> dict[str, Any]:
     result = _result(config, candidates, cells, losses, device, dtype)
     # First, for whoever reads what is printed may not read all of it.
     write_copy(config.json, result)
+    _show(config, result)
     if config.plot is not None:
         draw(Path(config.plot), result["models"])
-    _show(config, result)
     return result
 
 
@@ -111,10 +116,14 @@ def _open(config: LatencyConfig) -> list[Candidate]:
         check_weights(folder, shape)
         limit = shape.max_position_embeddings
         if needed > limit:
+            left = limit - config.input_tokens
+            fix = f"--new-tokens {left} or fewer"
+            if left < 2:
+                most = max(1, limit - config.new_tokens)
+                fix = f"--input-tokens {most} or fewer, and as many --new-tokens as are left"
             raise InputError(
                 f"--input-tokens {config.input_tokens} and --new-tokens {config.new_tokens}: "
-                f"{name} has {limit} positions; use --new-tokens {limit - config.input_tokens} or "
-                "fewer"
+                f"{name} has {limit} positions; use {fix}"
             )
         found.append(Candidate(name, folder, shape))
     return found
@@ -127,17 +136,21 @@ def _losses(config: LatencyConfig) -> list[float] | None:
     fix = "give the file that `shorn evaluate --data TOKENS --json FILE` wrote of these models"
     found = read_json(Path(config.quality), fix)
     rows = found.get("models", [found])
-    if not fits(rows, [_QUALITY]) or len(rows) != len(config.models):
-        number = f"{len(rows)} models" if isinstance(rows, list) else "no models"
+    if not fits(rows, [_QUALITY]):
         raise InputError(
-            f"--quality {config.quality}: holds losses of {number}, and {len(config.models)} are "
-            f"timed; {fix}, in the same order"
+            f"--quality {config.quality}: holds no losses on held-out tokens, or some that are not "
+            f"finite; {fix}"
+        )
+    if len(rows) != len(config.models):
+        raise InputError(
+            f"--quality {config.quality}: holds losses of {len(rows)} models, and "
+            f"{len(config.models)} are timed; {fix}, in the same order"
         )
     for name, row in zip(config.models, rows, strict=True):
-        if Path(row["model"]).resolve() != resolve_model(name, weights=False).resolve():
+        if row["weights"] != weights_fingerprint(resolve_model(name)):
             raise InputError(
-                f"--quality {config.quality}: has {row['model']} where {name} is timed; {fix}, in "
-                "the same order"
+                f"--quality {config.quality}: has {row['model']} where {name} is timed, with other "
+                f"weights; {fix}, in the same order"
             )
     return [row["overall"]["loss"] for row in rows]
 

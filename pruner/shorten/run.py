@@ -35,7 +35,7 @@ from pruner.shorten.scores import Scores
 from pruner.shorten.search import Removed, exchanged
 from pruner.units import APART, unit_sizes
 from trainer import parallel
-from trainer.identity import read_identity, require_own, require_same_options
+from trainer.identity import named, read_identity, require_own, require_same_options
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 from trainer.models.masks import Masks
@@ -77,7 +77,13 @@ def shorten(config: ShortenConfig) -> None:
 
     report, train = output / "shear.json", config.train
     found = open_or_finished(
-        opened, report, train, context, copy=config.json, dtype=config.save_dtype
+        opened,
+        report,
+        train,
+        context,
+        names=named(source=config.source, data=config.data),
+        copy=config.json,
+        dtype=config.save_dtype,
     )
     if found is None:
         return

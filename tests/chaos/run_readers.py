@@ -46,7 +46,7 @@ from trainer.domains import (
     start_reference,
     starting_domains,
 )
-from trainer.identity import CHANGEABLE, read_identity, verify_run
+from trainer.identity import CHANGEABLE, NAMES, read_identity, verify_run
 from trainer.models.hf import load_config
 from trainer.saving import log_finished
 from trainer.scaling import fitted_reference
@@ -101,7 +101,7 @@ def run_readers(chaos: Workspace) -> list[Reader]:
     def verified_flaw(value: Any) -> str | None:
         differ = {name for name in identity if value.get(name) != identity[name]}
         # Options of the mixture that a record lacks are those that were the only ones once.
-        differ -= {*CHANGEABLE, "mixture"}
+        differ -= {*CHANGEABLE, NAMES, "mixture"}
         return f"{sorted(differ)[:3]} differ" if differ else None
 
     def start() -> Any:

@@ -473,3 +473,16 @@ def test_a_table_of_pairs_is_told_as_the_option_takes_it(
     (tmp_path / "shorn.toml").write_text(f"[prune]\n{content}\n")
     with pytest.raises(InputError, match=named):
         parse(Pairs, section="prune", argv=[], examples="")
+
+
+def test_words_without_a_flag_are_not_said_to_come_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launch.report.config import ReportConfig
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shorn.toml").write_text('[report]\nruns = ["a", "b"]\n')
+    assert parse(ReportConfig, section="report", argv=["c"]).runs == ("c",)
+    assert "shorn.toml" not in capsys.readouterr().out
+    assert parse(ReportConfig, section="report", argv=[]).runs == ("a", "b")
+    assert "from shorn.toml" in capsys.readouterr().out

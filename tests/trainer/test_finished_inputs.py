@@ -67,6 +67,10 @@ def test_what_it_read_may_be_gone(
         start(config)
     shutil.move(inputs / "aside", inputs / gone)
     start(config)
+    # A name that never was the run's is a mistake.
+    option = {"model": "model" if command == "cpt" else "source", "tokens": "data"}[gone]
+    with pytest.raises(InputError, match="nowhere"):
+        start(replace(config, **{option: str(inputs / "nowhere")}))
     shutil.rmtree(inputs / gone)
     capsys.readouterr()
     assert start(config) is None

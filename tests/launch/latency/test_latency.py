@@ -17,6 +17,7 @@ from launch.latency.run import run
 from tests.factories import write_model
 from tests.pruner.test_extract import MODELS
 from tests.trainer.models.test_uneven import save, uneven
+from trainer.models.sources import weights_fingerprint
 
 
 def test_as_many_tokens_as_asked_for_are_generated(tiny_model: Path) -> None:
@@ -118,12 +119,18 @@ def test_the_peak_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_losses_stand_beside_times(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra demo")
-    other = write_model(tmp_path / "other")
+    other = write_model(tmp_path / "other", hidden_size=16, head_dim=4)
     losses = ((tiny_model, 2.5), (other, 3.25))
-    rows = [{"model": str(model), "overall": {"loss": loss}} for model, loss in losses]
+    rows: list[dict[str, Any]] = [
+        {"model": "elsewhere", "weights": weights_fingerprint(model), "overall": {"loss": loss}}
+        for model, loss in losses
+    ]
     file, plot = tmp_path / "q.json", tmp_path / "pictures" / "p.png"
     file.write_text(json.dumps({"models": rows}))
     options: dict[str, Any] = {"quality": str(file), "plot": str(plot), "memory": False}
@@ -135,8 +142,12 @@ def test_losses_stand_beside_times(
         run(config([other, tiny_model], **options))
     with pytest.raises(InputError, match=r"holds losses of 2 models, and 1 are timed"):
         run(config([tiny_model], **options))
-    file.write_text("{}")
-    with pytest.raises(InputError, match=r"--quality .*shorn evaluate --data"):
+    for row in ({}, rows[0] | {"overall": {"loss": None}}):
+        file.write_text(json.dumps(row))
+        with pytest.raises(InputError, match=r"holds no losses on held-out tokens, or some that"):
+            run(config([tiny_model], **options))
+    monkeypatch.setattr(run_module, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"--plot needs matplotlib"):
         run(config([tiny_model], **options))
 
 
@@ -149,7 +160,9 @@ def test_losses_stand_beside_times(
         ({"rounds": 0}, "--rounds 0"),
         ({"plot": "p.png"}, "--plot p.png: shows losses over times; give --quality"),
         ({"new_tokens": 1000}, r"has 256 positions; use --new-tokens 244 or fewer"),
+        ({"input_tokens": 4000}, r"use --input-tokens 252 or fewer, and as many --new-tokens as"),
         ({"json": "/"}, "--json"),
+        ({"json": "a", "plot": "a", "quality": "q"}, "--json a"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], words: str, tiny_model: Path) -> None:
