@@ -270,9 +270,7 @@ def _refuse_differences(
         kinds = {"shear": "a shearing run", "cpt": "a run of continued pre-training"}
         kind = kinds.get(str(saved.get("command")), "another kind of run")
         raise InputError(f"{place} holds {kind}: {fix or 'name another --output'}")
-    if shortens(saved) != shortens(wanted):
-        kind = "shorn shorten" if shortens(saved) else "shorn shear"
-        raise InputError(f"{place} holds a run of {kind}: {fix or 'name another --output'}")
+    _require_same_pruning(place, saved, wanted, fix)
     told = _in_words(saved, wanted, names)
     changes = ", ".join(told[:MOST])
     cut_off = any(CUT in entry for entry in told[:MOST])
@@ -293,9 +291,18 @@ def _refuse_differences(
     raise InputError(f"{place} holds a run of another configuration: {changes}. {fix}")
 
 
-def shortens(identity: Mapping[str, Any]) -> bool:
-    """Whether a run is one of shorn shorten, as far as its identity tells."""
-    return any(name.startswith("shorten.") for name in identity)
+def _require_same_pruning(
+    place: str, saved: dict[str, Any], wanted: dict[str, Any], fix: str
+) -> None:
+    """Raises InputError where one run is of shorn shorten and the other of shorn shear: neither has
+    the other's options. Former versions noted nothing of shortening but its selection."""
+    shortened, shortens = (
+        any(name.startswith("shorten.") for name in identity) for identity in (saved, wanted)
+    )
+    sheared = not shortened and "selection" not in saved
+    if (shortened and not shortens) or (sheared and shortens):
+        kind = "shorn shorten" if shortened else "shorn shear"
+        raise InputError(f"{place} holds a run of {kind}: {fix or 'name another --output'}")
 
 
 def _on_ranks(identity: dict[str, Any]) -> dict[str, str]:
