@@ -128,7 +128,7 @@ def prune(
     if state.report is not None:
         keep = config.train.keep_last_checkpoint
         log_finished(context, state.report, config.json, config.save_dtype, keep)
-        _note_missing_moments(config, output)
+        _note_moments(config, output)
         finish_removal(output, identity, context)
         return None
     resuming = state.resuming
@@ -294,12 +294,19 @@ def _measurements(
     return measured
 
 
-def _note_missing_moments(config: ShearConfig, output: Path) -> None:
-    """Says that a finished run has left none, where they are asked for."""
-    if config.saves_moments and not (output / MOMENTS).exists():
+def _note_moments(config: ShearConfig, output: Path) -> None:
+    """Says that a finished run has left none where they are asked for, or some where they are
+    not."""
+    there = (output / MOMENTS).exists()
+    if config.saves_moments and not there:
         logger.info(
             f"note: {output} holds no {MOMENTS}: the run ended without, and --save-moments changes "
             "nothing now; name another --output to have them"
+        )
+    if there and not config.save_moments:
+        logger.info(
+            f"note: --no-save-moments changes nothing now: {output / MOMENTS} is there, and can be "
+            "deleted where training is not to go on with it"
         )
 
 

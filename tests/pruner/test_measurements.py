@@ -103,3 +103,7 @@ def test_moments_that_a_finished_run_lacks_are_named(
     assert "--save-moments" not in capsys.readouterr().out
     shear(configure(inputs, tmp_path, steps=2))
     assert "--save-moments changes nothing now" in capsys.readouterr().out
+    shear(configure(inputs, tmp_path / "with", steps=2))
+    capsys.readouterr()
+    shear(configure(inputs, tmp_path / "with", **options))
+    assert "--no-save-moments changes nothing now" in capsys.readouterr().out
