@@ -18,6 +18,8 @@ from launch.commands import child_environment
 
 CHILD = """
 import json, sys
+from data.machine import end_with_parent
+end_with_parent()
 from launch.bench_kernels.memory import measure
 print(measure(**json.loads(sys.argv[1])))
 """
