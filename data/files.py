@@ -72,7 +72,7 @@ def finite_only(value: Any) -> Any:
     """`value` with null for numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite_only(inner) for key, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [finite_only(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

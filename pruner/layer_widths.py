@@ -8,7 +8,6 @@ the source's once they are refitted, so that only what the refit cannot mend cou
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Mapping
 from functools import partial
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.errors import InputError
+from data.files import finite_only
 from data.log import logger
 from data.records import parse_json
 from pruner.config import ShearConfig
@@ -122,7 +122,7 @@ class WidthSearch:
             "init": self.config.masks.init,
             "search": "layer-widths",
             "widths": dict(zip(map(str, self.layers), found, strict=True)),
-            "divergence": {"before": _finite(before), "after": _finite(after)},
+            "divergence": {"before": before, "after": after},
             "refits": len(self.refitted.known),
         }
         sizes = measured_sizes(self.source)
@@ -145,11 +145,6 @@ class WidthSearch:
     def _masks(self, widths: tuple[int, ...]) -> Masks:
         held = self.config.masks.norm_scale == "held"
         return to_masks(self._units(widths), self.source, hold_scale=held)
-
-
-def _finite(value: float) -> float | None:
-    """JSON knows no infinity."""
-    return value if math.isfinite(value) else None
 
 
 def require_room_for_widths(target: Shape, source: Shape, align: int | None) -> None:
@@ -187,7 +182,7 @@ def keep_selection(path: Path, selection: Selection, context: DistributedContext
             tensors[_ROTATION] = selection.rotation
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(tensors, path, {_TOLD: json.dumps(selection.told)})
+            save_tensors(tensors, path, {_TOLD: json.dumps(finite_only(selection.told))})
         except (OSError, SafetensorError) as error:
             problem = f"--output {path.parent.parent} cannot be written ({error}); free space"
     context.raise_first(problem)

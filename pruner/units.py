@@ -87,8 +87,9 @@ def unit_kinds(target: Shape, source: Shape) -> dict[str, UnitKind]:
     kinds = {}
     for name, (rows, units) in unit_sizes(source).items():
         kept = unit_sizes(target)[name][1]
-        whole = {"attention": target.attention_layers, "feed_forward": target.mlp_layers}
-        if kept < units and whole.get(name, kept) is not None:
+        # Layers of removed blocks go with their blocks.
+        with_blocks = name in APART and kept == target.layers
+        if kept < units and not with_blocks:
             kinds[name] = UnitKind(name, rows, units, kept)
     return kinds
 

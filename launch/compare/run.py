@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from data.files import finite_only, require_writable, write_copy
+from data.files import require_writable, write_copy
 from data.find import find_files
 from data.hub import pinned
 from data.locks import folder_lock
@@ -65,7 +65,7 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
         shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
         results = plan.results(done)
         if results is not None:
-            write_copy(config.json, finite_only(results))
+            write_copy(config.json, results)
 
     names = {"--source": config.source, "--input": list(config.input)}
     contents = {"--source": model_fingerprint(config.source), "--input": _text_fingerprint(files)}
@@ -96,7 +96,7 @@ def _check_text(path: Path) -> None:
 
 def _text_fingerprint(files: Sequence[Path]) -> str:
     """Hash of the names and sizes of files, in which the folder they lie in does not count; behind
-    a colon that of their beginnings and ends, for hours of text are not read twice."""
+    a colon that of their beginnings and ends, so that a large text is not read whole."""
     content = sorted((path.name, path.stat().st_size) for path in files)
     samples = sorted((path.name, _samples(path)) for path in files)
     first, second = (

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data.errors import InputError, naming
-from data.files import finite_only, require_distinct, require_writable, write_copy
+from data.files import require_distinct, require_writable, write_copy
 from data.formats import Format, compression_of, format_of
 from data.log import logger
 from data.manifest import TRAIN
@@ -107,7 +107,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     whole = {"models": results, "busy": busy} if len(results) > 1 else results[0]
     if context.is_main:
         # First, for whoever reads what is printed may not read all of it.
-        write_copy(config.json, finite_only(whole))
+        write_copy(config.json, whole)
         print_results(config.model, results, busy)
     return whole
 

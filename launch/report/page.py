@@ -297,8 +297,8 @@ def _by_layer(run: Run, counts: dict[str, UnitCounts]) -> list[Html]:
     finished = run.masks_step is None
     removed = removed_layers(run) if finished else []
     words = ["mask" if name == "layer" else name.replace("_", "-") for name in whole]
-    told = (run.report or {}).get("target")
-    known: dict[str, list[int]] = told if fits(told, {"*": [int]}) else {}  # type: ignore[assignment]
+    told: Any = (run.report or {}).get("target")
+    known: dict[str, list[int]] = told if fits(told, {"*": [int]}) else {}
     targets = {n: known[n] for n, c in split.items() if len(known.get(n, ())) == c.rows}
     header = ["layer", *words, *(label(name) for name in split)]
     rows = []

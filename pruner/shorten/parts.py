@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pruner.shapes import config_of, shape_of
+from pruner.units import APART
 from trainer.models.config import ModelConfig
 from trainer.models.masks import Masks
 
@@ -84,7 +85,7 @@ def left_over(removed: Sequence[Part], layers: int) -> dict[str, int]:
     z = marks(removed, layers)
     blocks = int(z.get("layer", torch.ones(layers)).sum())
     sizes = {"layers": blocks}
-    for kind, key in (("attention", "attention-layers"), ("feed_forward", "mlp-layers")):
+    for kind, key in APART.items():
         count = int(z[kind].sum()) if kind in z else blocks
         if count != blocks:
             sizes[key] = count

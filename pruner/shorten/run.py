@@ -3,7 +3,6 @@ refitted."""
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 from rich.table import Table
 
 from data.errors import InputError
+from data.files import finite_only
 from data.log import logger
 from data.records import read_json
 from data.tables import print_table
@@ -33,7 +33,7 @@ from pruner.shorten.parts import KINDS, WORDS, Part, left_over, marks, parts_of,
 from pruner.shorten.ranking import count_of, in_doubt, removable, take
 from pruner.shorten.scores import Scores
 from pruner.shorten.search import Removed, exchanged
-from pruner.units import APART, unit_sizes
+from pruner.units import measured_sizes, unit_sizes
 from trainer import parallel
 from trainer.identity import named, read_identity, require_own, require_same_options
 from trainer.models.config import ModelConfig
@@ -197,9 +197,7 @@ def _selected(
             inputs = open_inputs(config.shearing(sizes), apart=True)
     z = marks(removed, layers)
     if config.then is None:
-        apart = APART if config.units != "block" else {}
-        sizes_of_all = unit_sizes(inputs.source)
-        every = {n: s for n, s in sizes_of_all.items() if n not in APART or n in apart}
+        every = (measured_sizes if config.units == "block" else unit_sizes)(inputs.source)
     else:
         every = dict.fromkeys(z, (1, layers))
     kept = {name: torch.ones(size, dtype=torch.float64) for name, size in every.items()}
@@ -323,7 +321,7 @@ class Scorer:
         )
         after = fitness.of(found, PARTS)
         logger.info(f"divergence from the source {before:.4f} -> {after:.4f} nats")
-        told = {"before": _finite(before), "after": _finite(after), "start": self.names(start)}
+        told = {"before": before, "after": after, "start": self.names(start)}
         told |= {"generations": generations, "offspring": offspring}
         return Choice(scored, list(found), told | fitness.told())
 
@@ -421,13 +419,13 @@ def _told(scorer: Scorer, choice: Choice, allowed: list[int]) -> dict[str, Any]:
     config, scored = scorer.config, choice.scores
     pairs = scored.intervals
     one_shot = config.search == "one-shot" and config.criterion != "angular"
-    return {
+    told = {
         "init": config.criterion,
         "search": config.search,
         "order": scorer.names(scored.order),
-        "scores": [_finite(value) for value in scored.values],
-        "intervals": pairs and [[_finite(low), _finite(high)] for low, high in pairs],
-        "intact": None if scored.whole is None else _finite(scored.whole),
+        "scores": scored.values,
+        "intervals": pairs,
+        "intact": scored.whole,
         "protected": scorer.names(sorted(set(range(len(scored.values))) - set(allowed))),
         "removed": scorer.names(sorted(choice.removed)),
         "removed_in_order": scorer.names(choice.removed),
@@ -439,11 +437,9 @@ def _told(scorer: Scorer, choice: Choice, allowed: list[int]) -> dict[str, Any]:
         **({} if config.then is None else {"then": config.then}),
         **({} if config.units == "block" else {"units": scorer.names(range(len(scorer.parts)))}),
     }
-
-
-def _finite(value: float) -> float | None:
-    """JSON knows no infinity."""
-    return value if math.isfinite(value) else None
+    # The same as when it is read again.
+    found: dict[str, Any] = finite_only(told)
+    return found
 
 
 @passing_over_what_is_not_shown()
