@@ -68,10 +68,10 @@ def first_names(
     return first
 
 
-def model_fingerprint(source: str | Path) -> str:
-    """Hash of the weights and the tokenizer of a model, named as --source takes it; behind colons
+def model_fingerprint(source: str | Path, option: str = "--source") -> str:
+    """Hash of the weights and the tokenizer of a model, named as `option` takes it; behind colons
     that of the ids which the tokenizer's settings decide, and that of the model's settings."""
-    folder = resolve_model(source, option="--source")
+    folder = resolve_model(source, option=option)
     parts, ids = [weights_fingerprint(folder)], ":"
     if holds_tokenizer(folder):
         tokenizer = load_tokenizer(folder)

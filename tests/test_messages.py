@@ -69,7 +69,7 @@ PRINTED_BY = {
     "pruner/sheared_llama.py": "shear",
     "pruner/shorten/": "shorten",
     # A method's flags are those of shearing and training.
-    "launch/compare/": "compare shear cpt",
+    "launch/compare/": "compare shear cpt shorten",
     "launch/demo/config.py": "demo",
     "launch/evaluate/": "evaluate",
     # It names the command that writes the file of losses.

@@ -11,8 +11,10 @@ from data.cli import all_options
 from data.errors import InputError, require, require_at_least, require_threads
 from data.mixture import parse_values
 from data.options import ON_DISK
+from data.paths import home_expanded
 from pruner.budget import BUDGETS, budget_error, refuse_budget
 from pruner.config import ShearConfig
+from pruner.shorten.config import ShortenConfig
 from trainer.config import CptConfig, Precision
 
 TARGETS = {
@@ -40,11 +42,14 @@ SEARCHED = "searched"
 OPTIONAL = (SEARCHED, UNREPAIRED, *SHORTENED)
 """Methods that are known as well, but not run unless they are named."""
 _OURS_BEFORE = "principal+refit+kl"
+SHORTEN = "shorten"
+"""First word of the flags of a variant that `shorn shorten` prunes."""
 WARMUP_RATIO = 0.1
 """Of learning masks, and of training after the peers' pruning."""
 STAGE_FOLDERS = ("text", "tokens", "source", "logs", "dead-units")
 """What a comparison keeps in its output folder beside a folder for each target."""
 _PUBLISHED = ("--basis", "source", "--norm-scale", "live")
+_SHEAR = ("shear", ShearConfig)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 _EQUAL_FLAGS = (
     *("source", "target", "model", "data", "output", "domain-weights", "seed", "precision"),
@@ -58,7 +63,7 @@ class CompareConfig:
     """Compare pruning methods on one model at equal tokens. Resumable."""
 
     ESSENTIAL: ClassVar = (
-        "source input output json methods variant targets seeds jobs shear-steps cpt-steps"
+        "source input output json methods variant pruned targets seeds jobs shear-steps cpt-steps"
     )
 
     source: Annotated[str, ON_DISK]
@@ -83,7 +88,11 @@ class CompareConfig:
     variant: tuple[str, ...] = ()
     """Further methods as NAME=FLAGS: ours with these flags of pruner.shear and, after a |, of
     launch/cpt.py; --steps N learns masks for N steps and leaves the others to training, and {seed}
-    stands for the seed."""
+    stands for the seed. NAME=shorten FLAGS: pruned by `shorn shorten` with these, which say how
+    much goes."""
+    pruned: tuple[str, ...] = ()
+    """Models that other programs have pruned, as TARGET/NAME=FOLDER: they are trained as ours is,
+    and measured beside what is made for that target."""
     targets: tuple[str, ...] = ("half", "quarter")
     """Shapes as NAME=SIZES, or half and quarter, which fit SmolLM2-135M."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -157,7 +166,7 @@ class CompareConfig:
                 f"--domain-weights {self.domain_weights!r}: the weights sum to 0; give one above 0"
             )
         methods_of(self)
-        targets_of(self)
+        pruned_of(self)
 
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""
@@ -166,9 +175,9 @@ class CompareConfig:
             found = {"sparsities": "only --dead-units removes fractions of the units"}
             why = "there are no --tasks to measure on"
             return found if self.tasks else found | dict.fromkeys(of_tasks, why)
-        losses = ("methods", "variant", "targets", "sequences", "text", "tasks", "cpt_steps")
-        rates = ("ours_lr", "cpt_lr", "random_lr")
-        return dict.fromkeys((*losses, *of_tasks, *rates), "--dead-units compares no losses")
+        losses = ("methods", "variant", "pruned", "targets", "sequences", "text", "tasks")
+        training = ("cpt_steps", "ours_lr", "cpt_lr", "random_lr")
+        return dict.fromkeys((*losses, *of_tasks, *training), "--dead-units compares no losses")
 
     @property
     def domains(self) -> list[str]:
@@ -197,7 +206,10 @@ class Method:
     searched: bool = False
     """Prune to the best shape of as many parameters without embeddings, instead of the target's."""
     shorten_flags: tuple[str, ...] | None = None
-    """Flags of pruner.shorten, which removes them; None: pruner.shear does."""
+    """Flags of pruner.shorten, which then prunes; None: pruner.shear does. They say how much goes,
+    where `whole_blocks` does not."""
+    folder: str | None = None
+    """Model that another program has pruned; None: one of ours prunes."""
     random: bool = False
     """Train the shape from scratch instead of the pruned weights."""
     prunes_as: str | None = None
@@ -284,37 +296,58 @@ def _variant(text: str, ours: Method, steps: int) -> Method:
         raise InputError(
             f"--variant {text!r} is not NAME=FLAGS: write for example 'taylor=--init taylor'"
         )
-    shear, _, cpt = flags.partition("|")
+    pruning, _, cpt = flags.partition("|")
     try:
-        shear_words, cpt_words = shlex.split(shear), shlex.split(cpt)
+        words, cpt_words = shlex.split(pruning), shlex.split(cpt)
     except ValueError as error:
         raise InputError(f"--variant {text!r}: {error}; quote it as for a shell") from None
-    for word in (*shear_words, *cpt_words):
-        if _option(word) in _EQUAL_FLAGS:
-            raise InputError(
-                f"--variant {text!r}: --{_option(word)} is the comparison's to set, because every "
-                "method must get the same; leave it out"
-            )
-    for words, command, options in (
-        (shear_words, "shear", all_options(ShearConfig)),
-        (cpt_words, "cpt", all_options(CptConfig)),
-    ):
-        known = {option.flag[2:] for option in options}
-        known |= {f"no-{option.flag[2:]}" for option in options if option.type is bool}
-        for option in filter(None, map(_option, words)):
-            if option not in known:
-                raise InputError(
-                    f"--variant {text!r}: `shorn {command}` has no --{option}; "
-                    f"`shorn {command} --help-all` shows its options"
-                )
+    shortens = words[:1] == [SHORTEN]
+    words = words[1:] if shortens else words
+    _require_options(text, words, *((SHORTEN, ShortenConfig) if shortens else _SHEAR))
+    _require_options(text, cpt_words, "cpt", CptConfig)
     if "steps" in map(_option, cpt_words):
         raise InputError(
             f"--variant {text!r}: training takes what shearing leaves of {steps} steps; give "
             "--steps N before the | only"
         )
-    shear_steps = ours.shear_steps
-    others = []
-    remaining = iter(shear_words)
+    # The last of two equal options counts.
+    varied = replace(ours, name=name, cpt_flags=(*ours.cpt_flags, *cpt_words))
+    if shortens:
+        if not {"remove", "ratio", "params"} & set(map(_option, words)):
+            raise InputError(
+                f"--variant {text!r}: says not how much goes; add --remove 6, --ratio 0.2 or "
+                "--params 70m before the |"
+            )
+        return replace(varied, shear_flags=(), shorten_flags=tuple(words))
+    learned, others = _learned_steps(text, words, steps)
+    if learned is not None:
+        varied = replace(varied, shear_steps=learned)
+    return replace(varied, shear_flags=(*ours.shear_flags, *others))
+
+
+def _require_options(text: str, words: Sequence[str], command: str, config: type) -> None:
+    """Raises InputError for options that `shorn COMMAND` lacks, and for those that all methods
+    share."""
+    options = all_options(config)
+    known = {option.flag[2:] for option in options}
+    known |= {f"no-{option.flag[2:]}" for option in options if option.type is bool}
+    for option in filter(None, map(_option, words)):
+        if option in _EQUAL_FLAGS:
+            raise InputError(
+                f"--variant {text!r}: --{option} is the comparison's to set, because every method "
+                "must get the same; leave it out"
+            )
+        if option not in known:
+            raise InputError(
+                f"--variant {text!r}: `shorn {command}` has no --{option}; "
+                f"`shorn {command} --help-all` shows its options"
+            )
+
+
+def _learned_steps(text: str, words: Sequence[str], steps: int) -> tuple[int | None, list[str]]:
+    """The value of --steps among the flags of shearing, None without one, and the other flags."""
+    found, others = None, []
+    remaining = iter(words)
     for word in remaining:
         if _option(word) != "steps":
             others.append(word)
@@ -325,10 +358,35 @@ def _variant(text: str, ours: Method, steps: int) -> Method:
                 f"--variant {text!r}: --steps {value} must be a number from 0 to {steps - 1}, "
                 f"because shearing and training take {steps} steps together"
             )
-        shear_steps = int(value)
-    # The last of two equal options counts.
-    shear_flags, cpt_flags = (*ours.shear_flags, *others), (*ours.cpt_flags, *cpt_words)
-    return Method(name, shear_steps, shear_flags, cpt_flags, warmup=None)
+        found = int(value)
+    return found, others
+
+
+def pruned_of(config: CompareConfig) -> dict[str, list[Method]]:
+    """For every target the models of --pruned. Raises InputError for what is not
+    TARGET/NAME=FOLDER, and for names that another row of the target has."""
+    found: dict[str, list[Method]] = {target: [] for target in targets_of(config)}
+    methods = methods_of(config)
+    training = ("--lr", str(config.ours_lr), "--teacher", config.source)
+    for text in config.pruned:
+        place, _, folder = text.partition("=")
+        target, _, name = place.partition("/")
+        if not folder or not _NAME.fullmatch(name):
+            raise InputError(
+                f"--pruned {text!r} is not TARGET/NAME=FOLDER: write for example "
+                f"{next(iter(found))}/theirs=models/theirs"
+            )
+        if target not in found:
+            raise InputError(
+                f"--pruned {text!r}: the targets are {', '.join(found)}, and {target!r} is none of "
+                "them: name one of these, or add it to --targets"
+            )
+        if any(name == other.name for other in (*methods, *found[target])):
+            raise InputError(f"--pruned {text!r}: {target} has a row {name!r}: use another name")
+        folder = home_expanded(folder, "--pruned")
+        method = Method(name, 0, cpt_flags=training, seeded=False, warmup=None, folder=folder)
+        found[target].append(method)
+    return found
 
 
 def _option(word: str) -> str:

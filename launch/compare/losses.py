@@ -5,39 +5,34 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from data.errors import InputError
 from data.log import logger
-from data.tables import millions, print_table
+from data.tables import millions
 from launch.compare.config import (
     METHODS,
-    OPTIONAL,
-    OURS,
     TARGETS,
     CompareConfig,
     Method,
     methods_of,
+    pruned_of,
     targets_of,
 )
 from launch.compare.stages import EVALUATION, StageMaker, read_result
+from launch.compare.table import leads, print_results, summaries
 from launch.stages import Plan, Task, announce
 from pruner.budget import BLOCK_PARAMETERS
 from pruner.shapes import Shape, config_of, example_shape, parse_target, shape_of
 from pruner.shorten.config import ShortenConfig
 from pruner.shorten.ranking import removable
+from trainer.inputs import require_positions
 from trainer.models.config import ModelConfig
+from trainer.models.hf import load_config
+from trainer.models.sources import resolve_model
 
 CLOSE = 0.02
 """Relative difference of parameters up to which whole blocks match a target closely."""
 ALL = "all"
 """Name of the mean over domains among the domains."""
-BEYOND = {
-    True: "more than the spread over seeds",
-    False: "not more than the spread over seeds",
-    None: "one seed: no spread",
-}
 _COUNTS = {"steps": int, "tokens": int}
 _PRUNED = _COUNTS | {
     "target_shape": dict,
@@ -54,8 +49,6 @@ _MEASURED = {
 """What the results of stages must hold."""
 WINDOW = 2048
 """Tokens that models see at once of --text, if they have as many positions."""
-WIDTH = 150
-"""Columns of the table where there is no terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +58,10 @@ class Row:
     target: str
     method: Method
     seed: int
-    shear: Task
+    shear: Task | None
+    """Prunes; None where another program did."""
+    shape: ModelConfig | None
+    """Of what another program has pruned."""
     cpt: Task
     pruned: Task | None
     """Measures the pruned model; None from scratch."""
@@ -75,7 +71,7 @@ class Row:
     def needs(self) -> set[str]:
         """Names of the stages that give the row's numbers."""
         measured = {self.trained.name} | ({self.pruned.name} if self.pruned else set())
-        return measured | {self.shear.name}
+        return measured | ({self.shear.name} if self.shear else set())
 
 
 def losses_plan(maker: StageMaker, source: ModelConfig) -> Plan:
@@ -95,19 +91,22 @@ def losses_plan(maker: StageMaker, source: ModelConfig) -> Plan:
             f"--methods {whole[0]}: {config.source} has a single block, which cannot be removed; "
             f"leave it out: --methods {others}"
         )
-    _describe(config, source, shapes)
+    foreign = _foreign(config, source)
+    _describe(config, source, shapes, foreign)
     tasks = {task.name: task for task in maker.inputs()}
-    measured = maker.measure("source", None, "measure source", window=window_of(source))
+    measured = maker.measure("source", config.source, "measure source", window=window_of(source))
     tasks[measured.name] = measured
     rows = []
     for seed in config.seeds:
         for target, shape in shapes.items():
-            for method in methods_of(config):
-                row = _row(maker, source, target, shape, method, seed)
-                rows.append(row)
-                for task in (row.shear, row.pruned, row.cpt, row.trained):
-                    if task is not None:
-                        tasks.setdefault(task.name, task)
+            rows += [
+                _row(maker, source, target, shape, method, seed) for method in methods_of(config)
+            ]
+            rows += [_foreign_row(maker, target, *one, seed) for one in foreign[target]]
+    for row in rows:
+        for task in (row.shear, row.pruned, row.cpt, row.trained):
+            if task is not None:
+                tasks.setdefault(task.name, task)
     results = partial(results_of, config, source, shapes, rows, measured)
     return Plan(list(tasks.values()), results, print_results)
 
@@ -175,13 +174,51 @@ def _row(
     if method.shorten_flags is None:
         shear = maker.shear(f"{common}/shear", sizes, method, shear_seed, f"shear {kind}")
     else:
-        removed = source.num_layers - _shape(source, shape, method).layers
-        _require_removable(source, removed, method)
+        removed = None
+        if method.whole_blocks:
+            removed = source.num_layers - _shape(source, shape, method).layers
+            _require_removable(source, removed, method)
         shear = maker.shorten(f"{common}/shear", removed, method, shear_seed, f"shorten {target}")
     pruned = maker.measure(f"{common}/pruned", shear, f"measure {target}")
     cpt = maker.train(f"{own}/cpt", shear, method, seed, f"cpt {target} {method.name}")
     trained = maker.measure(f"{own}/trained", cpt, f"measure {target}", window=window_of(source))
-    return Row(target, method, seed, shear, cpt, None if method.random else pruned, trained)
+    measured = None if method.random else pruned
+    return Row(target, method, seed, shear, None, cpt, measured, trained)
+
+
+def _foreign(
+    config: CompareConfig, source: ModelConfig
+) -> dict[str, list[tuple[Method, ModelConfig]]]:
+    """The models of --pruned with their shapes, by target. Raises InputError for those that could
+    not be trained as the others are."""
+    found: dict[str, list[tuple[Method, ModelConfig]]] = {}
+    for target, methods in pruned_of(config).items():
+        found[target] = []
+        for method in methods:
+            assert method.folder is not None
+            shape = load_config(resolve_model(method.folder, option="--pruned"))
+            if shape.vocab_size != source.vocab_size:
+                raise InputError(
+                    f"--pruned {method.folder}: has {shape.vocab_size:,} token ids and the source "
+                    f"{source.vocab_size:,}, of which it is taught; name a model that was cut from "
+                    "it and kept its tokenizer"
+                )
+            require_positions(config.seq_len, shape)
+            found[target].append((method, shape))
+    return found
+
+
+def _foreign_row(
+    maker: StageMaker, target: str, method: Method, shape: ModelConfig, seed: int
+) -> Row:
+    """A row of --pruned, which is measured before training once for all seeds."""
+    assert method.folder is not None
+    common, own = f"{target}/{method.name}", f"{target}/{method.name}/seed-{seed}"
+    pruned = maker.measure(f"{common}/pruned", method.folder, f"measure {target}")
+    cpt = maker.train(f"{own}/cpt", method.folder, method, seed, f"cpt {target} {method.name}")
+    window = min(WINDOW, shape.max_position_embeddings)
+    trained = maker.measure(f"{own}/trained", cpt, f"measure {target}", window=window)
+    return Row(target, method, seed, None, shape, cpt, pruned, trained)
 
 
 def _require_removable(source: ModelConfig, removed: int, method: Method) -> None:
@@ -195,7 +232,12 @@ def _require_removable(source: ModelConfig, removed: int, method: Method) -> Non
         )
 
 
-def _describe(config: CompareConfig, source: ModelConfig, shapes: dict[str, Shape]) -> None:
+def _describe(
+    config: CompareConfig,
+    source: ModelConfig,
+    shapes: dict[str, Shape],
+    foreign: dict[str, list[tuple[Method, ModelConfig]]],
+) -> None:
     whole = source.num_parameters(embeddings=False)
     tokens = config.batch * config.seq_len
     announce(
@@ -210,13 +252,23 @@ def _describe(config: CompareConfig, source: ModelConfig, shapes: dict[str, Shap
         for method in methods_of(config):
             if method.whole_blocks:
                 blocks = _shape(source, target, method)
-                found = _non_embedding(source, blocks)
-                apart = found / wanted - 1
-                note = "" if abs(apart) <= CLOSE else "; no number of blocks comes closer"
-                logger.info(
-                    f"{name}, {method.name}: {blocks.layers} of {source.num_layers} blocks, "
-                    f"{found / 1e6:.2f}M ({100 * apart:+.1f}% of the target's{note})"
-                )
+                what = f"{blocks.layers} of {source.num_layers} blocks"
+                note = "; no number of blocks comes closer"
+                _describe_size(name, method, what, _non_embedding(source, blocks), wanted, note)
+        for method, shape in foreign[name]:
+            size = shape.num_parameters(embeddings=False)
+            _describe_size(name, method, str(method.folder), size, wanted)
+
+
+def _describe_size(
+    target: str, method: Method, what: str, found: int, wanted: int, note: str = ""
+) -> None:
+    apart = found / wanted - 1
+    note = "" if abs(apart) <= CLOSE else note
+    logger.info(
+        f"{target}, {method.name}: {what}, {found / 1e6:.2f}M "
+        f"({100 * apart:+.1f}% of the target's{note})"
+    )
 
 
 def results_of(
@@ -251,15 +303,14 @@ def results_of(
 
 
 def _numbers(config: CompareConfig, row: Row) -> dict[str, Any]:
-    report = read_result(row.shear, "shear.json", _PRUNED)
+    pruned = _pruning(row)
     trained = read_result(row.cpt, "cpt.json", _TRAINED)
     trained_as = read_result(row.cpt, "run.json", {"distill.weight?": float})
-    # From scratch, nothing that shearing learned is used.
-    learned, fed = (0, 0) if row.method.random else (report["steps"], report["tokens"])
-    steps, tokens = learned + trained["steps"], fed + trained["tokens"]
+    steps, tokens = pruned["steps"] + trained["steps"], pruned["tokens"] + trained["tokens"]
     expected = config.steps * config.batch * config.seq_len
     if (steps, tokens) != (config.steps, expected):
-        folders = dict.fromkeys(str(task.folder.parent) for task in (row.shear, row.cpt))
+        made = [task for task in (row.shear, row.cpt) if task is not None]
+        folders = dict.fromkeys(str(task.folder.parent) for task in made)
         raise InputError(
             f"{row.cpt.folder} and what it starts from took {steps} steps and {tokens:,} tokens, "
             f"and every method must take {config.steps} and {expected:,}: delete "
@@ -269,18 +320,39 @@ def _numbers(config: CompareConfig, row: Row) -> dict[str, Any]:
         "target": row.target,
         "method": row.method.name,
         "seed": row.seed,
-        "shape": report["target_shape"],
-        "non_embedding_parameters": report["parameters"]["target_non_embedding"],
-        "shear_steps": learned,
+        "folder": row.method.folder,
+        "shape": pruned["shape"],
+        "non_embedding_parameters": pruned["non_embedding_parameters"],
+        "shear_steps": pruned["steps"],
         "cpt_steps": trained["steps"],
         "tokens": tokens,
-        "refit": report.get("refit"),
+        "refit": pruned["refit"],
         "distill_weight": trained_as.get("distill.weight", 0.0),
-        "kept_not_alive": None if row.method.random else report["kept_not_alive"],
+        "kept_not_alive": pruned["kept_not_alive"],
         "pruned": None if row.pruned is None else _losses(row.pruned),
         "trained": _losses(row.trained),
         "text": _perplexity(row.trained),
         "tasks": _accuracy(row.trained),
+    }
+
+
+def _pruning(row: Row) -> dict[str, Any]:
+    """What a row's pruning took and came to."""
+    if row.shear is None:
+        assert row.shape is not None
+        size = row.shape.num_parameters(embeddings=False)
+        found: dict[str, Any] = {"steps": 0, "tokens": 0, "refit": None, "kept_not_alive": None}
+        return found | {"shape": shape_of(row.shape).to_json(), "non_embedding_parameters": size}
+    report = read_result(row.shear, "shear.json", _PRUNED)
+    # From scratch, nothing that shearing learned is used.
+    fresh = row.method.random
+    return {
+        "steps": 0 if fresh else report["steps"],
+        "tokens": 0 if fresh else report["tokens"],
+        "refit": report.get("refit"),
+        "kept_not_alive": None if fresh else report["kept_not_alive"],
+        "shape": report["target_shape"],
+        "non_embedding_parameters": report["parameters"]["target_non_embedding"],
     }
 
 
@@ -318,158 +390,3 @@ def _accuracy(task: Task) -> dict[str, dict[str, Any]] | None:
 
 def _measured(metric: str, value: float | None, stderr: float | None) -> dict[str, Any]:
     return {"metric": metric, "value": value, "stderr": stderr}
-
-
-def summaries(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every target and method, in the order of `rows`: mean, min and max over the seeds of the
-    losses before and after training, per domain, of the perplexity of --text and of --tasks, with
-    the mean of their standard errors: all seeds answer the same questions."""
-    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        grouped.setdefault((row["target"], row["method"]), []).append(row)
-    found = []
-    for (target, method), members in grouped.items():
-        entry: dict[str, Any] = {"target": target, "method": method}
-        entry["seeds"] = [row["seed"] for row in members]
-        entry["non_embedding_parameters"] = members[0]["non_embedding_parameters"]
-        not_on = [row["kept_not_alive"] for row in members]
-        entry["kept_not_alive"] = [sum(kinds.values()) for kinds in not_on if kinds is not None]
-        for stage in ("pruned", "trained"):
-            losses = [row[stage] for row in members if row[stage] is not None]
-            entry[stage] = {
-                domain: _spread([values[domain] for values in losses])
-                for domain in (losses[0] if losses else ())
-            }
-        texts = [row["text"] for row in members if row["text"] is not None]
-        entry["text"] = _spread(texts) if texts else None
-        entry["tasks"] = _task_spreads([row["tasks"] for row in members if row["tasks"]])
-        found.append(entry)
-    return found
-
-
-def _task_spreads(rows: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]] | None:
-    """Per task; one that a model's damaged weights give no value for is left out."""
-    found = {}
-    for name in rows[0] if rows else ():
-        values = [row[name]["value"] for row in rows]
-        errors = [row[name]["stderr"] for row in rows]
-        if None not in values:
-            stderr = None if None in errors else sum(errors) / len(errors)
-            found[name] = {"metric": rows[0][name]["metric"], **_spread(values), "stderr": stderr}
-    return found if rows else None
-
-
-def leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per target and domain, how far `ours` lies below the best other method after training, in
-    the mean over the seeds that both have, and whether the losses of the two do not overlap over
-    those seeds: None for a single one. Variants are no others.
-    """
-    grouped: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
-    for row in rows:
-        grouped.setdefault((row["target"], row["method"]), {})[row["seed"]] = row["trained"]
-    found = []
-    for target in dict.fromkeys(row["target"] for row in rows):
-        ours = grouped.get((target, OURS), {})
-        others = {
-            name: grouped.get((target, name), {}) for name in (*METHODS, *OPTIONAL) if name != OURS
-        }
-        shared = {name: theirs for name, theirs in others.items() if theirs.keys() & ours.keys()}
-        for domain in next(iter(ours.values())) if shared else ():
-            compared = [_lead(ours, theirs, domain) for theirs in shared.values()]
-            named = zip(shared, compared, strict=True)
-            best, lead = min(named, key=lambda entry: entry[1]["lower_by"])
-            found.append({"target": target, "domain": domain, "best_other": best, **lead})
-    return found
-
-
-def _lead(
-    ours: dict[int, dict[str, float]], theirs: dict[int, dict[str, float]], domain: str
-) -> dict[str, Any]:
-    seeds = [seed for seed in ours if seed in theirs]
-    own = _spread([ours[seed][domain] for seed in seeds])
-    rival = _spread([theirs[seed][domain] for seed in seeds])
-    apart = own["max"] < rival["min"] or rival["max"] < own["min"]
-    return {
-        "seeds": seeds,
-        "lower_by": rival["mean"] - own["mean"],
-        "beyond_spread": apart if len(seeds) > 1 else None,
-    }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
-
-
-def print_results(results: dict[str, Any]) -> None:
-    """A table for each target: mean and extremes of every method's losses."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    domains = list(results["source_held_out"])
-    for target, shape in results["targets"].items():
-        entries = [entry for entry in results["summary"] if entry["target"] == target]
-        if not entries:
-            continue
-        table = Table(title=f"{target}: {shape}; held-out loss, mean (min..max over seeds)")
-        text = [] if results.get("source_text") is None else ["text\n(perplexity)"]
-        tasks = results.get("source_tasks") or {}
-        columns = [*domains, *text, *(f"{name}\n({row['metric']})" for name, row in tasks.items())]
-        for heading in ("method", "without\nembeddings", "not on", "after", *columns):
-            left = heading in ("method", "after")
-            table.add_column(heading, justify="left" if left else "right")
-        whole = results["source_non_embedding_parameters"]
-        source = [f"{loss:.3f}" for loss in results["source_held_out"].values()]
-        source += [f"{results['source_text']:.2f}"] if text else []
-        source += [_value(row["value"], row["stderr"]) for row in tasks.values()]
-        table.add_row("source", millions(whole), "", "", *source, end_section=True)
-        for entry in entries:
-            _add_rows(table, entry, domains, list(tasks))
-        print_table(table, console)
-        for lead in results["leads"]:
-            if lead["target"] == target:
-                console.print(
-                    f"{lead['domain']}: {OURS} is {abs(lead['lower_by']):.3f} "
-                    f"{'below' if lead['lower_by'] >= 0 else 'above'} the best other, "
-                    f"{lead['best_other']}, {BEYOND[lead['beyond_spread']]}",
-                    highlight=False,
-                )
-    if results["missing_rows"]:
-        console.print(f"{results['missing_rows']} rows are not finished")
-
-
-def _add_rows(table: Table, entry: dict[str, Any], domains: list[str], tasks: list[str]) -> None:
-    size = millions(entry["non_embedding_parameters"])
-    not_on = entry["kept_not_alive"]
-    span = _range(min(not_on), max(not_on), "d") if not_on else ""
-    first = (entry["method"], size, span)
-    for stage in ("pruned", "trained"):
-        if entry[stage]:
-            cells = [_cell(entry[stage][domain]) for domain in domains]
-            if stage == "trained" and entry.get("text"):
-                cells.append(_cell(entry["text"]))
-            if stage == "trained" and entry.get("tasks"):
-                cells += [_task_cell(entry["tasks"].get(name)) for name in tasks]
-            words = {"pruned": "pruning", "trained": "training"}[stage]
-            table.add_row(*first, words, *cells, end_section=stage == "trained")
-            first = ("", "", "")
-
-
-def _cell(spread: dict[str, float]) -> str:
-    extremes = _range(spread["min"], spread["max"], ".2f")
-    return f"{spread['mean']:.3f} ({extremes})"
-
-
-def _task_cell(spread: dict[str, Any] | None) -> str:
-    if spread is None:
-        return "nan"
-    extremes = _range(spread["min"], spread["max"], ".2f")
-    return f"{_value(spread['mean'], spread['stderr'])} ({extremes})"
-
-
-def _value(value: float | None, stderr: float | None) -> str:
-    error = "" if stderr is None else f" ±{stderr:.3f}"
-    return "nan" if value is None else f"{value:.3f}{error}"
-
-
-def _range(low: float, high: float, form: str) -> str:
-    return f"{low:{form}}" if low == high else f"{low:{form}}..{high:{form}}"

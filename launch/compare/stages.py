@@ -10,6 +10,7 @@ from data.records import fits, read_json
 from launch.commands import ROOT, command, python
 from launch.compare.config import WARMUP_RATIO, CompareConfig, Method
 from launch.compare.text import content_of, split_documents
+from launch.origin import model_fingerprint
 from launch.stages import Task
 from pruner.config import calibration_sequences
 from trainer.models.sources import resolve_model
@@ -72,15 +73,15 @@ class StageMaker:
         )
         return [text, tokens]
 
-    def measure(self, name: str, model: Task | None, kind: str, *, window: int = 0) -> Task:
-        """Held-out losses of a finished run, or of the source; with a `window` also what --text and
+    def measure(self, name: str, model: Task | str, kind: str, *, window: int = 0) -> Task:
+        """Held-out losses of a finished run or of a model; with a `window` also what --text and
         --tasks name, if they do."""
         config = self.config
-        folder = config.source if model is None else model.folder
+        folder, after, known = self._model(model)
         flags = ["--split", "train", "--seq-len", config.seq_len, "--sequences", config.sequences]
         flags += ["--precision", config.precision]
         # What is measured on, by its content: another text at the same path is another one.
-        read: dict[str, object] = {}
+        read: dict[str, object] = dict(known)
         if window and config.text is not None:
             flags += ["--text", config.text, "--window", window]
             read["--text"] = content_of(Path(config.text))
@@ -101,7 +102,7 @@ class StageMaker:
             name,
             kind=kind,
             settings={"flags": named} | read,
-            after=("tokens",) if model is None else ("tokens", model.name),
+            after=("tokens", *after),
             action=lambda: self._command(name, words, EVALUATION),
         )
 
@@ -114,17 +115,18 @@ class StageMaker:
         flags += ["--no-activation-checkpointing", *self._text_flags(method)]
         flags += [word.replace("{seed}", str(seed)) for word in method.shear_flags]
         words = ["-m", "pruner.shear", "--source", config.source, *flags]
-        return self._training_task(name, words, flags, "tokens", "shear.json", kind)
+        return self._training_task(name, words, flags, ("tokens",), "shear.json", kind)
 
-    def shorten(self, name: str, removed: int, method: Method, seed: int, kind: str) -> Task:
-        """A run of pruner.shorten, which removes as many blocks."""
+    def shorten(self, name: str, removed: int | None, method: Method, seed: int, kind: str) -> Task:
+        """A run of pruner.shorten, which removes as many blocks; None: what its flags say."""
         config = self.config
         assert method.shorten_flags is not None
-        flags = ["--remove", removed, "--seq-len", config.seq_len, "--precision", config.precision]
+        flags: list[object] = [] if removed is None else ["--remove", removed]
+        flags += ["--seq-len", config.seq_len, "--precision", config.precision]
         flags += ["--domain-weights", config.domain_weights, "--eval-sequences", 0, "--seed", seed]
         flags += [*self._text_flags(method, "--sequences"), *method.shorten_flags]
         words = ["-m", "pruner.shorten", "--source", config.source, *flags]
-        return self._training_task(name, words, flags, "tokens", "shear.json", kind)
+        return self._training_task(name, words, flags, ("tokens",), "shear.json", kind)
 
     def _text_flags(self, method: Method, option: str = "--calibration-sequences") -> list[object]:
         """Calibration, whose sequences are the `option`, and a refit may read only what is trained
@@ -140,7 +142,7 @@ class StageMaker:
         fitted = max(1, min(REFIT_SEQUENCES, sequences - held_out))
         return [*found, "--refit-sequences", fitted, "--refit-held-out", held_out]
 
-    def train(self, name: str, pruned: Task, method: Method, seed: int, kind: str) -> Task:
+    def train(self, name: str, pruned: Task | str, method: Method, seed: int, kind: str) -> Task:
         """Continued pre-training of a pruned model, or from scratch in its shape."""
         config = self.config
         rate = config.random_lr if method.random else config.cpt_lr
@@ -148,25 +150,38 @@ class StageMaker:
         flags += self._training_flags(seed, method.warmup)
         flags += ["--init", "random"] if method.random else []
         flags += [word.replace("{seed}", str(seed)) for word in method.cpt_flags]
-        words = [ROOT / "launch" / "cpt.py", "--model", pruned.folder, *flags]
-        return self._training_task(name, words, flags, pruned.name, "cpt.json", kind)
+        folder, after, known = self._model(pruned)
+        words = [ROOT / "launch" / "cpt.py", "--model", folder, *flags]
+        return self._training_task(
+            name, words, flags, after or ("tokens",), "cpt.json", kind, known
+        )
+
+    def _model(self, model: Task | str) -> tuple[Path | str, tuple[str, ...], dict[str, object]]:
+        """Where a model is, the stage that makes it, and what a stage that reads it has to know of
+        one that no stage makes: the source is known to the comparison."""
+        if isinstance(model, Task):
+            return model.folder, (model.name,), {}
+        if model == self.config.source:
+            return model, (), {}
+        return model, (), {"model": model_fingerprint(model, "--pruned")}
 
     def _training_task(
         self,
         name: str,
         words: Sequence[object],
         flags: Sequence[object],
-        after: str,
+        after: tuple[str, ...],
         report: str,
         kind: str,
+        known: Mapping[str, object] | None = None,
     ) -> Task:
         words = [*words, "--data", self.output / "tokens" / "train"]
         words += ["--output", self.output / name]
         return self._task(
             name,
             kind=kind,
-            settings={"flags": flags},
-            after=(after,),
+            settings={"flags": flags} | dict(known or {}),
+            after=after,
             action=lambda: self._command(name, words, report),
         )
 

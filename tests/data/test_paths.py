@@ -20,9 +20,9 @@ from trainer.models.sources import resolve_model
 pytestmark = pytest.mark.usefixtures("clean")
 NO_PATHS = {
     *("target", "targets", "domain_field", "text_field", "domains", "domain_weights"),
-    *("reference_losses", "methods", "variant", "tasks", "params", "then"),
+    *("reference_losses", "methods", "variant", "tasks", "params", "then", "pruned"),
 }
-"""Options of text that name no file or folder."""
+"""Options of text that name no file or folder, or not as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

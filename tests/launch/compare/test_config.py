@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from data.errors import InputError
-from launch.compare.config import METHODS, TARGETS, CompareConfig, Method, methods_of, targets_of
+from launch.compare.config import (
+    METHODS,
+    TARGETS,
+    CompareConfig,
+    Method,
+    methods_of,
+    pruned_of,
+    targets_of,
+)
 
 
 def configure(**options: Any) -> CompareConfig:
@@ -67,6 +75,21 @@ def test_variants_have_options_of_their_commands(flags: str) -> None:
     methods_of(configure(methods=(), variant=("late=--no-compact --mask-lr 1|--mixture-clip",)))
 
 
+def test_variants_may_be_shortened() -> None:
+    variant = ("apart=shorten --units both --remove 3|--lr 3e-4",)
+    (found,) = methods_of(configure(methods=(), variant=variant))
+    assert found.shorten_flags == ("--units", "both", "--remove", "3")
+    assert found.cpt_flags == ("--lr", "0.0005", "--lr", "3e-4")
+    assert not found.shear_flags and not found.shear_steps and not found.whole_blocks
+
+
+def test_pruned_models_belong_to_a_target() -> None:
+    found = pruned_of(configure(targets=("half", "small=layers=2"), pruned=("small/a=models/b=c",)))
+    assert found["half"] == [] and [one.name for one in found["small"]] == ["a"]
+    (method,) = found["small"]
+    assert method.folder == "models/b=c" and method.cpt_flags[-2:] == ("--teacher", "model")
+
+
 def test_targets_are_named_shapes() -> None:
     found = targets_of(configure(targets=("half", "small=layers=2,hidden=24")))
     assert found == {"half": TARGETS["half"], "small": "layers=2,hidden=24"}
@@ -104,6 +127,14 @@ def test_targets_are_named_shapes() -> None:
         ({"targets": ("source=layers=2",)}, r"keeps its own in source/, .*choose another name"),
         ({"targets": ("Text=layers=2",)}, r"keeps its own in Text/"),
         ({"targets": ()}, r"no target"),
+        ({"variant": ("x=shorten --remove 3 --bogus",)}, r"`shorn shorten` has no --bogus"),
+        ({"variant": ("x=shorten --units both",)}, r"says not how much goes; add --remove 6"),
+        ({"variant": ("x=shorten --seed 1",)}, r"--seed is the comparison's to set"),
+        ({"pruned": ("theirs=models/a",)}, r"not TARGET/NAME=FOLDER: write .* half/theirs="),
+        ({"pruned": ("half/theirs=",)}, r"not TARGET/NAME=FOLDER"),
+        ({"pruned": ("third/a=b",)}, r"the targets are half, quarter, and 'third' is none"),
+        ({"pruned": ("half/paper=b",)}, r"half has a row 'paper': use another name"),
+        ({"pruned": ("half/a=b", "half/a=c")}, r"half has a row 'a': use another name"),
         ({"seeds": ()}, r"--seeds \[\]"),
         ({"seeds": (1, 1)}, r"--seeds \[1, 1\]"),
         ({"sparsities": (0.5, 95.0)}, r"--sparsities 95.0: must lie between 0 and 1"),

@@ -189,6 +189,34 @@ def test_a_comparison_runs_resumes_and_grows(
     assert commands == ["pruner.shear", "launch.evaluate", "launch.cpt", "launch.evaluate"]
 
 
+def test_models_of_other_programs_are_rows_too(
+    commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
+) -> None:
+    theirs = write_model(tmp_path / "theirs", num_hidden_layers=2)
+    pruned = (f"small/theirs={theirs}",)
+    apart = ("apart=shorten --units both --remove 2 --protect-first 0 --protect-last 0",)
+    results = run(configure(methods=("ours",), variant=apart, pruned=pruned))
+    assert results is not None
+    rows = {row["method"]: row for row in results["rows"]}
+    assert rows["theirs"]["shape"]["layers"] == 2 and rows["theirs"]["folder"] == str(theirs)
+    assert rows["theirs"]["refit"] is None and rows["theirs"]["kept_not_alive"] is None
+    assert rows["apart"]["refit"] is not None and rows["ours"]["folder"] is None
+    small = tmp_path / "out" / "small"
+    assert rows["theirs"]["pruned"]["alpha"] == held_out(small / "theirs" / "pruned")["alpha"]
+    assert {row["tokens"] for row in rows.values()} == {4 * 2 * 32}
+    assert {lead["best_other"] for lead in results["leads"]} == {"theirs"}
+
+    commands.clear()
+    moved = tmp_path / "moved"
+    theirs.rename(moved)
+    run(configure(methods=("ours",), variant=apart, pruned=(f"small/theirs={moved}",)))
+    assert commands == []
+    # Another model at the same place is another one.
+    write_model(moved, num_hidden_layers=2, initializer_range=0.05)
+    run(configure(methods=("ours",), variant=apart, pruned=(f"small/theirs={moved}",)))
+    assert commands == ["launch.evaluate", "launch.cpt", "launch.evaluate"]
+
+
 def test_source_and_text_are_known_by_content(
     commands: list[str], configure: Callable[..., CompareConfig], tmp_path: Path
 ) -> None:
