@@ -115,7 +115,7 @@ class CompareConfig:
     """Held-out sequences measured per domain."""
     text: Annotated[str | None, ON_DISK] = None
     """UTF-8 text on which trained models and the source are measured as well, as one document in
-    windows of 2,048 tokens: for example WikiText-2's test split."""
+    windows of 2,048 tokens; or a set of publications: wikitext2, ptb, c4."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-eval, or sets of them, on which trained models and the source are measured as
     well, as by `shorn evaluate`."""

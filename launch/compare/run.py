@@ -18,8 +18,8 @@ from launch.compare.dead_units import dead_units_plan
 from launch.compare.losses import losses_plan
 from launch.compare.stages import StageMaker
 from launch.evaluate.config import EvaluateConfig
-from launch.evaluate.run import read_document
 from launch.evaluate.tasks import Tasks
+from launch.evaluate.texts import read_named
 from launch.origin import first_names, model_fingerprint
 from launch.stages import Stages, Task, require_own, run_tasks
 from pruner.shapes import require_even
@@ -45,7 +45,7 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     require_writable(config.json, "--json")
     require_own(Path(config.output))
     if config.text is not None:
-        _check_text(Path(config.text))
+        _check_text(config.text)
     of_tasks: dict[str, Any] = {}
     if config.tasks:
         # Missing data would end the comparison after hours of training.
@@ -84,14 +84,14 @@ def run(config: CompareConfig) -> dict[str, Any] | None:
     return results
 
 
-def _check_text(path: Path) -> None:
+def _check_text(name: str) -> None:
     """Raises InputError for a --text that the stages could not score."""
-    if is_pipe(path):
+    if is_pipe(Path(name)):
         raise InputError(
-            f"--text {path}: is a pipe, and the evaluation of every model would have to read it; "
+            f"--text {name}: is a pipe, and the evaluation of every model would have to read it; "
             f"{INTO_A_FILE}"
         )
-    read_document(path)
+    read_named(name)
 
 
 def _text_fingerprint(files: Sequence[Path]) -> str:

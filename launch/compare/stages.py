@@ -84,7 +84,8 @@ class StageMaker:
         read: dict[str, object] = dict(known)
         if window and config.text is not None:
             flags += ["--text", config.text, "--window", window]
-            read["--text"] = content_of(Path(config.text))
+            path = Path(config.text)
+            read["--text"] = content_of(path) if path.exists() else config.text
         kept: list[object] = []
         if window and config.tasks:
             flags += ["--tasks", *config.tasks]

@@ -27,8 +27,9 @@ class EvaluateConfig:
     """Sequences per domain, the first ones of its split; fewer where a domain holds fewer."""
     seq_len: int = 4096
     """Tokens per sequence."""
-    text: Annotated[str | None, ON_DISK] = None
-    """UTF-8 text file, scored as one document."""
+    text: Annotated[tuple[str, ...], ON_DISK] = ()
+    """UTF-8 text files, each scored as one document; or sets of publications, fetched from the hub:
+    wikitext2 (test), ptb (validation), c4 (validation)."""
     window: int = 2048
     """Positions the model sees at once in --text, a BOS token included."""
     stride: int | None = None
@@ -61,13 +62,15 @@ class EvaluateConfig:
     """File for the same results as JSON; for several models a list of them, under "models"."""
 
     def __post_init__(self) -> None:
-        if self.data is None and self.text is None and not self.tasks and not self.speed:
+        if self.data is None and not (self.text or self.tasks or self.speed):
             raise InputError(
                 "nothing to measure: give --data TOKENS, --text FILE, --tasks NAME, --speed, or "
                 "some of them"
             )
         if not self.model:
             raise InputError("--model names no model; give the folder of one, such as runs/cpt")
+        if len(set(self.text)) < len(self.text):
+            raise InputError(f"--text {' '.join(self.text)}: give each text once")
         require_at_least(self, 1, "sequences", "batch", "stride", "limit")
         require_at_least(self, 0, "shots")
         require_threads(self.threads)
@@ -76,7 +79,7 @@ class EvaluateConfig:
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""
         found: dict[str, str] = {}
-        if self.text is None:
+        if not self.text:
             found |= dict.fromkeys(("window", "stride", "bos"), "there is no --text to score")
         if self.data is None:
             names = ("split", "sequences", "seq_len")
@@ -84,6 +87,6 @@ class EvaluateConfig:
         if not self.tasks:
             of_tasks = ("task_files", "shots", "limit", "task_results")
             found |= dict.fromkeys(of_tasks, "there are no --tasks to measure on")
-        if self.text is None and self.data is None and not self.tasks:
+        if self.data is None and not (self.text or self.tasks):
             found |= dict.fromkeys(("batch", "kernels"), "--speed alone times plain transformers")
         return found

@@ -10,23 +10,16 @@ import torch
 
 from data.errors import InputError, naming
 from data.files import require_distinct, require_writable, write_copy
-from data.formats import Format, compression_of, format_of
 from data.log import logger
 from data.manifest import TRAIN
-from data.places import odd_name
 from data.progress import Progress
 from data.reader import TokenReader
-from data.records import read_text
 from data.tokenizers import holds_tokenizer, load_tokenizer
 from launch.evaluate.config import EvaluateConfig
-from launch.evaluate.document import (
-    DocumentPerplexity,
-    document_perplexity,
-    resolve_bos,
-    scored_rows,
-)
-from launch.evaluate.tables import print_results
+from launch.evaluate.document import document_perplexity, scored_rows
+from launch.evaluate.tables import print_results, texts_of
 from launch.evaluate.tasks import Tasks
+from launch.evaluate.texts import Document, shared_texts, tokenized
 from pruner.latency import decode_timer
 from pruner.timing import too_busy
 from trainer import parallel
@@ -42,19 +35,6 @@ from trainer.run import choose_kernels
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
-    """A text in the model's tokens."""
-
-    ids: list[int]
-    """Tokens of the whole text, no special ones."""
-    text_bytes: int
-    """UTF-8 length of the text."""
-    bos: str
-    """The resolved BOS rule: "no", "yes" or "every"."""
-    bos_id: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class Candidate:
     """One model, opened and checked; no weights yet."""
 
@@ -62,7 +42,8 @@ class Candidate:
     """As the user wrote it."""
     path: Path
     shape: ModelConfig
-    document: Document | None
+    documents: list[Document]
+    """The texts of --text in its tokens."""
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -70,10 +51,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
     Everything that can be refused without the weights is refused before they are read.
     """
-    require_distinct({"--text": config.text, "--json": config.json})
+    for name in config.text:
+        require_distinct({"--text": name, "--json": config.json})
     require_writable(config.json, "--json")
     context = parallel.init(threads=config.threads)
-    text = _shared_document(config, context)
+    texts = shared_texts(config.text, context)
     reader = _open_tokens(config) if config.data is not None else None
     tasks = Tasks(config) if config.tasks else None
     kernels = choose_kernels(config.kernels, context)
@@ -88,8 +70,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         _check_shape(config, shape, reader)
         if reader is not None:
             check_tokenizer(reader, shape, path, str(config.data))
-        document = _tokenize(config, path, shape, text) if text is not None else None
-        candidates.append(Candidate(name, path, shape, document))
+        options: dict[str, Any] = {"window": config.window, "stride": config.stride}
+        documents = [tokenized(text, path, shape, rule=config.bos, **options) for text in texts]
+        candidates.append(Candidate(name, path, shape, documents))
     _require_same_inputs(candidates, reader, tasks, context)
     dtype = parallel.compute_dtype(config.precision, context.device)
     if config.speed:
@@ -128,16 +111,19 @@ def _measure(
         "non_embedding_parameters": candidate.shape.num_parameters(embeddings=False),
         "precision": str(dtype).removeprefix("torch."),
     }
-    document = candidate.document
+    documents = candidate.documents
     waiting = tasks is not None and not tasks.are_finished(candidate.path, dtype, context)
     model = None
-    if reader is not None or document is not None or waiting:
+    if reader is not None or documents or waiting:
         model = load_model(candidate.path, context.device, dtype)
     if reader is not None and model is not None:
         result |= _held_out(config, candidate, model, reader, context)
-    if document is not None and model is not None and context.is_main:
-        score = _score(config, model, document, context)
-        result["text"] = {"file": config.text, "bytes": document.text_bytes, **score.to_dict()}
+    if documents and model is not None and context.is_main:
+        scores = [_scored(config, model, document, context) for document in documents]
+        if len(scores) == 1:
+            result["text"] = scores[0]
+        else:
+            result["texts"] = {score["file"]: score for score in scores}
     if tasks is not None:
         result |= tasks.measure(candidate.name, candidate.path, model, dtype, context)
     return result
@@ -146,7 +132,7 @@ def _measure(
 def _warn_of_damage(candidates: list[Candidate], results: list[dict[str, Any]]) -> None:
     for one, result in zip(candidates, results, strict=True):
         losses = [domain["loss"] for domain in result.get("domains", {}).values()]
-        losses += [result["text"]["nll"]] if "text" in result else []
+        losses += [score["nll"] for score in texts_of(result).values()]
         tasks = result.get("tasks", {}).values()
         losses += [math.nan for row in tasks if row[row["metric"]] is None]
         if not all(math.isfinite(loss) for loss in losses):
@@ -186,17 +172,6 @@ def _time(
     return too_busy(dict(zip(names, timings, strict=True)), dict(zip(names, shapes, strict=True)))
 
 
-def _shared_document(config: EvaluateConfig, context: parallel.DistributedContext) -> str | None:
-    """The text of --text on every rank, None without one; rank 0 alone reads it, for a pipe can be
-    read once. Raises InputError on every rank."""
-    if config.text is None:
-        return None
-    path = Path(config.text)
-    text = context.raise_on_any_rank(lambda: read_document(path) if context.is_main else None)
-    shared: str = context.broadcast(text)
-    return shared
-
-
 def _require_same_inputs(
     candidates: list[Candidate],
     reader: TokenReader | None,
@@ -216,20 +191,6 @@ def _require_same_inputs(
         found["version of lm-eval"] = str(tasks.harness.version)
         found["--task-files"] = str(tasks.harness.digest)
     require_same(found, context.gather, SAME_FILES)
-
-
-def read_document(path: Path) -> str:
-    """The text of --text. Raises InputError for a file that cannot be read, or is empty."""
-    if path.is_file():
-        _require_document(path)
-    try:
-        fix = odd_name(str(path), patterns=False) or "give a readable UTF-8 file"
-        text = read_text(path, fix)
-    except InputError as error:
-        raise InputError(f"--text {error}") from None
-    if not text:
-        raise InputError(f"--text {path}: the file is empty; there is nothing to score")
-    return text
 
 
 def _require_one_tokenizer(config: EvaluateConfig, paths: list[Path]) -> None:
@@ -260,7 +221,7 @@ def _open_tokens(config: EvaluateConfig) -> TokenReader:
 def _check_shape(config: EvaluateConfig, shape: ModelConfig, reader: TokenReader | None) -> None:
     limit = shape.max_position_embeddings
     lengths = {"--seq-len": config.seq_len if reader else 0, "--window": config.window}
-    if config.text is None:
+    if not config.text:
         del lengths["--window"]
     for flag, length in lengths.items():
         if length > limit:
@@ -292,52 +253,17 @@ def _held_out(
     }
 
 
-def _require_document(path: Path) -> None:
-    """Raises InputError for a file whose name says that it is no plain text."""
-    if compression_of(path):
-        raise InputError(f"--text {path}: is compressed; unpack it, and name what comes out")
-    if format_of(path) is not Format.TEXT:
-        raise InputError(
-            f"--text {path}: is {format_of(path).value} by its name, and one document is scored as "
-            "it stands, names and braces too: write the text of a record into a .txt file (or link "
-            "to the file as .txt), or tokenize all records with `shorn tokenize` and give --data"
-        )
-
-
-def _tokenize(config: EvaluateConfig, path: Path, shape: ModelConfig, text: str) -> Document:
-    """The text in tokens; raises InputError when window, stride, BOS or length do not fit it, or an
-    id is beyond the model's rows."""
-    if not holds_tokenizer(path):
-        raise InputError(
-            f"--text {config.text} is tokenized by the model's own tokenizer, and {path} holds "
-            "none: copy tokenizer.json and tokenizer_config.json (or tokenizer.model) there from "
-            "the model that it was made from, or measure it with --data"
-        )
-    tokenizer = load_tokenizer(path)
-    bos = resolve_bos(config.bos, tokenizer.bos_id, tokenizer.adds_bos)
-    ids = [int(token) for token in tokenizer.encode([text])[0]]
-    with naming(f"--text {config.text}"):
-        rows = scored_rows(ids, bos, tokenizer.bos_id, config.window, config.stride)
-    largest = max(max(row) for row, _ in rows)
-    if largest >= shape.vocab_size:
-        raise InputError(
-            f"--text {config.text}: the tokenizer of {path} gives id {largest}, for which the "
-            f"model has no row: it has {shape.vocab_size}; fetch the tokenizer that it was trained "
-            f"with, or remove the tokens that were added (or set as bos_token) in {path}"
-        )
-    return Document(ids, len(text.encode()), bos, tokenizer.bos_id)
-
-
-def _score(
+def _scored(
     config: EvaluateConfig,
     model: CausalLM,
     document: Document,
     context: parallel.DistributedContext,
-) -> DocumentPerplexity:
+) -> dict[str, Any]:
+    """What the results say of a text."""
     rows = scored_rows(document.ids, document.bos, document.bos_id, config.window, config.stride)
     targets = sum(len(row) - first for row, first in rows)
-    with Progress("document", total=targets, unit="token") as bar:
-        return document_perplexity(
+    with Progress(Path(document.name).name, total=targets, unit="token") as bar:
+        score = document_perplexity(
             model,
             document.ids,
             text_bytes=document.text_bytes,
@@ -349,3 +275,8 @@ def _score(
             device=context.device,
             progress=bar.update,
         )
+    found = {"file": document.name, "bytes": document.text_bytes, **score.to_dict()}
+    known = document.published
+    if known is not None:
+        found |= {"set": f"{known.repository}, {known.files}", "whole_windows": True}
+    return found

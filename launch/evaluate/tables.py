@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
@@ -57,15 +58,15 @@ def _print_one(console: Console, result: dict[str, Any]) -> None:
             values = (f"{row['loss']:.4f}", f"{found:.3f}", f"{row['tokens']:,}")
             table.add_row(name, *values)
         print_table(table, console)
-    if "text" in result:
-        score = result["text"]
+    for score in texts_of(result).values():
         stride = score["stride"] or f"none (windows of {score['window']} side by side)"
+        whole = "; whole ones alone" if score.get("whole_windows") else ""
         table = Table(title=f"document {score['file']}", show_header=False)
         for name, value in (
             ("perplexity", f"{score['perplexity']:.4f}"),
             ("bits per byte", f"{score['bits_per_byte']:.4f}"),
             ("window", str(score["window"])),
-            ("stride", str(stride)),
+            ("stride", f"{stride}{whole}"),
             ("BOS", BOS_WORDS[score["bos"]]),
             ("tokens", f"{score['tokens']:,}"),
             ("targets", f"{score['targets']:,}"),
@@ -74,6 +75,14 @@ def _print_one(console: Console, result: dict[str, Any]) -> None:
         print_table(table, console)
     if "decoding" in result:
         console.print(f"decoding: {_pace(result)}", soft_wrap=True)
+
+
+def texts_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Scores of the texts of --text, by name."""
+    if "text" in result:
+        return {result["text"]["file"]: result["text"]}
+    found: dict[str, dict[str, Any]] = result.get("texts", {})
+    return found
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -101,9 +110,14 @@ def _print_several(console: Console, names: Sequence[str], results: list[dict[st
         if len(losses) > 2 and gap >= LEAST_GAP:
             shares = (f"{(losses[1] - loss) / gap:.0%}" for loss in losses[2:])
             table.add_row("gap of the second closed", "", "", *shares)
-    if "text" in first:
-        bits = (f"{one['text']['bits_per_byte']:.4f}" for one in results)
-        table.add_row("bits per byte of the text", *bits)
+    for text in texts_of(first):
+        scores = [texts_of(one)[text] for one in results]
+        name = Path(text).name
+        # Perplexities per token are of one kind where the tokens are the same.
+        if len({score["targets"] for score in scores}) == 1:
+            table.add_row(f"perplexity of {name}", *(f"{one['perplexity']:.4f}" for one in scores))
+        bits = (f"{score['bits_per_byte']:.4f}" for score in scores)
+        table.add_row(f"bits per byte of {name}", *bits)
     table.add_section()
     table.add_row("parameters", *(f"{one['parameters']:,}" for one in results))
     blocks = (f"{one['non_embedding_parameters']:,}" for one in results)

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +17,7 @@ from data.errors import InputError
 from data.reader import TokenReader
 from launch.evaluate import run as run_module
 from launch.evaluate.__main__ import main
+from launch.evaluate.texts import TEXT_SETS
 from pruner.timing import Timing
 from tests.factories import write_model, write_tokens
 
@@ -70,6 +73,53 @@ def test_document_is_scored_with_the_stated_window_and_bos(
     shown = capsys.readouterr().out
     assert "one in front of every window" in shown
     assert "windows of 64 side by side" in shown
+
+
+def test_published_sets_are_taken_from_the_cache(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [" = A title = \n", "", "words of a page " * 9, "more of them " * 7]
+    file = cached_set(tmp_path / "hub", "wikitext2", {"text": rows})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "own.txt").write_text("\n\n".join(rows))
+    arguments = ["--model", str(tiny_model), str(tiny_model), "--window", "32", "--json"]
+    texts = ["--text", "wikitext2", str(tmp_path / "own.txt")]
+    main([*arguments, str(tmp_path / "out.json"), *texts])
+    scores = json.loads((tmp_path / "out.json").read_text())["models"][0]["texts"]
+    published, own = scores["wikitext2"], scores[texts[2]]
+    # One id per byte; the last, shorter window of a published set does not count.
+    assert own["tokens"] == own["bytes"] == len("\n\n".join(rows))
+    assert published["tokens"] == own["tokens"] // 32 * 32 == published["bytes"]
+    assert published["whole_windows"] and published["bos"] == "no"
+    assert "perplexity of wikitext2" in capsys.readouterr().out
+
+    with pytest.raises(InputError, match=r"--text ptb: is not in the local .*HF_HUB_OFFLINE"):
+        main([*arguments, str(tmp_path / "out.json"), "--text", "ptb"])
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"cannot be read .*Salesforce/wikitext fetched again"):
+        main([*arguments, str(tmp_path / "out.json"), "--text", "wikitext2"])
+    # A file here comes before a set of its name.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ptb").write_text("a text of one's own")
+    main([*arguments, "out.json", "--text", "ptb"])
+    found = json.loads((tmp_path / "out.json").read_text())["models"][1]["text"]
+    assert found["bytes"] == 19 and "set" not in found
+
+
+def cached_set(cache: Path, name: str, columns: dict[str, list[str]]) -> Path:
+    """The file of a set as the hub's library keeps it."""
+    known = TEXT_SETS[name]
+    folder = cache / f"datasets--{known.repository.replace('/', '--')}"
+    file = folder / "snapshots" / "abc" / known.files.replace("*", "0")
+    file.parent.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / known.revision).write_text("abc")
+    parquet.write_table(pa.table(columns), file)
+    return file
 
 
 def test_several_models_stand_side_by_side(

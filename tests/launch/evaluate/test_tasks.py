@@ -102,7 +102,7 @@ def test_finished_tasks_lie_beside_the_results() -> None:
 
 
 def test_options_that_only_tasks_use_are_named_without_them() -> None:
-    idle = EvaluateConfig(text="file").idle()
+    idle = EvaluateConfig(text=("file",)).idle()
     assert {"task_files", "shots", "limit", "task_results"} <= idle.keys()
     assert "batch" not in EvaluateConfig(tasks=("piqa",)).idle()
     for name, value in (("limit", 0), ("shots", -1)):
