@@ -126,7 +126,7 @@ def prune(
         resolve=lambda saved: resolve_mixture(resolve_identity(saved), config.mixture),
     )
     if state.report is not None:
-        keep = config.train.keep_last_checkpoint
+        keep = config.train.checkpoints_left
         log_finished(context, state.report, config.json, config.save_dtype, keep)
         _note_moments(config, output)
         finish_removal(output, identity, context)

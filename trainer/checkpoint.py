@@ -7,7 +7,6 @@ written under a temporary name and renamed when all of it is on disk.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -27,7 +26,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from data.errors import InputError, failure
 from data.files import sync_file, sync_folder, write_json
 from data.log import logger
-from data.records import open_bytes
 from trainer.checkpoint_files import (
     MARKER,
     RECORD,
@@ -35,10 +33,13 @@ from trainer.checkpoint_files import (
     SafePlanner,
     SafeReader,
     committed,
+    damage_of,
     folder_name,
+    innermost,
     read_marker,
     read_metadata,
     read_state,
+    sha256_of,
     step_of,
     tensor_problem,
     unreadable,
@@ -254,7 +255,7 @@ class Checkpointer:
                 process_group=self.context.cpu_group,
             )
         except CheckpointException as error:
-            problem = f"{path}: {unreadable(_innermost(error))}; {way_around(path)}"
+            problem = f"{path}: {unreadable(innermost(error))}; {way_around(path)}"
         self.context.raise_first(problem)
         set_state_dict(
             trainer.model,
@@ -298,7 +299,7 @@ class Checkpointer:
     def _hash_files(self, folder: Path) -> dict[str, str]:
         """SHA-256 of every file, the work divided over ranks."""
         names = self.context.broadcast(sorted(p.name for p in folder.iterdir()))
-        mine = {n: _sha256(folder / n) for n in names[self.context.rank :: self.context.world]}
+        mine = {n: sha256_of(folder / n) for n in names[self.context.rank :: self.context.world]}
         return {name: value for part in self.context.gather(mine) for name, value in part.items()}
 
     def _commit(self, trainer: Trainer, partial: Path, final: Path, hashes: dict[str, str]) -> None:
@@ -320,22 +321,9 @@ class Checkpointer:
         self._remove_old(trainer.step, max(1, self.keep - 1))
 
     def _verify(self, path: Path, expected: Mapping[str, str]) -> None:
-        problem = None
-        for name in sorted(expected)[self.context.rank :: self.context.world]:
-            file = path / name
-            try:
-                actual = _sha256(file)
-            except FileNotFoundError:
-                actual = "a missing file"
-            except OSError as error:
-                problem = f"{file}: {failure(error)}"
-                continue
-            if actual != expected[name]:
-                problem = (
-                    f"{file}: SHA-256 is {actual[:16]}, the checkpoint was committed with "
-                    f"{str(expected[name])[:16]}; the file is damaged: {way_around(path)}"
-                )
-        self.context.raise_first(problem)
+        mine = sorted(expected)[self.context.rank :: self.context.world]
+        problems = [damage_of(path, name, expected) for name in mine]
+        self.context.raise_first(next(filter(None, problems), None))
 
 
 def _is_ours(path: Path, identity: Mapping[str, Any] | None) -> bool:
@@ -427,7 +415,7 @@ def _attempt(action: Callable[[], Any], partial: Path) -> str | None:
 
 
 def _describe(error: BaseException, partial: Path) -> str:
-    cause = _innermost(error)
+    cause = innermost(error)
     # Asked before what was written goes, and makes room.
     full = is_out_of_space(cause, partial)
     shutil.rmtree(partial, ignore_errors=True)
@@ -438,20 +426,8 @@ def _describe(error: BaseException, partial: Path) -> str:
     return f"{partial.parent}: the checkpoint cannot be written: {reason}"
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """What a rank raised, of an error in which the checkpoint library gathered all ranks'."""
-    while isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return error
-
-
 def _disk_full(directory: Path, reason: str) -> str:
     return (
         f"{directory}: no room for a checkpoint ({reason}); free some space or lower "
         "--keep-checkpoints, then run the same command again: it resumes from the last checkpoint"
     )
-
-
-def _sha256(path: Path) -> str:
-    with open_bytes(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

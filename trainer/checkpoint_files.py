@@ -4,6 +4,7 @@ Nothing in a checkpoint is executed: what PyTorch's checkpoint library would unp
 through a list of the types that belong there.
 """
 
+import hashlib
 import io
 import pickle
 import re
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from data.errors import InputError, failure
-from data.records import read_json
+from data.records import open_bytes, read_json
 
 MARKER = "COMMITTED"
 STATE_FILE = "state.pt"
@@ -231,3 +233,33 @@ def unreadable(error: BaseException) -> str:
         # PyTorch goes on to say how to execute it.
         text = "it holds more than numbers, names and tensors"
     return f"not the content of a checkpoint ({text[:200]})"
+
+
+def damage_of(path: Path, name: str, expected: Mapping[str, str]) -> str | None:
+    """What to say where the file `name` of the checkpoint `path` is not what was committed."""
+    file = path / name
+    try:
+        actual = sha256_of(file)
+    except FileNotFoundError:
+        actual = "a missing file"
+    except OSError as error:
+        return f"{file}: {failure(error)}"
+    if actual == expected[name]:
+        return None
+    return (
+        f"{file}: SHA-256 is {actual[:16]}, the checkpoint was committed with "
+        f"{str(expected[name])[:16]}; the file is damaged: {way_around(path)}"
+    )
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What a rank raised, of an error in which the checkpoint library gathered all ranks'."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open_bytes(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

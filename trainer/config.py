@@ -31,6 +31,10 @@ MOST_SEQUENCES = 2**24
 """Largest global batch: of more, a step would draw for hours, or end for want of memory."""
 
 
+ALL_CHECKPOINTS = 10**9
+"""More than any run has."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Options shared by every command that trains."""
@@ -114,6 +118,10 @@ class TrainConfig:
     """Keep the last checkpoint of a finished run: its weights and moments in fp32. Without it
     a finished run's checkpoints are removed once model and report are written."""
 
+    keep_all_checkpoints: bool = False
+    """Keep every checkpoint, also of a finished run, for its learning curve (`shorn evaluate
+    --checkpoints`)."""
+
     eval_interval: int = 0
     """Steps between held-out evaluations; 0 evaluates at the end only."""
 
@@ -164,6 +172,16 @@ class TrainConfig:
         if not self.eval_sequences:
             found["eval_interval"] = "--eval-sequences 0 turns evaluation off"
         return found
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """Newest checkpoints that stay while the run is unfinished."""
+        return ALL_CHECKPOINTS if self.keep_all_checkpoints else self.keep_checkpoints
+
+    @property
+    def checkpoints_left(self) -> int:
+        """Newest checkpoints that stay once it is finished."""
+        return ALL_CHECKPOINTS if self.keep_all_checkpoints else int(self.keep_last_checkpoint)
 
     @property
     def momentum(self) -> float | None:

@@ -178,7 +178,7 @@ def _train(
         resolve=lambda saved: resolve_mixture(saved, config.mixture),
     )
     if state.report is not None:
-        keep = config.train.keep_last_checkpoint
+        keep = config.train.checkpoints_left
         log_finished(context, state.report, config.json, config.save_dtype, keep)
         finish_removal(output, identity, context)
         return None

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from data.errors import is_full
+from trainer.config import ALL_CHECKPOINTS
 
 CHECKPOINT_BYTES = 12
 """Per parameter at most: the weight and both Adam moments in fp32; Muon keeps one of a matrix."""
@@ -44,7 +45,7 @@ def room_problem(
         checkpoint: bytes of one checkpoint.
         saves: checkpoints that the run will still save.
         existing: checkpoints that are there.
-        keep: --keep-checkpoints.
+        keep: checkpoints that stay while the run is unfinished.
         model: bytes of the final model.
     """
     most = max(0, min(existing + saves, keep + 1) - existing)
@@ -59,7 +60,11 @@ def room_problem(
         if free < needed:
             fixes = ["free some space", "name another --output"]
             if keep > 1 and most > 1:
-                fixes.append(f"lower --keep-checkpoints (now {keep})")
+                fixes.append(
+                    "leave --keep-all-checkpoints out"
+                    if keep >= ALL_CHECKPOINTS
+                    else f"lower --keep-checkpoints (now {keep})"
+                )
             if saves > 1:
                 fixes.append("use --save-interval 0, which saves once at the end")
             return (

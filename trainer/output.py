@@ -184,7 +184,7 @@ def _check_room(output: Path, checkpoint: int, train: TrainConfig, model: int) -
         checkpoint=checkpoint,
         saves=saves,
         existing=len(found),
-        keep=train.keep_checkpoints,
+        keep=train.checkpoints_kept,
         model=model,
     )
     if problem:
@@ -204,17 +204,16 @@ def run_of(model: Path) -> Path:
 def note_removal(output: Path, train: TrainConfig, context: DistributedContext) -> None:
     """Notes how many checkpoints are to stay once the report is written, so that a start after a
     kill in between removes the others (`finish_removal`)."""
-    keep = int(train.keep_last_checkpoint)
-    _write_record(output, context, {"step": train.steps, "keep": keep})
+    _write_record(output, context, {"step": train.steps, "keep": train.checkpoints_left})
 
 
 def remove_checkpoints(
     output: Path, identity: Mapping[str, Any], train: TrainConfig, context: DistributedContext
 ) -> None:
-    """Removes the checkpoints of a run whose model and report are written, or all but the last
-    (--keep-last-checkpoint)."""
+    """Removes the checkpoints of a run whose model and report are written, but those that are to
+    stay (--keep-last-checkpoint, --keep-all-checkpoints)."""
     checkpointer = Checkpointer(output / "checkpoints", context, identity=identity)
-    if checkpointer.remove_all(int(train.keep_last_checkpoint)) and not train.keep_last_checkpoint:
+    if checkpointer.remove_all(train.checkpoints_left) and not train.checkpoints_left:
         logger.info("its checkpoints are removed (--keep-last-checkpoint keeps the last one)")
     # Checkpoints that a user puts back from now on stay.
     _write_record(output, context, {"step": identity["steps"]})

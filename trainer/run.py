@@ -116,7 +116,7 @@ def build_trainer(
     stream = BatchStream(reader, sampler, size, context.rank, context.world)
     steering = _steering(mixture, weights, reference, config, output, history)
     checkpointer = Checkpointer(
-        output / "checkpoints", context, keep=config.keep_checkpoints, identity=identity
+        output / "checkpoints", context, keep=config.checkpoints_kept, identity=identity
     )
     # The order counts. First what the caller adds: it may set the masks that evaluation uses.
     listed: list[Callback] = [*callbacks, steering]

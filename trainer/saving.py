@@ -123,7 +123,7 @@ def log_finished(
     report: Path,
     copy: str | None,
     dtype: str | None = None,
-    keep: bool = False,
+    keep: int = 0,
 ) -> None:
     """Says that the run of `report` is finished, and copies the report to `copy` (--json).
 
@@ -141,8 +141,8 @@ def log_finished(
         )
     if keep and not committed(report.parent / "checkpoints"):
         logger.warning(
-            "--keep-last-checkpoint changes nothing: the run is finished, and holds no checkpoint; "
-            "name another --output to train again and keep the last one"
+            "--keep-last-checkpoint and --keep-all-checkpoints change nothing: the run is "
+            "finished, and holds no checkpoint; name another --output to train again and keep them"
         )
     publish(context, content, copy)
 
@@ -189,7 +189,7 @@ def open_or_finished(
     context.raise_on_any_rank(compare if context.is_main else lambda: None)
     text = next(text for text in context.gather(problem) if text)
     logger.info(f"note: {text.splitlines()[0]}")
-    log_finished(context, report, copy, dtype, train.keep_last_checkpoint)
+    log_finished(context, report, copy, dtype, train.checkpoints_left)
     return None
 
 

@@ -13,12 +13,16 @@ class EvaluateConfig:
     """Measure models on held-out tokens, on a text file, on tasks, or on all of them."""
 
     ESSENTIAL: ClassVar = (
-        "model data text tasks task-files sequences seq-len window batch speed json"
+        "model checkpoints data text tasks task-files sequences seq-len window batch speed json"
     )
 
-    model: Annotated[tuple[str, ...], ON_DISK] = ("runs/cpt",)
+    model: Annotated[tuple[str, ...], ON_DISK] = ()
     """Model folder, a run's output folder, a .gguf file or a hub id. Several are compared: name
-    them in the order of their making, such as source, sheared and trained."""
+    them in the order of their making, such as source, sheared and trained. Default: runs/cpt, and
+    none beside --checkpoints."""
+    checkpoints: Annotated[str | None, ON_DISK] = None
+    """Output folder of a run of `shorn cpt`, all of whose saved steps are measured as well: its
+    learning curve."""
     data: Annotated[str | None, ON_DISK] = None
     """Folder made by `shorn tokenize`."""
     split: Literal["held_out", "train"] = "held_out"
@@ -67,14 +71,22 @@ class EvaluateConfig:
                 "nothing to measure: give --data TOKENS, --text FILE, --tasks NAME, --speed, or "
                 "some of them"
             )
-        if not self.model:
-            raise InputError("--model names no model; give the folder of one, such as runs/cpt")
+        if self.checkpoints is not None and self.speed:
+            raise InputError(
+                f"--speed beside --checkpoints {self.checkpoints}: all of a run's steps have one "
+                "shape and take equally long; time its model in a call of its own"
+            )
         if len(set(self.text)) < len(self.text):
             raise InputError(f"--text {' '.join(self.text)}: give each text once")
         require_at_least(self, 1, "sequences", "batch", "stride", "limit")
         require_at_least(self, 0, "shots")
         require_threads(self.threads)
         require_at_least(self, 2, "seq_len", "window", why=" (a token and its successor)")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Models that are named, or meant."""
+        return self.model or (() if self.checkpoints is not None else ("runs/cpt",))
 
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""

@@ -1,7 +1,6 @@
 """What `python -m launch.evaluate` does: checks, measurement, JSON."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +13,20 @@ from data.log import logger
 from data.manifest import TRAIN
 from data.progress import Progress
 from data.reader import TokenReader
-from data.tokenizers import holds_tokenizer, load_tokenizer
+from launch.evaluate.candidates import Candidate, open_candidates
 from launch.evaluate.config import EvaluateConfig
 from launch.evaluate.document import document_perplexity, scored_rows
 from launch.evaluate.tables import print_results, texts_of
 from launch.evaluate.tasks import Tasks
-from launch.evaluate.texts import Document, shared_texts, tokenized
+from launch.evaluate.texts import Document, shared_texts
 from pruner.latency import decode_timer
 from pruner.timing import too_busy
 from trainer import parallel
 from trainer.agreement import SAME_FILES, require_same
 from trainer.evaluate import evaluate, overall, report
-from trainer.inputs import check_tokenizer
 from trainer.memory import total_memory
-from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.hf import load_config, load_model
-from trainer.models.sources import resolve_model, weights_fingerprint
 from trainer.run import choose_kernels
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One model, opened and checked; no weights yet."""
-
-    name: str
-    """As the user wrote it."""
-    path: Path
-    shape: ModelConfig
-    documents: list[Document]
-    """The texts of --text in its tokens."""
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -59,26 +42,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     reader = _open_tokens(config) if config.data is not None else None
     tasks = Tasks(config) if config.tasks else None
     kernels = choose_kernels(config.kernels, context)
-    with context.rank_zero_first():
-        paths = [resolve_model(model) for model in config.model]
-    # Configs first: transformers, which reads tokenizers, then knows models of uneven blocks.
-    shapes = [load_config(path) for path in paths]
-    if reader is not None:
-        _require_one_tokenizer(config, paths)
-    candidates = []
-    for name, path, shape in zip(config.model, paths, shapes, strict=True):
-        _check_shape(config, shape, reader)
-        if reader is not None:
-            check_tokenizer(reader, shape, path, str(config.data))
-        options: dict[str, Any] = {"window": config.window, "stride": config.stride}
-        documents = [tokenized(text, path, shape, rule=config.bos, **options) for text in texts]
-        candidates.append(Candidate(name, path, shape, documents))
+    candidates = open_candidates(config, reader, texts, context)
     _require_same_inputs(candidates, reader, tasks, context)
     dtype = parallel.compute_dtype(config.precision, context.device)
     if config.speed:
         _require_memory(candidates, context, dtype)
     if tasks is not None:
-        tasks.prepare([one.path for one in candidates], dtype, context)
+        tasks.prepare(candidates, dtype, context)
     logger.info(kernels)
     results = [_measure(config, one, reader, tasks, context, dtype) for one in candidates]
     busy = None
@@ -87,11 +57,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     context.barrier()
     if context.is_main:
         _warn_of_damage(candidates, results)
-    whole = {"models": results, "busy": busy} if len(results) > 1 else results[0]
+    several = len(results) > 1 or config.checkpoints is not None
+    whole = {"models": results, "busy": busy} if several else results[0]
     if context.is_main:
         # First, for whoever reads what is printed may not read all of it.
         write_copy(config.json, whole)
-        print_results(config.model, results, busy)
+        print_results([one.name for one in candidates], results, busy)
     return whole
 
 
@@ -106,16 +77,18 @@ def _measure(
     """Losses and accuracy of one model; its weights are gone afterwards."""
     result: dict[str, Any] = {
         "model": str(candidate.path),
-        "weights": weights_fingerprint(candidate.path),
+        "weights": candidate.weights,
         "parameters": candidate.shape.num_parameters(),
         "non_embedding_parameters": candidate.shape.num_parameters(embeddings=False),
         "precision": str(dtype).removeprefix("torch."),
     }
+    if candidate.saved is not None:
+        result |= {"step": candidate.saved.step, "tokens": candidate.saved.tokens}
     documents = candidate.documents
-    waiting = tasks is not None and not tasks.are_finished(candidate.path, dtype, context)
+    waiting = tasks is not None and not tasks.are_finished(candidate, dtype, context)
     model = None
     if reader is not None or documents or waiting:
-        model = load_model(candidate.path, context.device, dtype)
+        model = candidate.load(context.device, dtype)
     if reader is not None and model is not None:
         result |= _held_out(config, candidate, model, reader, context)
     if documents and model is not None and context.is_main:
@@ -125,7 +98,7 @@ def _measure(
         else:
             result["texts"] = {score["file"]: score for score in scores}
     if tasks is not None:
-        result |= tasks.measure(candidate.name, candidate.path, model, dtype, context)
+        result |= tasks.measure(candidate, model, dtype, context)
     return result
 
 
@@ -182,7 +155,7 @@ def _require_same_inputs(
     if context.world == 1:
         return
     found = {
-        f"model {number} of --model": weights_fingerprint(one.path)
+        f"model {number} of those measured": one.weights
         for number, one in enumerate(candidates, start=1)
     }
     if reader is not None:
@@ -193,21 +166,6 @@ def _require_same_inputs(
     require_same(found, context.gather, SAME_FILES)
 
 
-def _require_one_tokenizer(config: EvaluateConfig, paths: list[Path]) -> None:
-    """Raises InputError for models whose tokenizers differ: no tokens are those of both."""
-    first: tuple[str, Any] | None = None
-    for name, path in zip(config.model, paths, strict=True):
-        if holds_tokenizer(path):
-            probe = load_tokenizer(path).probe()
-            if first is not None and probe != first[1]:
-                raise InputError(
-                    f"--data {config.data}: {first[0]} and {name} have different tokenizers, so "
-                    "their losses per token cannot be compared; measure each in a call of its own, "
-                    "or both on --text FILE, by bits per byte"
-                )
-            first = first or (name, probe)
-
-
 def _open_tokens(config: EvaluateConfig) -> TokenReader:
     assert config.data is not None
     with naming("--data"):
@@ -216,19 +174,6 @@ def _open_tokens(config: EvaluateConfig) -> TokenReader:
         # Damage shows here and not after the weights are loaded.
         reader.read(domain, np.arange(min(config.sequences, size)))
     return reader
-
-
-def _check_shape(config: EvaluateConfig, shape: ModelConfig, reader: TokenReader | None) -> None:
-    limit = shape.max_position_embeddings
-    lengths = {"--seq-len": config.seq_len if reader else 0, "--window": config.window}
-    if not config.text:
-        del lengths["--window"]
-    for flag, length in lengths.items():
-        if length > limit:
-            raise InputError(
-                f"{flag} {length}: the model was made for at most {limit} positions; "
-                f"use {flag} {limit} or less"
-            )
 
 
 def _held_out(

@@ -27,11 +27,15 @@ def print_results(names: Sequence[str], results: list[dict[str, Any]], busy: str
     """Prints what was measured of the models called `names`; `busy` says why not to believe the
     times."""
     console = Console(highlight=False, markup=False)
-    for result in results if len(results) == 1 else ():
-        _print_one(console, result)
-    if len(results) > 1:
+    curve = [result for result in results if "step" in result]
+    folders = results[: len(results) - len(curve)]
+    if len(results) == 1 and folders:
+        _print_one(console, results[0])
+    elif curve:
+        print_table(_curve(names, results), console)
+    else:
         _print_several(console, names, results)
-    if "tasks" in results[0]:
+    if "tasks" in results[0] and not curve:
         print_table(_task_table(names, results), console)
     missing = results[0].get("missing")
     if missing:
@@ -129,6 +133,33 @@ def _print_several(console: Console, names: Sequence[str], results: list[dict[st
         speeds = (f"{times[0]['seconds'] / time['seconds']:.2f}x" for time in times)
         table.add_row("speed", *speeds)
     print_table(table, console)
+
+
+def _curve(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
+    """A row for every model and saved step: losses, perplexities, and of every task the metric that
+    counts."""
+    first = results[0]
+    table = Table(title=f"loss on {_title(first)}" if "domains" in first else "learning curve")
+    table.add_column("model", overflow="fold")
+    table.add_column("tokens", justify="right")
+    tasks = [name for name, row in first.get("tasks", {}).items() if "of" not in row]
+    headings = ["overall", *first["domains"]] if "domains" in first else []
+    headings += [f"perplexity of {Path(name).name}" for name in texts_of(first)]
+    headings += [f"{name} ({first['tasks'][name]['metric']})" for name in tasks]
+    headings += [f"{name} (average)" for name in first.get("task_sets", {})]
+    for heading in headings:
+        table.add_column("\n".join(wrap(heading, TASK_CELL)), justify="right")
+    for name, result in zip(names, results, strict=True):
+        cells = [f"{result['overall']['loss']:.4f}"] if "overall" in result else []
+        cells += [f"{row['loss']:.4f}" for row in result.get("domains", {}).values()]
+        cells += [f"{score['perplexity']:.4f}" for score in texts_of(result).values()]
+        rows = [result["tasks"][task] for task in tasks]
+        values = [(row[row["metric"]], row.get(f"{row['metric']}_stderr")) for row in rows]
+        sets = result.get("task_sets", {}).values()
+        values += [(entry["average"], entry["average_stderr"]) for entry in sets]
+        cells += [_cells([value])[0] for value in values]
+        table.add_row(name, f"{result['tokens']:,}" if "step" in result else "", *cells)
+    return table
 
 
 def _task_table(names: Sequence[str], results: list[dict[str, Any]]) -> Table:

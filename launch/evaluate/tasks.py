@@ -15,9 +15,9 @@ from data.files import require_writable, write_json
 from data.log import logger
 from data.records import fits, read_json
 from data.tokenizers import holds_tokenizer, load_tokenizer
+from launch.evaluate.candidates import Candidate
 from launch.evaluate.config import EvaluateConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.sources import weights_fingerprint
 from trainer.parallel import DistributedContext
 
 if TYPE_CHECKING:
@@ -130,10 +130,12 @@ class Tasks:
             require_writable(self.folder / "task.json", option)
         self.loaded: dict[str, Loaded] = {}
 
-    def prepare(self, folders: Sequence[Path], dtype: torch.dtype, on: DistributedContext) -> None:
+    def prepare(
+        self, models: Sequence[Candidate], dtype: torch.dtype, on: DistributedContext
+    ) -> None:
         """Loads the tasks that are not finished for all models. Raises InputError for data that
         cannot be had, and for a model without a tokenizer."""
-        for folder in folders:
+        for folder in dict.fromkeys(one.folder for one in models):
             if not holds_tokenizer(folder):
                 raise InputError(
                     f"--tasks needs the model's own tokenizer, and {folder} holds none: copy "
@@ -141,7 +143,7 @@ class Tasks:
                     "model that it was made from"
                 )
             load_tokenizer(folder)
-        finished = [self.finished(folder, dtype, on) for folder in folders]
+        finished = [self.finished(one, dtype, on) for one in models]
         # The first rank fetches data, and the others find it.
         with on.rank_zero_first():
             self.load(lambda asked: not all(asked.name in kept for kept in finished))
@@ -152,32 +154,31 @@ class Tasks:
             self.loaded[asked.name] = self.harness.load(asked.name, asked.shots)
 
     def finished(
-        self, folder: Path, dtype: torch.dtype, on: DistributedContext
+        self, model: Candidate, dtype: torch.dtype, on: DistributedContext
     ) -> dict[str, dict[str, Any]]:
         """Results that are kept from earlier, by the name of what was asked for; on every rank."""
         found = {}
         for asked in self.asked if on.is_main else ():
-            kept = self._read(self._file(asked, folder, dtype))
+            kept = self._read(self._file(asked, model, dtype))
             if kept is not None:
                 found[asked.name] = kept
         everywhere: dict[str, dict[str, Any]] = on.broadcast(found)
         return everywhere
 
-    def are_finished(self, folder: Path, dtype: torch.dtype, on: DistributedContext) -> bool:
+    def are_finished(self, model: Candidate, dtype: torch.dtype, on: DistributedContext) -> bool:
         """Whether the results of all tasks are kept for a model."""
-        return len(self.finished(folder, dtype, on)) == len(self.asked)
+        return len(self.finished(model, dtype, on)) == len(self.asked)
 
     def measure(
         self,
-        name: str,
-        folder: Path,
+        measured: Candidate,
         model: CausalLM | None,
         dtype: torch.dtype,
         on: DistributedContext,
     ) -> dict[str, Any]:
-        """Results of all tasks for the model in `folder`, called `name`, on every rank; each is
-        kept as soon as it is there. `model` may be None where all of them are."""
-        finished = self.finished(folder, dtype, on)
+        """Results of all tasks for one model, on every rank; each is kept as soon as it is there.
+        `model` may be None where all of them are."""
+        finished, name = self.finished(measured, dtype, on), measured.name
         rows: dict[str, dict[str, Any]] = {}
         shown = None
         for asked in self.asked:
@@ -190,21 +191,22 @@ class Tasks:
             from launch.evaluate.harness import TaskModel, measure
 
             if shown is None:
-                shown = TaskModel(folder, model, dtype=dtype, batch=self.config.batch, context=on)
+                options: dict[str, Any] = {"dtype": dtype, "batch": self.config.batch}
+                shown = TaskModel(measured.folder, model, context=on, **options)
             shown.description, shown.has_nan = f"{asked.name} of {name}", False
             found = measure(shown, self.loaded[asked.name], self.config.limit)
             rows |= completed(found, asked, sound=not shown.has_nan)
             if on.is_main and not shown.has_nan:
-                self._write(self._file(asked, folder, dtype), asked, found)
+                self._write(self._file(asked, measured, dtype), asked, found)
         return {"tasks": rows} | averages(self.asked, rows)
 
-    def _file(self, asked: Asked, folder: Path, dtype: torch.dtype) -> Path | None:
+    def _file(self, asked: Asked, model: Candidate, dtype: torch.dtype) -> Path | None:
         """Where the result of a task for a model is kept: its name holds all that it depends on."""
         if self.folder is None:
             return None
         identity = {
-            "weights": weights_fingerprint(folder),
-            "files": _small_files(folder),
+            "weights": model.weights,
+            "files": _small_files(model.folder),
             "precision": str(dtype),
             "task": [asked.name, asked.shots, self.config.limit],
             **self.harness.identity(asked.name),

@@ -173,7 +173,7 @@ def test_a_checkpoint_asked_of_a_finished_run_is_said_to_be_gone(
     run(workspace, tmp_path / "with", keep_last_checkpoint=True)
     assert "changes nothing" not in capsys.readouterr().err
     assert run(workspace, tmp_path / "without", keep_last_checkpoint=True) is None
-    assert "--keep-last-checkpoint changes nothing: the run" in capsys.readouterr().err
+    assert "--keep-all-checkpoints change nothing: the run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
