@@ -170,7 +170,8 @@ class Job:
         wanted_files = [file for task in self.tasks for file in task.files]
         known = _known(manifest.arguments, manifest.tokenizer.ids)
         if known == self.known and files == wanted_files:
-            return manifest if self._is_sound(manifest, verify) else None
+            # Who finds a damaged shard is told to tokenize again with --overwrite.
+            return manifest if self._is_sound(manifest, verify or self.overwrite) else None
         if self.overwrite:
             return None
         wanted = self.known | {"files": _describe_files(wanted_files, files)}

@@ -279,7 +279,8 @@ class ShardReader:
     def _check_sizes(self) -> None:
         documents = self.record.documents
         index = INDEX_HEADER.size + 20 * documents + 8
-        for suffix, expected in ((".bin", self._bytes), (".idx", index)):
+        checksums = CHECKSUM_HEADER.size + 4 * -(-self._bytes // BLOCK_BYTES)
+        for suffix, expected in ((".bin", self._bytes), (".idx", index), (".crc", checksums)):
             path = self._base + suffix
             try:
                 # A folder may hold thousands of shards; pathlib would dominate the time to open it.

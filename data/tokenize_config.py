@@ -54,7 +54,8 @@ class TokenizeConfig:
     task_mib: int = 512
     """Input, in MiB, behind one shard per domain: the unit of work that a worker takes."""
     overwrite: bool = False
-    """Replace an output made with other arguments."""
+    """Replace an output made with other arguments, or one whose bytes are not what was written: of
+    one made with the same, all is read."""
     verify: bool = False
     """Read all of an output that is there already and check it against its checksums, instead of
     the sizes of its files alone."""

@@ -244,12 +244,27 @@ def test_a_damaged_output_is_not_taken_for_finished(make_job: Callable[..., Job]
     assert not make_job().run(1)[1]
     with pytest.raises(InputError, match=r"00002\.bin is damaged: block 0.*--overwrite"):
         make_job().run(1, verify=True)
-    shard.unlink()
-    with pytest.raises(InputError, match=r"00002\.bin is missing.*--overwrite"):
-        make_job().run(1)
+    # What the message says helps, without --verify too.
     assert make_job(overwrite=True).run(1)[1]
     assert files_of(job.output) == sound
+    assert not make_job(overwrite=True).run(1)[1]
     assert not make_job().run(1, verify=True)[1]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".crc"])
+def test_every_file_of_a_finished_output_counts(suffix: str, make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    job.run(1)
+    sound = files_of(job.output)
+    file = job.output / f"train/beta/00002{suffix}"
+    for content, found in ((None, "is missing"), (b"", "has 0 bytes")):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(InputError, match=rf"00002\{suffix} {found}.*--overwrite"):
+            make_job().run(1)
+        assert make_job(overwrite=True).run(1)[1]
+        assert files_of(job.output) == sound
 
 
 @pytest.mark.parametrize("content", ["", "[]", "\xff"])
