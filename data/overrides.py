@@ -28,6 +28,7 @@ SECTIONS = (
     "cpt",
     "evaluate",
     "latency",
+    "export",
     "report",
     "compare",
     "demo",

@@ -15,6 +15,7 @@ from launch.bench_shear.config import BenchShearConfig
 from launch.compare.config import CompareConfig
 from launch.demo.config import DemoConfig
 from launch.evaluate.config import EvaluateConfig
+from launch.export.config import ExportConfig
 from launch.latency.config import LatencyConfig
 from launch.report.config import ReportConfig
 from pruner.config import ShearConfig
@@ -29,6 +30,7 @@ CONFIGS = {
     "shorten": ShortenConfig,
     "cpt": CptConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "latency": LatencyConfig,
     "report": ReportConfig,
     "compare": CompareConfig,
@@ -72,6 +74,8 @@ PRINTED_BY = {
     "launch/compare/": "compare shear cpt shorten",
     "launch/demo/config.py": "demo",
     "launch/evaluate/": "evaluate",
+    # It names the options of shearing that give sizes which fit.
+    "launch/export/": "export shear",
     # It names the command that writes the file of losses.
     "launch/latency/": "latency evaluate",
     "launch/report/page.py": "report",

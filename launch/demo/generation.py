@@ -83,12 +83,15 @@ def _continue(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
 
 
 def _generate(model: Any, inputs: Any, **options: Any) -> torch.Tensor:
-    # Sampling fields a model's generation config may set would warn under greedy decoding.
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    """Greedy, by nothing of the model's own settings but the tokens that end a text."""
+    from transformers import GenerationConfig
+
+    ends = model.generation_config.eos_token_id
     padding = model.generation_config.pad_token_id
     if padding is None:
-        ends = model.generation_config.eos_token_id
         padding = ends[0] if isinstance(ends, list) else ends
+    # Those of the model, such as beams or stop strings, would fill in what is left open.
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=padding)
     with torch.inference_mode():
-        output: torch.Tensor = model.generate(**inputs, pad_token_id=padding, **greedy, **options)
+        output: torch.Tensor = model.generate(**inputs, do_sample=False, **options)
     return output

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from data.errors import InputError, first_line
 from data.progress import Progress
 from data.records import read_text
 from trainer.models.decoder import CausalLM
+from trainer.models.hf import save_model
 from trainer.parallel import DistributedContext
 
 FIRST_SEED, SEED = 0, 1234
@@ -145,8 +147,10 @@ class TaskModel(HFLM):
         dtype: torch.dtype,
         batch: int,
         context: DistributedContext,
+        saved: bool = False,
     ) -> None:
-        self.ours = model
+        """`folder` holds the tokenizer and, unless the model is a `saved` step, its weights."""
+        self.ours, self.saved = model, saved
         self.folder, self.dtype, self.context = folder, dtype, context
         self.description = ""
         """Of the work at hand, beside its progress."""
@@ -168,11 +172,21 @@ class TaskModel(HFLM):
 
     def _model_generate(self, *arguments: Any, **options: Any) -> Tensor:
         if isinstance(self._model, SimpleNamespace):
-            plain: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
-            self._model = plain.to(self.context.device).eval()
+            self._model = self._plain().to(self.context.device).eval()
         with torch.no_grad():
             generated: Tensor = super()._model_generate(*arguments, **options)
         return generated
+
+    def _plain(self) -> Any:
+        """The model in plain transformers, which generates with a cache."""
+        if not self.saved:
+            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+        # The folder holds the tokenizer of a run, and other weights than those of its steps.
+        state = {name: value.detach() for name, value in self.ours.named_parameters()}
+        with TemporaryDirectory() as place:
+            path = Path(place) / "model"
+            save_model(self.ours.config, state, path, tokenizer_from=self.folder, dtype=self.dtype)
+            return AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
 
     def _loglikelihood_tokens(self, requests: Any, **options: Any) -> Any:
         return super()._loglikelihood_tokens(requests, **(options | {"disable_tqdm": True}))

@@ -192,6 +192,7 @@ class Tasks:
 
             if shown is None:
                 options: dict[str, Any] = {"dtype": dtype, "batch": self.config.batch}
+                options["saved"] = measured.saved is not None
                 shown = TaskModel(measured.folder, model, context=on, **options)
             shown.description, shown.has_nan = f"{asked.name} of {name}", False
             found = measure(shown, self.loaded[asked.name], self.config.limit)

@@ -52,6 +52,11 @@ COMMANDS = {
         "launch.latency.config:LatencyConfig",
         "time how models generate",
     ),
+    "export": Command(
+        "launch.export.__main__",
+        "launch.export.config:ExportConfig",
+        "GGUF files for llama.cpp, compared with the model",
+    ),
     "report": Command(
         "launch.report.__main__",
         "launch.report.config:ReportConfig",

@@ -1,5 +1,6 @@
 """Generation comparison: a speed for every model, and the continuation of that model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,15 @@ def test_a_model_with_several_ends_and_no_padding_generates(tmp_path: Path) -> N
     folder = write_model(tmp_path / "model", eos_token_id=[2, 1], pad_token_id=None)
     results = compare_generation({"model": folder}, prompt="the", new_tokens=4, rounds=1)
     assert results["model"]["tokens_per_second"] > 0
+
+
+def test_settings_of_a_model_change_nothing(tmp_path: Path) -> None:
+    """Beams, stop strings and lengths of its generation_config.json."""
+    plain, odd = write_model(tmp_path / "plain"), write_model(tmp_path / "odd")
+    settings = {"num_beams": 4, "stop_strings": ["the"], "min_new_tokens": 30, "eos_token_id": 2}
+    settings |= {"do_sample": True, "temperature": 0.6, "repetition_penalty": 9.0}
+    (odd / "generation_config.json").write_text(json.dumps(settings))
+    found = compare_generation(
+        {"plain": plain, "odd": odd}, prompt="the mask", new_tokens=6, rounds=1
+    )
+    assert found["odd"]["continuation"] == found["plain"]["continuation"]

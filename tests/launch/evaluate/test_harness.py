@@ -10,15 +10,17 @@ import torch
 from data.errors import InputError
 from tests.distributed import run_ranks
 from tests.factories import write_model
+from tests.trainer.tiny import options, pretrain
 from trainer import parallel
+from trainer.checkpoint_files import committed
+from trainer.checkpoint_model import load_step, read_step
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import load_model
 
 pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'shorn[eval]')")
 pytest.importorskip("accelerate")
 
-from launch.evaluate import harness
-from launch.evaluate import run as run_module
+from launch.evaluate import candidates, harness
 from launch.evaluate.__main__ import main
 from launch.evaluate.harness import Harness, TaskModel, measure, read_task_files
 from launch.evaluate.tasks import SETS
@@ -193,7 +195,7 @@ def test_models_stand_side_by_side_and_finished_tasks_are_kept(
         loads.append(path)
         return load_model(path, *others)
 
-    monkeypatch.setattr(run_module, "load_model", load)
+    monkeypatch.setattr(candidates, "load_model", load)
     main([*models, "--tasks", "both", "text", *common])
     assert json.loads(found.read_text())["models"] == first and not loads
     assert capsys.readouterr().out.count("measured before") == 4
@@ -320,3 +322,22 @@ def test_data_of_any_form_decides_which_results_are_kept(tmp_path: Path) -> None
         file.write(json.dumps(QUESTIONS[1]) + "\n")
     for name, known in before.items():
         assert found.identity(name) != known, name
+
+
+def test_saved_steps_generate_with_their_own_weights(
+    tiny_model: Path, tiny_tokens: Path, tmp_path: Path
+) -> None:
+    """The folder that holds their tokenizer has those of the run's end."""
+    train = options(steps=4, save_interval=2, keep_all_checkpoints=True, precision="fp32")
+    pretrain(train, model=tiny_model, data=tiny_tokens, output=tmp_path / "run")
+    folder, context = tmp_path / "run" / "model", parallel.init(threads=1)
+    ids = torch.arange(3, 20)[None]
+    logits = []
+    for path in committed(tmp_path / "run" / "checkpoints"):
+        model = load_step(read_step(path), CPU, torch.float32)
+        words: dict[str, Any] = {"dtype": torch.float32, "batch": 2, "context": context}
+        step = TaskModel(folder, model, saved=True, **words)
+        logits.append(step._plain().eval()(ids).logits)
+        torch.testing.assert_close(logits[-1], step._model_call(ids), rtol=1e-4, atol=1e-5)
+    final = task_model(folder)._plain().eval()(ids).logits
+    assert torch.equal(logits[1], final) and not torch.allclose(logits[0], final, atol=1e-3)

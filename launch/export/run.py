@@ -1,0 +1,184 @@
+"""What `python -m launch.export` does: checks, files, comparison, JSON."""
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import InputError, failure
+from data.files import partial_path, replace_file, require_writable, write_copy
+from data.locks import folder_lock
+from data.log import logger
+from launch.export.architecture import architecture_of, notes_of
+from launch.export.checks import (
+    Reference,
+    compare_llama_cpp,
+    compare_tensors,
+    compare_transformers,
+    reference_of,
+)
+from launch.export.config import ExportConfig
+from launch.export.gguf_file import Plan, bytes_of, made_of, plan_of, write
+from launch.export.vocabulary import Vocabulary, read_vocabulary
+from trainer.disk import free_bytes, size_text
+from trainer.finished import REPORTS
+from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
+from trainer.models.hf import check_weights, load_config, load_model
+from trainer.models.sources import resolve_model, weights_fingerprint
+from trainer.models.weights import stored_dtype
+from trainer.output import run_of
+
+_METADATA_BYTES = 64 << 20
+"""More than tokens and settings of a file take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The model, described and checked; no weights yet."""
+
+    folder: Path
+    shape: ModelConfig
+    vocabulary: Vocabulary
+    plans: list[Plan]
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    """Writes the files, compares them and returns what --json writes.
+
+    Raises InputError before anything is written for a model that a format cannot hold.
+    """
+    require_writable(config.json, "--json")
+    if find_spec("gguf") is None:
+        raise InputError("--to gguf needs the package gguf: pip install 'shorn[export]'")
+    opened = _open(config)
+    threads = config.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    for note in notes_of(opened.shape):
+        logger.warning(note)
+    output = Path(config.output)
+    with folder_lock(output, "exporting"):
+        waiting = [plan for plan in opened.plans if not _is_there(plan)]
+        stored = stored_dtype(opened.folder) or "float32"
+        # Weights as they are stored; what computes with them does so in fp32.
+        model = load_model(opened.folder, dtype=getattr(torch, stored))
+        _require_room(output, waiting, model)
+        for plan in waiting:
+            _write(plan, model, opened.vocabulary)
+        files = _compared(config, opened, model, threads)
+    whole = {
+        "model": str(opened.folder),
+        "weights": weights_fingerprint(opened.folder),
+        "parameters": opened.shape.num_parameters(),
+        "files": files,
+    }
+    write_copy(config.json, whole)
+    return whole
+
+
+def _open(config: ExportConfig) -> Opened:
+    folder = resolve_model(config.model)
+    shape = load_config(folder)
+    output, weights = Path(config.output), weights_fingerprint(folder)
+    if output.resolve() == folder.resolve():
+        raise InputError(f"--output {output}: is the model's own folder; name another")
+    architecture_of(shape)
+    vocabulary = read_vocabulary(folder, shape.vocab_size)
+    check_weights(folder, shape)
+    name = config.name or _name_of(folder)
+    plans = []
+    for word in config.to:
+        kind = word.removeprefix("gguf-")
+        plans.append(plan_of(output / f"{name}-{kind}.gguf", kind, shape, weights, name))
+    return Opened(folder, shape, vocabulary, plans)
+
+
+def _name_of(folder: Path) -> str:
+    """A run's name for its model, else the folder's; of the hub's cache that of the model."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rpartition("--")[2]
+    run = run_of(folder)
+    named = run if any((run / name).exists() for name in (*REPORTS, "run.json")) else folder
+    return named.name if named.name not in ("", "..") else named.resolve().name
+
+
+def _is_there(plan: Plan) -> bool:
+    """Whether the file is there already. Raises InputError for another file of that name."""
+    if not os.path.lexists(plan.path):
+        return False
+    found = made_of(plan.path) if plan.path.is_file() else None
+    if found == {"weights": plan.weights, "type": plan.type}:
+        logger.info(f"{plan.path}: is there already, of these weights")
+        return True
+    what = "was made of other weights" if found else "is no file that this command has written"
+    raise InputError(f"{plan.path}: {what}; name another --output or --name, or move it away")
+
+
+def _require_room(output: Path, plans: list[Plan], model: CausalLM) -> None:
+    needed = sum(bytes_of(model, plan.type) + _METADATA_BYTES for plan in plans)
+    free = free_bytes(output)
+    if free < needed:
+        raise InputError(
+            f"{output}: no room for {len(plans)} files of {size_text(needed)} together, "
+            f"{size_text(free)} are free; free some space, or name another --output"
+        )
+
+
+def _write(plan: Plan, model: CausalLM, vocabulary: Vocabulary) -> None:
+    partial = partial_path(plan.path)
+    try:
+        write(plan, partial, model, vocabulary)
+        replace_file(partial, plan.path)
+    except OSError as error:
+        raise InputError(f"{plan.path}: cannot be written: {failure(error)}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _compared(
+    config: ExportConfig, opened: Opened, model: CausalLM, threads: int
+) -> list[dict[str, Any]]:
+    """What each file is, and how far it is from the model."""
+    checks = [compare_tensors(plan, plan.path, model) for plan in opened.plans]
+    reference: Reference | None = None
+    if config.check == "logits":
+        model = model.float()
+        reference = reference_of(model, opened.folder)
+    found = []
+    for plan, tensors in zip(opened.plans, checks, strict=True):
+        entry: dict[str, Any] = {"format": f"gguf-{plan.type}", "path": str(plan.path)}
+        entry |= {"architecture": plan.architecture, "bytes": plan.path.stat().st_size}
+        entry["tensors"] = tensors
+        if reference is not None:
+            entry["transformers"] = compare_transformers(plan, plan.path, reference, opened.shape)
+            entry["llama_cpp"] = compare_llama_cpp(plan, plan.path, reference, model, threads)
+        found.append(entry)
+        _tell(entry)
+    if reference is not None and find_spec("xllamacpp") is None:
+        logger.info("llama.cpp was not asked: pip install xllamacpp, and run this again")
+    return found
+
+
+def _tell(entry: dict[str, Any]) -> None:
+    rounding = entry["tensors"]["largest_rounding"]
+    parts = [
+        f"{entry['path']}: {size_text(entry['bytes'])}, {entry['tensors']['tensors']} tensors",
+        f"largest rounding {rounding:.2g} of a tensor's largest weight",
+    ]
+    seen = entry.get("transformers")
+    if seen:
+        parts.append(
+            f"transformers: logits within {seen['largest_difference']:.2g} of the largest, "
+            f"{seen['same_top']:.0%} same first choices"
+        )
+    seen = entry.get("llama_cpp")
+    if seen:
+        parts.append(
+            f"llama.cpp: same tokens of a text, log-probabilities within "
+            f"{seen['largest_difference_nats']:.2g} nats, {seen['same_greedy']} of "
+            f"{seen['of']} greedy tokens the same"
+        )
+    logger.info("; ".join(parts))
