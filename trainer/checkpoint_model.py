@@ -51,7 +51,8 @@ def read_step(path: Path) -> SavedStep:
     """What the checkpoint `path` holds.
 
     Raises InputError where it cannot be read, and for one of another run than of continued
-    pre-training: shearing's weights mean nothing without masks, which settle at its end.
+    pre-training: shearing's weights mean nothing without masks, which settle at its end, and
+    fine-tuning saves what it trains alone.
     """
     marker = read_marker(path)
     run, tokens = marker.get("run"), marker.get("tokens")
@@ -61,9 +62,14 @@ def read_step(path: Path) -> SavedStep:
             "finished run's model instead"
         )
     if run.get("command") != "cpt":
+        why = (
+            "fine-tuning, which holds what is trained alone"
+            if run.get("command") == "finetune"
+            else "shearing, whose model is what its masks keep once they have settled"
+        )
         raise InputError(
-            f"{path}: is of a run of shearing, whose model is what its masks keep once they have "
-            "settled; checkpoints of `shorn cpt` can be measured, and of this run its end"
+            f"{path}: is of a run of {why}; checkpoints of `shorn cpt` can be measured, and of "
+            "this run its end"
         )
     shape = _shape(run, path)
     weights = hashlib.sha256(json.dumps(marker["sha256"], sort_keys=True).encode()).hexdigest()

@@ -141,7 +141,8 @@ def _colours() -> str:
 def _head(run: Run) -> Html:
     """Name, state and key figures of one run."""
     numbers = facts(run)
-    title = {"shear": "Shearing", "cpt": "Continued pre-training"}[run.command]
+    titles = {"shear": "Shearing", "cpt": "Continued pre-training", "finetune": "Fine-tuning"}
+    title = titles[run.command]
     done = numbers["finished"]
     state = element(
         "span", "finished" if done else "not finished", class_=f"state {'done' if done else 'open'}"
@@ -172,6 +173,8 @@ def _key_figures(run: Run, numbers: dict[str, Any]) -> list[tuple[str, str, str]
     else:
         note = f"{counts['source_non_embedding']:,} without embeddings"
         rows = [("parameters", f"{counts['source']:,}", note)]
+        trained = (run.report or {}).get("trained_parameters", 0)
+        rows.append(("trained", f"{trained:,}" if trained else "", "parameters"))
     if numbers["steps"] == 0:
         return [*rows, ("steps", "none", "nothing was trained")]
     note = f"{numbers['step'] / numbers['steps']:.0%}"

@@ -41,6 +41,12 @@ COMMANDS = {
     "cpt": Command(
         "launch.cpt", "launch.cpt:CptConfig", "continue the pre-training of a model", True
     ),
+    "finetune": Command(
+        "launch.finetune",
+        "launch.finetune:FinetuneConfig",
+        "heal or tune: adapters, last blocks, or all",
+        True,
+    ),
     "evaluate": Command(
         "launch.evaluate.__main__",
         "launch.evaluate.config:EvaluateConfig",

@@ -67,6 +67,9 @@ def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:
     changed(run=marker["run"] | {"command": "shear"})
     with pytest.raises(InputError, match="of a run of shearing, whose model is what its masks"):
         read_step(path)
+    changed(run=marker["run"] | {"command": "finetune"})
+    with pytest.raises(InputError, match="of a run of fine-tuning, which holds what is trained"):
+        read_step(path)
     changed(run=None)
     with pytest.raises(InputError, match="did not note what its model is"):
         read_step(path)
