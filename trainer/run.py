@@ -141,13 +141,9 @@ def build_trainer(
     size = config.global_batch if config.steps else context.world
     stream = BatchStream(reader, sampler, size, context.rank, context.world)
     steering = _steering(mixture, weights, reference, config, output, history)
-    place = output / "checkpoints"
+    place, keep = output / "checkpoints", config.checkpoints_kept
     checkpointer = Checkpointer(
-        place,
-        context,
-        keep=config.checkpoints_kept,
-        identity=identity,
-        trained_only=trained_only,
+        place, context, keep=keep, identity=identity, trained_only=trained_only
     )
     # The order counts. First what the caller adds: it may set the masks that evaluation uses.
     listed: list[Callback] = [*callbacks, steering, *_evaluating(held_out, config)]
