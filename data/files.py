@@ -24,6 +24,7 @@ NEEDED = (
     "reference.json",
     "shear.json",
     "cpt.json",
+    "finetune.json",
     "masks.safetensors",
     "moments.safetensors",
     "source.safetensors",

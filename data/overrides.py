@@ -26,6 +26,7 @@ SECTIONS = (
     "shear",
     "shorten",
     "cpt",
+    "finetune",
     "evaluate",
     "latency",
     "report",

@@ -19,8 +19,9 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
 _SPLITS = ("train", "held_out")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _RECORDS = (_CONFIG, "generation_config.json", "tokenizer_config.json", _ADAPTER, *_TOKENIZERS)
-_RUN_RECORDS = (_RUN, "shear.json", "cpt.json", "metrics.jsonl", "history.jsonl", "mixture.jsonl")
-REPLACED = ("model", "model.unchecked", "model.refitted", "refit", "checkpoints")
+_REPORTS = ("shear.json", "cpt.json", "finetune.json")
+_RUN_RECORDS = (_RUN, *_REPORTS, "metrics.jsonl", "history.jsonl", "mixture.jsonl")
+REPLACED = ("model", "model.unchecked", "model.refitted", "refit", "adapter", "checkpoints")
 """Folders that a run replaces, or writes and removes, in its output folder."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 EMPTY_FOLDER = "an empty folder"

@@ -45,6 +45,7 @@ from trainer.domains import (
     mixture_identity,
     resolve_mixture,
 )
+from trainer.finished import REPORTS
 from trainer.identity import named, revisions, run_identity, verify_run
 from trainer.inputs import open_data
 from trainer.loop import Trainer
@@ -327,8 +328,7 @@ def _log_notes(inputs: Inputs) -> None:
     config, run = inputs.config, run_of(inputs.folder)
     if config.train.eval_sequences and inputs.held_out is None:
         logger.info(f"note: {config.data} has no held-out sequences: nothing will be evaluated")
-    reports = ("shear.json", "cpt.json")
-    drawn = [drawn_again(run / name, inputs.reader, config.train.seed) for name in reports]
+    drawn = [drawn_again(run / name, inputs.reader, config.train.seed) for name in REPORTS]
     if any(drawn):
         logger.info(begins_anew(max(drawn), run))
 

@@ -87,7 +87,7 @@ def read_selection(path: str, source: Path, model: ModelConfig) -> Selection:
     if (run / MASKS).exists():
         return _of_run(run, source, model)
     for trained in (folder, run):
-        if (trained / "cpt.json").is_file():
+        if any((trained / name).is_file() for name in ("cpt.json", "finetune.json")):
             raise _trained(path, trained)
     if (folder / "shear.json").is_file():
         raise InputError(
@@ -127,13 +127,14 @@ def selected(config: ShearConfig, selection: Selection) -> ShearConfig:
 
 
 def _trained(path: str, run: Path) -> InputError:
-    """Names the run of shearing that the model of `run`, one of continued pre-training, began as,
+    """Names the run of shearing that the model of `run`, one that trained it further, began as,
     which knows its units."""
     sheared = next((stage.model for stage in stages_of(run) if stage.name == SHEARED), "")
+    command = "cpt" if (run / "cpt.json").is_file() else "finetune"
     fix = f"a run of shorn shear{sheared and f', such as the one it came from: {sheared}'}"
     return InputError(
-        f"--selection {path}: is a run of shorn cpt, whose weights no longer tell what was kept; "
-        f"name {fix}"
+        f"--selection {path}: is a run of shorn {command}, whose weights no longer tell what was "
+        f"kept; name {fix}"
     )
 
 

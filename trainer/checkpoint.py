@@ -22,7 +22,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from data.errors import InputError, failure
 from data.files import sync_file, sync_folder, write_json
@@ -61,6 +65,8 @@ class Checkpointer:
         keep: number of newest checkpoints kept.
         identity: of the run (trainer.identity), written into its checkpoints; those of other runs
             are never removed.
+        trained_only: whether frozen weights are left out, because whoever resumes the run loads
+            them from where it began; `identity` must tell those weights from others.
     """
 
     def __init__(
@@ -70,11 +76,14 @@ class Checkpointer:
         *,
         keep: int = 2,
         identity: Mapping[str, Any] | None = None,
+        trained_only: bool = False,
     ) -> None:
         self.directory = directory
         self.context = context
         self.keep = keep
         self.identity = None if identity is None else json.loads(json.dumps(identity))
+        self.trained_only = trained_only
+        self._options = StateDictOptions(ignore_frozen_params=trained_only, strict=not trained_only)
         self._unproven: int | None = None
         """Step of the checkpoint saved last, until the step after it was finite."""
         self._at: int | None = None
@@ -121,7 +130,7 @@ class Checkpointer:
             )
         self.context.raise_first(self._prepare(partial, trainer) if self.context.is_main else None)
         rng = self.context.gather(_rng_state())
-        model, optimizer = get_state_dict(trainer.model, trainer.optimizer)
+        model, optimizer = self._state_of(trainer)
         self._write_shards({"model": model, "optimizer": optimizer}, partial)
         problem = None
         if self.context.is_main:
@@ -238,7 +247,7 @@ class Checkpointer:
     def _load_shards(self, trainer: Trainer, path: Path, files: list[str]) -> None:
         """Fills model and optimizer from the checkpoint's tensors."""
         metadata = self.context.raise_on_any_rank(lambda: read_metadata(path, files))
-        model, optimizer = get_state_dict(trainer.model, trainer.optimizer)
+        model, optimizer = self._state_of(trainer)
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
         flat, _ = flatten_state_dict(parts)
         tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
@@ -261,7 +270,12 @@ class Checkpointer:
             trainer.optimizer,
             model_state_dict=parts["model"],
             optim_state_dict=parts["optimizer"],
+            options=self._options,
         )
+
+    def _state_of(self, trainer: Trainer) -> tuple[Any, Any]:
+        """What of model and optimizer a checkpoint holds, by name."""
+        return get_state_dict(trainer.model, trainer.optimizer, options=self._options)
 
     def _prepare(self, partial: Path, trainer: Trainer) -> str | None:
         run = self.directory.parent
@@ -275,9 +289,8 @@ class Checkpointer:
         problem = _attempt(lambda: partial.mkdir(parents=True), partial)
         if problem:
             return problem
-        needed = CHECKPOINT_BYTES * sum(
-            parameter.numel() for parameter in trainer.model.parameters()
-        )
+        held = [p for p in trainer.model.parameters() if p.requires_grad or not self.trained_only]
+        needed = CHECKPOINT_BYTES * sum(parameter.numel() for parameter in held)
         free = free_bytes(partial)
         if free < needed:
             shutil.rmtree(partial, ignore_errors=True)

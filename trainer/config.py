@@ -37,7 +37,8 @@ class TrainConfig:
 
     steps: int = 24000
     """Optimizer steps of the whole run; the learning-rate schedule spans exactly these. In
-    shearing, 0 prunes at once, by the initial scores."""
+    shearing, 0 prunes at once, by the initial scores; in fine-tuning it leaves the number to
+    --epochs."""
 
     seq_len: int = 4096
     """Tokens per sequence."""

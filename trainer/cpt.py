@@ -14,6 +14,7 @@ from data.paths import home_expanded, quoted
 from data.reader import TokenReader
 from trainer import parallel
 from trainer.checkpoint_files import committed
+from trainer.conclusion import conclude_training
 from trainer.config import (
     MIN_LR_RATIO,
     WARMUP_RATIO,
@@ -76,17 +77,14 @@ from trainer.run import (
     choose_kernels,
     pretrained,
     random_init,
-    training_report,
 )
 from trainer.saving import (
     final_dtype,
     log_finished,
     open_or_finished,
-    publish,
     require_copy,
     save_pretrained,
 )
-from trainer.verdict import carry, show_trained
 
 SOURCE = "meta-llama/Llama-2-7b-hf"
 """The model that messages propose to shear."""
@@ -155,7 +153,7 @@ def continue_pretraining(config: CptConfig, *, tensorboard: bool = True) -> Trai
     if inputs is None:
         return None
     config = replace(config, train=_scheduled(train, inputs.moments))
-    _require_one_teacher(inputs, context)
+    require_one_teacher(inputs.taught.teacher, inputs.taught.note, context)
     with owned(output, "cpt.json", context):
         return _train(config, inputs, context, kernels, tensorboard)
 
@@ -346,11 +344,13 @@ def _check_steps(config: TrainConfig) -> None:
     check_layout(config, parallel.world_size())
 
 
-def _require_one_teacher(inputs: Inputs, context: DistributedContext) -> None:
-    """Says who teaches. Raises InputError on every rank when some have no teacher."""
-    if inputs.taught.note is not None:
-        logger.info(inputs.taught.note)
-    found = context.gather(inputs.taught.teacher is not None)
+def require_one_teacher(
+    teacher: TeacherSource | None, note: str | None, context: DistributedContext
+) -> None:
+    """Says who teaches (`note`). Raises InputError on every rank when some have no teacher."""
+    if note is not None:
+        logger.info(note)
+    found = context.gather(teacher is not None)
     ranks = [rank for rank, own in enumerate(found) if own]
     if 0 < len(ranks) < len(found):
         raise InputError(
@@ -455,21 +455,6 @@ def finish(trainer: Trainer, source: Path, config: CptConfig) -> None:
         tokenizer_from=source,
         dtype=config.save_dtype,
     )
-    # Before the checkpoints go: what is there can be read again.
-    trainer.context.raise_on_any_rank(
-        lambda: check_weights(output / "model", load_config(output / "model"))
-    )
     start = None if config.init == "random" else source
     dtype = config.save_dtype or final_dtype(trainer.model.config, source)
-    if dtype != "float32":
-        logger.info(f"note: losses are of the weights in float32; {output / 'model'} has {dtype}")
-    report = training_report(trainer) | carry(trainer, start)
-    publish(trainer.context, report, config.json, output / "cpt.json")
-    logger.info(
-        f"final loss {trainer.loss:.4f} after {trainer.tokens:,} tokens "
-        f"({report['tokens_per_second']:,.0f} tokens/s in steps, "
-        f"{report['wall_tokens_per_second']:,.0f} with evaluation and checkpoints): "
-        f"{output / 'model'}",
-    )
-    if trainer.context.is_main:
-        show_trained(report, output, start, config.data)
+    conclude_training(trainer, output / "cpt.json", start, config.data, dtype, config.json)

@@ -221,15 +221,17 @@ def load_teacher(
     train: TrainConfig,
     student: ModelConfig,
     context: DistributedContext,
+    *,
+    frozen: bool = False,
 ) -> Teacher | None:
     """The loaded teacher, sharded on `context.device`; collective. None without a source.
 
     Raises InputError before any weight is read when teacher and `student` do not fit the memory
-    together.
+    together; of a student that is `frozen` most weights are not trained.
     """
     if source is None:
         return None
-    check_memory(student, train, context, teacher=source.shape)
+    check_memory(student, train, context, teacher=source.shape, frozen=frozen)
     dtype = compute_dtype(train.precision, context.device)
     with torch.device("meta"):
         network = TeacherModel(source.shape).to(dtype)

@@ -5,8 +5,13 @@ from pathlib import Path
 from data.paths import quoted
 from trainer.checkpoint_files import committed
 
-REPORTS = ("shear.json", "cpt.json")
-"""Reports of finished runs."""
+KINDS = {
+    "shear.json": "shearing",
+    "cpt.json": "continued pre-training",
+    "finetune.json": "fine-tuning",
+}
+"""Reports of finished runs, and what such a run is."""
+REPORTS = tuple(KINDS)
 OTHER = "the run's command"
 
 

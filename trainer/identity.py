@@ -31,6 +31,8 @@ WRITTEN = (
     "model.unchecked",
     "shear.json",
     "cpt.json",
+    "finetune.json",
+    "adapter",
     "masks.safetensors",
     "moments.safetensors",
     "source.safetensors",
@@ -77,6 +79,12 @@ FOLLOWING = {
     "domain_weights": {"data", "seq_len"},
     "reference_losses": {"data", "seq_len", "mixture"},
     "warmup_ratio": {"moments"},
+    "lora_r": {"method"},
+    "lora_alpha": {"method"},
+    "lora_dropout": {"method"},
+    "target_modules": {"method"},
+    "last_blocks": {"method"},
+    "head": {"method"},
 }
 """What differs, where it was not given, because one of these fields does."""
 NOT_ALWAYS_NOTED = ("refit.", "shorten.")
@@ -268,6 +276,7 @@ def _refuse_differences(
         return
     if "command" in names:
         kinds = {"shear": "a shearing run", "cpt": "a run of continued pre-training"}
+        kinds["finetune"] = "a run of fine-tuning"
         kind = kinds.get(str(saved.get("command")), "another kind of run")
         raise InputError(f"{place} holds {kind}: {fix or 'name another --output'}")
     _require_same_pruning(place, saved, wanted, fix)

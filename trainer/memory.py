@@ -34,6 +34,7 @@ def memory_problem(
     shared: bool = False,
     teacher: int = 0,
     frozen: bool = False,
+    trained: int | None = None,
     by_muon: int = 0,
 ) -> str | None:
     """What to say when a rank's part of the model alone exceeds its memory; None when it fits.
@@ -48,9 +49,10 @@ def memory_problem(
         shared: whether the ranks of a machine share it, so that more of them find no more.
         teacher: bytes of a teacher's weights on the rank.
         frozen: whether the weights are not trained.
+        trained: how many of the parameters are trained; None: all of them, or none if `frozen`.
         by_muon: parameters that Muon trains.
     """
-    state = _state_bytes(parameters, by_muon, frozen=frozen) // shards
+    state = _state_bytes(parameters, by_muon, frozen=frozen, trained=trained) // shards
     gathered = parameters * gathered_bytes
     needed = state + gathered + teacher
     if needed <= total:
@@ -84,22 +86,29 @@ def check_memory(
     teacher: ModelConfig | None = None,
     *,
     frozen: bool = False,
+    trained: int | None = None,
+    added: int = 0,
 ) -> None:
-    """Raises InputError on every rank when `model` (`frozen`: not trained), with its `teacher` if
-    there is one, cannot fit the memory of one of them."""
+    """Raises InputError on every rank when `model`, with its `teacher` if there is one, cannot fit
+    the memory of one of them.
+
+    `frozen`: it is not trained; `trained`: that many of its parameters are, among which are those
+    that were `added` to the model (adapters).
+    """
     shards = context.mesh.get_group("shard").size()
     _, owner = _memory_and_owner(context.device)
     dtype = compute_dtype(config.precision, context.device)
     in_place = config.reshard_after_forward or (shards == 1 and dtype == torch.float32)
     context.raise_first(
         memory_problem(
-            model.num_parameters(),
+            model.num_parameters() + added,
             total=total_memory(context.device),
             shards=shards,
             gathered_bytes=0 if in_place else dtype.itemsize,
             device=owner,
             shared=context.device.type == "cpu",
             frozen=frozen,
+            trained=trained,
             by_muon=_by_muon(model, config),
             teacher=teacher_bytes(
                 teacher, dtype.itemsize, shards, whole=not config.reshard_after_forward
@@ -133,11 +142,12 @@ def _by_muon(model: ModelConfig, config: TrainConfig) -> int:
     return model.block_matrices if config.optimizer == "muon" else 0
 
 
-def _state_bytes(parameters: int, by_muon: int, *, frozen: bool) -> int:
+def _state_bytes(parameters: int, by_muon: int, *, frozen: bool, trained: int | None = None) -> int:
     """Bytes of weights and of all that training keeps of them, over all shards."""
-    if frozen:
-        return FROZEN_BYTES * parameters
-    return STATE_BYTES * parameters - MOMENT_BYTES * by_muon
+    if trained is None:
+        trained = 0 if frozen else parameters
+    kept = (STATE_BYTES - FROZEN_BYTES) * trained - MOMENT_BYTES * min(by_muon, trained)
+    return FROZEN_BYTES * parameters + kept
 
 
 def teacher_bytes(teacher: ModelConfig | None, itemsize: int, shards: int, *, whole: bool) -> int:

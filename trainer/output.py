@@ -21,7 +21,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import RECORD, committed, step_of
 from trainer.config import TrainConfig
 from trainer.disk import CHECKPOINT_BYTES, MOMENT_BYTES, room_problem
-from trainer.finished import REPORTS
+from trainer.finished import KINDS, REPORTS
 from trainer.identity import FILE
 from trainer.memory import FROZEN_BYTES
 from trainer.parallel import DistributedContext
@@ -102,9 +102,8 @@ def _require_no_other(output: Path, report: str) -> None:
     """Raises InputError when a run of another command has finished there."""
     for other in REPORTS:
         if other != report and (output / other).exists():
-            kind = "shearing" if other == "shear.json" else "continued pre-training"
             raise InputError(
-                f"--output {output}: holds a finished run of {kind} ({other}); "
+                f"--output {output}: holds a finished run of {KINDS[other]} ({other}); "
                 "name another --output"
             )
 

@@ -1,6 +1,7 @@
 """Assembly shared by every command that trains: checked inputs in, a trainer ready to fit out."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,25 @@ def build_model(
     *,
     load: Callable[[CausalLM], None] | None,
     frozen: bool = False,
+    adapt: Callable[[CausalLM], None] | None = None,
 ) -> CausalLM:
     """A sharded model on `context.device`, filled by `load`; None leaves that to a checkpoint.
 
-    Weights of a `frozen` one need no gradients, so no optimizer trains them.
+    Weights of a `frozen` one need no gradients, so no optimizer trains them. `adapt` says which are
+    trained, and may add parameters, before anything is sharded.
 
     Nothing is ever allocated whole: the model is made on the meta device, sharded, and only then
     given memory. Raises InputError before that when it cannot fit.
     """
-    check_memory(model, config, context, frozen=frozen)
+    # What is adapted is known when it is made; before that the weights alone must fit.
+    check_memory(model, config, context, frozen=frozen or adapt is not None)
     with torch.device("meta"):
         network = CausalLM(model).requires_grad_(not frozen)
+        if adapt is not None:
+            adapt(network)
+    if adapt is not None:
+        sizes = count_parameters(network)
+        check_memory(model, config, context, trained=sizes.trained, added=sizes.added)
     network.checkpoint_activations = config.activation_checkpointing
     shard(
         network,
@@ -71,6 +80,22 @@ def build_model(
     if load is not None:
         load(network)
     return network
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCounts:
+    """Parameters of a model of which not all are trained."""
+
+    trained: int
+    added: int
+    """Parameters beyond those of its config."""
+
+
+def count_parameters(network: CausalLM) -> ParameterCounts:
+    """Those of a model that is not sharded."""
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in network.parameters())
+    return ParameterCounts(trained, whole - network.config.num_parameters())
 
 
 def pretrained(source: Path) -> Callable[[CausalLM], None]:
@@ -99,6 +124,7 @@ def build_trainer(
     identity: Mapping[str, Any] | None = None,
     teacher: Teacher | None = None,
     callbacks: Sequence[Callback] = (),
+    trained_only: bool = False,
     description: str,
     tensorboard: bool = True,
 ) -> Trainer:
@@ -107,7 +133,7 @@ def build_trainer(
     `callbacks` run before the standard ones. `weights` are the initial domain weights; `reference`
     the losses a dynamic mixture steers towards; `history` the weights that a replayed one repeats;
     `used` samples of each domain are passed over; `identity` (trainer.identity) goes into the
-    checkpoints.
+    checkpoints. With `trained_only` these leave out frozen weights, which `model` has already.
     """
     sampler = DomainSampler(reader.sizes, weights, config.seed, reader.fingerprint)
     sampler.start_after(used or {})
@@ -116,7 +142,11 @@ def build_trainer(
     stream = BatchStream(reader, sampler, size, context.rank, context.world)
     steering = _steering(mixture, weights, reference, config, output, history)
     checkpointer = Checkpointer(
-        output / "checkpoints", context, keep=config.keep_checkpoints, identity=identity
+        output / "checkpoints",
+        context,
+        keep=config.keep_checkpoints,
+        identity=identity,
+        trained_only=trained_only,
     )
     # The order counts. First what the caller adds: it may set the masks that evaluation uses.
     listed: list[Callback] = [*callbacks, steering]

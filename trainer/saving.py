@@ -1,6 +1,6 @@
 """What a run leaves behind: the model's folder and the report."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -156,11 +156,13 @@ def open_or_finished(
     names: Mapping[str, Any],
     copy: str | None,
     dtype: str | None = None,
+    unknown: Collection[str] = (),
 ) -> T | None:
     """What `open_inputs` gives; None where something that it reads is gone and the run of `report`
     is finished, which needs it no more: then both are said. Collective.
 
     `names` are where the inputs are (identity.named): what was never the run's own is missed.
+    `unknown` are fields of `train` that only the inputs decide.
 
     Raises InputError on every rank where the run is not finished, or was started with another
     schedule (`train`).
@@ -180,7 +182,8 @@ def open_or_finished(
 
     if not context.broadcast(context.raise_on_any_rank(finished)):
         context.raise_first(problem)
-    schedule = {name: getattr(train, name) for name in SCHEDULE_FIELDS if name not in CHANGEABLE}
+    names_now = set(SCHEDULE_FIELDS).difference(CHANGEABLE, unknown)
+    schedule = {name: getattr(train, name) for name in SCHEDULE_FIELDS if name in names_now}
     given = {name: value for name, value in schedule.items() if value is not None}
 
     def compare() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from trainer.models.config import ModelConfig
+from trainer.models.decoder import CausalLM
 
 PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 peak per second of SXM parts, by the name the driver reports."""
@@ -18,6 +19,33 @@ def peak_flops(device_name: str) -> float | None:
     if "PCIe" in device_name or "NVL" in device_name:
         return None
     return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name), None)
+
+
+def partial_flops(model: CausalLM, seq_len: int, causal: bool) -> float:
+    """FLOPs of one token in a training step of `model`, of which not all is trained; all of it
+    costs `ModelConfig.flops_per_token`.
+
+    A frozen matrix needs no product for its gradient, a third of its FLOPs. Blocks in front of all
+    that is trained need no backward pass. Adapters are matrices too.
+    """
+    config, blocks = model.config, model.blocks
+    flops = config.flops_per_token(seq_len, causal)
+    lookup = model.get_submodule(model.names.embedding).weight
+    first = 0
+    if not lookup.requires_grad:
+        trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+        first = trained.index(True) if True in trained else len(blocks)
+    for index, (block, sizes) in enumerate(zip(blocks, config.blocks, strict=True)):
+        matrices = [p for p in block.parameters() if p.ndim == 2]
+        own = {name: p for name, p in block.named_parameters() if "lora_" in name}
+        added = sum(p.numel() for p in own.values())
+        frozen = sum(p.numel() for p in matrices if not p.requires_grad)
+        flops += 6 * added - 2 * frozen
+        if index < first:
+            attention = (6 if causal else 12) * sizes.num_heads * config.head_dim * seq_len
+            flops -= 2 * frozen + 2 / 3 * attention
+    head = model.head_weight
+    return flops - (0 if head.requires_grad else 2 * head.numel())
 
 
 class Throughput:

@@ -21,8 +21,8 @@ from trainer.evaluate import DomainLoss, overall, report
 from trainer.loop import Trainer
 from trainer.models.config import ModelConfig
 
-SHEARED, TRAINED = "sheared", "trained"
-REPORTS = {"shear.json": SHEARED, "cpt.json": TRAINED}
+SHEARED, TRAINED, TUNED = "sheared", "trained", "fine-tuned"
+REPORTS = {"shear.json": SHEARED, "cpt.json": TRAINED, "finetune.json": TUNED}
 """The reports of runs, and what their models are called."""
 LEAST_GAP = 0.005
 """Nats per token below which a share of the gap would be a share of rounding."""
@@ -44,7 +44,7 @@ class Stage:
     """One model on the way, and what was measured of it."""
 
     name: str
-    """"source", "sheared" or "trained"."""
+    """"source", "sheared", "trained" or "fine-tuned"."""
     model: str
     """Its folder."""
     losses: dict[str, DomainLoss]
@@ -173,7 +173,8 @@ def measured_on(trainer: Trainer) -> dict[str, Any]:
 
 
 def carry(trainer: Trainer, start: Path | None) -> dict[str, Any]:
-    """What cpt.json says about the models before: "before", "held_out_on" and "parameters".
+    """What reports of training say about the models before: "before", "held_out_on" and
+    "parameters".
 
     `start` is the folder of the model that training started from; None for random weights.
     """
@@ -189,12 +190,14 @@ def carry(trainer: Trainer, start: Path | None) -> dict[str, Any]:
     }
 
 
-def show_trained(content: dict[str, Any], output: Path, start: Path | None, data: str) -> None:
-    """Prints the verdict on continued pre-training, whose report is `content`.
+def show_trained(
+    content: dict[str, Any], output: Path, start: Path | None, data: str, called: str = TRAINED
+) -> None:
+    """Prints the verdict on training, whose report is `content`.
 
-    `start` as for `carry`, `data` the token folder.
+    `start` as for `carry`, `data` the token folder, `called` what the model is called now.
     """
-    stages = _stages(output, TRAINED, content, {})
+    stages = _stages(output, called, content, {})
     models = [stage.model for stage in stages]
     if start is not None and len(stages) == 1:
         models = [str(start), *models]
@@ -228,7 +231,7 @@ def conclude(stages: Sequence[Stage], weights: Mapping[str, float]) -> Verdict:
     lines = []
     rows: list[list[str]] = []
     header = ["domain", *(stage.name for stage in shown)]
-    if now.name == TRAINED:
+    if now.name in (TRAINED, TUNED):
         header[-1] = "now"
     if now.losses:
         closed = _share_of_gap(shown)
@@ -259,10 +262,11 @@ def _row(stages: Sequence[Stage], domain: str, closed: bool) -> list[str]:
 def _share_of_gap(stages: Sequence[Stage]) -> float | None:
     """The part of the mean loss between source and sheared model that training took back."""
     mean = {stage.name: overall(stage.losses).loss for stage in stages}
-    if not {"source", SHEARED} <= mean.keys() or stages[-1].name != TRAINED:
+    now = stages[-1].name
+    if not {"source", SHEARED} <= mean.keys() or now not in (TRAINED, TUNED):
         return None
     gap = mean[SHEARED] - mean["source"]
-    return (mean[SHEARED] - mean[TRAINED]) / gap if gap >= LEAST_GAP else None
+    return (mean[SHEARED] - mean[now]) / gap if gap >= LEAST_GAP else None
 
 
 def _summary(shown: Sequence[Stage], names: Sequence[str], closed: float | None) -> str:

@@ -95,7 +95,7 @@ def joined(lines: Sequence[Line]) -> list[Curve]:
             start = next((begun for other, begun in starts if other == shape), 0)
         for run in one.runs:
             points = [Point(start + r["tokens"], r) for r in run.metrics if "tokens" in r]
-            if run.command == "cpt":
+            if run.command != "shear":
                 starts.append((shape_of(run.model), start))
             if points:
                 curves.append(Curve(run, points, index, one.random and len(lines) > 1))

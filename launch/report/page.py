@@ -141,7 +141,8 @@ def _colours() -> str:
 def _head(run: Run) -> Html:
     """Name, state and key figures of one run."""
     numbers = facts(run)
-    title = {"shear": "Shearing", "cpt": "Continued pre-training"}[run.command]
+    titles = {"shear": "Shearing", "cpt": "Continued pre-training", "finetune": "Fine-tuning"}
+    title = titles[run.command]
     done = numbers["finished"]
     state = element(
         "span", "finished" if done else "not finished", class_=f"state {'done' if done else 'open'}"

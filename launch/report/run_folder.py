@@ -21,7 +21,7 @@ from trainer.identity import FILE as IDENTITY
 from trainer.identity import read_identity
 from trainer.models.config import ModelConfig
 
-COMMANDS = {"shear": "shear.json", "cpt": "cpt.json"}
+COMMANDS = {"shear": "shear.json", "cpt": "cpt.json", "finetune": "finetune.json"}
 """Commands whose runs can be shown, and the report that marks such a run as finished."""
 
 
@@ -91,7 +91,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Reads an output folder. Raises InputError where there is none of a command in COMMANDS."""
-    advice = "name the --output folder of pruner.shear or launch/cpt.py"
+    advice = "name the --output folder of pruner.shear, launch/cpt.py or launch/finetune.py"
     found, run = what_is(folder), run_above(folder)
     if run is not None:
         advice = f"name the run's folder, {run}"

@@ -10,6 +10,7 @@ from launch.report.run_folder import held_out_of, mean_loss, newest, parameters
 from trainer.verdict import (
     SHEARED,
     TRAINED,
+    TUNED,
     Stage,
     conclude,
     losses_of,
@@ -49,7 +50,7 @@ def _going_on(line: Line) -> list[Stage]:
     before = stages_of(parent.folder) if parent is not None else []
     keys = ("data", "seq_len")
     on: dict[str, Any] = {key: last.identity[key] for key in keys if key in last.identity}
-    called = SHEARED if last.command == "shear" else TRAINED
+    called = {"shear": SHEARED, "cpt": TRAINED, "finetune": TUNED}[last.command]
     losses = losses_of(held_out_of(last))
     now = Stage(
         called,
@@ -80,7 +81,7 @@ def _beside(lines: Sequence[Line]) -> Html | None:
     called = {run.folder: name for run, name in zip(runs, names, strict=True)}
     for run, name, parent, losses in zip(runs, names, starts, found, strict=True):
         start = "random weights" if is_random(run) else str(run.identity.get("target", ""))
-        if run.command == "cpt" and parent is not None:
+        if run.command != "shear" and parent is not None:
             start = f"model of {called[parent.folder]}"
         cells = ["not measured"] * (len(domains) + 1)
         if losses:

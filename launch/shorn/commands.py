@@ -41,6 +41,12 @@ COMMANDS = {
     "cpt": Command(
         "launch.cpt", "launch.cpt:CptConfig", "continue the pre-training of a model", True
     ),
+    "finetune": Command(
+        "launch.finetune",
+        "launch.finetune:FinetuneConfig",
+        "heal or tune a model: adapters, last blocks or all of it",
+        True,
+    ),
     "evaluate": Command(
         "launch.evaluate.__main__",
         "launch.evaluate.config:EvaluateConfig",

@@ -42,6 +42,7 @@ _LEFT_NAMES = frozenset(
         "all_results.json",
         "cpt.json",
         "eval_results.json",
+        "finetune.json",
         "hf_quant_config.json",
         "latest",
         "params.json",

@@ -152,6 +152,9 @@ def adapter_advice(folder: Path) -> str | None:
     """What to do with a folder that holds an adapter and no model; None for another folder."""
     if not (folder / "adapter_config.json").is_file():
         return None
+    merged = folder.parent / "model"
+    if (folder.parent / "finetune.json").is_file() and (merged / "config.json").is_file():
+        return f"{folder} holds an adapter and no model: name {merged}, in which it is merged"
     return (
         f"{folder} holds an adapter (adapter_config.json) and no model: merge it into its base "
         "once, with peft's merge_and_unload and save_pretrained, and name that folder"
