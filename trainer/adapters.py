@@ -9,8 +9,9 @@ import torch
 from safetensors import SafetensorError
 
 from data.errors import InputError, failure
-from data.files import replace_folder
+from data.files import replace_folder, write_json
 from data.hub import pinned, split_revision
+from data.records import read_json
 from trainer.finetune_config import LoraOptions
 from trainer.models.decoder import CausalLM
 from trainer.models.hf import save_tensors
@@ -19,7 +20,7 @@ from trainer.parallel import DistributedContext, full_tensor
 
 FOLDER = "adapter"
 """Where in its output folder a run leaves its adapter."""
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 """What peft puts in front of the names of the model that it wraps."""
 
@@ -78,13 +79,13 @@ def write_adapter(
 def _config(base: Path, named: str, options: LoraOptions, targets: Sequence[str]) -> Any:
     from peft import LoraConfig
 
-    hub = pinned(named, base)
+    hub, alpha = pinned(named, base), options.alpha
     name, revision = (str(base.absolute()), None) if hub is None else split_revision(hub)
     return LoraConfig(
         r=options.r,
-        lora_alpha=options.alpha,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
         lora_dropout=options.dropout,
-        target_modules=sorted(targets),
+        target_modules=list(targets),
         task_type="CAUSAL_LM",
         base_model_name_or_path=name,
         revision=revision,
@@ -99,6 +100,10 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], config: Any) -> None:
     try:
         save_tensors(tensors, temporary / WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(temporary))
+        # peft keeps them as a set, in another order every time.
+        settings = read_json(temporary / CONFIG, "")
+        settings["target_modules"] = sorted(settings["target_modules"])
+        write_json(temporary / CONFIG, settings)
         replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

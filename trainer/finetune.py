@@ -308,7 +308,6 @@ def steps_of(config: FinetuneConfig, reader: TokenReader) -> int:
     # As it was written: 0.1 is a tenth, and not a little more.
     samples = Fraction(str(epochs)) * sum(reader.sizes.values())
     steps = -(-samples // config.train.global_batch)
-    TrainConfig(steps=steps)
     return int(steps)
 
 

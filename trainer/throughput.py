@@ -30,16 +30,14 @@ def partial_flops(model: CausalLM, seq_len: int, causal: bool) -> float:
     """
     config, blocks = model.config, model.blocks
     flops = config.flops_per_token(seq_len, causal)
-    lookup = model.get_submodule(model.names.embedding).weight
     first = 0
-    if not lookup.requires_grad:
+    if not any(p.requires_grad for p in model.get_submodule(model.names.embedding).parameters()):
         trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
         first = trained.index(True) if True in trained else len(blocks)
     for index, (block, sizes) in enumerate(zip(blocks, config.blocks, strict=True)):
-        matrices = [p for p in block.parameters() if p.ndim == 2]
-        own = {name: p for name, p in block.named_parameters() if "lora_" in name}
-        added = sum(p.numel() for p in own.values())
-        frozen = sum(p.numel() for p in matrices if not p.requires_grad)
+        matrices = {name: p for name, p in block.named_parameters() if p.ndim == 2}
+        added = sum(p.numel() for name, p in matrices.items() if not name.endswith(".weight"))
+        frozen = sum(p.numel() for p in matrices.values() if not p.requires_grad)
         flops += 6 * added - 2 * frozen
         if index < first:
             attention = (6 if causal else 12) * sizes.num_heads * config.head_dim * seq_len
