@@ -20,6 +20,7 @@ from launch.report.config import ReportConfig
 from pruner.config import ShearConfig
 from pruner.shorten.config import ShortenConfig
 from trainer.config import CptConfig
+from trainer.finetune_config import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("data", "trainer", "pruner", "launch")
@@ -28,6 +29,7 @@ CONFIGS = {
     "shear": ShearConfig,
     "shorten": ShortenConfig,
     "cpt": CptConfig,
+    "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "latency": LatencyConfig,
     "report": ReportConfig,
@@ -53,15 +55,18 @@ PRINTED_BY = {
     "data/token_report.py": "tokenize",
     "data/tokenizers.py": "tokenize",
     "data/find.py": "tokenize compare",
-    "data/mixture.py": "shear cpt",
-    "data/weight_history.py": "shear cpt",
-    "trainer/callbacks/": "shear cpt",
-    "trainer/checkpoint": "shear cpt",
-    "trainer/disk.py": "shear cpt",
-    "trainer/domains.py": "shear cpt",
-    "trainer/memory.py": "shear cpt",
-    "trainer/scaling.py": "shear cpt",
-    "trainer/saving.py": "shear cpt",
+    "data/mixture.py": "shear cpt finetune",
+    "data/weight_history.py": "shear cpt finetune",
+    "trainer/adapters.py": "finetune",
+    "trainer/callbacks/": "shear cpt finetune",
+    "trainer/checkpoint": "shear cpt finetune",
+    "trainer/disk.py": "shear cpt finetune",
+    "trainer/domains.py": "shear cpt finetune",
+    "trainer/finetune": "finetune",
+    "trainer/memory.py": "shear cpt finetune",
+    "trainer/models/lora.py": "finetune",
+    "trainer/scaling.py": "shear cpt finetune",
+    "trainer/saving.py": "shear cpt finetune",
     "pruner/callback.py": "shear",
     "pruner/config.py": "shear",
     "pruner/measurements.py": "shear",

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.chaos.campaign import run_campaign
 from tests.chaos.workspace import make_inputs
 
-SCENARIOS = "shear 1,cpt 2,tokenize 2,shear 2,cpt 1,tokenize 1"
+SCENARIOS = "shear 1,cpt 2,tokenize 2,shear 2,cpt 1,finetune 1,tokenize 1"
 
 
 def main() -> None:

@@ -192,7 +192,7 @@ def damage_record(output: Path, rng: random.Random) -> Struck | None:
     """One of the small files of a run or of tokenizing: emptied, cut, not JSON, or other JSON."""
     names = (
         *("run.json", "metrics.jsonl", "history.jsonl", "source.safetensors", "reference.json"),
-        *("shear.json", "cpt.json", "manifest.json", ".lock"),
+        *("shear.json", "cpt.json", "finetune.json", "manifest.json", ".lock"),
     )
     found = [output / name for name in names if (output / name).is_file()]
     found += [

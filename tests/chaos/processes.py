@@ -31,7 +31,7 @@ class Command:
     """What a user types."""
 
     name: str
-    """shear, cpt or tokenize."""
+    """shear, cpt, finetune or tokenize."""
     words: list[str]
     output: Path
     ranks: int = 1

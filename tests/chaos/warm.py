@@ -19,13 +19,19 @@ from data import cli
 
 EVERYTHING = (
     *("data.tokenize", "launch.cpt", "pruner.run", "pruner.shear", "trainer.cpt"),
+    *("launch.finetune", "trainer.finetune", "peft"),
     *("torch._dynamo", "torch.distributed.checkpoint", "torch.utils.tensorboard", "tyro"),
     *("torch.distributed.fsdp", "pyarrow.parquet", "rich.progress", "sentencepiece", "tokenizers"),
 )
 """Modules that commands import, most of them late."""
 CLASSES = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM")
 """Those of transformers, which imports each when it is first asked for."""
-MODULES = {"shear": "pruner.shear", "cpt": "launch.cpt", "tokenize": "data.tokenize"}
+MODULES = {
+    "shear": "pruner.shear",
+    "cpt": "launch.cpt",
+    "finetune": "launch.finetune",
+    "tokenize": "data.tokenize",
+}
 
 for _name in EVERYTHING:
     with contextlib.suppress(ImportError):  # some are optional

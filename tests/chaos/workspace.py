@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from data.log import LEVEL_VARIABLE, set_level
@@ -67,6 +68,12 @@ class Workspace:
     def cpt_words(self, output: Path, steps: int, save_interval: int) -> list[str]:
         """Arguments of launch/cpt.py."""
         return ["--model", str(self.model), *self._training(output, steps, save_interval)]
+
+    def finetune_words(self, output: Path, steps: int, save_interval: int) -> list[str]:
+        """Arguments of launch/finetune.py: adapters, or the last block where peft is missing."""
+        method = "lora" if find_spec("peft") else "last-blocks"
+        words = ["--model", str(self.model), "--method", method, "--last-blocks", "1"]
+        return [*words, *self._training(output, steps, save_interval)]
 
     def _training(self, output: Path, steps: int, save_interval: int) -> list[str]:
         return [

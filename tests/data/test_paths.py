@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("clean")
 NO_PATHS = {
     *("target", "targets", "domain_field", "text_field", "domains", "domain_weights"),
     *("reference_losses", "methods", "variant", "tasks", "params", "then"),
+    "target_modules",
 }
 """Options of text that name no file or folder."""
 

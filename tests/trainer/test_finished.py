@@ -10,7 +10,7 @@ from trainer.cpt import find_model
 from trainer.models.sources import resolve_model
 
 
-@pytest.mark.parametrize("report", ["shear.json", "cpt.json"])
+@pytest.mark.parametrize("report", ["shear.json", "cpt.json", "finetune.json"])
 @pytest.mark.parametrize("named", ["run", "run/model", "link", "run/checkpoints"])
 def test_a_model_that_was_moved_is_asked_for(tmp_path: Path, report: str, named: str) -> None:
     run = tmp_path / "run"

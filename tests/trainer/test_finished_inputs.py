@@ -17,6 +17,8 @@ from tests.factories import write_model, write_tokens
 from tests.pruner.shorten.test_run import configure as shortening
 from trainer.config import CptConfig, TrainConfig
 from trainer.cpt import continue_pretraining
+from trainer.finetune import finetune
+from trainer.finetune_config import FinetuneConfig
 
 SCHEDULE: dict[str, Any] = {"global_batch": 2, "seq_len": 32, "eval_sequences": 2, "threads": 1}
 
@@ -48,10 +50,17 @@ def training(inputs: Path) -> CptConfig:
     )
 
 
+def tuning(inputs: Path) -> FinetuneConfig:
+    names = {name: str(inputs / part) for name, part in PLACES.items()}
+    return FinetuneConfig(method="full", train=training(inputs).train, **names)
+
+
+PLACES = {"model": "model", "data": "tokens", "output": "run"}
 COMMANDS: dict[str, tuple[Callable[[Any], Any], Callable[[Path], Any]]] = {
     "shear": (shear, shearing),
     "shorten": (shorten, lambda inputs: shortening(inputs, inputs / "run")),
     "cpt": (continue_pretraining, training),
+    "finetune": (finetune, tuning),
 }
 
 
@@ -68,7 +77,8 @@ def test_what_it_read_may_be_gone(
     shutil.move(inputs / "aside", inputs / gone)
     start(config)
     # A name that never was the run's is a mistake.
-    option = {"model": "model" if command == "cpt" else "source", "tokens": "data"}[gone]
+    trains = command in ("cpt", "finetune")
+    option = {"model": "model" if trains else "source", "tokens": "data"}[gone]
     with pytest.raises(InputError, match="nowhere"):
         start(replace(config, **{option: str(inputs / "nowhere")}))
     shutil.rmtree(inputs / gone)

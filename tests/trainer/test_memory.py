@@ -21,6 +21,8 @@ from trainer.memory import (
     teacher_bytes,
     total_memory,
 )
+from trainer.models.decoder import CausalLM
+from trainer.models.lora import Dropout, add_adapters
 from trainer.run import build_model
 
 GIB = 1 << 30
@@ -184,3 +186,21 @@ def test_the_collector_leaves_out_what_existed_before() -> None:
     with collected_together(replace(context, world=2)):
         assert gc.get_freeze_count() > 1000
     assert gc.get_freeze_count() == 0
+
+
+def test_adapters_need_the_weights_and_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = parallel.init(threads=1)
+
+    def adapt(network: CausalLM) -> None:
+        add_adapters(network, ("q_proj",), rank=2, scale=1.0, dropout=Dropout(0.0, 0))
+
+    factors = 2 * 2 * (16 + 16)
+    needed = 4 * SHAPE.num_parameters() + 16 * factors
+    monkeypatch.setattr(memory, "total_memory", lambda _: needed)
+    network = build_model(SHAPE, options(), context, load=None, adapt=adapt)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert trained == factors < SHAPE.num_parameters() / 20
+    for less in (needed - 1, 4 * SHAPE.num_parameters() - 1):
+        monkeypatch.setattr(memory, "total_memory", lambda _, most=less: most)
+        with pytest.raises(InputError, match=r"parameters needs"):
+            build_model(SHAPE, options(), context, load=None, adapt=adapt)

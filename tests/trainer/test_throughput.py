@@ -1,13 +1,16 @@
 """Rates from real time, also over a resume, and both conventions of model FLOPs."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.trainer.tiny import SHAPE
-from trainer.throughput import Throughput, peak_flops
+from trainer.models.decoder import CausalLM
+from trainer.models.lora import Dropout, add_adapters, train_last_blocks
+from trainer.throughput import Throughput, partial_flops, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -86,3 +89,28 @@ def test_both_conventions(monkeypatch: pytest.MonkeyPatch) -> None:
         "mfu_full": pytest.approx(1000 * 12 / (2 * 989e12)),
         "mfu_causal": pytest.approx(1000 * 6 / (2 * 989e12)),
     }
+
+
+def test_frozen_weights_cost_less() -> None:
+    """Counted by hand for two blocks of 16 x (16 + 8 + 8 + 16) + 3 x 16 x 24 weights."""
+    block, head, attention = 16 * 48 + 3 * 16 * 24, 259 * 16, 12 * 16 * 64
+    untied = replace(SHAPE, tie_embeddings=False)
+    for shape in (SHAPE, untied):
+        whole = partial_flops(CausalLM(shape), 64, False)
+        assert whole == shape.flops_per_token(64, causal=False)
+        assert whole == 6 * (2 * block + head) + 2 * attention
+    model = CausalLM(untied)
+    train_last_blocks(model, 1, head=True)
+    # The first block only computes its output.
+    assert partial_flops(model, 64, False) == pytest.approx(whole - 4 * block - 2 / 3 * attention)
+    train_last_blocks(model, 1, head=False)
+    less = 4 * block + 2 / 3 * attention + 2 * head
+    assert partial_flops(model, 64, False) == pytest.approx(whole - less)
+    tied = CausalLM(SHAPE)
+    train_last_blocks(tied, 1, head=True)
+    # The embedding in front of it is trained.
+    assert partial_flops(tied, 64, False) == whole - 2 * block
+    adapted = CausalLM(SHAPE)
+    add_adapters(adapted, ("up_proj",), rank=3, scale=1.0, dropout=Dropout(0.0, 0))
+    factors = 2 * 3 * (16 + 24)
+    assert partial_flops(adapted, 64, False) == whole - 2 * (2 * block + head) + 6 * factors

@@ -28,7 +28,7 @@ special_tokens_map.json tekken.json tokenizer.json tokenizer.model tokenizer.mod
 tokenizer_config.json USE_POLICY.md vocab.json vocab.txt
 """.split()
 STAY = """
-adapter_config.json adapter_model.bin cpt.json custom_generate/generate.py model.gguf
+adapter_config.json adapter_model.bin cpt.json custom_generate/generate.py finetune.json model.gguf
 modeling_llama.py model.safetensors.index.fp32.json onnx/model.onnx optimizer.pt
 original/params.json params.json pytorch_model.bin pytorch_model.bin.index.json
 quantize_config.json README.md rng_state_0.pth run.json scheduler.pt shear.json tf_model.h5

@@ -80,7 +80,7 @@ def test_only_factors_get_gradients(name: str) -> None:
     for own, parameter in model.named_parameters():
         factor = own.endswith((".lora_a", ".lora_b"))
         assert parameter.requires_grad == factor == (parameter.grad is not None), own
-        assert not factor or parameter.grad is not None and bool(parameter.grad.any()), own
+        assert not factor or (parameter.grad is not None and bool(parameter.grad.any())), own
 
 
 def test_modules_that_are_not_asked_for_stay() -> None:
