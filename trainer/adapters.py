@@ -81,16 +81,17 @@ def _config(base: Path, named: str, options: LoraOptions, targets: Sequence[str]
 
     hub, alpha = pinned(named, base), options.alpha
     name, revision = (str(base.absolute()), None) if hub is None else split_revision(hub)
-    return LoraConfig(
-        r=options.r,
-        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
-        lora_dropout=options.dropout,
-        target_modules=list(targets),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=name,
-        revision=revision,
-        inference_mode=True,
-    )
+    settings: dict[str, Any] = {
+        "r": options.r,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": options.dropout,
+        "target_modules": list(targets),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "inference_mode": True,
+    }
+    return LoraConfig(**settings)
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], config: Any) -> None:

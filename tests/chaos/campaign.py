@@ -339,8 +339,10 @@ def is_finished(command: Command) -> bool:
 
 def result_of(output: Path) -> str:
     """A hash of weights and masks, or of shards; "" where there are none."""
-    patterns = ("model/*.safetensors", "adapter/*.safetensors", "masks.safetensors")
-    patterns += ("train/**/*.*", "held_out/**/*.*")
+    patterns = (
+        *("model/*.safetensors", "adapter/*.safetensors", "masks.safetensors"),
+        *("train/**/*.*", "held_out/**/*.*"),
+    )
     digest = hashlib.sha256()
     files = sorted(path for pattern in patterns for path in output.glob(pattern))
     for path in files:

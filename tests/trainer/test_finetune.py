@@ -260,7 +260,7 @@ def test_what_was_tuned_can_be_tuned_again(
 def test_epochs_count_the_training_text(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"steps": 0, "method": "full", "global_batch": 7, "micro_batch": 7}
+    settings: dict[str, Any] = {"steps": 0, "method": "full", "global_batch": 7, "micro_batch": 7}
     config = configure(workspace, tmp_path, **settings, epochs=0.1)
     inputs = open_inputs(config)
     samples = sum(inputs.reader.sizes.values())
@@ -307,13 +307,14 @@ def test_what_does_not_fit_the_model_is_refused_before_weights_load(
         ({"lora": LoraOptions(target_modules=("c_attn",))}, "--target-modules c_attn: "),
         ({"seq_len": 512}, "--seq-len 512 is longer than the model's 256 positions"),
         ({"distillation": DistillationConfig(weight=0.5)}, "needs a model to learn from"),
-        ({"output": str(model)}, "is the --output too"),
+        ({"output": model}, "is the --output too"),
         ({"micro_batch": 3}, "--micro-batch 3 does not divide"),
     ):
         if "method" not in changes:
             needs("lora")
+        wrong: dict[str, Any] = {"model": str(model)} | changes
         with pytest.raises(InputError, match=message):
-            tune(workspace, **({"output": output, "model": str(model)} | changes))
+            tune(workspace, wrong.pop("output", output), **wrong)
         assert not output.exists()
 
 

@@ -51,11 +51,15 @@ def training(inputs: Path) -> CptConfig:
 
 
 def tuning(inputs: Path) -> FinetuneConfig:
-    names = {name: str(inputs / part) for name, part in PLACES.items()}
-    return FinetuneConfig(method="full", train=training(inputs).train, **names)
+    return FinetuneConfig(
+        model=str(inputs / "model"),
+        data=str(inputs / "tokens"),
+        output=str(inputs / "run"),
+        method="full",
+        train=training(inputs).train,
+    )
 
 
-PLACES = {"model": "model", "data": "tokens", "output": "run"}
 COMMANDS: dict[str, tuple[Callable[[Any], Any], Callable[[Path], Any]]] = {
     "shear": (shear, shearing),
     "shorten": (shorten, lambda inputs: shortening(inputs, inputs / "run")),
