@@ -376,7 +376,8 @@ def _log_origin(inputs: Inputs, config: CptConfig) -> None:
     """Says which part of the model's history this run does not go on from."""
     run = run_of(inputs.source)
     seed = config.train.seed
-    drawn = 0 if inputs.used else drawn_again(run / "cpt.json", inputs.reader, seed)
+    again = (drawn_again(run / name, inputs.reader, seed) for name in REPORTS)
+    drawn = 0 if inputs.used else max(again)
     if drawn:
         logger.info(begins_anew(drawn, run))
     others = drawn_otherwise(sheared_report(run / inputs.source.name), inputs.reader)

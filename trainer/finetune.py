@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ from trainer.saving import (
     log_finished,
     open_or_finished,
     require_copy,
-    save_tensors_of,
+    save_pretrained,
 )
 from trainer.throughput import partial_flops
 
@@ -203,6 +204,28 @@ def _train(
     require_room(output, counts.trained, train, context, saved=saved, dtype=dtype)
     logger.info(kernels)
     _log_notes(inputs, config, counts)
+    trainer = _build(config, inputs, recipe, context, identity, state.resuming, tensorboard)
+    trainer.throughput.recount(partial(partial_flops, trainer.model, train.seq_len))
+    trainer.fit()
+    if not trainer.stopping:
+        note_removal(output, train, context)
+        finish(trainer, inputs, config, dtype)
+        remove_checkpoints(output, identity, train, context)
+    return trainer
+
+
+def _build(
+    config: FinetuneConfig,
+    inputs: Inputs,
+    recipe: Recipe,
+    context: DistributedContext,
+    identity: dict[str, Any],
+    resuming: bool,
+    tensorboard: bool,
+) -> Trainer:
+    """Loads model and teacher, and puts them together with the data; restores the newest
+    checkpoint, if there is one (`resuming`)."""
+    train, shape = config.train, inputs.shape
     teacher = load_teacher(
         inputs.teacher,
         inputs.distillation,
@@ -214,15 +237,15 @@ def _train(
     model = build_model(
         shape, train, context, load=_loader(inputs.source, train), adapt=recipe.adapt
     )
-    trainer = build_trainer(
+    return build_trainer(
         model,
         train,
         context,
-        output=output,
+        output=Path(config.output),
         reader=inputs.reader,
         held_out=inputs.held_out,
         weights=inputs.domains.weights,
-        reference=_reference(inputs, config, None if state.resuming else model, context),
+        reference=_reference(inputs, config, None if resuming else model, context),
         mixture=config.mixture,
         history=inputs.domains.history,
         identity=identity,
@@ -232,13 +255,6 @@ def _train(
         description="finetune",
         tensorboard=tensorboard,
     )
-    trainer.throughput.recount(lambda causal: partial_flops(model, train.seq_len, causal))
-    trainer.fit()
-    if not trainer.stopping:
-        note_removal(output, train, context)
-        finish(trainer, inputs, config, dtype)
-        remove_checkpoints(output, identity, train, context)
-    return trainer
 
 
 def open_inputs(config: FinetuneConfig) -> Inputs:
@@ -403,9 +419,14 @@ def finish(trainer: Trainer, inputs: Inputs, config: FinetuneConfig, dtype: str)
             targets=inputs.targets,
         )
         logger.info(f"adapter: {output / FOLDER}; {output / 'model'} has it merged")
-    tensors = merged_tensors(model, needed=context.is_main)
-    kind = getattr(torch, dtype)
-    save_tensors_of(tensors, model.config, context, output / "model", inputs.source, kind)
+    save_pretrained(
+        model,
+        context,
+        output / "model",
+        tokenizer_from=inputs.source,
+        dtype=dtype,
+        tensors=merged_tensors(model, needed=context.is_main),
+    )
     trained = Recipe(config, inputs.targets).counts(inputs.shape).trained
     more = {**config.identity(inputs.targets), "trained_parameters": trained}
     conclude_training(

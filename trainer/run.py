@@ -141,18 +141,12 @@ def build_trainer(
     size = config.global_batch if config.steps else context.world
     stream = BatchStream(reader, sampler, size, context.rank, context.world)
     steering = _steering(mixture, weights, reference, config, output, history)
+    place = output / "checkpoints"
     checkpointer = Checkpointer(
-        output / "checkpoints",
-        context,
-        keep=config.keep_checkpoints,
-        identity=identity,
-        trained_only=trained_only,
+        place, context, keep=config.keep_checkpoints, identity=identity, trained_only=trained_only
     )
     # The order counts. First what the caller adds: it may set the masks that evaluation uses.
-    listed: list[Callback] = [*callbacks, steering]
-    if held_out is not None:
-        interval, sequences = config.eval_interval, config.eval_sequences
-        listed.append(EvaluateCallback(held_out, interval=interval, sequences=sequences))
+    listed: list[Callback] = [*callbacks, steering, *_evaluating(held_out, config)]
     # Metrics and progress show what those before them have recorded; checkpoints save them all.
     listed += [
         GuardCallback(checkpointer),
@@ -172,6 +166,14 @@ def build_trainer(
     )
     _restore_newest(trainer, checkpointer)
     return trainer
+
+
+def _evaluating(held_out: TokenReader | None, config: TrainConfig) -> list[Callback]:
+    """What measures held-out losses, where there is text."""
+    if held_out is None:
+        return []
+    interval, sequences = config.eval_interval, config.eval_sequences
+    return [EvaluateCallback(held_out, interval=interval, sequences=sequences)]
 
 
 def _throughput(model: ModelConfig, config: TrainConfig, context: DistributedContext) -> Throughput:

@@ -47,13 +47,15 @@ def save_pretrained(
     *,
     tokenizer_from: Path,
     dtype: str | None = None,
+    tensors: Iterator[tuple[str, torch.Tensor]] | None = None,
 ) -> None:
     """Writes `path` as a Hugging Face folder, with the companions of the model in `tokenizer_from`.
 
-    In `dtype`, by name; by default in `final_dtype`. All ranks take part.
+    In `dtype`, by name; by default in `final_dtype`. `tensors` take the place of `full_tensors`.
+    All ranks take part.
     """
     name = dtype or final_dtype(model.config, tokenizer_from)
-    tensors = full_tensors(model, needed=context.is_main)
+    tensors = tensors or full_tensors(model, needed=context.is_main)
     save_tensors_of(tensors, model.config, context, path, tokenizer_from, getattr(torch, name))
 
 

@@ -44,7 +44,7 @@ COMMANDS = {
     "finetune": Command(
         "launch.finetune",
         "launch.finetune:FinetuneConfig",
-        "heal or tune a model: adapters, last blocks or all of it",
+        "heal or tune: adapters, last blocks, or all",
         True,
     ),
     "evaluate": Command(

@@ -16,7 +16,8 @@ commands:
 {commands}
 
 options:
-  --ranks N      {able}: in N processes, one per GPU
+  --ranks N      in N processes, one per GPU:
+                 {able}
   --version      print the version
   --completion bash|zsh|fish
                  print a script that completes command lines

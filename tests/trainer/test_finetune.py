@@ -349,6 +349,17 @@ def test_adapters_are_float32_and_begin_as_the_base(workspace: Path, tmp_path: P
     torch.testing.assert_close(logits(merged), logits(base), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_masters_stay_float32_where_passes_are_rounded(
+    method: str, workspace: Path, tmp_path: Path
+) -> None:
+    needs(method)
+    trainer = tune(workspace, tmp_path, method=method, precision="bf16")
+    assert trainer is not None
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+
+
 def test_muon_moves_the_blocks_that_are_trained(workspace: Path, tmp_path: Path) -> None:
     trainer = tune(workspace, tmp_path, method="last-blocks", optimizer="muon", lr=1e-2)
     assert trainer is not None

@@ -34,7 +34,7 @@ def test_ranks_and_micro_batches_train_the_same_model(
 ) -> None:
     """With dropout too, which does not depend on the layout."""
     needs(method)
-    layouts: list[tuple[int, dict[str, Any]]] = [(1, {}), (2, {"micro_batch": 4})]
+    layouts: list[tuple[int, dict[str, Any]]] = [(1, {}), (2, {"micro_batch": 1})]
     layouts.append((4, {"replicas": 2, "activation_checkpointing": True}))
     layouts += [(4, {"reshard_after_forward": True})] if method == "lora" else []
     found = []

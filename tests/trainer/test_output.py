@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.distributed import run_ranks
 from tests.factories import write_model
 from tests.trainer.tiny import losses, options, pretrain
-from trainer import cpt, output, parallel
+from trainer import conclusion, cpt, output, parallel
 from trainer.callbacks.checkpoint import CheckpointCallback
 from trainer.checkpoint_files import MARKER, RECORD
 from trainer.loop import Trainer
@@ -211,7 +211,7 @@ def test_a_model_that_cannot_be_read_again_costs_no_checkpoint(
         if path.is_relative_to(tmp_path):
             raise InputError(f"{path}: damaged")
 
-    monkeypatch.setattr(cpt, "check_weights", damaged)
+    monkeypatch.setattr(conclusion, "check_weights", damaged)
     with pytest.raises(InputError, match="damaged"):
         run(workspace, tmp_path / "out")
     assert names(tmp_path / "out") == ["step-00000004", "step-00000006"]

@@ -173,3 +173,11 @@ def test_a_verdict_that_nobody_can_read_fails_no_run(
 
     monkeypatch.setattr("sys.stdout", Closed())
     show(Verdict(["domain"], [["mean"]], ["line"]), ["next"])
+
+
+def test_what_fine_tuning_took_back_counts_from_shearing_on() -> None:
+    tuned = stage("fine-tuned", 1.5, 2.5, parameters=(500, 300))
+    verdict = conclude([SOURCE, SHEARED, TRAINED, tuned], {})
+    assert verdict.header == ["domain", "source", "sheared", "trained", "now", "gap closed"]
+    assert verdict.rows[-1] == ["mean", "1.5000", "3.5000", "2.7500", "2.0000", "75%"]
+    assert "training took back 75% of what shearing lost" in verdict.lines[0]

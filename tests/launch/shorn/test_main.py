@@ -140,7 +140,11 @@ def test_completion_in_other_shells(shell: str, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("command", "function"),
-    [("shear", "pruner.run.shear"), ("cpt", "trainer.cpt.continue_pretraining")],
+    [
+        ("shear", "pruner.run.shear"),
+        ("cpt", "trainer.cpt.continue_pretraining"),
+        ("finetune", "trainer.finetune.finetune"),
+    ],
 )
 def test_a_run_that_was_stopped_ends_with_75(
     command: str, function: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
