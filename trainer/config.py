@@ -54,11 +54,11 @@ class TrainConfig:
 
     min_lr_ratio: float | None = MIN_LR_RATIO
     """Learning rate at the last step, as a fraction of the peak. Default: 0.1; in shearing by the
-    projection rule 1, because training goes on after it."""
+    projection rule 1, because training goes on after it; in fine-tuning 0."""
 
     warmup_ratio: float | None = WARMUP_RATIO
     """Fraction of the steps over which the learning rate rises linearly. Default: 0.03; in shearing
-    0.1; in training that goes on with shearing's moments 0."""
+    0.1; in training that goes on with shearing's moments 0; in fine-tuning 0.06."""
 
     optimizer: Optimizer = "adamw"
     """muon: the matrices in blocks move along their orthogonalised momentum, by as much as AdamW

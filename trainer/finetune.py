@@ -193,7 +193,7 @@ def _train(
         resolve=lambda saved: resolve_mixture(saved, config.mixture),
     )
     if state.report is not None:
-        log_finished(context, state.report, config.json, config.save_dtype, _keeps(config))
+        _end_again(config, state.report, context)
         finish_removal(output, identity, context)
         return None
     recipe = Recipe(config, inputs.targets)
@@ -337,16 +337,22 @@ def _loader(source: Path, train: TrainConfig) -> Callable[[CausalLM], None]:
     return load
 
 
-def _keeps(config: FinetuneConfig) -> bool:
-    return config.train.keep_last_checkpoint
+def _end_again(config: FinetuneConfig, report: Path, context: DistributedContext) -> None:
+    """Says that the run of `report` is finished, and what is missing of what it left."""
+    keep, adapter = config.train.keep_last_checkpoint, report.parent / FOLDER
+    log_finished(context, report, config.json, config.save_dtype, keep)
+    if config.method == "lora" and not (adapter / "adapter_config.json").exists():
+        logger.warning(
+            f"{adapter} is gone: put it back from a copy, or name another --output to train again"
+        )
 
 
 def _log_notes(inputs: Inputs, config: FinetuneConfig, counts: ParameterCounts) -> None:
     train, whole = config.train, inputs.shape.num_parameters()
-    share = counts.trained / whole
+    beside = "beside the" if counts.added else "of the"
     logger.info(
-        f"{config.method}: trains {counts.trained:,} parameters beside or among the model's "
-        f"{whole:,} ({share:.2%})"
+        f"{config.method}: trains {counts.trained:,} parameters {beside} model's {whole:,} "
+        f"({counts.trained / whole:.2%})"
     )
     samples = sum(inputs.reader.sizes.values())
     drawn = train.steps * train.global_batch

@@ -37,6 +37,7 @@ _REPORT = {
     "held_out?": _LOSSES,
     "source_held_out?": _LOSSES,
     "weights?": {"*": _NUMBER},
+    "trained_parameters?": int,
 }
 _SHEAR_REPORT = _REPORT | {
     "polarised": bool,

@@ -173,6 +173,8 @@ def _key_figures(run: Run, numbers: dict[str, Any]) -> list[tuple[str, str, str]
     else:
         note = f"{counts['source_non_embedding']:,} without embeddings"
         rows = [("parameters", f"{counts['source']:,}", note)]
+        trained = (run.report or {}).get("trained_parameters", 0)
+        rows.append(("trained", f"{trained:,}" if trained else "", "parameters"))
     if numbers["steps"] == 0:
         return [*rows, ("steps", "none", "nothing was trained")]
     note = f"{numbers['step'] / numbers['steps']:.0%}"

@@ -238,6 +238,18 @@ def test_a_finished_run_started_again_ends_well(
         tune(tmp_path, tmp_path / "out", method="full", steps=99)
 
 
+def test_an_adapter_that_is_gone_is_missed(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs("lora")
+    tune(workspace, tmp_path)
+    assert tune(workspace, tmp_path) is None
+    assert "warning" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "adapter")
+    assert tune(workspace, tmp_path) is None
+    assert f"{tmp_path / 'adapter'} is gone: put it back" in capsys.readouterr().err
+
+
 def test_what_was_tuned_can_be_tuned_again(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

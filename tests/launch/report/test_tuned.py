@@ -1,5 +1,6 @@
 """The page of fine-tuning, alone and behind the runs that it goes on from."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ def test_the_page_of_fine_tuning(runs: Path, tuned: Path, tmp_path: Path) -> Non
     check_self_contained(page)
     assert tuple(page.headings) == ("Verdict", *TRAINING)
     assert "Fine-tuning: tuned" in page.text and "3 of 3" in page.text
+    trained = json.loads((tuned / "finetune.json").read_text())["trained_parameters"]
+    assert f"trained{trained:,}parameters" in page.text.replace(" ", "")
     assert (numbers["runs"][0]["command"], numbers["runs"][0]["finished"]) == ("finetune", True)
 
 
