@@ -309,6 +309,11 @@ def open_inputs(config: FinetuneConfig) -> Inputs:
 def _check_method(config: FinetuneConfig, shape: ModelConfig) -> tuple[str, ...]:
     """Modules that get an adapter. Raises InputError where the method does not fit the model."""
     if config.method == "lora":
+        if config.lora.r > shape.hidden_size:
+            raise InputError(
+                f"--lora-r {config.lora.r}: no matrix in the blocks has a rank above the hidden "
+                f"size, {shape.hidden_size}; use {shape.hidden_size} or less"
+            )
         return targets_of(shape, config.lora.target_modules)
     if config.method == "last-blocks" and config.last_blocks > shape.num_layers:
         raise InputError(
@@ -433,8 +438,8 @@ def finish(trainer: Trainer, inputs: Inputs, config: FinetuneConfig, dtype: str)
         dtype=dtype,
         tensors=merged_tensors(model, needed=context.is_main),
     )
-    trained = Recipe(config, inputs.targets).counts(inputs.shape).trained
-    more = {**config.identity(inputs.targets), "trained_parameters": trained}
+    more = config.identity(inputs.targets)
+    more["trained_parameters"] = count_parameters(model).trained
     conclude_training(
         trainer, output / REPORT, inputs.source, config.data, dtype, config.json, more
     )

@@ -293,9 +293,10 @@ def _refuse_differences(
         if names == ["steps"]:
             fix += ". Another number of steps is another learning-rate schedule"
             if (output / "model" / "config.json").exists():
+                command = "finetune" if wanted.get("command") == "finetune" else "cpt"
                 fix += (
-                    f"; to train the finished model further, start a new run from it: shorn cpt "
-                    f"--model {output / 'model'} --output <new folder>"
+                    "; to train the finished model further, start a new run from it: shorn "
+                    f"{command} --model {output / 'model'} --output <new folder>"
                 )
     raise InputError(f"{place} holds a run of another configuration: {changes}. {fix}")
 

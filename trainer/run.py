@@ -92,7 +92,7 @@ class ParameterCounts:
 
 
 def count_parameters(network: CausalLM) -> ParameterCounts:
-    """Those of a model that is not sharded."""
+    """Those of a model, sharded or not."""
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())
     return ParameterCounts(trained, whole - network.config.num_parameters())

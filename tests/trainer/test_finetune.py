@@ -317,6 +317,7 @@ def test_what_does_not_fit_the_model_is_refused_before_weights_load(
     for changes, message in (
         ({"last_blocks": 3, "method": "last-blocks"}, "--last-blocks 3: the model has 2 blocks"),
         ({"lora": LoraOptions(target_modules=("c_attn",))}, "--target-modules c_attn: "),
+        ({"lora": LoraOptions(r=33)}, "--lora-r 33: no matrix .* the hidden size, 32; use 32"),
         ({"seq_len": 512}, "--seq-len 512 is longer than the model's 256 positions"),
         ({"distillation": DistillationConfig(weight=0.5)}, "needs a model to learn from"),
         ({"output": model}, "is the --output too"),
