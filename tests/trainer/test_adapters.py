@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from data.errors import InputError
+from tests.trainer.models.cases import pair
 from tests.trainer.models.test_lora import IDS, MODELS, trained_adapters
 from trainer import parallel
 from trainer.adapters import merged_tensors, require_peft, write_adapter
 from trainer.finetune_config import LoraOptions
-from trainer.models.decoder import CausalLM
+from trainer.models.decoder import CausalLM, LossOutput
 from trainer.models.hf import load_model, save_model
+from trainer.models.lora import adapters_of, targets_of
 
 PLAIN = """
 import sys, torch
@@ -90,6 +93,34 @@ def prepare(name: str, folder: Path) -> torch.Tensor:
         logits = model(ids)
     assert isinstance(logits, torch.Tensor)
     return logits
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3", "gpt_neox"])
+def test_gradients_are_those_of_peft(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    model, reference = trained_adapters(name), pair(name)[1]
+    targets = list(targets_of(model.config, ()))
+    settings = peft.LoraConfig(r=3, lora_alpha=1.5, target_modules=targets)
+    theirs = dict(peft.get_peft_model(reference, settings).named_parameters())
+    factors = {
+        f"base_model.model.{layer}.lora_{letter}.default.weight": factor
+        for layer, adapted in adapters_of(model)
+        for letter, factor in (("A", adapted.lora_a), ("B", adapted.lora_b))
+    }
+    with torch.no_grad():
+        for own, factor in factors.items():
+            theirs[own].copy_(factor)
+    shifted = IDS.roll(-1, 1)
+    output = model(IDS, targets=shifted)
+    assert isinstance(output, LossOutput)
+    output.loss.backward()
+    logits = reference(IDS).logits
+    cross_entropy(logits.flatten(0, 1), shifted.flatten(), reduction="sum").backward()
+    assert {own for own, parameter in theirs.items() if parameter.grad is not None} == set(factors)
+    for own, factor in factors.items():
+        assert factor.grad is not None
+        scale = factor.grad.abs().max().item()
+        torch.testing.assert_close(theirs[own].grad, factor.grad, rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_an_adapter_is_replaced_whole(tmp_path: Path) -> None:
