@@ -327,10 +327,11 @@ def test_incomplete_records_can_be_left_out_and_are_counted(tmp_path: Path) -> N
         {"text": "", "meta": META},
     ]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)).encode())
-    left_out: list[int] = []
+    left_out: list[tuple[int, str]] = []
     fields = Fields(skip_incomplete=True)
-    documents = list(iterate_documents(path, fields, left_out=left_out.append))
-    assert [document.text for document in documents] == ["kept"] and left_out == [1, 3, 4]
+    documents = list(iterate_documents(path, fields, left_out=lambda *one: left_out.append(one)))
+    assert [document.text for document in documents] == ["kept"]
+    assert left_out == [(row, "no text or domain") for row in (1, 3, 4)]
     # A value that is there and is no text stays an error.
     wrong = write(tmp_path / "b.jsonl", b'{"text": 5}')
     with pytest.raises(InputError, match="a whole number"):
