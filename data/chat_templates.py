@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from data.conversations import ASSISTANT, SYSTEM, USER, Turn, Unfit
 from data.errors import InputError
@@ -244,7 +244,7 @@ def _generation_tag() -> Any:
     from jinja2.parser import Parser
 
     class Generation(Extension):
-        tags: ClassVar[set[str]] = {"generation"}
+        tags: set[str] = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
             line = next(parser.stream).lineno

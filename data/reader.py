@@ -1,5 +1,6 @@
 """Random access to fixed-length samples of a token folder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,17 @@ class Samples:
     documents are joined."""
     valid: np.ndarray | None = None
     """Which tokens count: bool [n, seq_len]; None means all."""
+
+
+def joined(parts: Sequence[Samples]) -> Samples:
+    """The samples of `parts`, at least one, which are of one reader."""
+    documents = [part.documents for part in parts if part.documents is not None]
+    valid = [part.valid for part in parts if part.valid is not None]
+    return Samples(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate(documents) if documents else None,
+        np.concatenate(valid) if valid else None,
+    )
 
 
 class TokenReader:

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from data.errors import InputError, require_at_least, require_threads
 from data.options import ON_DISK
+from data.reader import Documents
 from trainer.config import Kernels, Precision
 
 
@@ -27,6 +28,9 @@ class EvaluateConfig:
     """Sequences per domain, the first ones of its split; fewer where a domain holds fewer."""
     seq_len: int = 4096
     """Tokens per sequence."""
+    documents: Documents | None = None
+    """Whether documents of --data see each other, as in training. Default: apart for conversations,
+    joined for text."""
     text: Annotated[str | None, ON_DISK] = None
     """UTF-8 text file, scored as one document."""
     window: int = 2048
@@ -79,7 +83,7 @@ class EvaluateConfig:
         if self.text is None:
             found |= dict.fromkeys(("window", "stride", "bos"), "there is no --text to score")
         if self.data is None:
-            names = ("split", "sequences", "seq_len")
+            names = ("split", "sequences", "seq_len", "documents")
             found |= dict.fromkeys(names, "there is no --data to measure on")
         if not self.tasks:
             of_tasks = ("task_files", "shots", "limit", "task_results")

@@ -402,7 +402,7 @@ def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path, monkeypatch: pytest.Mo
     assert read(path)[0].domain == "c4"
     # As a locale that is not UTF-8 shows the name of a folder.
     name = "é".encode().decode("latin-1")
-    monkeypatch.setattr("data.sources.os.fsencode", lambda name: name.encode("latin-1"))
+    monkeypatch.setattr("data.domain_names.os.fsencode", lambda name: name.encode("latin-1"))
     assert read(write(tmp_path / name / "b.jsonl", LINE), domain="folder")[0].domain == "é"
     assert read(write(tmp_path / "è" / "b.jsonl", LINE), domain="folder")[0].domain == "è"
 

@@ -85,7 +85,9 @@ def rotate_kernel(
     stride_kb: tl.int64,
     stride_ks: tl.int32,
     stride_kh: tl.int32,
+    stride_cosb: tl.int64,
     stride_cos: tl.int32,
+    stride_sinb: tl.int64,
     stride_sin: tl.int32,
     INVERSE: tl.constexpr,
     REST: tl.constexpr,
@@ -96,6 +98,9 @@ def rotate_kernel(
     """BLOCK_S positions and BLOCK_H heads; blocks of keys follow the blocks of queries."""
     pid_h = tl.program_id(1)
     q_blocks = tl.cdiv(H, BLOCK_H)
+    # Tables that all rows share have a stride of 0.
+    cos += tl.program_id(2) * stride_cosb
+    sin += tl.program_id(2) * stride_sinb
     x = q + tl.program_id(2) * stride_qb
     out = q_out
     stride_s = stride_qs
@@ -152,7 +157,8 @@ def _launch(
     results: tuple[Tensor, Tensor],
 ) -> None:
     batch, length, heads, head_dim = query.shape
-    key_heads, half = key.shape[2], cos.shape[1]
+    key_heads, half = key.shape[2], cos.shape[-1]
+    shared = cos.dim() == 2
     tile = _tile(heads, head_dim, half)
     blocks = triton.cdiv(heads, tile["BLOCK_H"]) + triton.cdiv(key_heads, tile["BLOCK_H"])
     with torch.cuda.device_of(query):
@@ -169,8 +175,10 @@ def _launch(
             half,
             *query.stride()[:3],
             *key.stride()[:3],
-            cos.stride(0),
-            sin.stride(0),
+            0 if shared else cos.stride(0),
+            cos.stride(-2),
+            0 if shared else sin.stride(0),
+            sin.stride(-2),
             INVERSE=inverse,
             **tile,
             **_OPTIONS,
