@@ -20,7 +20,7 @@ OPEN_SAMPLES = 64
 their place in the input."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Sample:
     """A sample that is being filled."""
 

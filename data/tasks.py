@@ -268,6 +268,8 @@ class TaskRun:
         self._characters = 0
         self._counts: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
+        self._unfit = 0
+        """Conversations of the current file that were read, and then could not be written."""
         self._before = [] if not tokenizer.adds_bos else [tokenizer.bos_id]
 
     def run(self, key: str) -> Report:
@@ -315,6 +317,9 @@ class TaskRun:
                 continue
             self._add(document)
             documents += 1
+        if self._settings.chat is not None:
+            self._flush()
+        unfit, self._unfit = self._unfit, 0
         with reading(path):
             found = path.stat().st_size
         if found != size:
@@ -322,7 +327,7 @@ class TaskRun:
                 f"{path} has {found:,} bytes and had {size:,} when the command started; run it "
                 "again once nobody writes to the file"
             )
-        return documents, len(incomplete)
+        return documents - unfit, len(incomplete) + unfit
 
     def _add(self, document: Document) -> None:
         encoded = document.text.encode("utf-8")
@@ -359,6 +364,7 @@ class TaskRun:
                 if not self._settings.fields.skip_incomplete and found.kind != TOO_LONG:
                     raise InputError(unfit(place, found))
                 self._note(found.kind, place)
+                self._unfit += 1
                 continue
             writer = self._writer(split, document.domain)
             assert isinstance(writer, Packer)
