@@ -292,6 +292,9 @@ class Trainer:
         count = max(1.0, float(sums[1].sum()))
         self.loss = float(sums[0].sum() / count)
         self.record["loss"] = self.loss
+        if sums[1].sum() < self.config.global_batch * (self.config.seq_len - 1):
+            # Padding, questions and ends of documents train nothing.
+            self.record["targets"] = int(sums[1].sum())
         self.record["domain_loss"] = {
             name: self.domain_loss_sum[name] / count
             for name, count in self.domain_tokens.items()

@@ -25,7 +25,7 @@ Tokenize = Callable[..., None]
 
 @pytest.fixture
 def tokenizer_folder(tmp_path: Path) -> Path:
-    return write_tokenizer(tmp_path / "tokenizer", *CHATML)
+    return write_tokenizer(tmp_path / "spoken", *CHATML)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_input_without_any_conversation_says_what_there_was(
 def test_text_and_conversations_are_told_apart(tokenize: Tokenize, tmp_path: Path) -> None:
     path = write(tmp_path, [GOOD])
     with pytest.raises(InputError, match=r"'text': it is a conversation; --conversations takes"):
-        main(["--input", str(path), "--tokenizer", str(tmp_path / "tokenizer")])
+        main(["--input", str(path), "--tokenizer", str(tmp_path / "spoken")])
     (tmp_path / "talks" / "b.txt").write_text("words")
     with pytest.raises(InputError, match=r"b\.txt: plain text holds no conversations"):
         tokenize()
