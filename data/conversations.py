@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from data.records import word_for
+from data.records import Ambiguous, word_for
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = {
@@ -25,6 +25,10 @@ ROLES = {
 """What data sets call those who speak."""
 FIELDS = ("conversations", "messages", "instruction", "input", "output", "system", "history")
 """Fields of a record that are read."""
+TOOLS = ("tools", "functions")
+"""Fields of a record without which its turns would be others."""
+PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking")
+"""Fields of a turn that are a part of what is said."""
 FORMS = (
     "ShareGPT's `conversations` of `from` and `value`, OpenAI's `messages` of `role` and `content`,"
     " or Alpaca's `instruction`, `input` and `output`"
@@ -65,6 +69,9 @@ def turns_of(record: Mapping[str, Any]) -> tuple[Turn, ...]:
     if read is None:
         names = ", ".join(map(str, record)) or "none"
         raise Unfit("no conversation", f"no conversation; keys present: {names}; wanted: {FORMS}")
+    for name in TOOLS:
+        if record.get(name):
+            raise Unfit("tools", f"{name!r} says what the assistant may call, which is not read")
     turns = read(record)
     if record.get("system") and not (turns and turns[0].role == SYSTEM):
         turns.insert(0, _turn(SYSTEM, record["system"], "system"))
@@ -103,6 +110,7 @@ def _listed(entries: Any, name: str, speaker: str, said: str) -> list[Turn]:
         place = f"turn {number} of {name!r}"
         if not isinstance(entry, dict) or speaker not in entry or said not in entry:
             raise Unfit("no conversation", f"{place} has no {speaker!r} and {said!r}")
+        _require_whole(entry, place)
         role = ROLES.get(entry[speaker]) if isinstance(entry[speaker], str) else None
         if role is None:
             known = ", ".join(ROLES)
@@ -111,6 +119,23 @@ def _listed(entries: Any, name: str, speaker: str, said: str) -> list[Turn]:
             )
         turns.append(_turn(role, entry[said], place))
     return turns
+
+
+def _require_whole(entry: dict[str, Any], place: str) -> None:
+    """Raises Unfit for a turn of which something would be lost."""
+    if isinstance(entry, Ambiguous):
+        name = min(entry.twice)
+        raise Unfit(
+            "a field given twice", f"{place} has {name!r} twice, with different values; remove one"
+        )
+    for name in PARTS:
+        if entry.get(name):
+            raise Unfit("a turn that is more than text", f"{place} has {name!r}, which is not read")
+    if entry.get("weight") not in (None, 1):
+        raise Unfit(
+            "a turn with a weight",
+            f"{place} has the weight {entry['weight']!r}, and every answer counts as any other",
+        )
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Turn]:

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from data.conversations import FIELDS, Turn, Unfit, as_text, is_conversation, turns_of
+from data.conversations import FIELDS, TOOLS, Turn, Unfit, as_text, is_conversation, turns_of
 from data.domain_names import LONGEST, domain_name, folder_domain
 from data.errors import InputError
 from data.formats import Format, compression_of, format_of
@@ -366,7 +366,7 @@ def unfit(where: str, error: Unfit) -> str:
 
 
 def _text_fields(fields: Fields) -> tuple[str, ...]:
-    return FIELDS if fields.conversations else (fields.text,)
+    return (*FIELDS, *TOOLS) if fields.conversations else (fields.text,)
 
 
 def _is_nothing(value: Any) -> bool:

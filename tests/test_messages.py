@@ -52,6 +52,9 @@ PRINTED_BY = {
     "data/domain_names.py": "tokenize",
     "data/token_report.py": "tokenize",
     "data/tokenizers.py": "tokenize",
+    "data/chat": "tokenize",
+    # It says how to make a folder that can be read.
+    "data/reader.py": "tokenize cpt evaluate",
     "data/find.py": "tokenize compare",
     "data/mixture.py": "shear cpt",
     "data/weight_history.py": "shear cpt",

@@ -79,9 +79,8 @@ def evaluate(
                 partial(_read, reader, domains, mine or rows[:1])
             )
             ids = torch.from_numpy(read.ids).to(context.device)
-            documents = None
-            if read.documents is not None:
-                documents = torch.from_numpy(read.documents).to(context.device)
+            found = read.documents
+            documents = None if found is None else torch.from_numpy(found).to(context.device)
             owners = owners.to(context.device)
             targets, valid = next_token_targets(ids, read.valid, documents)
             valid[len(mine) :] = False

@@ -18,6 +18,12 @@ def share(*turns: tuple[Any, Any]) -> dict[str, Any]:
     return {"conversations": [{"from": role, "value": text} for role, text in turns]}
 
 
+def said(**more: Any) -> dict[str, Any]:
+    """OPEN, with more in its answer."""
+    question, answer = OPEN["messages"]
+    return {"messages": [question, answer | more]}
+
+
 @pytest.mark.parametrize(
     ("record", "turns"),
     [
@@ -32,7 +38,8 @@ def share(*turns: tuple[Any, Any]) -> dict[str, Any]:
         ({"instruction": "c", "output": "d", "history": [["a", "b"]]},
          (Turn(USER, "a"), Turn(ASSISTANT, "b"), Turn(USER, "c"), Turn(ASSISTANT, "d"))),
         (OPEN | {"system": "be kind"}, (Turn(SYSTEM, "be kind"), *SAID)),
-        (OPEN | {"system": ""}, SAID),
+        (OPEN | {"system": "", "tools": []}, SAID),
+        (said(weight=1, tool_calls=None, id=7), SAID),
         (share(("system", "s"), ("user", "why?"), ("chatgpt", "because")),
          (Turn(SYSTEM, "s"), *SAID)),
     ],
@@ -62,6 +69,9 @@ def test_each_form_gives_its_turns(record: dict[str, Any], turns: tuple[Turn, ..
         (share(("system", "s"), ("human", "a")), "no answer", "nothing to train on"),
         (share(("system", "s")), "no answer", "nothing to train on"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "no conversation", "pair 1 of"),
+        (OPEN | {"tools": [{"name": "f"}]}, "tools", "'tools' says what the assistant may call"),
+        (said(tool_calls=[1]), "a turn that is more than text", "turn 2 .* has 'tool_calls'"),
+        (said(weight=0), "a turn with a weight", "turn 2 of 'messages' has the weight 0"),
     ],
 )
 def test_what_cannot_be_trained_on_is_told_apart(

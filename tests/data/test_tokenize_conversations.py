@@ -139,6 +139,12 @@ def test_names_given_twice_are_refused(tokenize: Tokenize, tmp_path: Path) -> No
     write(tmp_path, []).write_text('{"instruction": "a", "output": "b", "output": "c"}\n')
     with pytest.raises(InputError, match=r":1: 'output' is given twice"):
         tokenize("--skip-incomplete")
+    turns = (
+        '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": 1}]'
+    )
+    write(tmp_path, []).write_text(f'{{"messages": {turns}}}\n')
+    with pytest.raises(InputError, match=r":1: turn 2 of 'messages' has 'content' twice"):
+        tokenize()
 
 
 def test_a_named_field_gives_the_domain(tokenize: Tokenize, tmp_path: Path) -> None:

@@ -277,11 +277,7 @@ def save_model(
             express, values too large for `dtype`, or a failure to write.
     """
     path = path.absolute()
-    if tokenizer_from is not None and not tokenizer_from.is_dir():
-        raise InputError(
-            f"{tokenizer_from}: is gone by now, and its tokenizer and licence are to go along into "
-            f"{path}; put it back, and run the same command again"
-        )
+    _require_companions(tokenizer_from, path)
     temporary = path.with_name(f".{path.name}.partial")
     pairs = iter(state.items() if isinstance(state, dict) else state)
     try:
@@ -313,6 +309,15 @@ def save_model(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return derived
+
+
+def _require_companions(source: Path | None, path: Path) -> None:
+    """Raises InputError where the folder is gone whose companions are to go along into `path`."""
+    if source is not None and not source.is_dir():
+        raise InputError(
+            f"{source}: is gone by now, and its tokenizer and licence are to go along into "
+            f"{path}; put it back, and run the same command again"
+        )
 
 
 def _write_tensors(
