@@ -48,10 +48,13 @@ def measure_documents(config: BenchKernelsConfig) -> list[dict[str, Any]]:
             "joined": _call(model, ids, None),
         }
         seconds = alternate(f"{number} documents", calls, config)
+        pairs = zip(seconds["apart"], seconds["joined"], strict=True)
+        ratios = sorted(apart / joined for apart, joined in pairs)
         found.append(
             {
                 "documents": number,
                 "time_ratio": median_ratio(seconds["apart"], seconds["joined"]),
+                "time_ratio_spread": [ratios[0], ratios[-1]],
                 "seconds": {kind: statistics.median(times) for kind, times in seconds.items()},
             }
         )
@@ -76,7 +79,7 @@ def _call(model: CausalLM, ids: Tensor, documents: Tensor | None) -> Callable[[]
 def print_documents(rows: list[dict[str, Any]], console: Console) -> None:
     """Prints what `measure_documents` found."""
     table = Table(title=f"documents apart in samples of {LENGTH} tokens, two blocks, fp32")
-    for heading in ("documents", "s joined", "s apart", "ratio"):
+    for heading in ("documents", "s joined", "s apart", "ratio", "of pairs"):
         table.add_column(heading, justify="right")
     for row in rows:
         seconds = row["seconds"]
@@ -84,5 +87,6 @@ def print_documents(rows: list[dict[str, Any]], console: Console) -> None:
             str(row["documents"]),
             *(f"{seconds[kind]:.2f}" for kind in ("joined", "apart")),
             f"{row['time_ratio']:.3f}",
+            "{:.2f} to {:.2f}".format(*row["time_ratio_spread"]),
         )
     print_table(table, console)
