@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def encode(chat: Chat, *turns: Turn) -> Encoded:
 
 def decoded(folder: Path, encoded: Encoded) -> list[str]:
     """The text of each run of tokens that count."""
-    reader = AutoTokenizer.from_pretrained(str(folder))
+    reader: Any = AutoTokenizer.from_pretrained(str(folder))
     edges = np.flatnonzero(np.diff(encoded.counts.astype(int), prepend=0, append=0))
     runs = zip(edges[::2], edges[1::2], strict=True)
     return [reader.decode(encoded.ids[start:stop]) for start, stop in runs]
@@ -49,7 +50,7 @@ def decoded(folder: Path, encoded: Encoded) -> list[str]:
 @pytest.mark.parametrize("name", ["chatml", "vicuna"])
 def test_ids_are_those_of_transformers(folder: Path, name: str) -> None:
     found = chat(folder, name)
-    reader = AutoTokenizer.from_pretrained(str(folder))
+    reader: Any = AutoTokenizer.from_pretrained(str(folder))
     for record in conversations(12):
         turns = turns_of(record)
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
@@ -67,7 +68,7 @@ def test_answers_and_what_ends_them_count(folder: Path) -> None:
 
 def test_what_a_model_reads_before_its_answer_is_what_counts_not(folder: Path) -> None:
     """Up to the first token that counts the ids are those of the prompt for generation."""
-    reader = AutoTokenizer.from_pretrained(str(folder))
+    reader: Any = AutoTokenizer.from_pretrained(str(folder))
     for name in ("chatml", "vicuna"):
         found = chat(folder, name)
         messages = [{"role": turn.role, "content": turn.text} for turn in TURNS[:2]]

@@ -7,7 +7,7 @@ import pytest
 
 from data.batches import BatchStream
 from data.errors import InputError
-from data.reader import Documents, TokenReader, joined
+from data.reader import Documents, Samples, TokenReader, joined
 from data.sampler import DomainSampler
 from data.shards import ShardReader
 from tests.data.helpers import random_documents, write_folder
@@ -88,7 +88,7 @@ def test_conversations_cannot_be_joined_or_read_in_another_length(chat_tokens: P
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_together_read_the_documents_that_one_reads(chat_tokens: Path, world: int) -> None:
-    def batches(world: int) -> list[tuple[np.ndarray, ...]]:
+    def batches(world: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         streams = []
         for rank in range(world):
             reader = TokenReader(chat_tokens, 128, documents=None)
@@ -98,9 +98,9 @@ def test_ranks_together_read_the_documents_that_one_reads(chat_tokens: Path, wor
         for _ in range(6):
             parts = [stream.next() for stream in streams]
             assert all(part.documents is not None and part.valid is not None for part in parts)
-            rows = [[part.ids for part in parts], [part.documents for part in parts]]
-            rows.append([part.valid for part in parts])
-            found.append(tuple(np.concatenate(of) for of in rows))  # type: ignore[arg-type]
+            whole = joined([Samples(part.ids, part.documents, part.valid) for part in parts])
+            assert whole.documents is not None and whole.valid is not None
+            found.append((whole.ids, whole.documents, whole.valid))
         return found
 
     for mine, others in zip(batches(world), batches(1), strict=True):

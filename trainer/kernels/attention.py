@@ -114,10 +114,10 @@ def _one_by_one(inputs: Inputs, documents: Tensor) -> Tensor:
     starts = begins.flatten().nonzero().flatten().tolist()
     lengths = [end - start for start, end in pairwise([*starts, batch * length])]
     # The gradient of a split is one copy; that of a slice is a whole row for each.
-    parts = zip(*(x.flatten(0, 1).split(lengths) for x in (query, key, value)), strict=True)
+    parts = [x.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for x in (query, key, value)]
     found = [
-        reference(Inputs(*(x.unsqueeze(0) for x in part), head_mask, None, window, scale))
-        for part in parts
+        reference(Inputs(q, k, v, head_mask, None, window, scale))
+        for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(found, dim=1).view(query.shape)
 
