@@ -46,7 +46,9 @@ def test_the_chat_template_goes_along_with_the_model(spoken: Path, tmp_path: Pat
     assert tokenizer.chat_template == record.template
     said = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert said == "<|im_start|>user\nhi<|im_end|>\n"
-    ends = GenerationConfig.from_pretrained(str(model)).eos_token_id
+    generation = GenerationConfig.from_pretrained(str(model))
+    assert not generation._from_model_config
+    ends = generation.eos_token_id
     assert ends == [tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id]
     report = json.loads((tmp_path / "cpt.json").read_text())
     assert report["held_out_on"]["documents"] == "apart" and report["held_out"]["talks"]["tokens"]

@@ -184,6 +184,8 @@ def add_chat(chat: ChatRecord, folder: Path) -> None:
     ends = values.get("eos_token_id", [])
     known = ends if isinstance(ends, list) else [ends]
     if chat.end_of_turn not in known:
+        # With this key transformers may make the values anew from the model's config.
+        values.pop("_from_model_config", None)
         every = [chat.end_of_turn, *known]
         write_text(generation, json.dumps(values | {"eos_token_id": every}, indent=2) + "\n")
 
