@@ -319,7 +319,7 @@ class TaskRun:
             documents += 1
         if self._settings.chat is not None:
             self._flush()
-        unfit, self._unfit = self._unfit, 0
+        unwritten, self._unfit = self._unfit, 0
         with reading(path):
             found = path.stat().st_size
         if found != size:
@@ -327,7 +327,7 @@ class TaskRun:
                 f"{path} has {found:,} bytes and had {size:,} when the command started; run it "
                 "again once nobody writes to the file"
             )
-        return documents - unfit, len(incomplete) + unfit
+        return documents - unwritten, len(incomplete) + unwritten
 
     def _add(self, document: Document) -> None:
         encoded = document.text.encode("utf-8")

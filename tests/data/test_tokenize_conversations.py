@@ -15,6 +15,7 @@ import pytest
 from data.errors import InputError
 from data.manifest import HELD_OUT, PACKED, TRAIN, Manifest
 from data.reader import TokenReader
+from data.tasks import TAKEN
 from data.tokenize import main
 from tests.data.helpers import files_of, stop_after
 from tests.factories import CHATML, conversations, write_tokenizer
@@ -97,8 +98,10 @@ def test_the_report_counts_what_was_cut_and_left_out(
         assert f"1 with a first answer that no sample has room for (such as {path}:6)" in (
             printed.err
         )
-    (source,) = Manifest.load(tmp_path / "chat").sources
+    manifest = Manifest.load(tmp_path / "chat")
+    (source,) = manifest.sources
     assert (source.documents, source.incomplete) == (3, 5)
+    assert manifest.counts.keys() == TAKEN.keys() | manifest.examples.keys()
 
 
 @pytest.mark.parametrize(
