@@ -9,7 +9,7 @@ import numpy as np
 
 from data.errors import InputError
 from data.log import logger
-from data.manifest import HELD_OUT, TRAIN, Manifest
+from data.manifest import HELD_OUT, MARKS, TRAIN, Manifest
 from data.packing import COUNTS, documents_of
 from data.shards import BLOCK_BYTES, OpenShards, ShardReader, Verify, allow_open_files
 
@@ -99,20 +99,21 @@ class TokenReader:
         self._shards: dict[str, list[ShardReader]] = {}
         self._marks: dict[str, list[ShardReader]] = {}
         self._ends: dict[str, np.ndarray] = {}
-        parts = {
-            domain: [r.parts(self.manifest.dtype) for r in self.manifest.splits[split][domain]]
-            for domain in self.domains
-        }
-        count = sum(len(some) for of in parts.values() for some in of)
-        opened = OpenShards(allow_open_files(count))
-        for domain, of in parts.items():
-            readers = [
-                [ShardReader(self.directory, *part, verify, opened) for part in some] for some in of
+        count = sum(len(self.manifest.splits[split][domain]) for domain in self.domains)
+        chat = self.manifest.chat is not None
+        opened = OpenShards(allow_open_files(2 * count if chat else count))
+        for domain in self.domains:
+            records = self.manifest.splits[split][domain]
+            self._shards[domain] = [
+                ShardReader(self.directory, record, self.manifest.dtype, verify, opened)
+                for record in records
             ]
-            self._shards[domain] = [tokens for tokens, *_ in readers]
-            self._marks[domain] = [marks for _, *rest in readers for marks in rest]
-            sizes = [tokens.record.tokens for tokens in self._shards[domain]]
-            self._ends[domain] = np.cumsum(sizes, dtype=np.int64)
+            self._marks[domain] = [
+                ShardReader(self.directory, record.marks, MARKS, verify, opened)
+                for record in records
+                if record.marks is not None
+            ]
+            self._ends[domain] = np.cumsum([record.tokens for record in records], dtype=np.int64)
         if self.documents == "apart" and self.manifest.chat is None:
             self._require_bounds()
 
