@@ -226,6 +226,9 @@ class Manifest:
             raise InputError(f"{self.tokenizer.vocab_size} ids do not fit into {self.dtype}")
         if (self.chat is not None) != (self.version == PACKED):
             raise InputError(f"`chat` belongs into version {PACKED}, and into no other")
+        end = None if self.chat is None else self.chat.end_of_turn
+        if end is not None and not 0 <= end < self.tokenizer.vocab_size:
+            raise InputError(f"`end_of_turn` {end} is no id below {self.tokenizer.vocab_size}")
         for split, domains in self.splits.items():
             if split not in (TRAIN, HELD_OUT):
                 raise InputError(f"unknown split {split!r}")
@@ -352,8 +355,8 @@ def dtype_for(vocab_size: int) -> str:
 
 def left_out(counts: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:
     """What a manifest says of records that were left out, in words, the most frequent first."""
-    kinds = sorted(examples, key=lambda kind: -counts[kind])
-    return [f"{counts[kind]:,} with {kind} (such as {examples[kind]})" for kind in kinds]
+    found = sorted(((counts.get(kind, 1), kind) for kind in examples), reverse=True)
+    return [f"{count:,} with {kind} (such as {examples[kind]})" for count, kind in found]
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

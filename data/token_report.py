@@ -53,7 +53,7 @@ def _conversations(manifest: Manifest) -> str:
     """What conversations became, in words."""
     counts, chat = manifest.counts, manifest.chat
     assert chat is not None
-    tokens = sum(sum(manifest.tokens(split).values()) for split in (TRAIN, HELD_OUT))
+    tokens = max(1, sum(sum(manifest.tokens(split).values()) for split in (TRAIN, HELD_OUT)))
     told = [
         f"{counts.get('conversations', 0):,} conversations in the chat template of "
         f"{'the tokenizer' if chat.template_name == OWN else chat.template_name}: "
@@ -61,9 +61,10 @@ def _conversations(manifest: Manifest) -> str:
         f" tokens, whose loss counts; {counts.get('padding', 0) / tokens:.1%} are padding"
     ]
     if counts.get("cut"):
+        answers = counts.get("cut answers", 0)
         told.append(
-            f"{counts['cut']:,} lack their last answers ({counts['cut answers']:,}), for which "
-            f"samples of {chat.seq_len:,} have no room"
+            f"{counts['cut']:,} lack their last answers ({answers:,}), for which samples of "
+            f"{chat.seq_len:,} have no room"
         )
     if counts.get("unanswered"):
         told.append(f"{counts['unanswered']:,} end with a user's turn, which is left out")

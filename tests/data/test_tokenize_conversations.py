@@ -242,6 +242,7 @@ def test_older_versions_refuse_conversations_and_text_is_as_before(
         (lambda content: _first(content)["marks"].update(tokens=5), "no whole samples of 128"),
         (lambda content: content["chat"].update(seq_len=100), "no whole samples of 100"),
         (lambda content: content["chat"].update(seq_len=0), "no whole samples of 0"),
+        (lambda content: content["chat"].update(end_of_turn=261), "261 is no id below 261"),
         (lambda content: _first(content)["marks"].update(path="../x"), r"are at '\.\./x'"),
     ],
 )
