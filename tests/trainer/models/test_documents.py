@@ -14,7 +14,15 @@ ROWS = ((13, 1, 22, 14), (50,), (1, 2, 46, 1), (25, 25))
 DOCUMENTS = torch.stack(
     [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in ROWS]
 )
-NAMES = ("llama", "llama-3-rope", "mistral-window", "qwen3", "gpt_neox", "gpt_neox-sequential")
+NAMES = (
+    "llama",
+    "llama-3-rope",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+    "gpt_neox",
+    "gpt_neox-sequential",
+)
 
 
 def alone(ids: Tensor) -> list[Tensor]:
