@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data.log import logger
-from data.reader import TokenReader
+from data.reader import Samples, TokenReader
 from data.sampler import DomainSampler
 
 
@@ -24,6 +24,8 @@ class Batch:
     """Number of the global batch, from 0."""
     valid: np.ndarray | None = None
     """Which tokens count: bool [n, seq_len]; None means all."""
+    documents: np.ndarray | None = None
+    """Number of each token's document in its row: int32 [n, seq_len]; None: one each."""
 
 
 class BatchStream:
@@ -75,25 +77,43 @@ class BatchStream:
         plan = self.sampler.next_batch(self.global_batch)
         share = self.global_batch // self.world
         rows = plan[self.rank * share : (self.rank + 1) * share]
-        ids = self.read(rows)
+        read = self.read(rows)
         self._announce_epochs()
-        return Batch(ids=ids, domains=rows[:, 0].copy(), step=step)
+        return Batch(
+            ids=read.ids,
+            domains=rows[:, 0].copy(),
+            step=step,
+            valid=read.valid,
+            documents=read.documents,
+        )
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """Token ids, int64 [n, seq_len], of the samples `rows` [n, 3] as the sampler draws them.
-        Raises InputError where a shard is damaged."""
-        ids = np.empty((len(rows), self.reader.seq_len), np.int64)
+    def read(self, rows: np.ndarray) -> Samples:
+        """The samples `rows` [n, 3] as the sampler draws them. Raises InputError where a shard is
+        damaged."""
+        shape = len(rows), self.reader.seq_len
+        found = Samples(np.empty(shape, np.int64))
+        if self.reader.documents == "apart":
+            chat = self.reader.manifest.chat
+            valid = None if chat is None else np.empty(shape, np.bool_)
+            found = Samples(found.ids, np.empty(shape, np.int32), valid)
         for domain in np.unique(rows[:, 0]):
             chosen = np.flatnonzero(rows[:, 0] == domain)
-            ids[chosen] = self.reader.read(self.domains[domain], rows[chosen, 2])
-        return ids
+            read = self.reader.samples(self.domains[domain], rows[chosen, 2])
+            for whole, part in (
+                (found.ids, read.ids),
+                (found.documents, read.documents),
+                (found.valid, read.valid),
+            ):
+                if whole is not None:
+                    whole[chosen] = part
+        return found
 
     def ahead(self, count: int) -> np.ndarray:
         """Token ids, int64 [n, seq_len], of the next `count` samples over all ranks, one that comes
         again left out; they stay to be drawn. Raises InputError where a shard is damaged."""
         rows = copy.deepcopy(self.sampler).next_batch(count)
         _, first = np.unique(rows[:, [0, 2]], axis=0, return_index=True)
-        return self.read(rows[np.sort(first)])
+        return self.read(rows[np.sort(first)]).ids
 
     def order(self) -> dict[str, Any]:
         """What tells the order of samples, and how many of each domain were drawn: JSON-able."""

@@ -1,5 +1,6 @@
 """Names of domains: from what the input calls them to what folders and flags are called."""
 
+import os
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -91,3 +92,29 @@ def chosen_domains(names: tuple[str, ...]) -> tuple[str, ...]:
                 f"with a comma in it, give --domains {domain})"
             )
     return domains
+
+
+def folder_domain(path: Path) -> tuple[str, str]:
+    """The name of a file's folder, as the path is written, and the domain it makes."""
+    # Not resolved: a link stands where its user put it, its target lies in some store.
+    name = path.absolute().parent.name
+    if name == "..":
+        name = path.absolute().parent.resolve().name
+    name = _spelled(name, path)
+    domain = domain_name(name)
+    if not domain:
+        raise InputError(f"{path}: its folder's name cannot serve as a domain; rename the folder")
+    return name, domain
+
+
+def _spelled(name: str, path: Path) -> str:
+    """A folder's name as its bytes spell it in UTF-8, whatever the locale takes them for."""
+    try:
+        return os.fsencode(name).decode("utf-8")
+    except UnicodeError:
+        if any("\udc80" <= letter <= "\udcff" for letter in name):
+            raise InputError(
+                f"{path}: the name of its folder is not UTF-8, so no domain can be named by it; "
+                "rename the folder, such as with `convmv -t utf8 --notest`"
+            ) from None
+        return name

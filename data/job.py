@@ -28,12 +28,15 @@ from data.log import logger
 from data.manifest import (
     FILE_NAME,
     HELD_OUT,
+    PACKED,
     TRAIN,
+    VERSION,
     Manifest,
     ShardRecord,
     TokenizerRecord,
     differences,
     dtype_for,
+    left_out,
 )
 from data.progress import Progress
 from data.records import read_json
@@ -45,6 +48,7 @@ from data.tasks import (
     Settings,
     Task,
     TaskRun,
+    counted,
     finished_report,
     plan_tasks,
 )
@@ -203,7 +207,8 @@ class Job:
                     check_shards(self.output, shards, manifest.dtype, bar.update)
             else:
                 for shard in shards:
-                    ShardReader(self.output, shard, manifest.dtype, "never")
+                    for part, numbers in shard.parts(manifest.dtype):
+                        ShardReader(self.output, part, numbers, "never")
         except InputError as error:
             if self.overwrite:
                 return False
@@ -321,14 +326,23 @@ class Job:
                 ]
                 for domain in domains
             }
+        chat, (counts, examples) = self.settings.chat, counted(reports)
         if not splits[TRAIN] and not splits[HELD_OUT]:
-            raise InputError("the input holds no text at all; check --input and --text-field")
+            raise InputError(
+                "the input holds no text at all; check --input and --text-field"
+                if chat is None
+                else f"no conversation to train on: {'; '.join(left_out(counts, examples))}"
+            )
         return Manifest(
             dtype=self.dtype,
             tokenizer=self.record,
             splits=splits,
             sources=[source for report in reports for source in report.sources],
             arguments=self.arguments,
+            version=VERSION if chat is None else PACKED,
+            chat=None if chat is None else chat.record(),
+            counts=counts,
+            examples=examples,
         )
 
     def _publish_if_complete(self) -> None:
@@ -368,9 +382,10 @@ class Job:
         """Removes shards of parts that were made again and then had other domains."""
         for split in (TRAIN, HELD_OUT):
             wanted = {
-                self.partial / (shard.path + suffix)
+                self.partial / (part.path + suffix)
                 for shards in manifest.splits[split].values()
                 for shard in shards
+                for part, _ in shard.parts(manifest.dtype)
                 for suffix in SUFFIXES
             }
             for folder in (self.partial / split).glob("*"):

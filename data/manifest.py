@@ -6,7 +6,7 @@ import hashlib
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -20,6 +20,9 @@ from data.places import EMPTY_FOLDER, odd_name, what_is
 from data.records import is_kind, read_json, word_for, words_for
 
 VERSION = 1
+PACKED = 2
+"""Version of a folder of conversations: what reads version 1 alone would train on every token of
+it, and refuses it."""
 FILE_NAME = "manifest.json"
 DAMAGED = "copy it again, or tokenize again with --overwrite"
 FIELD_OPTIONS = {
@@ -37,6 +40,8 @@ ID_WORDS = {
 """What `TokenizerRecord.ids` are called in messages."""
 TRAIN = "train"
 HELD_OUT = "held_out"
+MARKS = "uint8"
+"""Type of the numbers in a shard of marks."""
 # 32-bit ids are signed because the index format has no unsigned 32-bit type.
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "int32": np.dtype("<i4")}
 
@@ -84,6 +89,14 @@ class ShardRecord:
     crc_sha256: str
     """sha256 of the .crc file, which ties the tokens' content to this record."""
     idx_sha256: str
+    marks: "ShardRecord | None" = None
+    """In a folder of conversations, the shard of as many bytes that say which tokens count
+    (data.packing). Its own marks are None."""
+
+    def parts(self, dtype: str) -> "list[tuple[ShardRecord, str]]":
+        """The shards that it consists of, each with the type of its numbers; `dtype` is that of
+        tokens."""
+        return [(self, dtype), *([] if self.marks is None else [(self.marks, MARKS)])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +109,20 @@ class SourceRecord:
     """Those that have text and were taken."""
     incomplete: int = 0
     """Records that --skip-incomplete left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRecord:
+    """How conversations became samples."""
+
+    template: str
+    """The chat template, in Jinja."""
+    template_name: str
+    """What it was called: a name that --chat-template takes, a file, or the tokenizer's own."""
+    end_of_turn: int | None
+    """The token that ends an answer; None where several do."""
+    seq_len: int
+    """Tokens per sample: no conversation lies in two of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +139,13 @@ class Manifest:
     arguments: dict[str, Any]
     """Settings that determined the content; a rerun with equal ones reuses it."""
     version: int = VERSION
+    chat: ChatRecord | None = None
+    """In a folder of conversations (version 2), how they were written and packed."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Of conversations, by kind: what was taken and cut (data.tasks.TAKEN), and what was left out
+    for what reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """By reason, the first place in the input where a record was left out."""
 
     @property
     def fingerprint(self) -> str:
@@ -131,6 +165,8 @@ class Manifest:
                 for split, of in self.splits.items()
             },
         }
+        if self.chat is not None:
+            content["chat"] = dataclasses.asdict(self.chat)
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode("ascii")).hexdigest()
 
@@ -146,11 +182,14 @@ class Manifest:
     def save(self, path: Path) -> None:
         """Writes the manifest atomically."""
         content = dataclasses.asdict(self)
+        # Versions that do not know these keys refuse them.
         for source in content["sources"]:
-            # Versions that do not know the key refuse it.
             if not source["incomplete"]:
                 del source["incomplete"]
-        write_json(path, content)
+        for name in ("chat", "counts", "examples"):
+            if not content[name]:
+                del content[name]
+        write_json(path, _without_none(content, "marks"))
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest":
@@ -167,10 +206,10 @@ class Manifest:
         if not found:
             raise InputError(why_no_tokens(directory))
         content = read_json(path, DAMAGED, keys={"version": (int, str, float)})
-        if content["version"] != VERSION:
+        if content["version"] not in (VERSION, PACKED):
             raise InputError(
-                f"{path} has version {content['version']!r}, this program reads {VERSION}; "
-                "tokenize again"
+                f"{path} has version {content['version']!r}, this program reads {VERSION} and "
+                f"{PACKED}; tokenize again"
             )
         try:
             manifest = from_json(cls, content)
@@ -185,15 +224,41 @@ class Manifest:
             raise InputError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.tokenizer.vocab_size - 1 > np.iinfo(DTYPES[self.dtype]).max:
             raise InputError(f"{self.tokenizer.vocab_size} ids do not fit into {self.dtype}")
+        if (self.chat is not None) != (self.version == PACKED):
+            raise InputError(f"`chat` belongs into version {PACKED}, and into no other")
+        end = None if self.chat is None else self.chat.end_of_turn
+        if end is not None and not 0 <= end < self.tokenizer.vocab_size:
+            raise InputError(f"`end_of_turn` {end} is no id below {self.tokenizer.vocab_size}")
         for split, domains in self.splits.items():
             if split not in (TRAIN, HELD_OUT):
                 raise InputError(f"unknown split {split!r}")
             for domain, shards in domains.items():
                 for shard in shards:
+                    self._require_marks(shard)
                     if shard.tokens <= 0 or shard.documents <= 0:
                         raise InputError(f"shard {shard.path} of {domain} is empty")
                     if shard.path.startswith("/") or ".." in shard.path.split("/"):
                         raise InputError(f"shard path {shard.path!r} leaves the folder")
+
+    def _require_marks(self, shard: ShardRecord) -> None:
+        """Raises InputError unless a shard has marks where it should, and whole samples then."""
+        marks, chat = shard.marks, self.chat
+        if (marks is None) != (chat is None):
+            raise InputError(f"shard {shard.path} must have `marks` beside `chat`, and only there")
+        if marks is None or chat is None:
+            return
+        if chat.seq_len < 1 or shard.tokens % chat.seq_len or marks.tokens != shard.tokens:
+            raise InputError(
+                f"shard {shard.path} has {shard.tokens} tokens and {marks.tokens} marks, which are "
+                f"no whole samples of {chat.seq_len}"
+            )
+        if marks.marks is not None or marks.path != marks_path(shard.path):
+            raise InputError(f"the marks of shard {shard.path} are at {marks.path!r}")
+
+
+def marks_path(path: str) -> str:
+    """Where the marks of the shard at `path` are."""
+    return f"{path}.marks"
 
 
 def from_json(kind: type[R], content: Any) -> R:
@@ -207,6 +272,9 @@ def from_json(kind: type[R], content: Any) -> R:
 def _converted(hint: Any, value: Any, place: str) -> Any:
     """`value` as what the annotation `hint` says."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    records = [part for part in parts if dataclasses.is_dataclass(part)]
+    if origin is UnionType and records:
+        return None if value is None else _converted(records[0], value, place)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise InputError(f"{place} is {word_for(value)}, not {word_for({})}")
@@ -285,6 +353,12 @@ def dtype_for(vocab_size: int) -> str:
     raise InputError(f"a vocabulary of {vocab_size} ids is above the limit of 2^31")
 
 
+def left_out(counts: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:
+    """What a manifest says of records that were left out, in words, the most frequent first."""
+    found = sorted(((counts.get(kind, 1), kind) for kind in examples), reverse=True)
+    return [f"{count:,} with {kind} (such as {examples[kind]})" for count, kind in found]
+
+
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Describes each argument that differs by its option, for error messages."""
     if mine.get("tokenizer") != theirs.get("tokenizer"):
@@ -315,8 +389,24 @@ def _as_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(record: TokenizerRecord | ShardRecord) -> dict[str, Any]:
-    """Like `dataclasses.asdict`, without its deep copies."""
-    return {name: getattr(record, name) for name in record.__slots__}
+    """Like `dataclasses.asdict`, without its deep copies, and without marks that are not there: the
+    identity of plain text is that of former versions."""
+    found = {name: getattr(record, name) for name in record.__slots__}
+    marks = found.pop("marks", None)
+    return found if marks is None else found | {"marks": _plain(marks)}
+
+
+def _without_none(value: Any, name: str) -> Any:
+    """A JSON value whose objects have no `name` where that is null."""
+    if isinstance(value, list):
+        return [_without_none(entry, name) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without_none(entry, name)
+        for key, entry in value.items()
+        if not (key == name and entry is None)
+    }
 
 
 def _shorten(value: Any) -> str:

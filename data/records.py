@@ -12,6 +12,10 @@ from typing import Any
 from data.errors import InputError, failure
 
 Kind = type | tuple[type, ...]
+ABSENT = object()
+"""What `lookup` finds where there is nothing, which null is not."""
+TWICE = object()
+"""What `lookup` finds where a name is given twice, with different values."""
 
 _WORDS: dict[type, str] = {
     dict: "an object",
@@ -231,3 +235,24 @@ def fits(value: object, form: Any) -> bool:
         if key not in value and key == name:
             return False
     return True
+
+
+def lookup(record: Any, dotted: str) -> Any:
+    """What a record holds under `dotted`: a key of that very name, or one inside another."""
+    if isinstance(record, list) and record and all(isinstance(pair, tuple) for pair in record):
+        record = dict(record)  # a parquet map
+    if not isinstance(record, dict):
+        return ABSENT
+    twice = record.twice if isinstance(record, Ambiguous) else ()
+    if dotted in record:
+        return TWICE if dotted in twice else record[dotted]
+    parts = dotted.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        outer = ".".join(parts[:count])
+        if outer in twice:
+            return TWICE
+        if outer in record:
+            found = lookup(record[outer], ".".join(parts[count:]))
+            if found is not ABSENT:
+                return found
+    return ABSENT

@@ -22,12 +22,14 @@ import numpy as np
 
 from data.errors import InputError, failure
 from data.files import sync_file, sync_folder
-from data.manifest import DTYPES, ShardRecord
+from data.manifest import DTYPES, MARKS, ShardRecord
 from data.records import read_bytes
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
-INDEX_DTYPE_CODES = {"uint16": 8, "int32": 4}
+INDEX_DTYPE_CODES = {"uint16": 8, "int32": 4, MARKS: 1}
+NUMBERS = DTYPES | {MARKS: np.dtype("u1")}
+"""What a shard may hold: tokens, or marks of tokens."""
 INDEX_HEADER = struct.Struct("<9sQBQQ")
 CHECKSUM_MAGIC = b"SHORNCRC"
 CHECKSUM_HEADER = struct.Struct("<8sIQ")
@@ -46,14 +48,14 @@ class ShardWriter:
     Args:
         root: folder that the record's path is relative to.
         path: shard path below `root`, without suffix.
-        dtype: "uint16" or "int32".
+        dtype: "uint16" or "int32", or "uint8" for marks.
     """
 
     def __init__(self, root: Path, path: str, dtype: str) -> None:
         self._root = root
         self._path = path
         self._dtype_name = dtype
-        self._dtype = DTYPES[dtype]
+        self._dtype = NUMBERS[dtype]
         self._lengths = array.array("i")
         self._text_bytes = 0
         self._checksums = array.array("I")
@@ -216,7 +218,7 @@ class ShardReader:
         self.record = record
         self._opened = opened
         self._base = f"{root}/{record.path}"
-        self._dtype = DTYPES[dtype]
+        self._dtype = NUMBERS[dtype]
         self._verify = verify
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
@@ -225,7 +227,7 @@ class ShardReader:
         self._check_sizes()
 
     def read_into(self, start: int, out: np.ndarray) -> None:
-        """Copies tokens [start, start + len(out)) into `out`, an int64 array.
+        """Copies tokens [start, start + len(out)) into `out`, whose type holds them.
 
         Raises:
             InputError: a block's checksum does not match.
@@ -370,7 +372,8 @@ def check_shards(
         advance: told the tokens read since the last call.
     """
     for shard in shards:
-        ShardReader(root, shard, dtype, "once").check()
+        for part, numbers in shard.parts(dtype):
+            ShardReader(root, part, numbers, "once").check()
         advance(shard.tokens)
 
 

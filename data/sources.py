@@ -1,7 +1,6 @@
 """Documents from text files: JSON Lines, parquet, and plain text, compressed or not."""
 
 import itertools
-import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +8,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from data.domain_names import LONGEST, domain_name
+from data.conversations import FIELDS, TOOLS, Turn, Unfit, as_text, is_conversation, turns_of
+from data.domain_names import LONGEST, domain_name, folder_domain
 from data.errors import InputError
 from data.formats import Format, compression_of, format_of
 from data.joined import SEPARATED, SEPARATOR, refuse_several
 from data.log import logger
-from data.records import Ambiguous, parse_json, word_for
+from data.records import ABSENT, TWICE, lookup, parse_json, word_for
 from data.streams import (
     ONE_A_LINE,
     damaged,
@@ -39,10 +39,6 @@ _BY_A_GLOB = "(a quoted glob in a folder's place takes only what it matches)"
 ROWS = 1024
 """Rows of a parquet file that are held at once, fewer where they are large."""
 BYTES_OF_ROWS = 64 << 20
-ABSENT = object()
-"""What a lookup finds where there is nothing, which null is not."""
-TWICE = object()
-"""What a lookup finds where a name is given twice, with different values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +52,8 @@ class Document:
     """Line of a JSON Lines file or row of a parquet file, from 1."""
     name: str = field(default="", compare=False)
     """What the input calls the domain."""
+    turns: tuple[Turn, ...] = ()
+    """Those of a conversation, of which `text` is but another spelling."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,9 +64,12 @@ class Fields:
     """Dotted path of the text in a record; a key with this very name, dots and all, comes first."""
     domain: str = AUTO
     """Dotted path of the domain's name in a record; "folder": the name of the file's folder;
-    "auto": meta.redpajama_set_name in records, the folder for plain text files."""
+    "auto": meta.redpajama_set_name in records, the folder for plain text and conversations."""
+    conversations: bool = False
+    """Take records as conversations (data.conversations) and no text."""
     skip_incomplete: bool = False
-    """Leave out records whose text or domain is absent or null, instead of refusing them."""
+    """Leave out records whose text or domain is absent or null, and conversations that cannot be
+    trained on, instead of refusing them."""
     max_bytes: int = MAX_RECORD_MIB << 20
     """Length, in bytes, above which a record is refused: a line of JSON Lines, the text of a row, a
     plain text file."""
@@ -78,7 +79,7 @@ def iterate_documents(
     path: Path,
     fields: Fields,
     advance: Callable[[int], None] = lambda _: None,
-    left_out: Callable[[int], None] = lambda _: None,
+    left_out: Callable[[int, str], None] = lambda *_: None,
 ) -> Iterator[Document]:
     """Yields the documents of one file in order; empty texts and blank lines are left out.
 
@@ -87,7 +88,8 @@ def iterate_documents(
             and text may be compressed (data/formats.py).
         fields: where the text and the domain are.
         advance: told the bytes of the file (as stored) read since the last call.
-        left_out: told the row of each record that `fields.skip_incomplete` leaves out.
+        left_out: told the row of each record that `fields.skip_incomplete` leaves out, and why in
+            words that all such records have in common.
 
     Raises:
         InputError: the file is unreadable, empty, truncated or not what its suffix says, or a
@@ -101,8 +103,8 @@ def iterate_documents(
     empty = format_of(path) is Format.JSON
     for row, document in rows(path, fields, advance):
         empty = False
-        if document is None:
-            left_out(row)
+        if isinstance(document, str):
+            left_out(row, document)
         elif document.text:
             yield document
     if empty:
@@ -121,8 +123,10 @@ def holds_nothing(path: Path) -> bool:
         return False
 
 
-Rows = Iterator[tuple[int, Document | None]]
-"""Rows from 1, each with its document, or None where it is to be left out."""
+Rows = Iterator[tuple[int, Document | str]]
+"""Rows from 1, each with its document, or why it is to be left out."""
+INCOMPLETE = "no text or domain"
+"""Why records are left out that are no conversations."""
 
 
 def warn_of_folders_with_one_name(files: Sequence[Path], fields: Fields) -> None:
@@ -130,7 +134,8 @@ def warn_of_folders_with_one_name(files: Sequence[Path], fields: Fields) -> None
     the same, as `data` in many data sets."""
     if fields.domain not in (AUTO, FOLDER):
         return
-    named = (p for p in files if fields.domain == FOLDER or format_of(p) is Format.TEXT)
+    every = fields.conversations or fields.domain == FOLDER
+    named = (path for path in files if every or format_of(path) is Format.TEXT)
     written = sorted({path.absolute().parent for path in named})
     folders: dict[str, list[Path]] = {}
     for folder in {folder.resolve(): folder for folder in written}.values():
@@ -191,7 +196,7 @@ def _parquet_documents(path: Path, fields: Fields, advance: Callable[[int], None
             total = file.metadata.num_rows
             wanted = {
                 prefix
-                for dotted in (fields.text, _domain_field(fields))
+                for dotted in (*_text_fields(fields), _domain_field(fields))
                 for prefix in itertools.accumulate(dotted.split("."), "{}.{}".format)
             }
             columns = [name for name in file.schema_arrow.names if name in wanted]
@@ -254,12 +259,17 @@ def _text_document(
     if is_wide(content):
         _refuse_foreign(path, 1, content)
     _refuse_records(path, text, fields)
+    if fields.conversations:
+        raise InputError(
+            f"{path}: plain text holds no conversations; keep it out of --input, or tokenize it "
+            "without --conversations into a folder of its own"
+        )
     if fields.domain not in (AUTO, FOLDER):
         raise InputError(
             f"{path}: a plain text file has no field {fields.domain!r}; use --domain-field folder"
         )
     if text:
-        name, domain = _folder_domain(path)
+        name, domain = folder_domain(path)
         yield Document(text=text, domain=domain, path=path, row=1, name=name)
 
 
@@ -284,7 +294,7 @@ def _refuse_records(path: Path, text: str, fields: Fields) -> None:
         record = parse_json(line, str(path), "", record=True)
     except InputError:
         return
-    if isinstance(_lookup(record, fields.text), str):
+    if isinstance(lookup(record, fields.text), str):
         raise InputError(
             f"{path} holds JSON records, which its suffix does not say; rename it, or link to it, "
             f"as {path.name.partition('.')[0]}.jsonl"
@@ -293,15 +303,24 @@ def _refuse_records(path: Path, text: str, fields: Fields) -> None:
 
 def _document(
     record: Any, fields: Fields, path: Path, row: int, other_keys: Sequence[str] = ()
-) -> Document | None:
-    """The document of a record; None for one to be left out."""
+) -> Document | str:
+    """The document of a record; of one to be left out why."""
     where = f"{path}:{row}"
     if not isinstance(record, dict):
         raise InputError(
             f"{where}: expected a record {{...}}, found {word_for(record)}; {ONE_A_LINE}"
         )
-    text = _lookup(record, fields.text)
-    name = "" if fields.domain == FOLDER else _lookup(record, _domain_field(fields))
+    turns: tuple[Turn, ...] = ()
+    if fields.conversations:
+        try:
+            turns = _turns(record, fields, where)
+        except Unfit as error:
+            if fields.skip_incomplete:
+                return error.kind
+            raise InputError(unfit(where, error)) from None
+    text = as_text(turns) if turns else lookup(record, fields.text)
+    by_folder = fields.domain == FOLDER or (fields.conversations and fields.domain == AUTO)
+    name = "" if by_folder else lookup(record, _domain_field(fields))
     if text is TWICE or name is TWICE:
         dotted = fields.text if text is TWICE else _domain_field(fields)
         raise InputError(
@@ -310,7 +329,7 @@ def _document(
         )
     if _is_nothing(text) or _is_nothing(name):
         if fields.skip_incomplete:
-            return None
+            return INCOMPLETE
         what, dotted = "text", fields.text
         if not _is_nothing(text):
             what, dotted = "domain", _domain_field(fields)
@@ -318,11 +337,36 @@ def _document(
             f"{where}: no {what} under {_why_nothing(record, dotted, what, other_keys)}"
         )
     text = _text(text, fields, where)
-    if fields.domain == FOLDER:
-        name, domain = _folder_domain(path)
+    if by_folder:
+        name, domain = folder_domain(path)
     else:
         name, domain = _named_domain(name, _domain_field(fields), where)
-    return Document(text=_valid_unicode(text), domain=domain, path=path, row=row, name=name)
+    return Document(
+        text=_valid_unicode(text), domain=domain, path=path, row=row, name=name, turns=turns
+    )
+
+
+def _turns(record: dict[str, Any], fields: Fields, where: str) -> tuple[Turn, ...]:
+    """The turns of a conversation. Raises Unfit for a record that is none."""
+    twice = [name for name in FIELDS if lookup(record, name) is TWICE]
+    if twice:
+        raise InputError(
+            f"{where}: {twice[0]!r} is given twice, with different values, and JSON keeps the last "
+            "alone; rename or remove one"
+        )
+    return tuple(Turn(turn.role, _valid_unicode(turn.text)) for turn in turns_of(record))
+
+
+def unfit(where: str, error: Unfit) -> str:
+    """What to say of a conversation that cannot be trained on."""
+    return (
+        f"{where}: {error.detail}; correct it, or leave such records out, and have them counted, "
+        "with --skip-incomplete"
+    )
+
+
+def _text_fields(fields: Fields) -> tuple[str, ...]:
+    return (*FIELDS, *TOOLS) if fields.conversations else (fields.text,)
 
 
 def _is_nothing(value: Any) -> bool:
@@ -331,7 +375,7 @@ def _is_nothing(value: Any) -> bool:
 
 def _why_nothing(record: dict[str, Any], dotted: str, what: str, others: Sequence[str]) -> str:
     """Whether `dotted` is null or absent in a record, and what helps."""
-    if _lookup(record, dotted) is None:
+    if lookup(record, dotted) is None:
         return (
             f"{dotted!r}, which is null; leave such records out with --skip-incomplete, or name "
             f"another field with --{what}-field"
@@ -345,6 +389,8 @@ def _why_nothing(record: dict[str, Any], dotted: str, what: str, others: Sequenc
             f"{dotted!r}, for {outer!r} is a list, which no name leads into; make it a field of "
             f"its own{how}, and name that with --{what}-field"
         )
+    if what == "text" and (is_conversation(record) or set(FIELDS[:2]) & {*others}):
+        return f"{dotted!r}: it is a conversation; --conversations takes such records"
     other = ", or use --domain-field folder to take the name of each file's folder"
     if what == "text":
         how = "" if others else f" with jq -c '.{dotted} = .KEY' OLD > NEW.jsonl"
@@ -408,53 +454,6 @@ def _decoded(value: Any, dotted: str, where: str) -> Any:
 
 def _domain_field(fields: Fields) -> str:
     return REDPAJAMA_FIELD if fields.domain == AUTO else fields.domain
-
-
-def _folder_domain(path: Path) -> tuple[str, str]:
-    """The name of a file's folder, as the path is written, and the domain it makes."""
-    # Not resolved: a link stands where its user put it, its target lies in some store.
-    name = path.absolute().parent.name
-    if name == "..":
-        name = path.absolute().parent.resolve().name
-    name = _spelled(name, path)
-    domain = domain_name(name)
-    if not domain:
-        raise InputError(f"{path}: its folder's name cannot serve as a domain; rename the folder")
-    return name, domain
-
-
-def _spelled(name: str, path: Path) -> str:
-    """A folder's name as its bytes spell it in UTF-8, whatever the locale takes them for."""
-    try:
-        return os.fsencode(name).decode("utf-8")
-    except UnicodeError:
-        if any("\udc80" <= letter <= "\udcff" for letter in name):
-            raise InputError(
-                f"{path}: the name of its folder is not UTF-8, so no domain can be named by it; "
-                "rename the folder, such as with `convmv -t utf8 --notest`"
-            ) from None
-        return name
-
-
-def _lookup(record: Any, dotted: str) -> Any:
-    """What a record holds under `dotted`: a key of that very name, or one inside another."""
-    if isinstance(record, list) and record and all(isinstance(pair, tuple) for pair in record):
-        record = dict(record)  # a parquet map
-    if not isinstance(record, dict):
-        return ABSENT
-    twice = record.twice if isinstance(record, Ambiguous) else ()
-    if dotted in record:
-        return TWICE if dotted in twice else record[dotted]
-    parts = dotted.split(".")
-    for count in range(len(parts) - 1, 0, -1):
-        outer = ".".join(parts[:count])
-        if outer in twice:
-            return TWICE
-        if outer in record:
-            found = _lookup(record[outer], ".".join(parts[count:]))
-            if found is not ABSENT:
-                return found
-    return ABSENT
 
 
 def _beside(record: dict[str, Any], dotted: str) -> str:

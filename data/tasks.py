@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from data.chat import TOO_LONG, Chat, Encoded
+from data.conversations import Unfit
 from data.domain_names import DomainNames, Original
 from data.errors import InputError
 from data.files import write_text
@@ -29,9 +31,10 @@ from data.manifest import (
     dtype_for,
     from_json,
 )
+from data.packing import Packer
 from data.records import read_json
 from data.shards import ShardReader, ShardWriter, check_shards
-from data.sources import Document, Fields, holds_nothing, iterate_documents
+from data.sources import Document, Fields, holds_nothing, iterate_documents, unfit
 from data.streams import reading
 from data.tokenizers import Tokenizer
 
@@ -47,6 +50,18 @@ SMALLEST_FILE = {".zst": 20, ".gz": 30, ".parquet": 12}
 SMALL_FILE = 512
 """Bytes of a file that is opened to see whether it holds anything: what packs nothing is small."""
 FILES_NAMED = 20
+Counts = dict[str, int]
+"""Of conversations: those of TAKEN, and records that were left out, by reason."""
+TAKEN = {
+    "conversations": "those that are in samples",
+    "answers": "turns of an assistant in them",
+    "counting": "tokens whose loss counts",
+    "padding": "tokens that fill samples up",
+    "cut": "conversations that lack their last answers, for which a sample has no room",
+    "cut answers": "those",
+    "unanswered": "conversations without what their user said last, which nobody answers",
+}
+"""What counts of conversations are called, and what they are of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +78,8 @@ class Settings:
     """Input, in bytes, behind one shard per domain."""
     merge_domains: bool = False
     """Take names that become one domain as one. Where it is not set, they are an error."""
+    chat: Chat | None = None
+    """How conversations become samples; None: documents are plain text."""
 
     def arguments(self) -> dict[str, Any]:
         """What determines the output, as a manifest keeps it: an option that only refuses or lets
@@ -70,7 +87,8 @@ class Settings:
         fields: dict[str, Any] = {"text": self.fields.text, "domain": self.fields.domain}
         if self.fields.skip_incomplete:
             fields["skip_incomplete"] = True
-        return {
+        chat = {} if self.chat is None else self.chat.arguments()
+        return chat | {
             "fields": fields,
             "domains": list(self.domains),
             "held_out": self.held_out,
@@ -129,6 +147,9 @@ class Report:
     sources: list[SourceRecord] = field(default_factory=list)
     names: dict[str, Original] = field(default_factory=dict)
     """By domain, what the input calls it."""
+    counts: Counts = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+    """By reason, the first place where a record was left out."""
 
     def text_bytes(self) -> Counter[str]:
         """UTF-8 bytes of text per domain, both splits together."""
@@ -242,9 +263,13 @@ class TaskRun:
         self._advance = advance
         self._used: Counter[str] = Counter(used or {})
         self._names = DomainNames(settings.merge_domains)
-        self._writers: dict[tuple[str, str], ShardWriter] = {}
-        self._batch: list[tuple[str, str, str, int]] = []
+        self._writers: dict[tuple[str, str], ShardWriter | Packer] = {}
+        self._batch: list[tuple[str, Document, int]] = []
         self._characters = 0
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+        self._unfit = 0
+        """Conversations of the current file that were read, and then could not be written."""
         self._before = [] if not tokenizer.adds_bos else [tokenizer.bos_id]
 
     def run(self, key: str) -> Report:
@@ -262,6 +287,9 @@ class TaskRun:
             self._flush()
             for (split, domain), writer in sorted(self._writers.items()):
                 report.shards.setdefault(split, {})[domain] = writer.commit()
+                if isinstance(writer, Packer):
+                    self._counts["padding"] += writer.padding
+            report.counts, report.examples = dict(self._counts), self._examples
             report.save(report_path(self._folder, self._task.index))
         except BaseException:
             for writer in self._writers.values():
@@ -274,7 +302,13 @@ class TaskRun:
         documents = 0
         incomplete: list[int] = []
         fields = self._settings.fields
-        for document in iterate_documents(path, fields, self._advance, incomplete.append):
+
+        def leave_out(row: int, kind: str) -> None:
+            incomplete.append(row)
+            if fields.conversations:
+                self._note(kind, f"{path}:{row}")
+
+        for document in iterate_documents(path, fields, self._advance, leave_out):
             self._names.add(document.domain, document.name, path, document.row)
             self._refuse_unknown(document)
             if self._all_full():
@@ -283,6 +317,9 @@ class TaskRun:
                 continue
             self._add(document)
             documents += 1
+        if self._settings.chat is not None:
+            self._flush()
+        unwritten, self._unfit = self._unfit, 0
         with reading(path):
             found = path.stat().st_size
         if found != size:
@@ -290,31 +327,73 @@ class TaskRun:
                 f"{path} has {found:,} bytes and had {size:,} when the command started; run it "
                 "again once nobody writes to the file"
             )
-        return documents, len(incomplete)
+        return documents - unwritten, len(incomplete) + unwritten
 
     def _add(self, document: Document) -> None:
         encoded = document.text.encode("utf-8")
         self._used[document.domain] += len(encoded)
         split = HELD_OUT if is_held_out(encoded, self._settings.held_out) else TRAIN
-        self._batch.append((split, document.domain, document.text, len(encoded)))
+        self._batch.append((split, document, len(encoded)))
         self._characters += len(document.text)
         if self._characters >= BATCH_CHARACTERS or len(self._batch) >= BATCH_DOCUMENTS:
             self._flush()
 
     def _flush(self) -> None:
-        after = [self._tokenizer.eos_id]
-        encoded = self._tokenizer.encode([text for _, _, text, _ in self._batch])
-        for (split, domain, _, size), ids in zip(self._batch, encoded, strict=True):
-            tokens = np.concatenate([self._before, ids, after]).astype(np.int64)
-            self._writer(split, domain).append(tokens, size)
+        if self._settings.chat is None:
+            self._append_texts()
+        else:
+            self._append_conversations(self._settings.chat)
         self._batch.clear()
         self._characters = 0
 
-    def _writer(self, split: str, domain: str) -> ShardWriter:
+    def _append_texts(self) -> None:
+        after = [self._tokenizer.eos_id]
+        encoded = self._tokenizer.encode([document.text for _, document, _ in self._batch])
+        for (split, document, size), ids in zip(self._batch, encoded, strict=True):
+            tokens = np.concatenate([self._before, ids, after]).astype(np.int64)
+            writer = self._writer(split, document.domain)
+            assert isinstance(writer, ShardWriter)
+            writer.append(tokens, size)
+
+    def _append_conversations(self, chat: Chat) -> None:
+        encoded = chat.encode([document.turns for _, document, _ in self._batch])
+        for (split, document, size), found in zip(self._batch, encoded, strict=True):
+            if isinstance(found, Unfit):
+                place = f"{document.path}:{document.row}"
+                # How long a sample is, is the user's choice, and what it leaves out no fault.
+                if not self._settings.fields.skip_incomplete and found.kind != TOO_LONG:
+                    raise InputError(unfit(place, found))
+                self._note(found.kind, place)
+                self._unfit += 1
+                continue
+            writer = self._writer(split, document.domain)
+            assert isinstance(writer, Packer)
+            writer.append(found.ids, found.counts, size)
+            self._count(found)
+
+    def _count(self, taken: Encoded) -> None:
+        self._counts["conversations"] += 1
+        self._counts["answers"] += taken.answers
+        self._counts["counting"] += int(taken.counts.sum())
+        self._counts["cut"] += taken.cut > 0
+        self._counts["cut answers"] += taken.cut
+        self._counts["unanswered"] += taken.unanswered
+
+    def _note(self, kind: str, place: str) -> None:
+        """Counts a record that was left out."""
+        self._counts[kind] += 1
+        self._examples.setdefault(kind, place)
+
+    def _writer(self, split: str, domain: str) -> ShardWriter | Packer:
         if (split, domain) not in self._writers:
             path = f"{split}/{domain}/{self._task.index:05d}"
-            dtype = dtype_for(self._tokenizer.vocab_size)
-            self._writers[split, domain] = ShardWriter(self._folder, path, dtype)
+            dtype, chat = dtype_for(self._tokenizer.vocab_size), self._settings.chat
+            self._writers[split, domain] = (
+                ShardWriter(self._folder, path, dtype)
+                if chat is None
+                # Nothing is trained on it, so that any id will do which a model has a row for.
+                else Packer(self._folder, path, dtype, chat.seq_len, self._tokenizer.eos_id)
+            )
         return self._writers[split, domain]
 
     def _refuse_unknown(self, document: Document) -> None:
@@ -373,3 +452,13 @@ def finished_report(
 
 def shards_of(report: Report) -> Iterable[ShardRecord]:
     return (shard for shards in report.shards.values() for shard in shards.values())
+
+
+def counted(reports: Iterable[Report]) -> tuple[Counts, dict[str, str]]:
+    """The counts of all reports together, and the first example of each reason."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for report in reports:
+        counts.update(report.counts)
+        examples = report.examples | examples
+    return dict(counts), examples

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from rich.table import Table
 
+from data.chat_templates import OWN
 from data.log import logger
-from data.manifest import HELD_OUT, TRAIN, Manifest
+from data.manifest import HELD_OUT, TRAIN, Manifest, left_out
 from data.tables import print_table
 
 NAMED = 20
@@ -24,7 +25,8 @@ def print_report(manifest: Manifest, output: Path, seq_len: int, worked: bool) -
     """
     table = Table()
     table.add_column("domain", no_wrap=True)
-    for title in ("documents", "tokens", "bytes/token", f"samples of {seq_len}", "held-out tokens"):
+    documents = "documents" if manifest.chat is None else "conversations"
+    for title in (documents, "tokens", "bytes/token", f"samples of {seq_len}", "held-out tokens"):
         table.add_column(title, justify="right")
     train, held_out = manifest.tokens(TRAIN), manifest.tokens(HELD_OUT)
     for domain in sorted(train.keys() | held_out.keys()):
@@ -39,16 +41,42 @@ def print_report(manifest: Manifest, output: Path, seq_len: int, worked: bool) -
             f"{held_out.get(domain, 0):,}",
         )
     print_table(table)
+    if manifest.chat is not None:
+        print(_conversations(manifest))
     for text in _warnings(manifest, seq_len):
         logger.warning(text)
     state = "tokens in" if worked else "already tokenized with these arguments, nothing to do:"
     print(f"{state} {output}")
 
 
+def _conversations(manifest: Manifest) -> str:
+    """What conversations became, in words."""
+    counts, chat = manifest.counts, manifest.chat
+    assert chat is not None
+    tokens = max(1, sum(sum(manifest.tokens(split).values()) for split in (TRAIN, HELD_OUT)))
+    told = [
+        f"{counts.get('conversations', 0):,} conversations in the chat template of "
+        f"{'the tokenizer' if chat.template_name == OWN else chat.template_name}: "
+        f"{counts.get('answers', 0):,} answers with {counts.get('counting', 0) / tokens:.1%} of all"
+        f" tokens, whose loss counts; {counts.get('padding', 0) / tokens:.1%} are padding"
+    ]
+    if counts.get("cut"):
+        answers = counts.get("cut answers", 0)
+        told.append(
+            f"{counts['cut']:,} lack their last answers ({answers:,}), for which samples of "
+            f"{chat.seq_len:,} have no room"
+        )
+    if counts.get("unanswered"):
+        told.append(f"{counts['unanswered']:,} end with a user's turn, which is left out")
+    return "; ".join(told)
+
+
 def _warnings(manifest: Manifest, seq_len: int) -> Iterator[str]:
     """What of the input is not in the tokens, and which domains cannot serve."""
     incomplete = [source for source in manifest.sources if source.incomplete]
-    if incomplete:
+    if manifest.examples:
+        yield f"left out records: {'; '.join(left_out(manifest.counts, manifest.examples))}"
+    elif incomplete:
         yield (
             "left out records without text or domain: "
             f"{sum(source.incomplete for source in incomplete):,}, in "

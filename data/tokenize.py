@@ -7,6 +7,7 @@ if not __package__:  # started as a file: the library looks for a module of its 
     _HERE = Path(__file__).resolve().parent
     sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if Path(entry) != _HERE)]
 
+from data.chat import open_chat
 from data.cli import parse, run
 from data.domain_names import chosen_domains
 from data.errors import naming
@@ -27,6 +28,8 @@ python -m data.tokenize --input 'notes/**/*.md' 'src/**/*.py' \\
 python -m data.tokenize --input pile.jsonl.zst --tokenizer models/small \\
     --domain-field meta.pile_set_name --domains Pile-CC Github \\
     --max-bytes-per-domain 10000000
+python -m data.tokenize --input sharegpt.jsonl --conversations --chat-template vicuna \\
+    --tokenizer runs/cpt --output runs/chat --seq-len 2048
 """
 
 
@@ -38,9 +41,13 @@ def main(argv: list[str] | None = None) -> None:
     files = find_files(config.input, output)
     with naming("--tokenizer"):
         tokenizer = load_tokenizer(config.tokenizer)
+    chat = None
+    if config.conversations:
+        chat = open_chat(config.chat_template, tokenizer, config.tokenizer, config.seq_len)
     fields = Fields(
         text=config.text_field,
         domain=config.domain_field,
+        conversations=config.conversations,
         skip_incomplete=config.skip_incomplete,
         max_bytes=config.max_record_mib << 20,
     )
@@ -52,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         max_bytes_per_domain=config.max_bytes_per_domain,
         bytes_per_task=config.task_mib << 20,
         merge_domains=config.merge_domains,
+        chat=chat,
     )
     job = Job(files, settings, tokenizer, output, config.overwrite)
     manifest, worked = job.run(config.workers or available_cores(), config.verify)

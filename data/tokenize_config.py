@@ -10,14 +10,16 @@ from data.sources import AUTO, MAX_RECORD_MIB
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizeConfig:
-    """Turns text into token shards per domain.
+    """Turns text, or conversations, into token shards per domain.
 
     An output that exists is reused if it was made from the same files (by path and size) with the
     same arguments. An interrupted run continues where it stopped, once it has checked what is
     there. The result does not depend on the number of workers.
     """
 
-    ESSENTIAL: ClassVar = "input tokenizer output seq-len workers domain-field"
+    ESSENTIAL: ClassVar = (
+        "input tokenizer output seq-len workers domain-field conversations chat-template"
+    )
 
     input: Annotated[tuple[str, ...], ON_DISK]
     """Files, folders or quoted globs ('**' crosses folders): .jsonl .parquet .txt, or any other
@@ -28,16 +30,25 @@ class TokenizeConfig:
     output: Annotated[str, ON_DISK] = "runs/tokens"
     """Folder for the shards and manifest.json."""
     seq_len: int = 4096
-    """Sample length for the counts in the closing report; the shards fit any length."""
+    """Sample length for the counts in the closing report; the shards fit any length. With
+    --conversations the length of samples that they are packed into, and trained in."""
     workers: int | None = None
     """Worker processes; default one per core."""
     domain_field: str = AUTO
     """Where a document's domain is: a dotted field of its record; "folder", the name of the file's
-    folder; or "auto", meta.redpajama_set_name for records and the folder for plain text."""
+    folder; or "auto", meta.redpajama_set_name for records and the folder for plain text and
+    conversations."""
+    conversations: bool = False
+    """Records are conversations as ShareGPT (conversations), OpenAI (messages) or Alpaca
+    (instruction, input, output) keep them: training counts the assistant's turns alone."""
+    chat_template: Annotated[str | None, ON_DISK] = None
+    """How conversations are written: vicuna, chatml, llama3, or a file with a template in Jinja.
+    Default: the tokenizer's own."""
     text_field: str = "text"
     """Dotted field of a record that holds its text."""
     skip_incomplete: bool = False
-    """Leave out, and count, records whose text or domain is absent or null."""
+    """Leave out, and count, records whose text or domain is absent or null, and conversations that
+    cannot be trained on."""
     merge_domains: bool = False
     """Take names that become one domain, such as "Common Crawl" and "common-crawl", as one; without
     it they are an error."""
@@ -67,9 +78,16 @@ class TokenizeConfig:
             raise InputError(f"--held-out {self.held_out} is a fraction: use 0 up to, not with, 1")
         require_at_least(self, 1, "workers", "seq_len", "task_mib", "max_bytes_per_domain")
         require_at_least(self, 1, "max_record_mib")
+        if self.conversations:
+            require_at_least(self, 2, "seq_len", why=" (a token and its successor)")
 
     def idle(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why (data.idle)."""
-        if self.max_bytes_per_domain is None or self.workers in (None, 1):
-            return {}
-        return {"workers": "--max-bytes-per-domain takes one process"}
+        found: dict[str, str] = {}
+        if self.max_bytes_per_domain is not None and self.workers not in (None, 1):
+            found["workers"] = "--max-bytes-per-domain takes one process"
+        if self.conversations:
+            found["text_field"] = "--conversations takes the fields of conversations"
+        else:
+            found["chat_template"] = "only --conversations are written by one"
+        return found

@@ -8,10 +8,12 @@ import hashlib
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,6 +52,7 @@ HUB_FILES = (
     "vocab.json",
     "merges.txt",
     "*.tiktoken",
+    "chat_template*",
 )
 # What holds a tokenizer, in the order in which it is looked for.
 _JSON, _SENTENCEPIECE, _BPE = "tokenizer.json", "tokenizer.model", ("vocab.json", "merges.txt")
@@ -59,6 +62,17 @@ _TAKEN = (
     "hub"
 )
 _FIX = "repair it or download it again"
+
+
+class Placed(NamedTuple):
+    """Ids of a text, each with its place there."""
+
+    ids: np.ndarray
+    """int64."""
+    starts: np.ndarray
+    """First character of each."""
+    ends: np.ndarray
+    """The character behind each."""
 
 
 class Tokenizer(ABC):
@@ -78,6 +92,10 @@ class Tokenizer(ABC):
     """sha256 of the file that holds the vocabulary."""
     revision: str | None = None
     """ORG/NAME@COMMIT, where it was named by a hub id."""
+    chat_template: str | None = None
+    """How it writes conversations, in Jinja."""
+    special_tokens: Mapping[str, str] = MappingProxyType({})
+    """Special tokens by their names in chat templates, such as bos_token."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -174,6 +192,9 @@ class HuggingFaceTokenizer(Tokenizer):
                 )
             self._json = tokenizer.backend_tokenizer.to_str()
             self._load()
+            self.chat_template = _usual(tokenizer.chat_template)
+            named = tokenizer.special_tokens_map
+            self.special_tokens = {n: t for n, t in named.items() if isinstance(t, str)}
             self.vocab_size = len(tokenizer)
             self.bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
             with_special = tokenizer("a").input_ids
@@ -200,6 +221,25 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode([int(token) for token in ids]))
+
+    def special_texts(self) -> list[str]:
+        """What stands for special tokens in a text that `encode_special` takes."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return sorted(token.content for token in added if token.special)
+
+    def encode_special(self, texts: Sequence[str]) -> list[Placed]:
+        """Ids of texts in which special tokens stand for themselves, as chat templates write
+        them."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        places = [np.asarray(entry.offsets, np.int64).reshape(-1, 2) for entry in encoded]
+        return [
+            Placed(np.asarray(entry.ids, np.int64), place[:, 0], place[:, 1])
+            for entry, place in zip(encoded, places, strict=True)
+        ]
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in vars(self).items() if key != "_tokenizer"}
@@ -329,6 +369,13 @@ def _from_gguf(path: Path) -> Tokenizer:
                 "folder with tokenizer.json"
             ) from None
         return HuggingFaceTokenizer(Path(folder), path)
+
+
+def _usual(template: object) -> str | None:
+    """The template for conversations without tools, where a tokenizer has several by name."""
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _fingerprint(folder: Path) -> str:

@@ -11,8 +11,9 @@ WORDS = (
 ).split()
 
 
-def write_tokenizer(path: Path) -> Path:
-    """Folder with a byte-level BPE tokenizer without merges: 256 bytes, <unk>, <s>, </s>."""
+def write_tokenizer(path: Path, *special: str, template: str | None = None) -> Path:
+    """Folder with a byte-level BPE tokenizer without merges: 256 bytes, <unk>, <s>, </s>, and
+    further `special` tokens. `template` is its chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +27,9 @@ def write_tokenizer(path: Path) -> Path:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+    if special:
+        fast.add_special_tokens({"additional_special_tokens": list(special)})
+    fast.chat_template = template
     fast.save_pretrained(str(path))
     return path
 
@@ -66,6 +70,62 @@ def write_tokens(
             *("--seq-len", str(seq_len)),
             *("--held-out", str(held_out)),
             *("--workers", "1"),
+        ]
+    )
+    return path
+
+
+CHATML = ("<|im_start|>", "<|im_end|>")
+"""Tokens of the chat template chatml."""
+
+
+def conversations(number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Records of conversations in the three forms in turn, of one to three answers."""
+    generator = random.Random(f"conversations-{seed}")
+
+    def say() -> str:
+        return " ".join(generator.choices(WORDS, k=generator.randrange(1, 6)))
+
+    records: list[dict[str, Any]] = []
+    for index in range(number):
+        said = [(f"{index} {say()}?", f"{say()}.") for _ in range(generator.randrange(1, 4))]
+        speakers = ("user", "assistant") if index % 3 else ("human", "gpt")
+        turns = [turn for pair in said for turn in zip(speakers, pair, strict=True)]
+        if index % 3 == 0:
+            listed = [{"from": role, "value": text} for role, text in turns]
+            records.append({"id": index, "conversations": listed})
+        elif index % 3 == 1:
+            system = [("system", say())] if index % 2 else []
+            listed = [{"role": role, "content": text} for role, text in [*system, *turns]]
+            records.append({"messages": listed})
+        else:
+            *history, (question, answer) = said
+            records.append({"instruction": question, "output": answer, "history": history})
+    return records
+
+
+def write_chat(
+    path: Path,
+    tokenizer: Path,
+    *more: str,
+    number: int = 60,
+    seq_len: int = 128,
+    held_out: float = 0.2,
+    template: str = "chatml",
+) -> Path:
+    """Token folder of `conversations` in the domain "talks", made by the real command; `more`
+    arguments are passed on."""
+    from data.tokenize import main
+
+    source = path.parent / f"{path.name}-text" / "talks" / "talks.jsonl"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record) for record in conversations(number)]
+    source.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    main(
+        [
+            *("--input", str(source.parent), "--conversations", "--chat-template", template),
+            *("--tokenizer", str(tokenizer), "--output", str(path), "--seq-len", str(seq_len)),
+            *("--held-out", str(held_out), "--workers", "1", *more),
         ]
     )
     return path

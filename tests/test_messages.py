@@ -56,6 +56,9 @@ PRINTED_BY = {
     "data/domain_names.py": "tokenize",
     "data/token_report.py": "tokenize",
     "data/tokenizers.py": "tokenize",
+    "data/chat": "tokenize",
+    # It says how to make a folder that can be read.
+    "data/reader.py": "tokenize cpt evaluate",
     "data/find.py": "tokenize compare",
     "data/mixture.py": "shear cpt finetune",
     "data/weight_history.py": "shear cpt finetune",

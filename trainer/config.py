@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from data.errors import InputError, require, require_at_least, require_finite, require_threads
 from data.mixture import MixtureConfig
 from data.options import ON_DISK, Name
+from data.reader import Documents
 
 Precision = Literal["auto", "bf16", "fp32"]
 Kernels = Literal["auto", "reference", "triton", "cuda"]
@@ -249,7 +250,8 @@ class CptConfig:
     """
 
     ESSENTIAL: ClassVar = (
-        "model data output init steps seq-len global-batch micro-batch lr mixture seed json"
+        "model data output init steps seq-len global-batch micro-batch lr mixture documents seed "
+        "json"
     )
 
     model: Annotated[str, ON_DISK] = "runs/shear"
@@ -275,6 +277,10 @@ class CptConfig:
     sheared model the source, at shearing's --distill-weight; else none."""
     moments: bool = True
     """Go on with the optimizer's moments that shearing left beside --model, if it left any."""
+    documents: Documents | None = None
+    """apart: tokens see their own document alone, positions begin anew in each, and no token is
+    predicted from another document; joined: samples are read end to end. Default: apart for
+    conversations, which cannot be joined, and joined for text."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in OUTPUT/model. Default: the original's, also after shearing in
     float32; bfloat16 where nothing states it."""

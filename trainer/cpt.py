@@ -234,7 +234,7 @@ def open_inputs(config: CptConfig) -> Inputs:
     )
     shape = load_config(source)
     require_loadable(shape, source)
-    reader, held_out = open_data(config.data, train, shape, source)
+    reader, held_out = open_data(config.data, train, shape, source, config.documents)
     warn_of_no_tokenizer(source)
     sheared = sheared_report(run_of(source) / source.name)
     # Only a model as it was pre-trained is its own reference: a sheared one starts too high.
@@ -417,6 +417,7 @@ def _identity(config: CptConfig, inputs: Inputs, context: DistributedContext) ->
         inputs.shape,
         precision=str(parallel.compute_dtype(config.train.precision, context.device)),
         data=inputs.reader.fingerprint,
+        documents=inputs.reader.documents,
         command="cpt",
         init=config.init,
         initial_weights=None if fresh else weights_fingerprint(inputs.source),
@@ -455,6 +456,7 @@ def finish(trainer: Trainer, source: Path, config: CptConfig) -> None:
         output / "model",
         tokenizer_from=source,
         dtype=config.save_dtype,
+        chat=trainer.stream.reader.manifest.chat,
     )
     start = None if config.init == "random" else source
     dtype = config.save_dtype or final_dtype(trainer.model.config, source)

@@ -35,10 +35,12 @@ class TeacherSource:
 class TeacherModel(CausalLM):
     """A language model that is asked for what its loss would need instead of logits."""
 
-    def states_and_head(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def states_and_head(
+        self, ids: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """ids [B, S] -> output of the final norm [B, S, d] and the head's weight [V, d]."""
         masks = Masks()
-        return self._hidden_states(ids, masks, masks.stream()), self.head_weight
+        return self._hidden_states(ids, masks, masks.stream(), documents), self.head_weight
 
 
 class Teacher:
@@ -54,9 +56,10 @@ class Teacher:
         self.config = config
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor) -> TeacherOutput:
-        """What the teacher says about ids [B, S]; collective."""
-        states, head_weight = self.network.states_and_head(ids)
+    def __call__(self, ids: Tensor, documents: Tensor | None = None) -> TeacherOutput:
+        """What the teacher says about ids [B, S], of `documents` as CausalLM takes them;
+        collective."""
+        states, head_weight = self.network.states_and_head(ids, documents)
         config = self.config
         assert config.weight is not None
         assert config.temperature is not None and config.top_k is not None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from data.errors import InputError
 from data.progress import Progress
-from data.reader import TokenReader
+from data.reader import Samples, TokenReader, joined
 from trainer.models.decoder import CausalLM, next_token_targets
 from trainer.models.masks import Masks
 from trainer.parallel import DistributedContext, reshard
@@ -52,10 +52,11 @@ def evaluate(
 ) -> dict[str, DomainLoss]:
     """Loss of each domain on its first `max_sequences` sequences, or on as many spread evenly.
 
-    A forward pass takes `batch` sequences per rank, the last what is left. Every target token
-    weighs the same, and the sequences do not depend on the number of ranks. All ranks take part,
-    each with equally many forward passes, and all get the result. `description` names the work in
-    the progress. Raises InputError for a domain that `reader` lacks.
+    Documents are kept apart, and tokens left out, as `reader` says. A forward pass takes `batch`
+    sequences per rank, the last what is left. Every target token weighs the same, and the sequences
+    do not depend on the number of ranks. All ranks take part, each with equally many forward
+    passes, and all get the result. `description` names the work in the progress. Raises InputError
+    for a domain that `reader` lacks.
     """
     unknown = [domain for domain in domains if domain not in reader.sizes]
     if unknown:
@@ -74,13 +75,17 @@ def evaluate(
             mine = passed[context.rank * batch :][:batch]
             # Every rank makes the same number of passes, because gathering weights is collective:
             # one without work left runs a sequence that does not count.
-            ids, owners = context.raise_on_any_rank(
+            read, owners = context.raise_on_any_rank(
                 partial(_read, reader, domains, mine or rows[:1])
             )
-            ids, owners = ids.to(context.device), owners.to(context.device)
-            targets, valid = next_token_targets(ids)
+            ids = torch.from_numpy(read.ids).to(context.device)
+            found = read.documents
+            documents = None if found is None else torch.from_numpy(found).to(context.device)
+            owners = owners.to(context.device)
+            targets, valid = next_token_targets(ids, read.valid, documents)
             valid[len(mine) :] = False
-            output = model(ids, masks=masks, targets=targets, weights=valid.float())
+            weights = valid.float()
+            output = model(ids, masks=masks, targets=targets, weights=weights, documents=documents)
             # Not a matrix product: a NaN times the zeros of other domains would be theirs too.
             losses = output.token_loss.double().sum(dim=1, keepdim=True)
             sums[0] += torch.where(owners > 0, losses, 0.0).sum(dim=0)
@@ -90,7 +95,8 @@ def evaluate(
     reshard(model)
     totals = context.all_reduce_sum(sums).cpu().tolist()
     return {
-        domain: DomainLoss(totals[0][i] / totals[1][i], int(totals[1][i]))
+        # Sequences of conversations may have no target.
+        domain: DomainLoss(totals[0][i] / max(1, totals[1][i]), int(totals[1][i]))
         for i, domain in enumerate(domains)
     }
 
@@ -98,7 +104,7 @@ def evaluate(
 def overall(losses: dict[str, DomainLoss]) -> DomainLoss:
     """Token-weighted mean over domains."""
     tokens = sum(domain.tokens for domain in losses.values())
-    return DomainLoss(sum(d.loss * d.tokens for d in losses.values()) / tokens, tokens)
+    return DomainLoss(sum(d.loss * d.tokens for d in losses.values()) / max(1, tokens), tokens)
 
 
 def report(losses: dict[str, DomainLoss]) -> dict[str, dict[str, Any]]:
@@ -116,8 +122,8 @@ def report(losses: dict[str, DomainLoss]) -> dict[str, dict[str, Any]]:
 
 def _read(
     reader: TokenReader, domains: Sequence[str], rows: list[tuple[int, int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [n, S] of the samples `rows`, and their domains as one-hot rows: float64 [n, D]."""
-    ids = [reader.read(domains[index], np.array([sample])) for index, sample in rows]
+) -> tuple[Samples, torch.Tensor]:
+    """The samples `rows`, and their domains as one-hot rows: float64 [n, D]."""
+    read = [reader.samples(domains[index], np.array([sample])) for index, sample in rows]
     owners = F.one_hot(torch.tensor([index for index, _ in rows]), len(domains))
-    return torch.from_numpy(np.concatenate(ids)), owners.double()
+    return joined(read), owners.double()

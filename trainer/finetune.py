@@ -273,7 +273,7 @@ def open_inputs(config: FinetuneConfig) -> Inputs:
     shape = load_config(source)
     require_loadable(shape, source)
     targets = _check_method(config, shape)
-    reader, held_out = open_data(config.data, train, shape, source)
+    reader, held_out = open_data(config.data, train, shape, source, config.documents)
     warn_of_no_tokenizer(source)
     steps = train.steps or steps_of(config, reader)
     # Which domains are drawn is what shearing says only where it is to go on moving.
@@ -403,6 +403,7 @@ def _identity(
         inputs.shape,
         precision=str(parallel.compute_dtype(config.train.precision, context.device)),
         data=inputs.reader.fingerprint,
+        documents=inputs.reader.documents,
         command="finetune",
         initial_weights=weights_fingerprint(inputs.source),
         mixture=mixture_identity(config.mixture, inputs.domains, config.train.steps),
@@ -437,6 +438,7 @@ def finish(trainer: Trainer, inputs: Inputs, config: FinetuneConfig, dtype: str)
         tokenizer_from=inputs.source,
         dtype=dtype,
         tensors=merged_tensors(model, needed=context.is_main),
+        chat=inputs.reader.manifest.chat,
     )
     more = config.identity(inputs.targets)
     more["trained_parameters"] = count_parameters(model).trained

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from data.errors import InputError, require, require_at_least, require_finite
 from data.mixture import MixtureConfig
 from data.options import ON_DISK, Name
+from data.reader import Documents
 from trainer.config import DistillationConfig, TrainConfig
 
 Method = Literal["lora", "last-blocks", "full"]
@@ -73,7 +74,7 @@ class FinetuneConfig:
 
     ESSENTIAL: ClassVar = (
         "model data output method epochs steps last-blocks lora-r lora-alpha seq-len global-batch "
-        "micro-batch lr seed json"
+        "micro-batch lr documents seed json"
     )
 
     model: Annotated[str, ON_DISK] = "runs/shear"
@@ -106,6 +107,10 @@ class FinetuneConfig:
     parameters, from which the losses to steer towards are fitted at the model's number."""
     teacher: Annotated[str | None, ON_DISK] = None
     """Model to learn from besides the text, named like --model; same vocabulary. Default: none."""
+    documents: Documents | None = None
+    """apart: tokens see their own document alone, positions begin anew in each, and no token is
+    predicted from another document; joined: samples are read end to end. Default: apart for
+    conversations, which cannot be joined, and joined for text."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights in OUTPUT/model. Default: the original's, also after shearing in
     float32; bfloat16 where nothing states it. Adapters are float32."""

@@ -85,6 +85,7 @@ FOLLOWING = {
     "target_modules": {"method"},
     "last_blocks": {"method"},
     "head": {"method"},
+    "documents": {"data"},
 }
 """What differs, where it was not given, because one of these fields does."""
 NOT_ALWAYS_NOTED = ("refit.", "shorten.")
@@ -93,10 +94,16 @@ it."""
 
 
 def run_identity(
-    config: TrainConfig, model: ModelConfig, *, precision: str, data: str, **others: Any
+    config: TrainConfig,
+    model: ModelConfig,
+    *,
+    precision: str,
+    data: str,
+    documents: str = "joined",
+    **others: Any,
 ) -> dict[str, Any]:
     """Everything that decides the sequence of losses: schedule, shape, compute precision, data
-    fingerprint, `others`."""
+    fingerprint, whether documents are joined, `others`."""
     shape = {key: value for key, value in asdict(model).items() if key != "hf"}
     if model.layer_sizes is None:
         del shape["layer_sizes"]
@@ -106,6 +113,7 @@ def run_identity(
         "muon_momentum": config.momentum,
         "precision": precision,
         "data": data,
+        "documents": documents,
         **{f"model.{name}": value for name, value in shape.items()},
         **others,
     }
@@ -246,7 +254,7 @@ def _written(output: Path, own: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _completed(saved: dict[str, Any]) -> dict[str, Any]:
     """`saved` with the defaults of options that it is too old to know."""
-    saved = {"optimizer": "adamw", "muon_momentum": None} | saved
+    saved = {"optimizer": "adamw", "muon_momentum": None, "documents": "joined"} | saved
     mixture = saved.get("mixture")
     if isinstance(mixture, dict):
         return saved | {"mixture": asdict(MixtureConfig()) | mixture}

@@ -10,7 +10,7 @@ from data.machine import available_cores
 from data.manifest import FILE_NAME, HELD_OUT, TokenizerRecord, why_no_tokens
 from data.paths import quoted
 from data.places import EMPTY_FOLDER, odd_name, what_is
-from data.reader import TokenReader
+from data.reader import Documents, TokenReader
 from data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
@@ -54,9 +54,14 @@ def missing_data(data: str, seq_len: int, tokenizer: Path | str) -> str | None:
 
 
 def open_data(
-    data: str, config: TrainConfig, model: ModelConfig, source: Path
+    data: str,
+    config: TrainConfig,
+    model: ModelConfig,
+    source: Path,
+    documents: Documents | None = "joined",
 ) -> tuple[TokenReader, TokenReader | None]:
-    """Opens the training split, and the held-out split unless it is too short or not asked for.
+    """Opens the training split, and the held-out split unless it is too short or not asked for;
+    both read `documents` as TokenReader takes them.
 
     Raises InputError when there is no tokenized data, when it cannot feed `model` at
     `config.seq_len`, or when the tokenizer in the model folder `source` is not the one that made
@@ -67,12 +72,12 @@ def open_data(
     if missing is not None:
         raise MissingInput(missing)
     require_positions(config.seq_len, model)
-    reader = TokenReader(folder, config.seq_len)
+    reader = TokenReader(folder, config.seq_len, documents=documents)
     check_tokenizer(reader, model, source, data)
     longest = max(reader.manifest.tokens(HELD_OUT).values(), default=0)
     if not config.eval_sequences or longest < config.seq_len:
         return reader, None
-    return reader, TokenReader(folder, config.seq_len, split=HELD_OUT)
+    return reader, TokenReader(folder, config.seq_len, split=HELD_OUT, documents=documents)
 
 
 def warn_of_no_tokenizer(source: Path) -> None:
@@ -105,10 +110,18 @@ def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data:
             f"gives other ids; tokenize again with --tokenizer {source}"
         )
     _require_rows_at_ends(used, own, model.vocab_size, source, data)
-    if own is not None:
+    chat = reader.manifest.chat
+    if own is not None and chat is None:
         _warn_of_other_ends(used, own, model.vocab_size, source, data)
     if used.vocab_size <= model.vocab_size:
         return
+    if chat is not None:
+        raise InputError(
+            f"--data {data} holds conversations, in which any special token may stand, and its "
+            f"tokenizer has {used.vocab_size} ids, the model {model.vocab_size}: give the model "
+            "rows for them (resize_token_embeddings of transformers, then save_pretrained), or "
+            "remove the added tokens from the tokenizer and tokenize again"
+        )
     # Special tokens that were added without a row for them do no harm: they are never in the data.
     if own is None or not _made(own, used) or own.largest_id >= model.vocab_size:
         raise InputError(

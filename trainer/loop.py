@@ -250,8 +250,12 @@ class Trainer:
         device = self.context.device
         ids = torch.from_numpy(batch.ids).to(device, non_blocking=True)
         domains = torch.from_numpy(batch.domains).to(device, non_blocking=True)
-        targets, valid = next_token_targets(ids, batch.valid)
-        total = self.context.all_reduce_sum(valid.sum())
+        documents = None
+        if batch.documents is not None:
+            documents = torch.from_numpy(batch.documents).to(device, non_blocking=True)
+        targets, valid = next_token_targets(ids, batch.valid, documents)
+        # A batch of conversations that are cut off may have no target at all.
+        total = self.context.all_reduce_sum(valid.sum()).clamp(min=1)
         weights = valid.float() / total
         micro = self.config.micro_batch
         starts = range(0, len(ids), micro)
@@ -265,12 +269,14 @@ class Trainer:
             # Weights stay gathered from one micro-batch to the next unless memory is to be saved.
             freed = last or self.config.reshard_after_forward
             prepare_pass(self.model, last=last, reshard_after_backward=freed)
+            apart = None if documents is None else documents[rows]
             output = self.model(
                 ids[rows],
                 masks=self.masks,
                 targets=targets[rows],
                 weights=weights[rows],
-                teacher_output=self.teacher(ids[rows]) if self.teacher else None,
+                teacher_output=self.teacher(ids[rows], apart) if self.teacher else None,
+                documents=apart,
             )
             output.loss.backward()
             sums[0] += output.token_loss.double().sum(dim=1) @ owners[rows]
@@ -283,15 +289,19 @@ class Trainer:
         names = self.stream.domains
         self.domain_loss_sum = {name: float(sums[0, i]) for i, name in enumerate(names)}
         self.domain_tokens = {name: int(sums[1, i]) for i, name in enumerate(names)}
-        self.loss = float(sums[0].sum() / sums[1].sum())
+        count = max(1.0, float(sums[1].sum()))
+        self.loss = float(sums[0].sum() / count)
         self.record["loss"] = self.loss
+        if sums[1].sum() < self.config.global_batch * (self.config.seq_len - 1):
+            # Padding, questions and ends of documents train nothing.
+            self.record["targets"] = int(sums[1].sum())
         self.record["domain_loss"] = {
             name: self.domain_loss_sum[name] / count
             for name, count in self.domain_tokens.items()
             if count
         }
         if self.teacher is not None:
-            divergence = float(sums[2].sum() / sums[1].sum())
+            divergence = float(sums[2].sum() / count)
             self.record["distill_kl"] = divergence
             self.bar_fields["kl"] = f"{divergence:.3f}"
 

@@ -9,6 +9,7 @@ import torch
 from data.errors import InputError, MissingInput, failure
 from data.files import NEEDED, require_writable, write_json
 from data.log import logger
+from data.manifest import ChatRecord
 from data.places import REPLACED
 from data.records import read_json
 from trainer.checkpoint_files import committed
@@ -48,15 +49,17 @@ def save_pretrained(
     tokenizer_from: Path,
     dtype: str | None = None,
     tensors: Iterator[tuple[str, torch.Tensor]] | None = None,
+    chat: ChatRecord | None = None,
 ) -> None:
     """Writes `path` as a Hugging Face folder, with the companions of the model in `tokenizer_from`.
 
     In `dtype`, by name; by default in `final_dtype`. `tensors` take the place of `full_tensors`.
+    `chat` says how the conversations were written that the model was trained on, and goes along.
     All ranks take part.
     """
-    name = dtype or final_dtype(model.config, tokenizer_from)
+    stored = getattr(torch, dtype or final_dtype(model.config, tokenizer_from))
     tensors = tensors or full_tensors(model, needed=context.is_main)
-    save_tensors_of(tensors, model.config, context, path, tokenizer_from, getattr(torch, name))
+    save_tensors_of(tensors, model.config, context, path, tokenizer_from, stored, chat)
 
 
 def save_tensors_of(
@@ -66,6 +69,7 @@ def save_tensors_of(
     path: Path,
     tokenizer_from: Path,
     dtype: torch.dtype,
+    chat: ChatRecord | None = None,
 ) -> None:
     """Writes `tensors`, whose gathering is collective, from rank 0.
 
@@ -74,7 +78,7 @@ def save_tensors_of(
     problem = None
     if context.is_main:
         try:
-            save_model(config, tensors, path, tokenizer_from, dtype)
+            save_model(config, tensors, path, tokenizer_from, dtype, chat)
         except InputError as error:
             problem = str(error)
     # Every rank goes through all tensors, also rank 0 after a failure.

@@ -50,7 +50,8 @@ class Stage:
     losses: dict[str, DomainLoss]
     """Held-out losses per domain; empty where none were measured."""
     on: dict[str, Any] | None
-    """Fingerprint of the "data" and "seq_len" of the losses; None: not known."""
+    """Fingerprint of the "data" and "seq_len" of the losses, and "documents" where they are apart;
+    None: not known."""
     parameters: tuple[int, int] | None = None
     """All parameters, and those without embeddings."""
     seconds: float | None = None
@@ -169,7 +170,9 @@ def sizes_of(model: ModelConfig) -> tuple[int, int]:
 
 def measured_on(trainer: Trainer) -> dict[str, Any]:
     """Which text a run's held-out losses belong to: reports carry it as "held_out_on"."""
-    return {"data": trainer.stream.reader.fingerprint, "seq_len": trainer.config.seq_len}
+    reader = trainer.stream.reader
+    on: dict[str, Any] = {"data": reader.fingerprint, "seq_len": trainer.config.seq_len}
+    return on if reader.documents == "joined" else on | {"documents": reader.documents}
 
 
 def carry(trainer: Trainer, start: Path | None) -> dict[str, Any]:
@@ -209,16 +212,17 @@ def show_trained(
         verdict.lines.append("the model before training was not measured on this text")
     models_here = [Path(stage.model) for stage in stages if stage.name != "source"]
     runs = [as_word(model.parent) for model in models_here if model.exists()]
-    commands = [compare_command(models, data, on["seq_len"])] if stages[-1].losses else []
+    apart = on.get("documents") == "apart"
+    commands = [compare_command(models, data, on["seq_len"], apart)] if stages[-1].losses else []
     show(verdict, [*commands, shlex.join(["shorn", "report", *runs])])
 
 
-def compare_command(models: Iterable[str], data: str, seq_len: int) -> str:
-    """The command that measures all `models` on equal sequences, and their speed; those that are
-    gone by now are left out."""
+def compare_command(models: Iterable[str], data: str, seq_len: int, apart: bool = False) -> str:
+    """The command that measures all `models` on equal sequences, with their documents `apart` or
+    joined, and their speed; those that are gone by now are left out."""
     there = [as_word(model) for model in models if is_hub_id(model) or Path(model).exists()]
     words = ["--model", *there, "--data", as_word(data), "--seq-len", str(seq_len), "--speed"]
-    return shlex.join(["shorn", "evaluate", *words])
+    return shlex.join(["shorn", "evaluate", *words, *(["--documents", "apart"] if apart else [])])
 
 
 def conclude(stages: Sequence[Stage], weights: Mapping[str, float]) -> Verdict:

@@ -18,7 +18,7 @@ class BenchKernelsConfig:
     static: bool = False
     """Compile every kernel ahead of time and report registers, widths, traffic, predicted time."""
     cpu: bool = False
-    """Time linear cross-entropy and gather-scale on this CPU, and their memory."""
+    """Time linear cross-entropy, gather-scale and documents apart on this CPU."""
     archs: tuple[int, ...] = KNOWN_ARCHS
     """--static: compute capabilities, of 80 (A100), 90 (H100) and 100 (B200)."""
     vocabularies: tuple[int, ...] = (32000, 49152, 128256)

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.files import require_writable, write_copy
-from data.progress import Progress
 from data.tables import print_table
 from launch.bench_kernels.config import BenchKernelsConfig
+from launch.bench_kernels.documents import measure_documents, print_documents
 from launch.bench_kernels.losses import LOSSES, Loss, loss_inputs
 from launch.bench_kernels.memory import peak_bytes, require_memory
+from launch.bench_kernels.turns import alternate, median_ratio
 from trainer.kernels import registry
 from trainer.kernels.gather_scale import gather_scale
 from trainer.parallel import keep_freed_memory
@@ -31,6 +32,7 @@ GOALS = {
     "linear_ce_time_ratio": "goal: at most 1.1",
     "gather_scale_speedup": "goal: at least 3",
     "gather_scale_speedup_small": "no goal",
+    "documents_time_ratio": "goal: at most 1.05",
 }
 
 
@@ -82,7 +84,8 @@ def measure(config: BenchKernelsConfig) -> dict[str, Any]:
 
     `linear_ce_memory_ratio` and `linear_ce_time_ratio` are the largest over the vocabularies,
     `gather_scale_speedup` is the smallest over the layers but SMALL, and
-    `gather_scale_speedup_small` that of SMALL.
+    `gather_scale_speedup_small` that of SMALL. `documents_time_ratio` is that of documents which
+    fill their samples, so that keeping them apart saves nothing.
 
     Raises:
         InputError: there is not enough memory for the full logits.
@@ -92,6 +95,7 @@ def measure(config: BenchKernelsConfig) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     losses = [measure_loss(config, vocabulary) for vocabulary in config.vocabularies]
     layers = [measure_layer(config, layer) for layer in LAYERS]
+    documents = measure_documents(config)
     speedups = {layer["layer"]: layer["speedup"] for layer in layers}
     small = speedups.pop(SMALL)
     return {
@@ -99,8 +103,10 @@ def measure(config: BenchKernelsConfig) -> dict[str, Any]:
         "linear_ce_time_ratio": max(loss["time_ratio"] for loss in losses),
         "gather_scale_speedup": min(speedups.values()),
         "gather_scale_speedup_small": small,
+        "documents_time_ratio": documents[0]["time_ratio"],
         "linear_ce": losses,
         "gather_scale": layers,
+        "documents": documents,
         "gather_scale_backend": registry.which("gather_scale", "cpu"),
         "hidden": config.hidden,
         "tokens": config.tokens,
@@ -139,11 +145,11 @@ def measure_loss(config: BenchKernelsConfig, vocabulary: int) -> dict[str, Any]:
         return call
 
     calls = {kind: timed(loss) for kind, loss in LOSSES.items()}
-    seconds = _alternate(f"loss, {vocabulary} ids", calls, config)
+    seconds = alternate(f"loss, {vocabulary} ids", calls, config)
     return {
         "vocabulary": vocabulary,
         "memory_ratio": peaks["fused"] / peaks["full"],
-        "time_ratio": _median_ratio(seconds["fused"], seconds["full"]),
+        "time_ratio": median_ratio(seconds["fused"], seconds["full"]),
         "peak_bytes": peaks,
         "seconds": {kind: statistics.median(times) for kind, times in seconds.items()},
     }
@@ -161,18 +167,18 @@ def measure_layer(config: BenchKernelsConfig, layer: str) -> dict[str, Any]:
             "operator": _gather_scale_call(weight, gather_scale),
             "indexing": _gather_scale_call(weight, index_and_multiply),
         }
-        seconds = _alternate(f"{layer}, {weight.name}", cases, config)
+        seconds = alternate(f"{layer}, {weight.name}", cases, config)
         for kind, times in seconds.items():
             totals[kind] = [a + b for a, b in zip(totals[kind], times, strict=True)]
         weights.append(
             {
                 "weight": weight.name,
                 "shape": [weight.out, weight.width],
-                "speedup": _median_ratio(seconds["indexing"], seconds["operator"]),
+                "speedup": median_ratio(seconds["indexing"], seconds["operator"]),
                 "seconds": {kind: statistics.median(times) for kind, times in seconds.items()},
             }
         )
-    speedup = _median_ratio(totals["indexing"], totals["operator"])
+    speedup = median_ratio(totals["indexing"], totals["operator"])
     return {"layer": layer, "speedup": speedup, "weights": weights}
 
 
@@ -205,26 +211,6 @@ def _gather_scale_call(weight: Weight, function: Callable[..., Tensor]) -> Calla
         return time.perf_counter() - start
 
     return call
-
-
-def _alternate(
-    name: str, calls: dict[str, Callable[[], float]], config: BenchKernelsConfig
-) -> dict[str, list[float]]:
-    """Seconds of each call, one of each in turn; the first round is not counted."""
-    seconds: dict[str, list[float]] = {kind: [] for kind in calls}
-    with Progress(name, total=(config.repeats + 1) * len(calls), unit="run") as bar:
-        for round_number in range(config.repeats + 1):
-            for kind, call in calls.items():
-                taken = call()
-                if round_number:
-                    seconds[kind].append(taken)
-                bar.update()
-    return seconds
-
-
-def _median_ratio(over: list[float], under: list[float]) -> float:
-    # Of neighbours in time: the machine's own speed drifts.
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -263,5 +249,6 @@ def print_result(result: dict[str, Any]) -> None:
             )
         table.add_row(layer["layer"], "all", "", "", f"{layer['speedup']:.2f}", end_section=True)
     print_table(table, console)
+    print_documents(result["documents"], console)
     for name, goal in GOALS.items():
         console.print(f"{name:28}{result[name]:.3f}   ({goal})")

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from data.errors import InputError, require_at_least, require_threads
 from data.options import ON_DISK
+from data.reader import Documents
 from trainer.config import Kernels, Precision
 
 
@@ -31,6 +32,9 @@ class EvaluateConfig:
     """Sequences per domain, the first ones of its split; fewer where a domain holds fewer."""
     seq_len: int = 4096
     """Tokens per sequence."""
+    documents: Documents | None = None
+    """Whether documents of --data see each other, as in training. Default: apart for conversations,
+    joined for text."""
     text: Annotated[tuple[str, ...], ON_DISK] = ()
     """UTF-8 text files, each scored as one document; or sets of publications, fetched from the hub:
     wikitext2 (test), ptb (validation), c4 (validation)."""
@@ -94,7 +98,7 @@ class EvaluateConfig:
         if not self.text:
             found |= dict.fromkeys(("window", "stride", "bos"), "there is no --text to score")
         if self.data is None:
-            names = ("split", "sequences", "seq_len")
+            names = ("split", "sequences", "seq_len", "documents")
             found |= dict.fromkeys(names, "there is no --data to measure on")
         if not self.tasks:
             of_tasks = ("task_files", "shots", "limit", "task_results")

@@ -169,10 +169,11 @@ def _require_same_inputs(
 def _open_tokens(config: EvaluateConfig) -> TokenReader:
     assert config.data is not None
     with naming("--data"):
-        reader = TokenReader(Path(config.data), config.seq_len, split=config.split)
+        place, documents = Path(config.data), config.documents
+        reader = TokenReader(place, config.seq_len, split=config.split, documents=documents)
     for domain, size in reader.sizes.items():
         # Damage shows here and not after the weights are loaded.
-        reader.read(domain, np.arange(min(config.sequences, size)))
+        reader.samples(domain, np.arange(min(config.sequences, size)))
     return reader
 
 
@@ -191,6 +192,7 @@ def _held_out(
         "data": config.data,
         "split": config.split,
         "seq_len": config.seq_len,
+        "documents": reader.documents,
         "sequences": {d: min(config.sequences, reader.sizes[d]) for d in reader.domains},
         "domains": report(losses),
         "missing": [domain for domain in trained if domain not in losses],

@@ -50,13 +50,16 @@ def _going_on(line: Line) -> list[Stage]:
     before = stages_of(parent.folder) if parent is not None else []
     keys = ("data", "seq_len")
     on: dict[str, Any] = {key: last.identity[key] for key in keys if key in last.identity}
+    known = len(on) == len(keys)
+    if last.identity.get("documents") == "apart":
+        on["documents"] = "apart"
     called = {"shear": SHEARED, "cpt": TRAINED, "finetune": TUNED}[last.command]
     losses = losses_of(held_out_of(last))
     now = Stage(
         called,
         str(last.folder / "model"),
         losses,
-        on if len(on) == 2 else None,
+        on if known else None,
         sizes_of(last.model),
     )
     if last.command == "shear":

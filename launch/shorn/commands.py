@@ -27,7 +27,7 @@ COMMANDS = {
     "tokenize": Command(
         "data.tokenize",
         "data.tokenize_config:TokenizeConfig",
-        "text files to token shards per domain",
+        "text, or conversations, to token shards per domain",
     ),
     "shear": Command(
         "pruner.shear", "pruner.config:ShearConfig", "prune a model to a named shape", True

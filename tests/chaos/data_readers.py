@@ -40,6 +40,8 @@ def conforms(value: Any, kind: Any) -> str | None:
         kind_of_entries = arguments[-2] if arguments[-1] is Ellipsis else arguments[-1]
         return next(filter(None, (conforms(one, kind_of_entries) for one in inner)), None)
     if dataclasses.is_dataclass(kind):
+        if not isinstance(value, typing.cast(type, kind)):
+            return f"no {kind}"
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             wrong_field = conforms(getattr(value, field.name), hints[field.name])

@@ -153,7 +153,10 @@ def test_help_is_the_same_without_docstrings() -> None:
         subprocess.run([*command[:1], *flags, *command[1:]], cwd=ROOT, capture_output=True)
         for flags in ([], ["-OO"])
     )
-    assert b"Turns text into token shards" in plain.stdout and stripped.stdout == plain.stdout
+    assert (
+        b"Turns text, or conversations, into token shards" in plain.stdout
+        and stripped.stdout == plain.stdout
+    )
 
 
 IMPORTS = """

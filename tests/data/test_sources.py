@@ -327,10 +327,11 @@ def test_incomplete_records_can_be_left_out_and_are_counted(tmp_path: Path) -> N
         {"text": "", "meta": META},
     ]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)).encode())
-    left_out: list[int] = []
+    left_out: list[tuple[int, str]] = []
     fields = Fields(skip_incomplete=True)
-    documents = list(iterate_documents(path, fields, left_out=left_out.append))
-    assert [document.text for document in documents] == ["kept"] and left_out == [1, 3, 4]
+    documents = list(iterate_documents(path, fields, left_out=lambda *one: left_out.append(one)))
+    assert [document.text for document in documents] == ["kept"]
+    assert left_out == [(row, "no text or domain") for row in (1, 3, 4)]
     # A value that is there and is no text stays an error.
     wrong = write(tmp_path / "b.jsonl", b'{"text": 5}')
     with pytest.raises(InputError, match="a whole number"):
@@ -401,7 +402,7 @@ def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path, monkeypatch: pytest.Mo
     assert read(path)[0].domain == "c4"
     # As a locale that is not UTF-8 shows the name of a folder.
     name = "é".encode().decode("latin-1")
-    monkeypatch.setattr("data.sources.os.fsencode", lambda name: name.encode("latin-1"))
+    monkeypatch.setattr("data.domain_names.os.fsencode", lambda name: name.encode("latin-1"))
     assert read(write(tmp_path / name / "b.jsonl", LINE), domain="folder")[0].domain == "é"
     assert read(write(tmp_path / "è" / "b.jsonl", LINE), domain="folder")[0].domain == "è"
 

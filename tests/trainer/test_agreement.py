@@ -97,7 +97,7 @@ def test_many_ranks_are_counted_by_their_value() -> None:
 def test_what_ranks_have_opened_is_compared_before_a_run(
     tmp_path: Path, own: dict[str, Any], message: str
 ) -> None:
-    same = {"domain_weights": {"a": 0.5, "b" * 99: 0.5}, "initial_weights": "e"}
+    same: dict[str, Any] = {"domain_weights": {"a": 0.5, "b" * 99: 0.5}, "initial_weights": "e"}
     same["mixture"] = {"kind": "replay", "history": "1"}
 
     def start() -> str:

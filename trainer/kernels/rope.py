@@ -25,8 +25,9 @@ def rope(
     Args:
         query: [B, S, heads, head_dim], fp64, fp32, bf16 or fp16, contiguous in head_dim.
         key: [B, S, key heads, head_dim] in query's dtype, contiguous in head_dim.
-        cos: [S, r / 2] with r <= head_dim, contiguous in its last dimension, in query's dtype or in
-            the one computed in (fp64 for fp64, else fp32). Gets no gradient.
+        cos: [S, r / 2] with r <= head_dim, or [B, S, r / 2] where rows have positions of their own,
+            contiguous in its last dimension, in query's dtype or in the one computed in (fp64 for
+            fp64, else fp32). Gets no gradient.
         sin: as `cos`.
         in_place: query and key may be overwritten. Kernels do so where both are contiguous and
             nothing is recorded for a backward pass.
@@ -51,7 +52,7 @@ def rope(
 def reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`rope` in PyTorch operations."""
     _check(query, key, cos, sin)
-    cos, sin = cos.detach().unsqueeze(1), sin.detach().unsqueeze(1)
+    cos, sin = cos.detach().unsqueeze(-2), sin.detach().unsqueeze(-2)
     return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
 
@@ -68,12 +69,13 @@ def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool =
     heads = key.shape[2] if key.dim() == 4 else 0
     check_like(NAME, "key", key, (batch, length, heads, head_dim), (query.dtype,), query.device)
     check_rows(NAME, "key", key)
-    half = cos.shape[-1] if cos.dim() == 2 else 0
+    half = cos.shape[-1] if cos.dim() in (2, 3) else 0
     if not 0 < 2 * half <= head_dim:
         refuse(NAME, "cos", f"[{length}, at most {head_dim // 2}]", cos)
+    shape = (length, half) if cos.dim() == 2 else (batch, length, half)
     for name, table in (("cos", cos), ("sin", sin)):
         dtypes = (query.dtype, wide_dtype(query))
-        check_like(NAME, name, table, (length, half), dtypes, query.device)
+        check_like(NAME, name, table, shape, dtypes, query.device)
         check_last_stride(NAME, name, table)
     if sin.dtype != cos.dtype:
         refuse(NAME, "sin", f"{cos.dtype} as cos", sin)

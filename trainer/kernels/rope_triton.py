@@ -29,8 +29,8 @@ def _rotate(
     half: tl.tensor,
     stride_s: tl.tensor,
     stride_h: tl.tensor,
-    stride_cos: tl.tensor,
-    stride_sin: tl.tensor,
+    stride_tb: tl.tensor,
+    stride_ts: tl.tensor,
     INVERSE: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -43,8 +43,10 @@ def _rotate(
     inside = (offs_s < S) & (offs_d < half)
     # Positions times a stride may exceed 32 bits.
     rows = offs_s.to(tl.int64)
-    c = tl.load(cos + rows * stride_cos + offs_d, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(sin + rows * stride_sin + offs_d, mask=inside, other=0.0).to(tl.float32)
+    # Angles that all rows of the batch share have a stride of 0 between them.
+    angles = tl.program_id(2) * stride_tb + rows * stride_ts + offs_d
+    c = tl.load(cos + angles, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + angles, mask=inside, other=0.0).to(tl.float32)
     if INVERSE:
         s = -s
     offs_h = (pid_h * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
@@ -85,8 +87,8 @@ def rotate_kernel(
     stride_kb: tl.int64,
     stride_ks: tl.int32,
     stride_kh: tl.int32,
-    stride_cos: tl.int32,
-    stride_sin: tl.int32,
+    stride_tb: tl.int64,
+    stride_ts: tl.int32,
     INVERSE: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -119,8 +121,8 @@ def rotate_kernel(
         half,
         stride_s,
         stride_h,
-        stride_cos,
-        stride_sin,
+        stride_tb,
+        stride_ts,
         INVERSE,
         REST,
         BLOCK_S,
@@ -152,7 +154,9 @@ def _launch(
     results: tuple[Tensor, Tensor],
 ) -> None:
     batch, length, heads, head_dim = query.shape
-    key_heads, half = key.shape[2], cos.shape[1]
+    key_heads, half = key.shape[2], cos.shape[-1]
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
     tile = _tile(heads, head_dim, half)
     blocks = triton.cdiv(heads, tile["BLOCK_H"]) + triton.cdiv(key_heads, tile["BLOCK_H"])
     with torch.cuda.device_of(query):
@@ -169,8 +173,8 @@ def _launch(
             half,
             *query.stride()[:3],
             *key.stride()[:3],
-            cos.stride(0),
-            sin.stride(0),
+            0 if cos.dim() == 2 else cos.stride(0),
+            cos.stride(-2),
             INVERSE=inverse,
             **tile,
             **_OPTIONS,

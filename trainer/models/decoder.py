@@ -18,7 +18,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.folding import Fold, fold_weight
 from trainer.models.layers import LayerNorm, Linear, RMSNorm
 from trainer.models.masks import Masks, StreamMasks
-from trainer.models.rope import inverse_frequencies, rotary_tables
+from trainer.models.rope import inverse_frequencies, positions_in, rotary_tables
 
 
 class LossOutput(NamedTuple):
@@ -87,7 +87,9 @@ class CausalLM(nn.Module):
         fold = Fold(columns=stream.units, column_scale=stream.mask)
         return fold_weight(x.flatten(0, 1), fold, self).unflatten(0, ids.shape)
 
-    def _hidden_states(self, ids: Tensor, masks: Masks, stream: StreamMasks) -> Tensor:
+    def _hidden_states(
+        self, ids: Tensor, masks: Masks, stream: StreamMasks, documents: Tensor | None = None
+    ) -> Tensor:
         """ids [B, S] -> output of the final norm [B, S, m]; `stream` is that of the masks."""
         for name, z in masks.tensors().items():
             assert z.dtype in (torch.float32, torch.float64), f"{name} masks are {z.dtype}"
@@ -95,9 +97,12 @@ class CausalLM(nn.Module):
         if self.frequencies.device != ids.device:
             self.frequencies = self.frequencies.to(ids.device)
         cos, sin = rotary_tables(self.frequencies, ids.shape[1], x.dtype)
+        if documents is not None:
+            positions = positions_in(documents)
+            cos, sin = cos[positions], sin[positions]
         for index, layer in enumerate(self.blocks):
             block = masks.for_layer(index, stream)
-            arguments = (x, cos, sin, block)
+            arguments = (x, cos, sin, block, documents)
             recompute = self.checkpoint_activations and not block.units.skipped
             if recompute and torch.is_grad_enabled():
                 # Nothing in a layer draws random numbers.
@@ -114,6 +119,7 @@ class CausalLM(nn.Module):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         teacher_output: TeacherOutput | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor | LossOutput:
         """Logits, or the weighted sum of token losses when targets are given.
 
@@ -124,13 +130,16 @@ class CausalLM(nn.Module):
             weights: [B, S] fp32 weight of each token's loss; None for ones.
             teacher_output: what a teacher says about the same ids (states [B, S, d_t]); mixes its
                 divergence into the loss.
+            documents: [B, S] int32 or int64 numbers of the tokens' documents, each of which ends
+                where the number changes: none sees another, and positions begin anew in each. None:
+                one each row.
 
         Returns:
             Logits [B, S, V] in the parameters' dtype, or LossOutput.
         """
         masks = masks or Masks()
         stream = masks.stream()
-        states = self._hidden_states(ids, masks, stream)
+        states = self._hidden_states(ids, masks, stream, documents)
         head = fold_weight(self.head_weight, stream.reading(), "head")
         if targets is None:
             return F.linear(states, head)
@@ -144,14 +153,19 @@ class CausalLM(nn.Module):
         return LossOutput(loss, token_loss.view(targets.shape), token_kl.view(targets.shape))
 
 
-def next_token_targets(ids: Tensor, valid: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+def next_token_targets(
+    ids: Tensor, valid: np.ndarray | None = None, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Targets [B, S], each position's next token, and which of them count (bool [B, S]).
 
-    The last position has no target. `valid` [B, S], if given, marks the ids that may be targets.
+    The last position has no target, and neither has the last of each of the `documents` [B, S], if
+    given. `valid` [B, S], if given, marks the ids that may be targets.
     """
     targets = torch.roll(ids, -1, dims=1)
     counted = torch.ones_like(ids, dtype=torch.bool)
     if valid is not None:
         counted = torch.roll(torch.from_numpy(valid).to(ids.device), -1, dims=1)
     counted[:, -1] = False
+    if documents is not None:
+        counted[:, :-1] &= documents.diff(dim=1) == 0
     return targets, counted

@@ -16,6 +16,7 @@ import torch
 from data.errors import InputError
 from data.files import write_text
 from data.log import logger
+from data.manifest import ChatRecord
 from data.records import read_json, require_no_mark
 from trainer.models.config import ModelConfig
 from trainer.models.families import FAMILIES
@@ -24,6 +25,7 @@ from trainer.models.limits import shortened
 from trainer.models.uneven import FILE
 
 _FIX = "fetch the file again, or repair it"
+_TEMPLATE = "chat_template.jinja"
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 _LARGEST_COMPANION = 2**28
 """Bytes. No tokenizer, template or licence comes near; weights and data are larger."""
@@ -157,6 +159,36 @@ def copy_companions(source: Path, target: Path) -> None:
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         logger.info(f"{source}: not copied to the new model: {shown}")
+
+
+def add_chat(chat: ChatRecord, folder: Path) -> None:
+    """Makes the template of `chat` that of the tokenizer in `folder`, and has generation stop where
+    it ends an answer.
+
+    Raises InputError when a file there cannot be used, OSError when one cannot be written.
+    """
+    write_text(folder / _TEMPLATE, chat.template)
+    tokenizer = folder / _TOKENIZER
+    if tokenizer.is_file():
+        values = read_json(tokenizer, _FIX)
+        # transformers takes the file; what reads this key alone would take another one.
+        if values.pop("chat_template", None) is not None:
+            write_text(tokenizer, json.dumps(values, indent=2) + "\n")
+    if chat.end_of_turn is None:
+        return
+    generation, config = folder / _GENERATION, read_json(folder / _CONFIG, _FIX)
+    # Without the file transformers takes these of the config.
+    names = (f"{token}_token_id" for token in ("bos", "eos", "pad"))
+    values = {name: config[name] for name in names if config.get(name) is not None}
+    if generation.is_file():
+        values = read_json(generation, _FIX)
+    ends = values.get("eos_token_id", [])
+    known = ends if isinstance(ends, list) else [ends]
+    if chat.end_of_turn not in known:
+        # With this key transformers may make the values anew from the model's config.
+        values.pop("_from_model_config", None)
+        every = [chat.end_of_turn, *known]
+        write_text(generation, json.dumps(values | {"eos_token_id": every}, indent=2) + "\n")
 
 
 def require_loadable(config: ModelConfig, source: Path) -> None:

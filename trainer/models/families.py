@@ -85,9 +85,9 @@ class Family:
     norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """The class in trainer.models.layers of every norm over the residual stream."""
     block: str = "trainer.models.llama:DecoderLayer"
-    """The block's class: made from a ModelConfig, called with x, cos, sin and the LayerMasks, and
-    made of the layers of trainer.models.layers. A path, because blocks import ModelConfig, which
-    reads this table."""
+    """The block's class: made from a ModelConfig, called with x, cos, sin, the LayerMasks and
+    documents, and made of the layers of trainer.models.layers. A path, because blocks import
+    ModelConfig, which reads this table."""
 
     @property
     def fused_qkv(self) -> bool:

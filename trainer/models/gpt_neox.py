@@ -24,7 +24,14 @@ class Attention(nn.Module):
         self.query_key_value = Linear(width, 3 * inner, bias=config.qkv_bias)
         self.dense = Linear(inner, width, bias=config.output_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: LayerMasks) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        masks: LayerMasks,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """x [B, S, m] -> [B, S, m] for m computed residual dimensions.
 
         Head masks scale columns of `dense`; queries, keys and values stay unscaled.
@@ -34,7 +41,7 @@ class Attention(nn.Module):
         fused = self.query_key_value(x, masks.reading(masks.units.fused))
         query, key, value = fused.view(batch, length, -1, 3 * head_dim).chunk(3, dim=-1)
         query, key = rope(query, key, cos, sin)
-        context = attention(query, key, value).flatten(2)
+        context = attention(query, key, value, documents=documents).flatten(2)
         columns = masks.head_columns(head_dim)
         writing = masks.writing(masks.units.queries, columns, masks.attention)
         output: Tensor = self.dense(context, writing)
@@ -76,14 +83,24 @@ class DecoderLayer(nn.Module):
         if sizes.intermediate_size:
             self.mlp = FeedForward(config, sizes.intermediate_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: LayerMasks) -> Tensor:
-        """x [B, S, m] -> [B, S, m]; cos and sin [S, rotary_dim / 2] in x's dtype."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        masks: LayerMasks,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, S, m] -> [B, S, m]; cos and sin as `rope` takes them, in x's dtype; documents as
+        `attention` takes them."""
         if masks.units.skipped:
             return skip_block(self, x, masks.stream)
         attends, feeds = self.sizes.num_heads > 0, self.sizes.intermediate_size > 0
         update: Tensor | None = None
         if attends and masks.units.attends:
-            update = self.attention(self.input_layernorm(x, masks.stream), cos, sin, masks)
+            update = self.attention(
+                self.input_layernorm(x, masks.stream), cos, sin, masks, documents
+            )
         elif attends:
             x = skip_layer(x, masks.stream, self.input_layernorm, self.attention)
         if not self.parallel_residual and update is not None:

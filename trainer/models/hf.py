@@ -14,11 +14,12 @@ from torch import Tensor
 
 from data.errors import InputError, failure
 from data.files import follow_umask, partial_path, replace_file, replace_folder
+from data.manifest import ChatRecord
 from data.records import read_json
 from trainer.models import uneven
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
-from trainer.models.export import copy_companions, widen
+from trainer.models.export import add_chat, copy_companions, widen
 from trainer.models.families import Role
 from trainer.models.layer_sizes import LayerSizes
 from trainer.models.weights import (
@@ -254,6 +255,7 @@ def save_model(
     path: Path,
     tokenizer_from: Path | None = None,
     dtype: torch.dtype = torch.float32,
+    chat: ChatRecord | None = None,
 ) -> ModelConfig:
     """Write a folder that plain transformers loads; it appears whole or not at all.
 
@@ -265,6 +267,7 @@ def save_model(
         tokenizer_from: a model folder whose companions are copied (`export.companions`).
         dtype: dtype of the stored weights. Where the original's is another, config.json keeps its
             name as `original_dtype`.
+        chat: how the model's conversations are written, as its tokenizer says then.
 
     Returns:
         The config as derived from the tensors.
@@ -274,11 +277,7 @@ def save_model(
             express, values too large for `dtype`, or a failure to write.
     """
     path = path.absolute()
-    if tokenizer_from is not None and not tokenizer_from.is_dir():
-        raise InputError(
-            f"{tokenizer_from}: is gone by now, and its tokenizer and licence are to go along into "
-            f"{path}; put it back, and run the same command again"
-        )
+    _require_companions(tokenizer_from, path)
     temporary = path.with_name(f".{path.name}.partial")
     pairs = iter(state.items() if isinstance(state, dict) else state)
     try:
@@ -299,6 +298,8 @@ def save_model(
             shutil.copyfile(uneven.SOURCE, temporary / uneven.FILE)
         if tokenizer_from is not None:
             copy_companions(tokenizer_from, temporary)
+        if chat is not None:
+            add_chat(chat, temporary)
         widen(temporary)
         replace_folder(temporary, path)
     except OSError as error:
@@ -308,6 +309,15 @@ def save_model(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return derived
+
+
+def _require_companions(source: Path | None, path: Path) -> None:
+    """Raises InputError where the folder is gone whose companions are to go along into `path`."""
+    if source is not None and not source.is_dir():
+        raise InputError(
+            f"{source}: is gone by now, and its tokenizer and licence are to go along into "
+            f"{path}; put it back, and run the same command again"
+        )
 
 
 def _write_tensors(

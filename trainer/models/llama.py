@@ -27,7 +27,14 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: LayerMasks) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        masks: LayerMasks,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """x [B, S, m] -> [B, S, m] for m computed residual dimensions.
 
         Head masks scale columns of o_proj; q, k, v stay unscaled.
@@ -41,7 +48,8 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rope(query, key, cos, sin, in_place=True)
-        context = attention(query, key, value, window=self.config.sliding_window).flatten(2)
+        window = self.config.sliding_window
+        context = attention(query, key, value, documents=documents, window=window).flatten(2)
         writing = masks.writing(queries, masks.head_columns(head_dim), masks.attention)
         output: Tensor = self.o_proj(context, writing)
         return output
@@ -81,14 +89,24 @@ class DecoderLayer(nn.Module):
             self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.sizes = sizes
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: LayerMasks) -> Tensor:
-        """x [B, S, m] -> [B, S, m]; cos and sin [S, head_dim / 2] in x's dtype."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        masks: LayerMasks,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, S, m] -> [B, S, m]; cos and sin as `rope` takes them, in x's dtype; documents as
+        `attention` takes them."""
         if masks.units.skipped:
             return skip_block(self, x, masks.stream)
         attends, feeds = self.sizes.num_heads > 0, self.sizes.intermediate_size > 0
         attended = None
         if attends and masks.units.attends:
-            attended = self.self_attn(self.input_layernorm(x, masks.stream), cos, sin, masks)
+            attended = self.self_attn(
+                self.input_layernorm(x, masks.stream), cos, sin, masks, documents
+            )
         elif attends:
             x = skip_layer(x, masks.stream, self.input_layernorm, self.self_attn)
         if feeds and masks.units.feeds:

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.models.config import ModelConfig
@@ -37,3 +38,11 @@ def rotary_tables(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple
     positions = torch.arange(length, dtype=torch.float, device=frequencies.device)
     angles = torch.outer(positions, frequencies)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def positions_in(documents: Tensor) -> Tensor:
+    """The position of each token in its document: int64 [B, S], of the numbers [B, S] of documents,
+    each of which ends where the number changes."""
+    position = torch.arange(documents.shape[1], device=documents.device)
+    begins = (documents.diff(dim=1) != 0) * position[1:]
+    return position - F.pad(begins, (1, 0)).cummax(1).values

@@ -11,6 +11,7 @@ import torch
 from data.errors import InputError
 from launch.bench_kernels import __main__ as bench_kernels
 from launch.bench_kernels import cpu as kernel_cpu
+from launch.bench_kernels import documents as kernel_documents
 from launch.bench_kernels import memory as kernel_memory
 from launch.bench_kernels import traffic as kernel_traffic
 from launch.bench_kernels.config import BenchKernelsConfig
@@ -20,6 +21,7 @@ from launch.bench_kernels.static import compile as static
 from launch.bench_kernels.static import cuda as static_cuda
 from launch.bench_kernels.static import report as kernel_static
 from launch.bench_kernels.traffic import CHANNELS, TOKENS
+from tests.trainer.tiny import SHAPE
 from trainer.kernels.gather_scale import gather_scale
 
 TINY: dict[str, Any] = {
@@ -154,6 +156,8 @@ def test_ratios_are_the_worst_of_what_was_measured(
     layers[kernel_cpu.SMALL] = (Weight("a", 4, 4),)
     monkeypatch.setattr(kernel_cpu, "peak_bytes", peak)
     monkeypatch.setattr(kernel_cpu, "LAYERS", layers)
+    monkeypatch.setattr(kernel_documents, "SHAPE", SHAPE)
+    monkeypatch.setattr(kernel_documents, "LENGTH", 128)
     result = kernel_cpu.measure(BenchKernelsConfig(**TINY))
     assert result["linear_ce_memory_ratio"] == 0.07
     assert [loss["vocabulary"] for loss in result["linear_ce"]] == [50, 70]
@@ -162,9 +166,12 @@ def test_ratios_are_the_worst_of_what_was_measured(
     *speedups, small = [layer["speedup"] for layer in result["gather_scale"]]
     assert result["gather_scale_speedup"] == min(speedups) > 0
     assert result["gather_scale_speedup_small"] == small > 0
+    assert [row["documents"] for row in result["documents"]] == [1, 8, 64]
+    assert result["documents_time_ratio"] == result["documents"][0]["time_ratio"] > 0
     json.dumps(result)
     kernel_cpu.print_result(result)
-    assert "gather_scale_speedup" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "gather_scale_speedup" in printed and "documents apart in samples of 128" in printed
 
 
 def test_sizes_too_small_to_show_in_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ MUTANTS = (
     Mutant("swiglu", "one column too many", "(offs_n < N)", "(offs_n <= N)"),
     Mutant("rope", "wrong sign", "x1 * c - x2", "x1 * c + x2"),
     Mutant("rope", "inverse forgotten", "s = -s", "s = s"),
+    Mutant("rope", "angles of the first row", "* stride_tb", "* 0"),
     Mutant("rope", "one channel too many", "present & (offs_d <", "present & (offs_d <="),
     Mutant("rope", "other channels kept", "offs_rest = 2 * half", "offs_rest = half"),
     Mutant("rope", "the keys have other heads", "H = KV_H", "H = H"),

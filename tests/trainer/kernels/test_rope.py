@@ -25,9 +25,9 @@ SHAPES = (
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[1]
+    half = cos.shape[-1]
     pairs = torch.complex(x[..., :half], x[..., half : 2 * half])
-    pairs = pairs * torch.complex(cos, sin).unsqueeze(1)
+    pairs = pairs * torch.complex(cos, sin).unsqueeze(-2)
     return torch.cat((pairs.real, pairs.imag, x[..., 2 * half :]), dim=-1)
 
 
@@ -57,6 +57,29 @@ def test_equals_complex_rotation(backend: str, shape: tuple[int, ...], dtype: to
         (query, key),
         roundings=1 if registry.runs_kernels("rope", query) else 3,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_may_have_positions_of_their_own(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    query, key, cos, _ = draw(shape, dtype)
+    # Every other position of a wider table: rows need not be contiguous.
+    angles = torch.rand(shape[0], 2 * shape[1], shape[5] // 2)[:, ::2] * 6.3
+    cos, sin = angles.cos().to(cos.dtype), angles.sin().to(cos.dtype)
+    compare(
+        lambda query, key: rope(query, key, cos, sin),
+        lambda query, key: (
+            rotate(query, cos.double(), sin.double()),
+            rotate(key, cos.double(), sin.double()),
+        ),
+        (query, key),
+        roundings=1 if registry.runs_kernels("rope", query) else 3,
+    )
+    same = cos[:1].expand_as(cos), sin[:1].expand_as(sin)
+    for one, other in zip(rope(query, key, cos[0], sin[0]), rope(query, key, *same), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -152,6 +175,8 @@ WRONG = [
         {"cos": torch.zeros(3, 4).half()},
         "cos must be [3, 4] torch.float32 on cpu, got [3, 4] torch.",
     ),
+    ({"cos": torch.zeros(1, 3, 4)}, "cos must be [2, 3, 4] torch.float32 on cpu, got [1, 3, 4]"),
+    ({"cos": torch.zeros(2, 3, 4)}, "sin must be [2, 3, 4] torch.float32 on cpu, got [3, 4]"),
     ({"sin": torch.zeros(3, 3)}, "sin must be [3, 4] torch.float32 on cpu, got [3, 3]"),
     ({"sin": torch.zeros(4, 3).t()}, "sin must be contiguous in its last dimension, got strides"),
     ({"sin": torch.zeros(3, 4, device="meta")}, "on cpu, got [3, 4] torch.float32 on meta"),

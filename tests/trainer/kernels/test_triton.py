@@ -18,7 +18,7 @@ FOLDER = Path("tests/trainer/kernels")
 # By process, of which each takes about as long: files, and the tests they must at least pass.
 FILES = [
     {"test_model.py": 10, "interpreted_kernels.py": 13, "test_swiglu.py": 40},
-    {"test_attention.py": 60, "test_rms_norm.py": 51, "test_rope.py": 45},
+    {"test_attention.py": 60, "test_rms_norm.py": 51, "test_rope.py": 66},
     {"test_cross_entropy.py": 99, "test_gather_scale.py": 30, "test_linear_cross_entropy.py": 55},
 ]
 LEFT_OUT = "not (threads or own_chunks)"

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.errors import InputError
+from data.manifest import ChatRecord
 from data.tokenizers import load_tokenizer
 from tests.factories import write_model, write_tokenizer
 from trainer import parallel
-from trainer.models.export import companions, require_loadable, widen
+from trainer.models.export import add_chat, companions, require_loadable, widen
 from trainer.models.hf import load_config, load_model, save_model
 from trainer.saving import save_pretrained
 
@@ -214,3 +215,34 @@ def test_an_interpreter_without_docstrings_is_named(source: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-OO", "-c", line], capture_output=True, text=True)
     assert "start without -OO" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("generation", "end", "expected"),
+    [
+        (None, 5, {"bos_token_id": 1, "eos_token_id": [5, 2]}),
+        ({"top_p": 0.9, "eos_token_id": 7}, 5, {"top_p": 0.9, "eos_token_id": [5, 7]}),
+        ({"eos_token_id": [7, 5]}, 5, {"eos_token_id": [7, 5]}),
+        ({"eos_token_id": 5, "_from_model_config": True}, 5, None),
+        ({"_from_model_config": True}, 5, {"eos_token_id": [5]}),
+        ({"eos_token_id": 7}, None, {"eos_token_id": 7}),
+        (None, None, None),
+    ],
+)
+def test_a_chat_template_replaces_the_tokenizers_and_ends_generation(
+    source: Path,
+    generation: dict[str, Any] | None,
+    end: int | None,
+    expected: dict[str, Any] | None,
+) -> None:
+    set_values(source / "tokenizer_config.json", chat_template="old")
+    path = source / "generation_config.json"
+    path.unlink()
+    if generation is not None:
+        path.write_text(json.dumps(generation))
+    add_chat(ChatRecord("{{ 'new' }}", "mine.jinja", end, 64), source)
+    tokenizer = AutoTokenizer.from_pretrained(str(source))
+    assert tokenizer.chat_template == "{{ 'new' }}"
+    assert "chat_template" not in json.loads((source / "tokenizer_config.json").read_text())
+    found = json.loads(path.read_text()) if path.exists() else None
+    assert found == (generation if expected is None else expected)

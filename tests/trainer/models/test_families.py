@@ -32,10 +32,17 @@ class LayerNormBlock(nn.Module):
         self.input_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, masks: LayerMasks) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        masks: LayerMasks,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         if masks.units.skipped:
             return skip_block(self, x, masks.stream)
-        x = x + self.self_attn(self.input_layernorm(x, masks.stream), cos, sin, masks)
+        x = x + self.self_attn(self.input_layernorm(x, masks.stream), cos, sin, masks, documents)
         return x + self.mlp(self.post_attention_layernorm(x, masks.stream), masks)
 
 
