@@ -5,7 +5,8 @@ Alpaca an `instruction`, its `input` and the `output`. Each record tells its for
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from data.records import Ambiguous, word_for
@@ -56,25 +57,37 @@ class Unfit(Exception):
 
 def is_conversation(record: Mapping[str, Any]) -> bool:
     """Whether a record has the fields of a conversation."""
-    return _form(record) is not None
+    return bool(_forms(record))
 
 
-def turns_of(record: Mapping[str, Any]) -> tuple[Turn, ...]:
+def turns_of(record: Mapping[str, Any], other_keys: Sequence[str] = ()) -> tuple[Turn, ...]:
     """The turns of a record: a system's perhaps, then a user's and an assistant's in turn.
+    `other_keys` are those that it was read without.
 
     Raises Unfit where it has none of the forms, a turn is empty, no text, out of order or of an
     unknown role, and where the assistant never speaks.
     """
-    read = _form(record)
-    if read is None:
-        names = ", ".join(map(str, record)) or "none"
+    forms = _forms(record)
+    if not forms:
+        names = ", ".join(map(str, (*record, *other_keys))) or "none"
         raise Unfit("no conversation", f"no conversation; keys present: {names}; wanted: {FORMS}")
     for name in TOOLS:
         if record.get(name):
             raise Unfit("tools", f"{name!r} says what the assistant may call, which is not read")
+    (first, read), *others = forms.items()
     turns = read(record)
-    if record.get("system") and not (turns and turns[0].role == SYSTEM):
-        turns.insert(0, _turn(SYSTEM, record["system"], "system"))
+    for name, other in others:
+        if other(record) != turns:
+            raise Unfit("two conversations", f"{first!r} and {name!r} are not the same; keep one")
+    if record.get("history") and "instruction" not in forms:
+        raise Unfit("two conversations", f"'history' beside {first!r} is not read; remove it")
+    if record.get("system"):
+        system = _turn(SYSTEM, record["system"], "'system'")
+        if turns[0].role == SYSTEM and turns[0] != system:
+            raise Unfit(
+                "two systems", f"'system' says something else than the first turn of {first!r}"
+            )
+        turns = turns if turns[0].role == SYSTEM else [system, *turns]
     _require_order(turns)
     if turns[-1].role != ASSISTANT and len(turns) < 3:
         raise Unfit("no answer", "no turn of an assistant, so nothing to train on")
@@ -91,17 +104,22 @@ def as_text(turns: tuple[Turn, ...]) -> str:
     return json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
 
 
-def _form(record: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], list[Turn]] | None:
-    if record.get("conversations") is not None:
-        return lambda record: _listed(record["conversations"], "conversations", "from", "value")
-    if record.get("messages") is not None:
-        return lambda record: _listed(record["messages"], "messages", "role", "content")
+def _forms(record: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], list[Turn]]]:
+    """What reads the turns of a record, by the field that holds them."""
+    found: dict[str, Callable[[Mapping[str, Any]], list[Turn]]] = {}
+    for name, speaker, said in (
+        ("conversations", "from", "value"),
+        ("messages", "role", "content"),
+    ):
+        if record.get(name) is not None:
+            found[name] = partial(_listed, name=name, speaker=speaker, said=said)
     if record.get("instruction") is not None and record.get("output") is not None:
-        return _alpaca
-    return None
+        found["instruction"] = _alpaca
+    return found
 
 
-def _listed(entries: Any, name: str, speaker: str, said: str) -> list[Turn]:
+def _listed(record: Mapping[str, Any], *, name: str, speaker: str, said: str) -> list[Turn]:
+    entries = record[name]
     if not isinstance(entries, list) or not entries:
         what = "an empty list" if entries == [] else word_for(entries)
         raise Unfit("no conversation", f"{name!r} is {what}, not a list of turns")
@@ -140,7 +158,10 @@ def _require_whole(entry: dict[str, Any], place: str) -> None:
 
 def _alpaca(record: Mapping[str, Any]) -> list[Turn]:
     turns: list[Turn] = []
-    for number, pair in enumerate(record.get("history") or [], start=1):
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise Unfit("no conversation", f"'history' is {word_for(history)}, not a list of pairs")
+    for number, pair in enumerate(history, start=1):
         place = f"pair {number} of 'history'"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise Unfit("no conversation", f"{place} is not a question and an answer")

@@ -313,7 +313,7 @@ def _document(
     turns: tuple[Turn, ...] = ()
     if fields.conversations:
         try:
-            turns = _turns(record, fields, where)
+            turns = _turns(record, fields, where, other_keys)
         except Unfit as error:
             if fields.skip_incomplete:
                 return error.kind
@@ -346,7 +346,9 @@ def _document(
     )
 
 
-def _turns(record: dict[str, Any], fields: Fields, where: str) -> tuple[Turn, ...]:
+def _turns(
+    record: dict[str, Any], fields: Fields, where: str, other_keys: Sequence[str]
+) -> tuple[Turn, ...]:
     """The turns of a conversation. Raises Unfit for a record that is none."""
     twice = [name for name in FIELDS if lookup(record, name) is TWICE]
     if twice:
@@ -354,7 +356,9 @@ def _turns(record: dict[str, Any], fields: Fields, where: str) -> tuple[Turn, ..
             f"{where}: {twice[0]!r} is given twice, with different values, and JSON keeps the last "
             "alone; rename or remove one"
         )
-    return tuple(Turn(turn.role, _valid_unicode(turn.text)) for turn in turns_of(record))
+    return tuple(
+        Turn(turn.role, _valid_unicode(turn.text)) for turn in turns_of(record, other_keys)
+    )
 
 
 def unfit(where: str, error: Unfit) -> str:

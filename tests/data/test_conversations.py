@@ -39,6 +39,9 @@ def said(**more: Any) -> dict[str, Any]:
          (Turn(USER, "a"), Turn(ASSISTANT, "b"), Turn(USER, "c"), Turn(ASSISTANT, "d"))),
         (OPEN | {"system": "be kind"}, (Turn(SYSTEM, "be kind"), *SAID)),
         (OPEN | {"system": "", "tools": []}, SAID),
+        (OPEN | SHARE, SAID),
+        (share(("system", "s"), ("user", "why?"), ("gpt", "because")) | {"system": "s"},
+         (Turn(SYSTEM, "s"), *SAID)),
         (said(weight=1, tool_calls=None, id=7), SAID),
         (share(("system", "s"), ("user", "why?"), ("chatgpt", "because")),
          (Turn(SYSTEM, "s"), *SAID)),
@@ -52,6 +55,22 @@ def test_each_form_gives_its_turns(record: dict[str, Any], turns: tuple[Turn, ..
     ("record", "kind", "detail"),
     [
         ({"text": "a"}, "no conversation", "keys present: text; wanted: ShareGPT's"),
+        (
+            SHARE | {"instruction": "a", "output": "b"},
+            "two conversations",
+            "'conversations' and 'instruction' are not the same; keep one",
+        ),
+        (OPEN | {"history": [["a", "b"]]}, "two conversations", "'history' beside 'messages'"),
+        (
+            {"instruction": "a", "output": "b", "history": 5},
+            "no conversation",
+            "'history' is a whole number, not a list of pairs",
+        ),
+        (
+            share(("system", "s"), ("user", "a"), ("gpt", "b")) | {"system": "t"},
+            "two systems",
+            "'system' says something else than the first turn of 'conversations'",
+        ),
         ({"instruction": "a"}, "no conversation", "keys present: instruction"),
         ({"messages": []}, "no conversation", "'messages' is an empty list"),
         ({"messages": "a"}, "no conversation", "'messages' is text, not a list of turns"),

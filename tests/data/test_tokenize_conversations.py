@@ -73,6 +73,14 @@ def test_forms_and_formats_may_be_mixed(tokenize: Tokenize, tmp_path: Path) -> N
     assert one.counts == three.counts and one.counts["conversations"] == 30
 
 
+def test_columns_of_no_conversation_are_named(tokenize: Tokenize, tmp_path: Path) -> None:
+    (tmp_path / "talks").mkdir()
+    table = pyarrow.table({"prompt": ["a"], "response": ["b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "talks" / "1.parquet")
+    with pytest.raises(InputError, match=r"1\.parquet:1: .*keys present: prompt, response; wanted"):
+        tokenize()
+
+
 def test_the_report_counts_what_was_cut_and_left_out(
     tokenize: Tokenize, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

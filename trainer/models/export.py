@@ -183,7 +183,7 @@ def add_chat(chat: ChatRecord, folder: Path) -> None:
     if generation.is_file():
         values = read_json(generation, _FIX)
     ends = values.get("eos_token_id", [])
-    known = ends if isinstance(ends, list) else [ends]
+    known = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
     if chat.end_of_turn not in known:
         # With this key transformers may make the values anew from the model's config.
         values.pop("_from_model_config", None)

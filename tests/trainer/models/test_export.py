@@ -225,6 +225,7 @@ def test_an_interpreter_without_docstrings_is_named(source: Path) -> None:
         ({"eos_token_id": [7, 5]}, 5, {"eos_token_id": [7, 5]}),
         ({"eos_token_id": 5, "_from_model_config": True}, 5, None),
         ({"_from_model_config": True}, 5, {"eos_token_id": [5]}),
+        ({"eos_token_id": None, "top_k": 5}, 5, {"eos_token_id": [5], "top_k": 5}),
         ({"eos_token_id": 7}, None, {"eos_token_id": 7}),
         (None, None, None),
     ],
