@@ -65,7 +65,9 @@ def open_candidates(
     ]
     if config.checkpoints is not None:
         run = Path(config.checkpoints)
-        steps = _steps(run)
+        # A run that is training may save another one while the ranks look.
+        seen = context.raise_on_any_rank(lambda: _steps(run) if context.is_main else [])
+        steps: list[SavedStep] = context.broadcast(seen)
         folder = _tokenizer_of(run, paths, needed=bool(texts or config.tasks))
         opened += [(f"step {step.step}", step.path, folder, step.shape, step) for step in steps]
     if reader is not None:

@@ -88,7 +88,7 @@ def _measure(
     waiting = tasks is not None and not tasks.are_finished(candidate, dtype, context)
     model = None
     if reader is not None or documents or waiting:
-        model = candidate.load(context.device, dtype)
+        model = context.raise_on_any_rank(lambda: candidate.load(context.device, dtype))
     if reader is not None and model is not None:
         result |= _held_out(config, candidate, model, reader, context)
     if documents and model is not None and context.is_main:
