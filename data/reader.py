@@ -186,9 +186,9 @@ class TokenReader:
         if documents == "joined":
             raise InputError(
                 f"{self.directory} holds conversations, in which only answers count and padding "
-                "fills samples up: they cannot be read end to end as text is. Train on them with "
-                "shorn finetune or shorn cpt, where --documents apart is the default for them; for "
-                "all else tokenize plain text"
+                "fills samples up: they cannot be read end to end as text is. shorn cpt, finetune "
+                "and evaluate read them with --documents apart, which is what they do with them by "
+                "default; for all else tokenize plain text"
             )
         if self.seq_len != chat.seq_len:
             raise InputError(

@@ -33,7 +33,7 @@ _PREFIX = "model."
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SavedStep:
-    """A checkpoint of continued pre-training, described; no weights yet."""
+    """A checkpoint of a run that trains all weights, described; no weights yet."""
 
     path: Path
     shape: ModelConfig
@@ -50,9 +50,9 @@ class SavedStep:
 def read_step(path: Path) -> SavedStep:
     """What the checkpoint `path` holds.
 
-    Raises InputError where it cannot be read, and for one of another run than of continued
-    pre-training: shearing's weights mean nothing without masks, which settle at its end, and
-    fine-tuning saves what it trains alone.
+    Raises InputError where it cannot be read, and for one of a run that does not train all weights:
+    shearing's mean nothing without masks, which settle at its end, and adapters or some blocks are
+    no model.
     """
     marker = read_marker(path)
     run, tokens = marker.get("run"), marker.get("tokens")
@@ -61,15 +61,16 @@ def read_step(path: Path) -> SavedStep:
             f"{path}: was written by a version that did not note what its model is; measure the "
             "finished run's model instead"
         )
-    if run.get("command") != "cpt":
+    command, method = run.get("command"), run.get("method")
+    if command != "cpt" and (command, method) != ("finetune", "full"):
         why = (
-            "fine-tuning, which holds what is trained alone"
-            if run.get("command") == "finetune"
+            f"fine-tuning by {method}, which holds what is trained alone"
+            if command == "finetune"
             else "shearing, whose model is what its masks keep once they have settled"
         )
         raise InputError(
-            f"{path}: is of a run of {why}; checkpoints of `shorn cpt` can be measured, and of "
-            "this run its end"
+            f"{path}: is of a run of {why}; steps of runs that train all weights can be measured "
+            "(`shorn cpt`, `shorn finetune --method full`), and of this run its end"
         )
     shape = _shape(run, path)
     weights = hashlib.sha256(json.dumps(marker["sha256"], sort_keys=True).encode()).hexdigest()

@@ -121,8 +121,8 @@ class TrainConfig:
     a finished run's checkpoints are removed once model and report are written."""
 
     keep_all_checkpoints: bool = False
-    """Keep every checkpoint, also of a finished run, for its learning curve (`shorn evaluate
-    --checkpoints`)."""
+    """Keep every checkpoint, also of a finished run. `shorn evaluate --checkpoints` measures those
+    of runs that train all weights: their learning curve."""
 
     eval_interval: int = 0
     """Steps between held-out evaluations; 0 evaluates at the end only."""

@@ -245,6 +245,7 @@ def open_inputs(config: CptConfig) -> Inputs:
         parameters=shape.num_parameters(),
         sheared=sheared,
         needs_reference=mixture.kind == "dynamic" and not measurable,
+        apart=mixture.kind == "dynamic" and reader.documents == "apart",
     )
     if mixture.kind == "dynamic" and not domains.reference and not measurable:
         mixture = replace(mixture, kind="fixed")

@@ -74,14 +74,16 @@ def starting_domains(
     parameters: int,
     sheared: dict[str, Any] | None,
     needs_reference: bool,
+    apart: bool = False,
 ) -> Domains:
     """Chooses weights and reference losses for the domains of `sizes` (sequences per domain).
 
     Each comes from its option if given (a fit is evaluated at `parameters`), else from `sheared` (a
     shear.json), else weights are proportional to tokens and references are unknown.
     `needs_reference` says that then nothing else provides them to a dynamic mixture, so that it
-    becomes a fixed one, which is noted. Raises InputError for options that name other domains than
-    the data has, and for a fit that cannot be made.
+    becomes a fixed one, which is noted; `apart` that a dynamic one has documents apart, whose
+    losses shearing's are not. Raises InputError for options that name other domains than the data
+    has, and for a fit that cannot be made.
     """
     notes: list[str] = []
     warnings: list[str] = []
@@ -106,6 +108,13 @@ def starting_domains(
         notes += fitted.notes
     else:
         losses = _reference(sizes, options.reference, sheared)
+        if apart and losses and options.reference is None:
+            warnings.append(
+                "the losses to steer towards are shearing's, of documents that see each other; "
+                "apart, tokens have less to go by and higher losses, by other amounts in each "
+                "domain: give some that were measured apart with --reference-losses, or use "
+                "--mixture fixed"
+            )
     if needs_reference and not losses:
         notes.append(
             "no reference losses are known for these domains, so the domain weights stay fixed; "

@@ -1,6 +1,7 @@
 """Fine-tuning, from validated options to a Hugging Face folder, an adapter and a report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -105,6 +106,8 @@ class Inputs:
     """Modules that get an adapter; none where the method is another."""
     steps: int
     """Of the run."""
+    epochs: float | None
+    """That they come from; None where --steps says them."""
 
 
 class Recipe:
@@ -185,13 +188,14 @@ def _train(
     train, output, shape = config.train, Path(config.output), inputs.shape
     state = state_of(output, REPORT, context)
     identity = _identity(config, inputs, context)
-    verify_run(
-        output,
-        identity,
-        context,
-        started=state.started,
-        resolve=lambda saved: resolve_mixture(saved, config.mixture),
-    )
+    with _naming_epochs(inputs):
+        verify_run(
+            output,
+            identity,
+            context,
+            started=state.started,
+            resolve=lambda saved: resolve_mixture(saved, config.mixture),
+        )
     if state.report is not None:
         _end_again(config, state.report, context)
         finish_removal(output, identity, context)
@@ -284,6 +288,7 @@ def open_inputs(config: FinetuneConfig) -> Inputs:
         parameters=shape.num_parameters(),
         sheared=sheared_report(run_of(source) / source.name) if dynamic else None,
         needs_reference=False,
+        apart=dynamic and reader.documents == "apart",
     )
     domains = replayed(domains, mixture, options, reader, replace(train, steps=steps), {})
     name, distillation, note = resolve_teacher(config.teacher, config.distillation, None)
@@ -303,6 +308,7 @@ def open_inputs(config: FinetuneConfig) -> Inputs:
         note=note,
         targets=targets,
         steps=steps,
+        epochs=None if train.steps else _epochs(config),
     )
 
 
@@ -323,11 +329,14 @@ def _check_method(config: FinetuneConfig, shape: ModelConfig) -> tuple[str, ...]
     return ()
 
 
+def _epochs(config: FinetuneConfig) -> float:
+    return EPOCHS if config.epochs is None else config.epochs
+
+
 def steps_of(config: FinetuneConfig, reader: TokenReader) -> int:
     """Steps that go through the training text as often as asked for, rounded up."""
-    epochs = EPOCHS if config.epochs is None else config.epochs
     # As it was written: 0.1 is a tenth, and not a little more.
-    samples = Fraction(str(epochs)) * sum(reader.sizes.values())
+    samples = Fraction(str(_epochs(config))) * sum(reader.sizes.values())
     steps = -(-samples // config.train.global_batch)
     return int(steps)
 
@@ -340,6 +349,18 @@ def _loader(source: Path, train: TrainConfig) -> Callable[[CausalLM], None]:
         init_adapters(network, train.seed)
 
     return load
+
+
+@contextmanager
+def _naming_epochs(inputs: Inputs) -> Iterator[None]:
+    """Says of another number of steps that it comes from --epochs, where it does."""
+    try:
+        yield
+    except InputError as error:
+        if inputs.epochs is None or "--steps was" not in str(error):
+            raise
+        told = f"{error} (--epochs {inputs.epochs:g} takes {inputs.steps} steps)"
+        raise InputError(told) from None
 
 
 def _end_again(config: FinetuneConfig, report: Path, context: DistributedContext) -> None:

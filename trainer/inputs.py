@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from data.chat_templates import ChatTemplate
 from data.errors import InputError, MissingInput
 from data.hub import is_offline
 from data.log import logger
 from data.machine import available_cores
-from data.manifest import FILE_NAME, HELD_OUT, TokenizerRecord, why_no_tokens
+from data.manifest import FILE_NAME, HELD_OUT, Manifest, TokenizerRecord, why_no_tokens
 from data.paths import quoted
 from data.places import EMPTY_FOLDER, odd_name, what_is
 from data.reader import Documents, TokenReader
-from data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
+from data.tokenizers import HuggingFaceTokenizer, Tokenizer, holds_tokenizer, load_tokenizer
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 
@@ -111,7 +112,9 @@ def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data:
         )
     _require_rows_at_ends(used, own, model.vocab_size, source, data)
     chat = reader.manifest.chat
-    if own is not None and chat is None:
+    if own is not None and chat is not None:
+        _check_chat(reader.manifest, own, source, data)
+    elif own is not None:
         _warn_of_other_ends(used, own, model.vocab_size, source, data)
     if used.vocab_size <= model.vocab_size:
         return
@@ -132,6 +135,29 @@ def check_tokenizer(reader: TokenReader, model: ModelConfig, source: Path, data:
         f"the tokenizer of {source} has {own.vocab_size} ids, the model {model.vocab_size}: the "
         "special ids beyond are never in the data, and the model cannot read them"
     )
+
+
+def _check_chat(manifest: Manifest, own: Tokenizer, source: Path, data: str) -> None:
+    """Raises InputError where the model's tokenizer would write conversations in other ids than it
+    is trained on: where it lacks special tokens, or ends answers with another."""
+    used, chat = manifest.tokenizer, manifest.chat
+    assert chat is not None
+    fix = (
+        f"copy the files of the tokenizer that they were made with to {source}, or tokenize them "
+        f"again with --tokenizer {source}"
+    )
+    if own.vocab_size < used.vocab_size or not isinstance(own, HuggingFaceTokenizer):
+        raise InputError(
+            f"--data {data} holds conversations, in which any special token may stand, and the "
+            f"tokenizer of {source} has {own.vocab_size} ids, theirs {used.vocab_size}: {fix}"
+        )
+    template = ChatTemplate(chat.template_name, chat.template, dict(own.special_tokens))
+    (end,) = own.encode_special([template.require_usable()])
+    if chat.end_of_turn is not None and end.ids.tolist() != [chat.end_of_turn]:
+        raise InputError(
+            f"--data {data} holds conversations whose answers end with the id {chat.end_of_turn}, "
+            f"and the tokenizer of {source} ends them with {end.ids.tolist()}: {fix}"
+        )
 
 
 def _made(own: Tokenizer, used: TokenizerRecord) -> bool:

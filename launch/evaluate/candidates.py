@@ -14,6 +14,7 @@ from launch.evaluate.config import EvaluateConfig
 from launch.evaluate.texts import Document, Text, tokenized
 from trainer.checkpoint_files import committed
 from trainer.checkpoint_model import SavedStep, load_step, read_step
+from trainer.finished import REPORTS
 from trainer.inputs import check_tokenizer
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
@@ -90,12 +91,12 @@ def _steps(run: Path) -> list[SavedStep]:
     found = committed(folder)
     if not found:
         why = "such folder" if not run.is_dir() else f"committed checkpoint in {folder}"
-        finished = (run / "cpt.json").is_file()
+        finished = any((run / name).is_file() for name in REPORTS)
         raise MissingInput(
             f"--checkpoints {run}: no {why}"
             + ("; the run is finished, and removed its own" if finished else "")
-            + ". Name the output folder of a run of `shorn cpt`; --keep-all-checkpoints keeps "
-            "all of them, also of a finished run"
+            + ". Name the output folder of a run of `shorn cpt` or `shorn finetune --method full`; "
+            "--keep-all-checkpoints keeps all of them, also of a finished run"
         )
     return [read_step(path) for path in found]
 

@@ -22,8 +22,8 @@ class EvaluateConfig:
     them in the order of their making, such as source, sheared and trained. Default: runs/cpt, and
     none beside --checkpoints."""
     checkpoints: Annotated[str | None, ON_DISK] = None
-    """Output folder of a run of `shorn cpt`, all of whose saved steps are measured as well: its
-    learning curve."""
+    """Output folder of a run of `shorn cpt` or `shorn finetune --method full`, all of whose saved
+    steps are measured as well: its learning curve."""
     data: Annotated[str | None, ON_DISK] = None
     """Folder made by `shorn tokenize`."""
     split: Literal["held_out", "train"] = "held_out"

@@ -1,5 +1,6 @@
 """What `python -m launch.evaluate` does: checks, measurement, JSON."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,9 @@ def _scored(
             progress=bar.update,
         )
     found = {"file": document.name, "bytes": document.text_bytes, **score.to_dict()}
+    # Tells these tokens from those that another tokenizer makes of the text.
+    digest = hashlib.sha256(np.array(document.ids, "<i8").tobytes())
+    found["tokens_sha256"] = digest.hexdigest()[:16]
     known = document.published
     if known is not None:
         found |= {"set": f"{known.repository}, {known.files}", "whole_windows": True}

@@ -117,8 +117,7 @@ def _print_several(console: Console, names: Sequence[str], results: list[dict[st
     for text in texts_of(first):
         scores = [texts_of(one)[text] for one in results]
         name = Path(text).name
-        # Perplexities per token are of one kind where the tokens are the same.
-        if len({score["targets"] for score in scores}) == 1:
+        if _same_tokens(scores):
             table.add_row(f"perplexity of {name}", *(f"{one['perplexity']:.4f}" for one in scores))
         bits = (f"{score['bits_per_byte']:.4f}" for score in scores)
         table.add_row(f"bits per byte of {name}", *bits)
@@ -135,6 +134,11 @@ def _print_several(console: Console, names: Sequence[str], results: list[dict[st
     print_table(table, console)
 
 
+def _same_tokens(scores: list[dict[str, Any]]) -> bool:
+    """Whether perplexities per token, of one text by several models, can be compared."""
+    return len({score["tokens_sha256"] for score in scores}) == 1
+
+
 def _curve(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
     """A row for every model and saved step: losses, perplexities, and of every task the metric that
     counts."""
@@ -144,7 +148,9 @@ def _curve(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
     table.add_column("tokens", justify="right")
     tasks = [name for name, row in first.get("tasks", {}).items() if "of" not in row]
     headings = ["overall", *first["domains"]] if "domains" in first else []
-    headings += [f"perplexity of {Path(name).name}" for name in texts_of(first)]
+    alike = [name for name in texts_of(first) if _same_tokens([texts_of(r)[name] for r in results])]
+    headings += [f"perplexity of {Path(name).name}" for name in alike]
+    headings += [f"bits per byte of {Path(name).name}" for name in texts_of(first)]
     headings += [f"{name} ({first['tasks'][name]['metric']})" for name in tasks]
     headings += [f"{name} (average)" for name in first.get("task_sets", {})]
     for heading in headings:
@@ -152,7 +158,9 @@ def _curve(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
     for name, result in zip(names, results, strict=True):
         cells = [f"{result['overall']['loss']:.4f}"] if "overall" in result else []
         cells += [f"{row['loss']:.4f}" for row in result.get("domains", {}).values()]
-        cells += [f"{score['perplexity']:.4f}" for score in texts_of(result).values()]
+        scores = texts_of(result)
+        cells += [f"{scores[text]['perplexity']:.4f}" for text in alike]
+        cells += [f"{score['bits_per_byte']:.4f}" for score in scores.values()]
         rows = [result["tasks"][task] for task in tasks]
         values = [(row[row["metric"]], row.get(f"{row['metric']}_stderr")) for row in rows]
         sets = result.get("task_sets", {}).values()

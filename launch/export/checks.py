@@ -1,6 +1,7 @@
 """What is written is read again: tensor by tensor, by transformers and by llama.cpp."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,26 +58,42 @@ def reference_of(model: CausalLM, folder: Path) -> Reference:
 
 
 def compare_tensors(plan: Plan, path: Path, model: CausalLM) -> dict[str, Any]:
-    """Reads all tensors again and compares them with the model's, which must be what the type
-    keeps of them. Raises InputError where a tensor is not what was to be written."""
+    """Reads all tensors at `path` again and compares them with the model's, which must be what the
+    type keeps of them. Raises InputError where a tensor is not what was to be written."""
     from gguf import GGMLQuantizationType, quants
 
-    found = read_tensors(path)
+    found = _tensors(plan, path)
     largest, count = 0.0, 0
     for name, value in tensors_of(model):
         kind = type_of(name, value, plan.type)
         wanted = quants.dequantize(encoded(value, kind), GGMLQuantizationType[kind.upper()])
         stored_name, stored = next(found, ("nothing", np.zeros(0)))
-        if stored_name != name or not np.array_equal(stored, wanted.reshape(value.shape)):
-            raise InputError(
-                f"{path}: holds {stored_name} where {name} was written, or other values: the disk "
-                "or the memory is not sound; run the same command again"
-            )
+        if stored_name != name or not np.array_equal(
+            stored, wanted.reshape(value.shape), equal_nan=True
+        ):
+            raise InputError(_damaged(plan, path, f"{stored_name} where {name} was written"))
         plain = value.detach().float().numpy()
         scale = float(np.abs(plain).max(initial=0.0)) or 1.0
         largest = max(largest, float(np.abs(stored - plain).max(initial=0.0)) / scale)
         count += 1
     return {"tensors": count, "largest_rounding": largest}
+
+
+def _tensors(plan: Plan, path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        yield from read_tensors(path)
+    # The library raises what a damaged file happens to make it raise.
+    except Exception as error:
+        raise InputError(_damaged(plan, path, f"what cannot be read ({error})")) from None
+
+
+def _damaged(plan: Plan, path: Path, what: str) -> str:
+    if path == plan.path:
+        return f"{path}: holds {what}, or other values: delete it, and run the same command again"
+    return (
+        f"{plan.path}: came out with {what}, or with other values, and is not kept: the disk is "
+        "full, or it or the memory is not sound; run the same command again"
+    )
 
 
 def compare_transformers(

@@ -15,11 +15,13 @@ from launch.export.vocabulary import Vocabulary
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
 
-WEIGHTS = "shorn.weights"
-"""Key under which a file of ours says of which weights it was made."""
+MODEL = "shorn.model"
+"""Key under which a file of ours says of which model it was made."""
 BLOCK = 32
 """Weights of a row that share a scale in the types that quantize."""
 PLAIN = ("f32", "f16", "bf16")
+MOST_F16 = 65504.0
+"""The largest number of f16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,8 @@ class Plan:
     type: str
     """f32, f16, bf16, q8_0 …"""
     architecture: str
-    weights: str
-    """Fingerprint of the model's weights."""
+    model: str
+    """Tells weights, tokenizer and settings of the model from any other's."""
     title: str
     """The model's name in the file."""
 
@@ -67,7 +69,7 @@ def encoded(value: Tensor, kind: str) -> np.ndarray:
         return plain
     if kind == "f16":
         largest = float(np.abs(plain).max(initial=0.0))
-        if largest > np.finfo(np.float16).max:
+        if largest > MOST_F16:
             raise InputError(
                 f"--to gguf-f16: the weights reach {largest:,.0f}, beyond what f16 holds (65,504); "
                 "use --to gguf-bf16"
@@ -102,7 +104,7 @@ def write(plan: Plan, path: Path, model: CausalLM, vocabulary: Vocabulary) -> No
         writer.add_size_label(_size_label(model.config.num_parameters()))
         writer.add_file_type(_file_type(plan.type))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_string(WEIGHTS, plan.weights)
+        writer.add_string(MODEL, plan.model)
         add_settings(writer, model.config)
         vocabulary.add_to(writer)
         for name, value in tensors_of(model):
@@ -134,7 +136,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def made_of(path: Path) -> dict[str, Any] | None:
-    """Weights and type that a file of ours names; None for any other file."""
+    """Model and type that a file of ours names; None for any other file."""
     from gguf import GGUFReader, LlamaFileType
 
     try:
@@ -142,10 +144,10 @@ def made_of(path: Path) -> dict[str, Any] | None:
     # The library raises what a file that is none happens to make it raise.
     except Exception:
         return None
-    if WEIGHTS not in fields or "general.file_type" not in fields:
+    if MODEL not in fields or "general.file_type" not in fields:
         return None
     kind = LlamaFileType(fields["general.file_type"].contents()).name
-    return {"weights": fields[WEIGHTS].contents(), "type": kind.partition("_")[2].lower()}
+    return {"model": fields[MODEL].contents(), "type": kind.partition("_")[2].lower()}
 
 
 def _file_type(kind: str) -> int:
@@ -162,7 +164,7 @@ def _size_label(parameters: int) -> str:
     return str(parameters)
 
 
-def plan_of(path: Path, kind: str, model: ModelConfig, weights: str, title: str) -> Plan:
+def plan_of(path: Path, kind: str, shape: ModelConfig, model: str, title: str) -> Plan:
     """The file of type `kind`. Raises InputError for a model that cannot be put into one."""
-    require_shape(model, kind)
-    return Plan(path, kind, architecture_of(model), weights, title)
+    require_shape(shape, kind)
+    return Plan(path, kind, architecture_of(shape), model, title)

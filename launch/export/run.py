@@ -1,5 +1,6 @@
 """What `python -m launch.export` does: checks, files, comparison, JSON."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from data.errors import InputError, failure
-from data.files import partial_path, replace_file, require_writable, write_copy
+from data.files import partial_path, replace_file, require_writable, sync_file, write_copy
 from data.locks import folder_lock
 from data.log import logger
 from launch.export.architecture import architecture_of, notes_of
@@ -66,9 +67,13 @@ def run(config: ExportConfig) -> dict[str, Any]:
         # Weights as they are stored; what computes with them does so in fp32.
         model = load_model(opened.folder, dtype=getattr(torch, stored))
         _require_room(output, waiting, model)
-        for plan in waiting:
-            _write(plan, model, opened.vocabulary)
-        files = _compared(config, opened, model, threads)
+        checks = {
+            plan: _write(plan, model, opened.vocabulary)
+            if plan in waiting
+            else compare_tensors(plan, plan.path, model)
+            for plan in opened.plans
+        }
+        files = _compared(config, opened, checks, model, threads)
     whole = {
         "model": str(opened.folder),
         "weights": weights_fingerprint(opened.folder),
@@ -80,9 +85,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
 
 def _open(config: ExportConfig) -> Opened:
-    folder = resolve_model(config.model)
+    folder = resolve_model(config.model, option="MODEL")
     shape = load_config(folder)
-    output, weights = Path(config.output), weights_fingerprint(folder)
+    output, model = Path(config.output), _fingerprint(folder)
     if output.resolve() == folder.resolve():
         raise InputError(f"--output {output}: is the model's own folder; name another")
     architecture_of(shape)
@@ -92,8 +97,18 @@ def _open(config: ExportConfig) -> Opened:
     plans = []
     for word in config.to:
         kind = word.removeprefix("gguf-")
-        plans.append(plan_of(output / f"{name}-{kind}.gguf", kind, shape, weights, name))
+        plans.append(plan_of(output / f"{name}-{kind}.gguf", kind, shape, model, name))
     return Opened(folder, shape, vocabulary, plans)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of the weights, and of all small files that go into what is written."""
+    digest = hashlib.sha256(weights_fingerprint(folder).encode())
+    for pattern in ("*.json", "*.jinja", "*.model", "merges.txt", "additional_chat_templates/*"):
+        for path in sorted(folder.glob(pattern)):
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _name_of(folder: Path) -> str:
@@ -110,10 +125,14 @@ def _is_there(plan: Plan) -> bool:
     if not os.path.lexists(plan.path):
         return False
     found = made_of(plan.path) if plan.path.is_file() else None
-    if found == {"weights": plan.weights, "type": plan.type}:
-        logger.info(f"{plan.path}: is there already, of these weights")
+    if found == {"model": plan.model, "type": plan.type}:
+        logger.info(f"{plan.path}: is there already, of this model")
         return True
-    what = "was made of other weights" if found else "is no file that this command has written"
+    what = (
+        "was made of another model, or before this one changed"
+        if found
+        else "is no file that this command has written"
+    )
     raise InputError(f"{plan.path}: {what}; name another --output or --name, or move it away")
 
 
@@ -127,11 +146,16 @@ def _require_room(output: Path, plans: list[Plan], model: CausalLM) -> None:
         )
 
 
-def _write(plan: Plan, model: CausalLM, vocabulary: Vocabulary) -> None:
+def _write(plan: Plan, model: CausalLM, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Writes a file, which appears once it was read back; returns what was compared."""
     partial = partial_path(plan.path)
     try:
         write(plan, partial, model, vocabulary)
+        sync_file(partial)
+        # What NumPy writes may end where the disk is full, and not say so.
+        compared = compare_tensors(plan, partial, model)
         replace_file(partial, plan.path)
+        return compared
     except OSError as error:
         raise InputError(f"{plan.path}: cannot be written: {failure(error)}") from None
     finally:
@@ -139,16 +163,19 @@ def _write(plan: Plan, model: CausalLM, vocabulary: Vocabulary) -> None:
 
 
 def _compared(
-    config: ExportConfig, opened: Opened, model: CausalLM, threads: int
+    config: ExportConfig,
+    opened: Opened,
+    checks: dict[Plan, dict[str, Any]],
+    model: CausalLM,
+    threads: int,
 ) -> list[dict[str, Any]]:
-    """What each file is, and how far it is from the model."""
-    checks = [compare_tensors(plan, plan.path, model) for plan in opened.plans]
+    """What each file is, and how far it is from the model; `checks` of its tensors."""
     reference: Reference | None = None
     if config.check == "logits":
         model = model.float()
         reference = reference_of(model, opened.folder)
     found = []
-    for plan, tensors in zip(opened.plans, checks, strict=True):
+    for plan, tensors in checks.items():
         entry: dict[str, Any] = {"format": f"gguf-{plan.type}", "path": str(plan.path)}
         entry |= {"architecture": plan.architecture, "bytes": plan.path.stat().st_size}
         entry["tensors"] = tensors

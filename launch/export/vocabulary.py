@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
-from data.records import read_json
+from data.records import is_kind, read_json
 from data.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Vocabulary:
     types: list[int]
     scores: list[float] | None
     adds_bos: bool
+    ends: list[int]
+    """Ids at which generation stops, by generation_config.json."""
     adds_space: bool
     """A space goes in front of a text (sentencepiece)."""
 
@@ -61,6 +63,10 @@ class Vocabulary:
             self.folder, load_merges=self.kind == "gpt2", n_vocab=len(self.tokens)
         )
         special.add_special_token["bos"] = self.adds_bos
+        # What else ends a text, such as the token that ends a turn.
+        ends = [end for end in self.ends if end != special.special_token_ids.get("eos")]
+        for name, end in zip(("eot", "eom"), ends, strict=False):
+            special.special_token_ids.setdefault(name, end)
         special.add_to_gguf(writer, quiet=True)
 
 
@@ -87,6 +93,13 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
 
 def _has_settings(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file()
+
+
+def _ends(folder: Path) -> list[int]:
+    file = folder / "generation_config.json"
+    found = read_json(file, "correct it").get("eos_token_id") if file.is_file() else None
+    ends = found if isinstance(found, list) else [found]
+    return [int(end) for end in ends if end is not None and is_kind(end, int)]
 
 
 def _from_json(
@@ -125,6 +138,7 @@ def _from_json(
         types=types,
         scores=scores,
         adds_bos=own.adds_bos,
+        ends=_ends(folder),
         adds_space=fallback and _prepends(content),
     )
 
@@ -208,6 +222,7 @@ def _from_sentencepiece(folder: Path, settings: dict[str, Any], rows: int) -> Vo
         types=types,
         scores=scores,
         adds_bos=own.adds_bos,
+        ends=_ends(folder),
         adds_space=bool(settings.get("add_prefix_space", True)),
     )
 

@@ -111,7 +111,7 @@ def _open(config: LatencyConfig) -> list[Candidate]:
     found = []
     needed = config.input_tokens + config.new_tokens
     for name in config.models:
-        folder = resolve_model(name)
+        folder = resolve_model(name, option="MODEL")
         shape = load_config(folder)
         check_weights(folder, shape)
         limit = shape.max_position_embeddings
@@ -147,7 +147,7 @@ def _losses(config: LatencyConfig) -> list[float] | None:
             f"{len(config.models)} are timed; {fix}, in the same order"
         )
     for name, row in zip(config.models, rows, strict=True):
-        if row["weights"] != weights_fingerprint(resolve_model(name)):
+        if row["weights"] != weights_fingerprint(resolve_model(name, option="MODEL")):
             raise InputError(
                 f"--quality {config.quality}: has {row['model']} where {name} is timed, with other "
                 f"weights; {fix}, in the same order"

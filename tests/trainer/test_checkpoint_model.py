@@ -67,9 +67,11 @@ def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:
     changed(run=marker["run"] | {"command": "shear"})
     with pytest.raises(InputError, match="of a run of shearing, whose model is what its masks"):
         read_step(path)
-    changed(run=marker["run"] | {"command": "finetune"})
-    with pytest.raises(InputError, match="of a run of fine-tuning, which holds what is trained"):
+    changed(run=marker["run"] | {"command": "finetune", "method": "lora"})
+    with pytest.raises(InputError, match="fine-tuning by lora, which holds what is trained alone"):
         read_step(path)
+    changed(run=marker["run"] | {"command": "finetune", "method": "full"})
+    assert read_step(path).step == 2
     changed(run=None)
     with pytest.raises(InputError, match="did not note what its model is"):
         read_step(path)

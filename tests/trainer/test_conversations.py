@@ -186,3 +186,35 @@ def test_a_model_is_tuned_on_conversations(
     assert losses(tmp_path / "parts") == found
     identity = json.loads((tmp_path / "parts" / "run.json").read_text())
     assert identity["documents"] == "apart"
+
+
+def test_a_tokenizer_without_the_special_tokens_is_refused(spoken: Path, tmp_path: Path) -> None:
+    """The model has rows for them, but would write its prompts in other tokens."""
+    plain = write_tokenizer(tmp_path / "plain")
+    write_model(tmp_path / "model", plain, vocab_size=261)
+    (tmp_path / "chat").symlink_to(spoken / "chat")
+    with pytest.raises(InputError, match=r"tokenizer of .*model has 259 ids, theirs 261: copy"):
+        run(tmp_path, tmp_path / "out")
+    # The same tokens under other ids.
+    write_tokenizer(tmp_path / "model", *reversed(CHATML))
+    with pytest.raises(
+        InputError, match=r"end with the id 260, and .*model ends them with \[259\]"
+    ):
+        run(tmp_path, tmp_path / "out")
+    write_tokenizer(tmp_path / "model", *CHATML)
+    run(tmp_path, tmp_path / "out")
+
+
+def test_losses_of_joined_documents_are_no_measure_of_documents_apart(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--source", str(workspace / "model"), "--data", str(workspace / "tokens")]
+    flags += ["--target", "layers=1", "--steps", "0", "--seq-len", "64", "--threads", "1"]
+    flags += ["--output", str(tmp_path / "sheared"), "--calibration-sequences", "4"]
+    shear([*flags, "--eval-sequences", "2", "--reference-sequences", "2"])
+    (tmp_path / "tokens").symlink_to(workspace / "tokens")
+    (tmp_path / "model").symlink_to(tmp_path / "sheared" / "model")
+    for documents, said in (("joined", False), ("apart", True)):
+        capsys.readouterr()
+        run(tmp_path, tmp_path / documents, "tokens", documents=documents)
+        assert ("of documents that see each other" in capsys.readouterr().err) is said

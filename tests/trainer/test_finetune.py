@@ -234,7 +234,7 @@ def test_a_finished_run_started_again_ends_well(
     assert (tmp_path / "out" / "finetune.json").read_bytes() == before
     with pytest.raises(InputError, match="--seed was 0, now 3"):
         tune(tmp_path, tmp_path / "out", **changes, seed=3)
-    with pytest.raises(InputError, match="--steps was"):
+    with pytest.raises(InputError, match=r"--steps was .*\(--epochs [0-9.]+ takes [0-9]+ steps\)"):
         tune(tmp_path, tmp_path / "out", method="full", steps=99)
 
 

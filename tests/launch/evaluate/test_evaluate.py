@@ -110,6 +110,23 @@ def test_published_sets_are_taken_from_the_cache(
     assert found["bytes"] == 19 and "set" not in found
 
 
+def test_perplexities_of_other_tokens_do_not_stand_side_by_side(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where both tokenizers make as many of a text."""
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "text.txt").write_text("a text about tokens " * 4)
+    arguments = ["--text", str(tmp_path / "text.txt"), "--window", "32", "--model"]
+    for second, shown in ((tiny_model, True), (other, False)):
+        main([*arguments, str(tiny_model), str(second)])
+        printed = capsys.readouterr().out
+        assert ("perplexity of" in printed) is shown and "bits per byte of" in printed
+
+
 def cached_set(cache: Path, name: str, columns: dict[str, list[str]]) -> Path:
     """The file of a set as the hub's library keeps it."""
     known = TEXT_SETS[name]

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.errors import InputError
+from launch.export import gguf_file as writing
+from launch.export import run as exporting
 from launch.export.__main__ import main
 from launch.export.architecture import tensors_of
 from launch.export.gguf_file import made_of, read_tensors
@@ -156,8 +158,12 @@ def test_other_files_stay(tmp_path: Path) -> None:
         export(folder, output, *words)
     export(folder, tmp_path / "mine", *words)
     write_model(tmp_path / "model", initializer_range=0.05)
-    with pytest.raises(InputError, match="was made of other weights"):
+    with pytest.raises(InputError, match="was made of another model, or before this one changed"):
         export(folder, tmp_path / "mine", *words)
+    export(folder, tmp_path / "again", *words)
+    (folder / "chat_template.jinja").write_text("{{ 'new' }}")
+    with pytest.raises(InputError, match="before this one changed"):
+        export(folder, tmp_path / "again", *words)
     assert (output / "model-f16.gguf").read_bytes() == b"GGUF of somebody"
 
 
@@ -171,12 +177,25 @@ def test_weights_beyond_f16_are_named(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.gguf*"))
 
 
-def test_damage_on_the_disk_is_found(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model")
-    (entry,) = export(folder, tmp_path / "out", "--check", "tensors")
+def test_damage_on_the_disk_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, words = write_model(tmp_path / "model"), ("--check", "tensors")
+    (entry,) = export(folder, tmp_path / "out", *words)
     file = Path(entry["path"])
     content = bytearray(file.read_bytes())
     content[-100] ^= 0x40
     file.write_bytes(content)
-    with pytest.raises(InputError, match="the disk or the memory is not sound"):
-        export(folder, tmp_path / "out", "--check", "tensors")
+    with pytest.raises(InputError, match="or other values: delete it, and run"):
+        export(folder, tmp_path / "out", *words)
+    file.unlink()
+    # A disk that is full, of which NumPy does not tell.
+    whole = writing.write
+
+    def cut(plan: Any, path: Path, *rest: Any) -> None:
+        whole(plan, path, *rest)
+        with path.open("r+b") as stream:
+            stream.truncate(30_000)
+
+    monkeypatch.setattr(exporting, "write", cut)
+    with pytest.raises(InputError, match=r"came out with what cannot be read .*is not kept"):
+        export(folder, tmp_path / "out", *words)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]

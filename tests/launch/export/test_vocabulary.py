@@ -100,3 +100,15 @@ def test_tokenizers_that_gguf_cannot_keep_are_refused(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="holds no tokenizer that GGUF can keep"):
         read_vocabulary(folder, 300)
+
+
+def test_all_that_ends_a_text_goes_along(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    folder = write_model(tmp_path / "model", vocab_size=261)
+    write_tokenizer(folder, "<|end|>", "<|more|>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [260, 2, None]}))
+    (entry,) = export(folder, tmp_path / "out", "--check", "tensors")
+    fields = GGUFReader(entry["path"]).fields
+    found = {name: fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")}
+    assert found == {"eos": 2, "eot": 260}
