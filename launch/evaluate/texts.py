@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,9 @@ def _file_of(name: str, known: TextSet) -> Path:
             if not local:
                 reason = f"cannot be downloaded ({(str(error).splitlines() or [repr(error)])[0]})"
             continue
-        found = sorted(Path(folder).glob(known.files))
+        files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+        # As the hub's library matches: a star stands for parts of a path too.
+        found = [file for file in files if fnmatch(str(file.relative_to(folder)), known.files)]
         if found:
             return found[0]
         reason = f"{known.repository} holds no {known.files} any more"

@@ -234,8 +234,15 @@ def test_a_finished_run_started_again_ends_well(
     assert (tmp_path / "out" / "finetune.json").read_bytes() == before
     with pytest.raises(InputError, match="--seed was 0, now 3"):
         tune(tmp_path, tmp_path / "out", **changes, seed=3)
-    with pytest.raises(InputError, match=r"--steps was .*\(--epochs [0-9.]+ takes [0-9]+ steps\)"):
+    with pytest.raises(InputError, match="--steps was"):
         tune(tmp_path, tmp_path / "out", method="full", steps=99)
+
+
+def test_other_epochs_are_named(workspace: Path, tmp_path: Path) -> None:
+    changes = {"method": "full", "steps": 0, "save_interval": 0}
+    tune(workspace, tmp_path, epochs=0.02, **changes)
+    with pytest.raises(InputError, match=r"--steps was .*\(--epochs 0\.5 takes \d+ steps\)"):
+        tune(workspace, tmp_path, epochs=0.5, **changes)
 
 
 def test_an_adapter_that_is_gone_is_missed(

@@ -5,6 +5,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from launch.evaluate import texts
@@ -36,3 +38,19 @@ def test_the_first_rows_of_a_compressed_set_are_joined(
     monkeypatch.setattr(texts, "_file_of", lambda name, known: file)
     monkeypatch.chdir(tmp_path)
     assert read_named("c4").text == "ä0 ä1 ä2" and read_named("c4").published is few
+
+
+@pytest.mark.parametrize("place", ["validation/0000.parquet", "ptb-validation-00000.parquet"])
+def test_a_file_is_found_in_whatever_folder_the_hub_keeps_it(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = TEXT_SETS["ptb"]
+    cache = tmp_path / f"datasets--{known.repository.replace('/', '--')}"
+    file = cache / "snapshots" / "abc" / "penn_treebank" / place
+    file.parent.mkdir(parents=True)
+    (cache / "refs" / known.revision).parent.mkdir(parents=True)
+    (cache / "refs" / known.revision).write_text("abc")
+    parquet.write_table(pa.table({"sentence": ["one", "two"]}), file)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert read_named("ptb").text == "one\n\ntwo"
