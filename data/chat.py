@@ -12,6 +12,7 @@ import numpy as np
 from data.chat_templates import NEEDED, ChatTemplate, Written, find_template
 from data.conversations import Turn, Unfit, answered
 from data.errors import InputError
+from data.log import logger
 from data.manifest import ChatRecord
 from data.tokenizers import HuggingFaceTokenizer, Placed, Tokenizer
 
@@ -44,7 +45,7 @@ class Chat:
     seq_len: int
     """Tokens per sample."""
     end_of_turn: int | None
-    """The token that ends an answer; None where several do."""
+    """The special token that ends an answer; None where none does."""
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("template", "tokenizer", "seq_len", "end_of_turn")
@@ -130,6 +131,13 @@ def open_chat(name: str | None, tokenizer: Tokenizer, called: str, seq_len: int)
             f"--tokenizer {called} has no special token {missing[0]}; use --chat-template vicuna, "
             "which needs none, or a file with a template of the tokenizer's own tokens"
         )
-    (end,) = tokenizer.encode_special([template.require_usable()])
-    single = int(end.ids[0]) if len(end.ids) == 1 else None
-    return Chat(template, tokenizer, seq_len, single)
+    ended = template.require_usable()
+    if ended not in known:
+        logger.warning(
+            f"the chat template {template.name} ends answers with {ended!r}, which is no special "
+            f"token of --tokenizer {called}: a model cannot be told to stop there, for the same "
+            "may stand within an answer; whoever generates has to (stop strings)"
+        )
+        return Chat(template, tokenizer, seq_len, None)
+    (end,) = tokenizer.encode_special([ended])
+    return Chat(template, tokenizer, seq_len, int(end.ids[0]))

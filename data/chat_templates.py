@@ -136,8 +136,6 @@ class ChatTemplate:
         return True
 
     def _render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
-        import jinja2
-
         try:
             return str(
                 self._compiled.render(
@@ -149,7 +147,7 @@ class ChatTemplate:
                 )
             )
         # A template is a program: it can fail in any way.
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except Exception as error:
             raise Unfit(
                 "a conversation that the chat template refuses",
                 f"it refuses the turns ({' '.join(str(error).split())})",

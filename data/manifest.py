@@ -120,7 +120,7 @@ class ChatRecord:
     template_name: str
     """What it was called: a name that --chat-template takes, a file, or the tokenizer's own."""
     end_of_turn: int | None
-    """The token that ends an answer; None where several do."""
+    """The special token that ends an answer; None where none does."""
     seq_len: int
     """Tokens per sample: no conversation lies in two of them."""
 

@@ -149,6 +149,24 @@ def test_the_tokenizers_own_template_and_its_end_of_turn(tmp_path: Path) -> None
     assert chat(tmp_path / "b", "vicuna").end_of_turn == reader.eos_token_id
 
 
+@pytest.mark.parametrize("end", ["#", " END"])
+def test_what_an_answer_may_hold_is_no_end_of_generation(
+    end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    own = chat(write_tokenizer(tmp_path, *CHATML, template=template), None)
+    assert own.end_of_turn is None
+    told = f"ends answers with {end.strip()!r}, which is no special token"
+    assert told in capsys.readouterr().err
+
+
+def test_a_template_without_an_end_is_refused(tmp_path: Path) -> None:
+    endless = "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"
+    with pytest.raises(InputError, match="recursion"):
+        chat(write_tokenizer(tmp_path, *CHATML, template=endless), None)
+
+
 def test_tokenizers_that_do_not_fit_are_refused(
     tiny_tokenizer: Path, sentencepiece_model: Path
 ) -> None:
