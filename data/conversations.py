@@ -30,6 +30,8 @@ TOOLS = ("tools", "functions")
 """Fields of a record without which its turns would be others."""
 PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """Fields of a turn that are a part of what is said."""
+WEIGHTS = ("weight", "train")
+"""Fields of a turn that say how much it counts."""
 FORMS = (
     "ShareGPT's `conversations` of `from` and `value`, OpenAI's `messages` of `role` and `content`,"
     " or Alpaca's `instruction`, `input` and `output`"
@@ -149,11 +151,12 @@ def _require_whole(entry: dict[str, Any], place: str) -> None:
     for name in PARTS:
         if entry.get(name):
             raise Unfit("a turn that is more than text", f"{place} has {name!r}, which is not read")
-    if entry.get("weight") not in (None, 1):
-        raise Unfit(
-            "a turn with a weight",
-            f"{place} has the weight {entry['weight']!r}, and every answer counts as any other",
-        )
+    for name in WEIGHTS:
+        if entry.get(name) not in (None, 1):
+            raise Unfit(
+                "a turn with a weight",
+                f"{place} has {name!r} {entry[name]!r}, and every answer counts as any other",
+            )
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Turn]:

@@ -44,7 +44,7 @@ def _in_words(option: Option, value: Any) -> str:
         return "not given"
     if option.on_disk and option.name not in SHARED:
         several = option.takes_several and len(value) != 1
-        return f"{len(value)} names" if several else "given"
+        return (f"{len(value)} names" if value else "not given") if several else "given"
     if isinstance(value, bool):
         return "on" if value else "off"
     return " ".join(map(str, value)) if option.takes_several else str(value)

@@ -25,7 +25,8 @@ def print_report(manifest: Manifest, output: Path, seq_len: int, worked: bool) -
     """
     table = Table()
     table.add_column("domain", no_wrap=True)
-    documents = "documents" if manifest.chat is None else "conversations"
+    text = manifest.chat is None
+    documents = "documents" if text else "conversations"
     for title in (documents, "tokens", "bytes/token", f"samples of {seq_len}", "held-out tokens"):
         table.add_column(title, justify="right")
     train, held_out = manifest.tokens(TRAIN), manifest.tokens(HELD_OUT)
@@ -36,15 +37,16 @@ def print_report(manifest: Manifest, output: Path, seq_len: int, worked: bool) -
             domain,
             f"{sum(shard.documents for shard in shards):,}",
             f"{tokens:,}",
-            f"{sum(shard.text_bytes for shard in shards) / tokens:.2f}",
+            # Of conversations, tokens are of what a template wrote, and some are padding.
+            f"{sum(shard.text_bytes for shard in shards) / tokens:.2f}" if text else "-",
             f"{train.get(domain, 0) // seq_len:,}",
             f"{held_out.get(domain, 0):,}",
         )
     print_table(table)
     if manifest.chat is not None:
         print(_conversations(manifest))
-    for text in _warnings(manifest, seq_len):
-        logger.warning(text)
+    for warning in _warnings(manifest, seq_len):
+        logger.warning(warning)
     state = "tokens in" if worked else "already tokenized with these arguments, nothing to do:"
     print(f"{state} {output}")
 

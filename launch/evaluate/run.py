@@ -156,7 +156,9 @@ def _require_same_inputs(
     if context.world == 1:
         return
     found = {
-        f"model {number} of those measured": one.weights
+        f"model {number} of --model" if one.saved is None else f"{one.name} of --checkpoints": (
+            one.weights
+        )
         for number, one in enumerate(candidates, start=1)
     }
     if reader is not None:

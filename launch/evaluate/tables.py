@@ -119,8 +119,9 @@ def _print_several(console: Console, names: Sequence[str], results: list[dict[st
         name = Path(text).name
         if _same_tokens(scores):
             table.add_row(f"perplexity of {name}", *(f"{one['perplexity']:.4f}" for one in scores))
-        bits = (f"{score['bits_per_byte']:.4f}" for score in scores)
-        table.add_row(f"bits per byte of {name}", *bits)
+        if _same_text(scores):
+            bits = (f"{score['bits_per_byte']:.4f}" for score in scores)
+            table.add_row(f"bits per byte of {name}", *bits)
     table.add_section()
     table.add_row("parameters", *(f"{one['parameters']:,}" for one in results))
     blocks = (f"{one['non_embedding_parameters']:,}" for one in results)
@@ -139,6 +140,11 @@ def _same_tokens(scores: list[dict[str, Any]]) -> bool:
     return len({score["tokens_sha256"] for score in scores}) == 1
 
 
+def _same_text(scores: list[dict[str, Any]]) -> bool:
+    """Whether bits per byte can: whole windows of other tokens end elsewhere in the text."""
+    return _same_tokens(scores) or not any(score.get("whole_windows") for score in scores)
+
+
 def _curve(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
     """A row for every model and saved step: losses, perplexities, and of every task the metric that
     counts."""
@@ -150,7 +156,8 @@ def _curve(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
     headings = ["overall", *first["domains"]] if "domains" in first else []
     alike = [name for name in texts_of(first) if _same_tokens([texts_of(r)[name] for r in results])]
     headings += [f"perplexity of {Path(name).name}" for name in alike]
-    headings += [f"bits per byte of {Path(name).name}" for name in texts_of(first)]
+    whole = [name for name in texts_of(first) if _same_text([texts_of(r)[name] for r in results])]
+    headings += [f"bits per byte of {Path(name).name}" for name in whole]
     headings += [f"{name} ({first['tasks'][name]['metric']})" for name in tasks]
     headings += [f"{name} (average)" for name in first.get("task_sets", {})]
     for heading in headings:
@@ -160,7 +167,7 @@ def _curve(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
         cells += [f"{row['loss']:.4f}" for row in result.get("domains", {}).values()]
         scores = texts_of(result)
         cells += [f"{scores[text]['perplexity']:.4f}" for text in alike]
-        cells += [f"{score['bits_per_byte']:.4f}" for score in scores.values()]
+        cells += [f"{scores[text]['bits_per_byte']:.4f}" for text in whole]
         rows = [result["tasks"][task] for task in tasks]
         values = [(row[row["metric"]], row.get(f"{row['metric']}_stderr")) for row in rows]
         sets = result.get("task_sets", {}).values()

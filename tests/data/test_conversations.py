@@ -42,7 +42,7 @@ def said(**more: Any) -> dict[str, Any]:
         (OPEN | SHARE, SAID),
         (share(("system", "s"), ("user", "why?"), ("gpt", "because")) | {"system": "s"},
          (Turn(SYSTEM, "s"), *SAID)),
-        (said(weight=1, tool_calls=None, id=7), SAID),
+        (said(weight=1, train=True, tool_calls=None, id=7), SAID),
         (share(("system", "s"), ("user", "why?"), ("chatgpt", "because")),
          (Turn(SYSTEM, "s"), *SAID)),
     ],
@@ -90,7 +90,8 @@ def test_each_form_gives_its_turns(record: dict[str, Any], turns: tuple[Turn, ..
         ({"instruction": "a", "output": "b", "history": ["x"]}, "no conversation", "pair 1 of"),
         (OPEN | {"tools": [{"name": "f"}]}, "tools", "'tools' says what the assistant may call"),
         (said(tool_calls=[1]), "a turn that is more than text", "turn 2 .* has 'tool_calls'"),
-        (said(weight=0), "a turn with a weight", "turn 2 of 'messages' has the weight 0"),
+        (said(weight=0), "a turn with a weight", "turn 2 of 'messages' has 'weight' 0, and every"),
+        (said(train=False), "a turn with a weight", "turn 2 of 'messages' has 'train' False, and"),
     ],
 )
 def test_what_cannot_be_trained_on_is_told_apart(

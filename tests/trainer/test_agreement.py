@@ -55,7 +55,7 @@ def told(action: Any) -> str:
         (("shorten --remove 1", "shorten --ratio 0.1"), "--remove is 1 on rank 0 and not given on"),
         (
             ("evaluate --speed", "evaluate --speed --model a b"),
-            "--model is given on rank 0 and 2 names on rank 1",
+            "--model is not given on rank 0 and 2 names on rank 1",
         ),
         (("cpt --output a", "cpt --output b"), "--output is a on rank 0 and b on rank 1;"),
         (("cpt", "shear"), "different work: the command is cpt on rank 0 and shear on rank 1; "),

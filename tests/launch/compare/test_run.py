@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,11 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 patch.setattr(sys, "argv", line)
                 runpy.run_path(line[0], run_name="__main__")
             else:
-                for known in (module, f"{module}.__main__"):
+                # A package stays: its modules know it, and would belong to another one.
+                spec = find_spec(module)
+                package = spec is not None and spec.submodule_search_locations is not None
+                own = [] if package else [module]
+                for known in (*own, f"{module}.__main__"):
                     patch.delitem(sys.modules, known, raising=False)
                 runpy.run_module(module, run_name="__main__")
         assert makes.exists()
