@@ -251,6 +251,21 @@ def test_a_damaged_output_is_not_taken_for_finished(make_job: Callable[..., Job]
     assert not make_job().run(1, verify=True)[1]
 
 
+def test_shards_whose_manifest_is_gone_are_named(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    job.run(1)
+    sound = files_of(job.output)
+    (job.output / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"no manifest\.json that says what they are.*--overwrite"):
+        make_job().run(1)
+    (job.output / "train" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds files that are not tokens, such as train"):
+        make_job(overwrite=True).run(1)
+    (job.output / "train" / "notes.txt").unlink()
+    assert make_job(overwrite=True).run(1)[1]
+    assert files_of(job.output) == sound
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".crc"])
 def test_every_file_of_a_finished_output_counts(suffix: str, make_job: Callable[..., Job]) -> None:
     job = make_job()
