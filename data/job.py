@@ -40,7 +40,7 @@ from data.manifest import (
 )
 from data.progress import Progress
 from data.records import read_json
-from data.shards import SUFFIXES, ShardReader, check_shards
+from data.shards import SUFFIXES, ShardReader, check_shards, holds_shards
 from data.tasks import (
     REPORTS,
     FormerKey,
@@ -154,18 +154,18 @@ class Job:
             raise InputError(f"--output {self.output} is not a folder; choose another path")
         ours = (self.output / FILE_NAME).is_file() or self.partial.is_dir()
         foreign = sorted(entry.name for entry in self.output.iterdir() if entry.name != LOCK)
-        if foreign and not ours:
-            if all(_holds_shards(self.output / name) for name in foreign):
-                if self.overwrite:
-                    return
-                raise InputError(
-                    f"--output {self.output} holds shards of tokens, and no {FILE_NAME} that says "
-                    "what they are: copy it from where they came from, name another --output, or "
-                    "use --overwrite to tokenize again"
-                )
+        if not foreign or ours:
+            return
+        strange = [name for name in foreign if not holds_shards(self.output / name)]
+        if strange:
             raise InputError(
-                f"--output {self.output} holds files that are not tokens, such as {foreign[0]}; "
+                f"--output {self.output} holds files that are not tokens, such as {strange[0]}; "
                 "choose a new folder, and keep logs beside it, not in it"
+            )
+        if not self.overwrite:
+            raise InputError(
+                f"--output {self.output} holds shards of tokens, and no {FILE_NAME} that says what "
+                "they are: copy it from where they came from, or use --overwrite to tokenize again"
             )
 
     def _finished(self, verify: bool) -> Manifest | None:
@@ -406,13 +406,6 @@ class Job:
         """Removes the working folder once nothing in it is of use."""
         if not any(self.partial.glob(f"{REPORTS}/*.json")):
             shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def _holds_shards(folder: Path) -> bool:
-    """Whether a folder is a split of a token folder: shards in folders of domains, nothing else."""
-    files = [path for path in folder.rglob("*") if not path.is_dir()]
-    own = all(path.suffix in SUFFIXES for path in files)
-    return folder.name in (TRAIN, HELD_OUT) and bool(files) and own
 
 
 def _known(arguments: Mapping[str, Any], ids: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from data.errors import InputError, failure
 from data.files import sync_file, sync_folder
-from data.manifest import DTYPES, MARKS, ShardRecord
+from data.manifest import DTYPES, HELD_OUT, MARKS, TRAIN, ShardRecord
 from data.records import read_bytes
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -358,6 +358,13 @@ class ShardReader:
                 f"{end:,}, has CRC-32 {found:08x}, expected {expected:08x}; {AGAIN}"
             )
         self._checked[block] = True
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder is a split of a token folder: shards in folders of domains, nothing else."""
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    own = all(path.suffix in SUFFIXES for path in files)
+    return folder.name in (TRAIN, HELD_OUT) and bool(files) and own
 
 
 def check_shards(
