@@ -324,6 +324,11 @@ def why_no_tokens(directory: Path) -> str:
                 f"no tokens at {directory} yet: tokenizing was not finished there; run the same "
                 "command again, it goes on where it stopped"
             )
+    if any(any(directory.glob(f"{split}/*/*.idx")) for split in (TRAIN, HELD_OUT)):
+        return (
+            f"no {FILE_NAME} at {directory}, which says what the shards there are: copy it from "
+            "where they came from, or tokenize again with --overwrite"
+        )
     if "of text" in found:
         return (
             f"no tokens at {directory}: it is {found}; tokenize it with `python -m data.tokenize "

@@ -116,7 +116,7 @@ def _print_several(console: Console, names: Sequence[str], results: list[dict[st
             table.add_row("gap of the second closed", "", "", *shares)
     for text in texts_of(first):
         scores = [texts_of(one)[text] for one in results]
-        name = Path(text).name
+        name = _labels(first)[text]
         if _same_tokens(scores):
             table.add_row(f"perplexity of {name}", *(f"{one['perplexity']:.4f}" for one in scores))
         if _same_text(scores):
@@ -133,6 +133,14 @@ def _print_several(console: Console, names: Sequence[str], results: list[dict[st
         speeds = (f"{times[0]['seconds'] / time['seconds']:.2f}x" for time in times)
         table.add_row("speed", *speeds)
     print_table(table, console)
+
+
+def _labels(result: dict[str, Any]) -> dict[str, str]:
+    """What the texts are called: names of files, and whole paths where two have one name."""
+    texts = list(texts_of(result))
+    names = [Path(text).name for text in texts]
+    pairs = zip(texts, names, strict=True)
+    return {text: name if names.count(name) == 1 else text for text, name in pairs}
 
 
 def _same_tokens(scores: list[dict[str, Any]]) -> bool:
@@ -154,10 +162,11 @@ def _curve(names: Sequence[str], results: list[dict[str, Any]]) -> Table:
     table.add_column("tokens", justify="right")
     tasks = [name for name, row in first.get("tasks", {}).items() if "of" not in row]
     headings = ["overall", *first["domains"]] if "domains" in first else []
+    labels = _labels(first)
     alike = [name for name in texts_of(first) if _same_tokens([texts_of(r)[name] for r in results])]
-    headings += [f"perplexity of {Path(name).name}" for name in alike]
+    headings += [f"perplexity of {labels[name]}" for name in alike]
     whole = [name for name in texts_of(first) if _same_text([texts_of(r)[name] for r in results])]
-    headings += [f"bits per byte of {Path(name).name}" for name in whole]
+    headings += [f"bits per byte of {labels[name]}" for name in whole]
     headings += [f"{name} ({first['tasks'][name]['metric']})" for name in tasks]
     headings += [f"{name} (average)" for name in first.get("task_sets", {})]
     for heading in headings:

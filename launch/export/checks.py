@@ -121,7 +121,7 @@ def compare_transformers(
     # Its reader of such files knows less than llama.cpp's, and raises what it happens to.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.info(f"note: {path}: transformers does not load it ({reason})")
+        logger.info(f"note: {plan.path}: transformers does not load it ({reason})")
         return None
     with torch.no_grad():
         logits = loaded(torch.tensor([reference.ids])).logits[0].float().numpy()
@@ -129,9 +129,10 @@ def compare_transformers(
     limit = EXACT.get(plan.type)
     if limit is not None and found["largest_difference"] > limit:
         raise InputError(
-            f"{path}: transformers reads a model from it whose logits are up to "
+            f"{plan.path}: transformers reads a model from it whose logits are up to "
             f"{found['largest_difference']:.3g} of the largest away from the original's, more than "
-            f"{plan.type} explains ({limit:g}); please report it with the model's config.json"
+            f"{plan.type} explains ({limit:g}); the file is not kept; please report it with the "
+            "model's config.json"
         )
     return found
 
@@ -160,9 +161,9 @@ def compare_llama_cpp(
     if tokens != reference.text_ids:
         at = _first_difference(tokens, reference.text_ids)
         raise InputError(
-            f"{path}: llama.cpp splits a text into other tokens than the model's tokenizer, from "
-            f"token {at} on ({tokens[at : at + 4]}, not {reference.text_ids[at : at + 4]}); please "
-            "report it with the model's tokenizer.json"
+            f"{plan.path}: llama.cpp splits a text into other tokens than the model's tokenizer, "
+            f"from token {at} on ({tokens[at : at + 4]}, not {reference.text_ids[at : at + 4]}); "
+            "the file is not kept; please report it with the model's tokenizer.json"
         )
     ids, same, compared, apart = list(reference.ids), 0, 0, 0.0
     for _ in range(NEW_TOKENS):
@@ -179,9 +180,9 @@ def compare_llama_cpp(
     alike = not notes_of(model.config) or model.config.family == "gpt_neox"
     if alike and apart > LIMITS.get(plan.type, math.inf):
         raise InputError(
-            f"{path}: llama.cpp's probabilities are up to {apart:.3g} nats from the original's, "
-            f"more than {plan.type} explains ({LIMITS[plan.type]:g}); please report it with the "
-            "model's config.json"
+            f"{plan.path}: llama.cpp's probabilities are up to {apart:.3g} nats from the "
+            f"original's, more than {plan.type} explains ({LIMITS[plan.type]:g}); the file is not "
+            "kept; please report it with the model's config.json"
         )
     return found
 

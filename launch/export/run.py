@@ -63,17 +63,17 @@ def run(config: ExportConfig) -> dict[str, Any]:
     output = Path(config.output)
     with folder_lock(output, "exporting"):
         waiting = [plan for plan in opened.plans if not _is_there(plan)]
-        stored = stored_dtype(opened.folder) or "float32"
-        # Weights as they are stored; what computes with them does so in fp32.
-        model = load_model(opened.folder, dtype=getattr(torch, stored))
+        model, reference = _loaded(config, opened)
         _require_room(output, waiting, model)
-        checks = {
-            plan: _write(plan, model, opened.vocabulary)
-            if plan in waiting
-            else compare_tensors(plan, plan.path, model)
-            for plan in opened.plans
-        }
-        files = _compared(config, opened, checks, model, threads)
+        checks = Checks(model, opened.shape, reference, threads)
+        files = []
+        for plan in opened.plans:
+            new = plan in waiting
+            entry = _write(plan, checks, opened.vocabulary) if new else checks.of(plan, plan.path)
+            files.append(entry | {"bytes": plan.path.stat().st_size})
+            _tell(files[-1])
+        if reference is not None and find_spec("xllamacpp") is None:
+            logger.info("llama.cpp was not asked: pip install xllamacpp, and run this again")
     whole = {
         "model": str(opened.folder),
         "weights": weights_fingerprint(opened.folder),
@@ -146,47 +146,53 @@ def _require_room(output: Path, plans: list[Plan], model: CausalLM) -> None:
         )
 
 
-def _write(plan: Plan, model: CausalLM, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Writes a file, which appears once it was read back; returns what was compared."""
+def _loaded(config: ExportConfig, opened: Opened) -> tuple[CausalLM, Reference | None]:
+    """The model, as it is stored; in fp32, with what it says of a text, where others are to be
+    compared with it."""
+    if config.check == "logits":
+        model = load_model(opened.folder)
+        return model, reference_of(model, opened.folder)
+    stored = stored_dtype(opened.folder) or "float32"
+    return load_model(opened.folder, dtype=getattr(torch, stored)), None
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """What a file is compared with."""
+
+    model: CausalLM
+    shape: ModelConfig
+    reference: Reference | None
+    """None where tensors alone are compared."""
+    threads: int
+
+    def of(self, plan: Plan, path: Path) -> dict[str, Any]:
+        """What the file at `path` is, and how far from the model. Raises InputError where it is not
+        what `plan` says, or others compute something else from it."""
+        entry: dict[str, Any] = {"format": f"gguf-{plan.type}", "path": str(plan.path)}
+        entry["architecture"] = plan.architecture
+        entry["tensors"] = compare_tensors(plan, path, self.model)
+        if self.reference is not None:
+            asked = (plan, path, self.reference)
+            entry["transformers"] = compare_transformers(*asked, self.shape)
+            entry["llama_cpp"] = compare_llama_cpp(*asked, self.model, self.threads)
+        return entry
+
+
+def _write(plan: Plan, checks: Checks, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Writes a file, which appears once it was compared; returns what was."""
     partial = partial_path(plan.path)
     try:
-        write(plan, partial, model, vocabulary)
+        write(plan, partial, checks.model, vocabulary)
         sync_file(partial)
         # What NumPy writes may end where the disk is full, and not say so.
-        compared = compare_tensors(plan, partial, model)
+        compared = checks.of(plan, partial)
         replace_file(partial, plan.path)
         return compared
     except OSError as error:
         raise InputError(f"{plan.path}: cannot be written: {failure(error)}") from None
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _compared(
-    config: ExportConfig,
-    opened: Opened,
-    checks: dict[Plan, dict[str, Any]],
-    model: CausalLM,
-    threads: int,
-) -> list[dict[str, Any]]:
-    """What each file is, and how far it is from the model; `checks` of its tensors."""
-    reference: Reference | None = None
-    if config.check == "logits":
-        model = model.float()
-        reference = reference_of(model, opened.folder)
-    found = []
-    for plan, tensors in checks.items():
-        entry: dict[str, Any] = {"format": f"gguf-{plan.type}", "path": str(plan.path)}
-        entry |= {"architecture": plan.architecture, "bytes": plan.path.stat().st_size}
-        entry["tensors"] = tensors
-        if reference is not None:
-            entry["transformers"] = compare_transformers(plan, plan.path, reference, opened.shape)
-            entry["llama_cpp"] = compare_llama_cpp(plan, plan.path, reference, model, threads)
-        found.append(entry)
-        _tell(entry)
-    if reference is not None and find_spec("xllamacpp") is None:
-        logger.info("llama.cpp was not asked: pip install xllamacpp, and run this again")
-    return found
 
 
 def _tell(entry: dict[str, Any]) -> None:

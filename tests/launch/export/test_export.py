@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.errors import InputError
+from launch.export import checks
 from launch.export import gguf_file as writing
 from launch.export import run as exporting
 from launch.export.__main__ import main
@@ -198,4 +199,14 @@ def test_damage_on_the_disk_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(exporting, "write", cut)
     with pytest.raises(InputError, match=r"came out with what cannot be read .*is not kept"):
         export(folder, tmp_path / "out", *words)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_a_file_that_others_read_otherwise_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path / "model")
+    monkeypatch.setitem(checks.EXACT, "f16", 0.0)
+    with pytest.raises(InputError, match=r"more than f16 explains .*the file is not kept"):
+        export(folder, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
