@@ -155,12 +155,11 @@ def _require_same_inputs(
     """Raises InputError on every rank where the models, tokens or tasks of some are others."""
     if context.world == 1:
         return
-    found = {
-        f"model {number} of --model" if one.saved is None else f"{one.name} of --checkpoints": (
-            one.weights
-        )
-        for number, one in enumerate(candidates, start=1)
-    }
+    found = {}
+    for number, one in enumerate(candidates, start=1):
+        of_run = one.saved is not None
+        name = f"{one.name} of --checkpoints" if of_run else f"model {number} of --model"
+        found[name] = one.weights
     if reader is not None:
         found["--data"] = reader.fingerprint
     if tasks is not None:
