@@ -30,8 +30,8 @@ TOOLS = ("tools", "functions")
 """Fields of a record without which its turns would be others."""
 PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """Fields of a turn that are a part of what is said."""
-WEIGHTS = ("weight", "train")
-"""Fields of a turn that say how much it counts."""
+WEIGHTS = ("weight", "train", "loss")
+"""Fields of an answer that say how much it counts; what others say never does."""
 FORMS = (
     "ShareGPT's `conversations` of `from` and `value`, OpenAI's `messages` of `role` and `content`,"
     " or Alpaca's `instruction`, `input` and `output`"
@@ -137,6 +137,12 @@ def _listed(record: Mapping[str, Any], *, name: str, speaker: str, said: str) ->
             raise Unfit(
                 "an unknown role", f"{place} is of {entry[speaker]!r}; roles known here: {known}"
             )
+        for name in WEIGHTS if role == ASSISTANT else ():
+            if entry.get(name) not in (None, 1):
+                raise Unfit(
+                    "an answer with a weight",
+                    f"{place} has {name!r} {entry[name]!r}, and every answer counts as any other",
+                )
         turns.append(_turn(role, entry[said], place))
     return turns
 
@@ -151,12 +157,6 @@ def _require_whole(entry: dict[str, Any], place: str) -> None:
     for name in PARTS:
         if entry.get(name):
             raise Unfit("a turn that is more than text", f"{place} has {name!r}, which is not read")
-    for name in WEIGHTS:
-        if entry.get(name) not in (None, 1):
-            raise Unfit(
-                "a turn with a weight",
-                f"{place} has {name!r} {entry[name]!r}, and every answer counts as any other",
-            )
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Turn]:

@@ -40,6 +40,9 @@ def said(**more: Any) -> dict[str, Any]:
         (OPEN | {"system": "be kind"}, (Turn(SYSTEM, "be kind"), *SAID)),
         (OPEN | {"system": "", "tools": []}, SAID),
         (OPEN | SHARE, SAID),
+        # What is not trained on anyway may say so.
+        ({"messages": [OPEN["messages"][0] | {"weight": 0, "train": False, "loss": False},
+                       OPEN["messages"][1] | {"loss": True}]}, SAID),
         (share(("system", "s"), ("user", "why?"), ("gpt", "because")) | {"system": "s"},
          (Turn(SYSTEM, "s"), *SAID)),
         (said(weight=1, train=True, tool_calls=None, id=7), SAID),
@@ -90,8 +93,17 @@ def test_each_form_gives_its_turns(record: dict[str, Any], turns: tuple[Turn, ..
         ({"instruction": "a", "output": "b", "history": ["x"]}, "no conversation", "pair 1 of"),
         (OPEN | {"tools": [{"name": "f"}]}, "tools", "'tools' says what the assistant may call"),
         (said(tool_calls=[1]), "a turn that is more than text", "turn 2 .* has 'tool_calls'"),
-        (said(weight=0), "a turn with a weight", "turn 2 of 'messages' has 'weight' 0, and every"),
-        (said(train=False), "a turn with a weight", "turn 2 of 'messages' has 'train' False, and"),
+        (
+            said(weight=0),
+            "an answer with a weight",
+            "turn 2 of 'messages' has 'weight' 0, and every",
+        ),
+        (
+            said(train=False),
+            "an answer with a weight",
+            "turn 2 of 'messages' has 'train' False, and",
+        ),
+        (said(loss=False), "an answer with a weight", "turn 2 of 'messages' has 'loss' False, and"),
     ],
 )
 def test_what_cannot_be_trained_on_is_told_apart(
