@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
+from data.log import logger
 from data.records import is_kind, read_json
 from data.tokenizers import load_tokenizer
 
@@ -115,6 +116,17 @@ def _from_json(
     unknown = settings.get("unk_token") or content["model"].get("unk_token")
     unknown = unknown.get("content") if isinstance(unknown, dict) else unknown
     _require_rows(folder, pieces, rows)
+    strips = [
+        one["content"]
+        for one in added.values()
+        if any(one.get(name) for name in ("lstrip", "rstrip", "single_word"))
+    ]
+    if strips:
+        logger.warning(
+            f"{folder / 'tokenizer.json'}: {', '.join(map(repr, strips[:4]))} take the blanks "
+            "beside them in, or are whole words alone, and GGUF cannot say so: beside blanks "
+            "llama.cpp gives other tokens there"
+        )
     tokens, types = [], []
     for index in range(rows):
         text = pieces.get(index, UNUSED.format(index))

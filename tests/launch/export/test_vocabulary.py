@@ -112,3 +112,16 @@ def test_all_that_ends_a_text_goes_along(tmp_path: Path) -> None:
     fields = GGUFReader(entry["path"]).fields
     found = {name: fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")}
     assert found == {"eos": 2, "eot": 260}
+
+
+def test_tokens_that_take_blanks_in_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tokenizer(tmp_path, "<|end|>")
+    read_vocabulary(folder, 260)
+    assert "take the blanks" not in capsys.readouterr().err
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"][-1]["rstrip"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    read_vocabulary(folder, 260)
+    assert "'<|end|>' take the blanks beside them in" in capsys.readouterr().err
