@@ -7,6 +7,7 @@ written under a temporary name and renamed when all of it is on disk.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -49,7 +50,7 @@ from trainer.checkpoint_files import (
     unreadable,
     way_around,
 )
-from trainer.disk import CHECKPOINT_BYTES, free_bytes, is_out_of_space, size_text
+from trainer.disk import CHECKPOINT_BYTES, free_bytes, is_out_of_space, is_too_large, size_text
 from trainer.identity import same_run
 from trainer.loop import Callback, Trainer
 from trainer.parallel import DistributedContext, to_local
@@ -430,10 +431,12 @@ def _attempt(action: Callable[[], Any], partial: Path) -> str | None:
 def _describe(error: BaseException, partial: Path) -> str:
     cause = innermost(error)
     # Asked before what was written goes, and makes room.
-    full = is_out_of_space(cause, partial)
+    full, limited = is_out_of_space(cause, partial), is_too_large(cause, partial)
     shutil.rmtree(partial, ignore_errors=True)
     if full:
         return _disk_full(partial.parent, "the disk is full")
+    if limited:
+        cause = OSError(errno.EFBIG, "")
     reason = failure(cause) if isinstance(cause, OSError) else str(cause).strip()
     reason = (reason.splitlines() or [type(cause).__name__])[-1]
     return f"{partial.parent}: the checkpoint cannot be written: {reason}"

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from data.errors import is_full
+from data.errors import failure, is_full
 from trainer.config import ALL_CHECKPOINTS
 
 CHECKPOINT_BYTES = 12
@@ -91,14 +91,36 @@ def is_out_of_space(error: BaseException, folder: Path) -> bool:
         return True
     if "No space left" in str(error) or "Disk quota exceeded" in str(error):
         return True
+    refused = _refusal(folder)
+    return refused is not None and is_full(refused)
+
+
+def is_too_large(error: BaseException, folder: Path) -> bool:
+    """Whether a write into `folder` failed of a limit on the size of files (`ulimit -f`)."""
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return True
+    refused = _refusal(folder)
+    return refused is not None and refused.errno == errno.EFBIG
+
+
+def why_unwritten(error: OSError, folder: Path) -> str:
+    """Why a write into `folder` failed, and what helps."""
+    for number, applies in ((errno.ENOSPC, is_out_of_space), (errno.EFBIG, is_too_large)):
+        if applies(error, folder):
+            return failure(OSError(number, ""))
+    return failure(error)
+
+
+def _refusal(folder: Path) -> OSError | None:
+    """What the system says to a file in `folder` that is as large as one of ours may be."""
     try:
         with tempfile.TemporaryFile(dir=_nearest(folder)) as probe:
             probe.write(bytes(PROBE_BYTES))
             probe.flush()
             os.fsync(probe.fileno())
-    except OSError as other:
-        return is_full(other) or other.errno == errno.EFBIG
-    return False
+    except OSError as error:
+        return error
+    return None
 
 
 def _parts(checkpoints: int, checkpoint: int, model: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from data.errors import InputError, failure
+from data.errors import InputError
 from data.files import partial_path, replace_file, require_writable, sync_file, write_copy
 from data.locks import folder_lock
 from data.log import logger
@@ -24,7 +24,7 @@ from launch.export.checks import (
 from launch.export.config import ExportConfig
 from launch.export.gguf_file import Plan, bytes_of, made_of, plan_of, write
 from launch.export.vocabulary import Vocabulary, read_vocabulary
-from trainer.disk import free_bytes, size_text
+from trainer.disk import free_bytes, size_text, why_unwritten
 from trainer.finished import REPORTS
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import CausalLM
@@ -190,7 +190,8 @@ def _write(plan: Plan, checks: Checks, vocabulary: Vocabulary) -> dict[str, Any]
         replace_file(partial, plan.path)
         return compared
     except OSError as error:
-        raise InputError(f"{plan.path}: cannot be written: {failure(error)}") from None
+        why = why_unwritten(error, plan.path.parent)
+        raise InputError(f"{plan.path}: cannot be written: {why}") from None
     finally:
         partial.unlink(missing_ok=True)
 

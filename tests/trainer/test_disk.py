@@ -1,5 +1,6 @@
 """Room on the disk is looked at before the first step, for all that a run will write."""
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,22 @@ def test_what_a_run_will_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "3 GB",
         "25 TB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "full", "large"), [(errno.ENOSPC, True, False), (errno.EFBIG, False, True)]
+)
+def test_a_limit_on_files_is_no_full_disk(
+    number: int, full: bool, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a library hides what the system said."""
+    told = {errno.ENOSPC: "no space left", errno.EFBIG: "`ulimit -f` allows; raise it"}[number]
+    for hidden in (False, True):
+        error = OSError("600 requested and 2 written") if hidden else OSError(number, "")
+        refused = OSError(number, "") if hidden else None
+        monkeypatch.setattr(disk, "_refusal", lambda folder, refused=refused: refused)
+        assert disk.is_out_of_space(error, tmp_path) is full
+        assert disk.is_too_large(error, tmp_path) is large
+        assert told in disk.why_unwritten(error, tmp_path)
+    monkeypatch.setattr(disk, "_refusal", lambda folder: None)
+    assert disk.why_unwritten(OSError("other"), tmp_path) == "other"
