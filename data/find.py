@@ -37,6 +37,8 @@ class _Found:
     special: list[Path] = field(default_factory=list)
     """Pipes, sockets and devices."""
     hidden: list[Path] = field(default_factory=list)
+    lost: list[Path] = field(default_factory=list)
+    """Links without a suffix that lead nowhere, met on the way."""
     circles: list[Path] = field(default_factory=list)
     """Links to a folder that they lie in."""
     skipped: Place | None = None
@@ -83,6 +85,7 @@ def _files_of_folder(pattern: str, folder: Path, skipped: Place | None) -> list[
     _walk(folder, ["**", "*"], found, ())
     describing = [path for path in found.files if path.name in DESCRIBING]
     known = [path for path in found.files if is_known(path) and path not in describing]
+    lost = [path for path in found.broken if not is_known(path)]
     found.broken = [path for path in found.broken if is_known(path)]
     found.special = [path for path in found.special if is_known(path)]
     _refuse_unusable(pattern, found)
@@ -92,6 +95,7 @@ def _files_of_folder(pattern: str, folder: Path, skipped: Place | None) -> list[
         (describing, "that describe a data set"),
         (found.hidden, "hidden"),
         (found.circles, "linked in a circle"),
+        (lost, "links that lead nowhere"),
     ]
     left_out = "; ".join(
         f"{len(paths)} {what}: {_names(paths, folder)}" for paths, what in parts if paths
@@ -143,6 +147,8 @@ def _files_of_glob(
         _refuse_unknown(pattern, sorted(path for path in found.files if not is_known(path)))
     for file in sorted(found.files):
         _refuse_by_name(file)
+    if found.lost:
+        _warn_left_out(pattern, f"links that lead nowhere: {_names(found.lost, root)}")
     if found.circles:
         _warn_left_out(pattern, f"folders linked in a circle: {_names(found.circles, root)}")
     if found.folders and "**" not in parts:
@@ -231,6 +237,8 @@ def _walk(folder: Path, parts: Sequence[str], found: _Found, above: tuple[Place,
             if not _is_folder(entry):
                 if not rest and not entry.name.startswith("."):
                     _sort_in(path, found)
+                elif rest:
+                    _note_lost(path, entry, found)
             elif not entry.name.startswith("."):
                 _walk(path, parts, found, (*above, place))
         return
@@ -244,6 +252,15 @@ def _walk(folder: Path, parts: Sequence[str], found: _Found, above: tuple[Place,
             _sort_in(path, found)
         elif _is_folder(entry):
             _walk(path, rest, found, (*above, place))
+        else:
+            _note_lost(path, entry, found)
+
+
+def _note_lost(path: Path, entry: os.DirEntry[str], found: _Found) -> None:
+    """Notes a link that leads nowhere where it may stand for a folder, as on a disk that is not
+    mounted."""
+    if entry.is_symlink() and not path.suffix and not path.exists():
+        found.lost.append(path)
 
 
 def _sort_in(path: Path, found: _Found) -> None:

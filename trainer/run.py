@@ -68,6 +68,8 @@ def build_model(
     if adapt is not None:
         sizes = count_parameters(network)
         check_memory(model, config, context, trained=sizes.trained, added=sizes.added)
+    if not frozen:
+        _note_dropout(model)
     network.checkpoint_activations = config.activation_checkpointing
     shard(
         network,
@@ -96,6 +98,18 @@ def count_parameters(network: CausalLM) -> ParameterCounts:
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())
     return ParameterCounts(trained, whole - network.config.num_parameters())
+
+
+def _note_dropout(model: ModelConfig) -> None:
+    """Says of dropout that a model's config asks for: training here has none in the model."""
+    asked = {
+        name: value
+        for name, value in model.hf.items()
+        if name.endswith("dropout") and isinstance(value, float) and value > 0
+    }
+    if asked:
+        named = ", ".join(f"{name} {value:g}" for name, value in asked.items())
+        logger.info(f"note: {named} of the model's config: training leaves dropout out")
 
 
 def pretrained(source: Path) -> Callable[[CausalLM], None]:

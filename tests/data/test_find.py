@@ -212,3 +212,19 @@ def test_a_name_torn_apart_at_its_blanks_is_put_together(pattern: str) -> None:
         names("other.jsonl", *pieces)
     with pytest.raises(InputError, match=r"'my' matches no files; correct it$"):
         names("my", "other.jsonl")
+
+
+@pytest.mark.parametrize("pattern", ["in", "in/**/*.txt", "in/*/*.txt"])
+def test_a_folder_on_a_disk_that_is_not_there_is_named(
+    pattern: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in" / "here").mkdir(parents=True)
+    (tmp_path / "in" / "here" / "a.txt").write_text("a")
+    (tmp_path / "in" / "c4").symlink_to("/mnt/none/c4")
+    assert find_files([pattern]) == [Path("in/here/a.txt")]
+    told = capsys.readouterr().err
+    assert "left out" in told and "lead nowhere: " in told and "c4" in told

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from data.errors import InputError
 from tests.distributed import run_ranks
 from tests.factories import write_model
-from tests.trainer.tiny import options
+from tests.trainer.tiny import options, pretrain
 from trainer import parallel
 from trainer.inputs import find_model_with_data, open_data
 from trainer.models import hf
@@ -143,3 +143,13 @@ def test_every_rank_stops_when_rank_zero_cannot_write_the_copy(tmp_path: Path) -
     for message in run_ranks(refused_copy, 2, tmp_path / "copy.json", tmp_path):
         assert message == f"--json {tmp_path} is a folder; name a file in it"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dropout_of_a_models_config_is_said_to_be_left_out(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "model", workspace / "tokenizer", attention_dropout=0.1)
+    train = options(steps=1)
+    pretrain(train, model=model, data=workspace / "tokens", output=tmp_path / "out")
+    told = "note: attention_dropout 0.1 of the model's config: training leaves dropout out"
+    assert told in capsys.readouterr().out
