@@ -30,7 +30,7 @@ TOOLS = ("tools", "functions")
 """Fields of a record without which its turns would be others."""
 PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking")
 """Fields of a turn that are a part of what is said."""
-WEIGHTS = ("weight", "train", "loss")
+WEIGHTS = ("weight", "train", "training", "train_on_turn", "loss", "loss_mask")
 """Fields of an answer that say how much it counts; what others say never does."""
 FORMS = (
     "ShareGPT's `conversations` of `from` and `value`, OpenAI's `messages` of `role` and `content`,"
