@@ -16,6 +16,8 @@ from trainer.models.hf import load_config
 from trainer.models.sources import resolve_model, weights_fingerprint
 
 FILE = "origin.json"
+_SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
+"""Config, tokenizer and templates, which decide with the weights what a model does."""
 
 
 def first_names(
@@ -78,6 +80,18 @@ def model_fingerprint(source: str | Path, option: str = "--source") -> str:
         parts.append(tokenizer.fingerprint)
         ids = f":{_hash(json.dumps(tokenizer.record().ids, sort_keys=True))}"
     return f"{_hash(' '.join(parts))}{ids}:{load_config(folder).key}"
+
+
+def files_fingerprint(folder: Path) -> str:
+    """Hash of the small files of a model's folder. Raises InputError for one that cannot be
+    read."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _SMALL_FILES for path in folder.glob(pattern)):
+        try:
+            digest.update(path.name.encode() + path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: {failure(error)}") from None
+    return digest.hexdigest()[:16]
 
 
 def _hash(text: str) -> str:

@@ -17,6 +17,7 @@ from data.records import fits, read_json
 from data.tokenizers import holds_tokenizer, load_tokenizer
 from launch.evaluate.candidates import Candidate
 from launch.evaluate.config import EvaluateConfig
+from launch.origin import files_fingerprint
 from trainer.models.decoder import CausalLM
 from trainer.parallel import DistributedContext
 
@@ -58,8 +59,6 @@ _FACTS = {
 }
 """What a result holds besides its metrics."""
 _RESULTS = {"tasks": {"*": _FACTS}}
-_SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-"""Config and tokenizer, which decide with the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +206,7 @@ class Tasks:
             return None
         identity = {
             "weights": model.weights,
-            "files": _small_files(model.folder),
+            "files": files_fingerprint(model.folder),
             "precision": str(dtype),
             "task": [asked.name, asked.shots, self.config.limit],
             **self.harness.identity(asked.name),
@@ -298,13 +297,3 @@ def averages(asked: Sequence[Asked], rows: dict[str, dict[str, Any]]) -> dict[st
             "tasks": len(chosen),
         }
     return {"task_sets": found} if found else {}
-
-
-def _small_files(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in _SMALL_FILES for path in folder.glob(pattern)):
-        try:
-            digest.update(path.name.encode() + path.read_bytes())
-        except OSError as error:
-            raise InputError(f"{path}: {failure(error)}") from None
-    return digest.hexdigest()[:16]

@@ -1,6 +1,5 @@
 """What `python -m launch.export` does: checks, files, comparison, JSON."""
 
-import hashlib
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +23,7 @@ from launch.export.checks import (
 from launch.export.config import ExportConfig
 from launch.export.gguf_file import Plan, bytes_of, made_of, plan_of, write
 from launch.export.vocabulary import Vocabulary, read_vocabulary
+from launch.origin import files_fingerprint
 from trainer.disk import free_bytes, size_text, why_unwritten
 from trainer.finished import REPORTS
 from trainer.models.config import ModelConfig
@@ -87,7 +87,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
 def _open(config: ExportConfig) -> Opened:
     folder = resolve_model(config.model, option="MODEL")
     shape = load_config(folder)
-    output, model = Path(config.output), _fingerprint(folder)
+    output = Path(config.output)
+    # Tokenizer and settings go into the files as well.
+    model = f"{weights_fingerprint(folder)}-{files_fingerprint(folder)}"
     if output.resolve() == folder.resolve():
         raise InputError(f"--output {output}: is the model's own folder; name another")
     architecture_of(shape)
@@ -99,16 +101,6 @@ def _open(config: ExportConfig) -> Opened:
         kind = word.removeprefix("gguf-")
         plans.append(plan_of(output / f"{name}-{kind}.gguf", kind, shape, model, name))
     return Opened(folder, shape, vocabulary, plans)
-
-
-def _fingerprint(folder: Path) -> str:
-    """Of the weights, and of all small files that go into what is written."""
-    digest = hashlib.sha256(weights_fingerprint(folder).encode())
-    for pattern in ("*.json", "*.jinja", "*.model", "merges.txt", "additional_chat_templates/*"):
-        for path in sorted(folder.glob(pattern)):
-            digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _name_of(folder: Path) -> str:
