@@ -156,7 +156,7 @@ def compare_llama_cpp(
         return None
     from launch.export.llama_cpp import LlamaCpp
 
-    runner = LlamaCpp(path, threads)
+    runner = LlamaCpp(path, threads, plan.path)
     tokens = runner.tokenize(reference.text)
     if tokens != reference.text_ids:
         at = _first_difference(tokens, reference.text_ids)

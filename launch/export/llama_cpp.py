@@ -13,9 +13,10 @@ _SECONDS = 600
 
 
 class LlamaCpp:
-    """A GGUF file, loaded. Raises InputError where llama.cpp refuses it."""
+    """A GGUF file, loaded. Raises InputError, which names it as it is `called`, where llama.cpp
+    refuses it."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, called: Path) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
@@ -27,7 +28,11 @@ class LlamaCpp:
             self._server = xllamacpp.Server(params)
         # The package raises what its C++ happens to throw.
         except Exception as error:
-            raise InputError(f"{path}: llama.cpp cannot load it: {error}") from None
+            raise InputError(
+                f"{called}: llama.cpp cannot load it, and the file is not kept ({error}); "
+                "llama-cli -m FILE of one made with --check tensors says why. A byte-level "
+                "tokenizer without merges is one reason"
+            ) from None
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text, in which special tokens are plain characters."""
