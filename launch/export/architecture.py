@@ -4,7 +4,7 @@ Its names and conventions are those of the GGUF specification and of `gguf.const
 """
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -220,8 +220,3 @@ def unfit(model: ModelConfig, block: int) -> dict[str, int]:
         for name, values in rows.items()
         if any(value % block for value in values)
     }
-
-
-def metadata_value(field: Any) -> Any:
-    """The value of a field that `gguf.GGUFReader` has read."""
-    return field.contents()

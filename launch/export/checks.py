@@ -96,6 +96,11 @@ def _damaged(plan: Plan, path: Path, what: str) -> str:
     )
 
 
+def _fate(plan: Plan, path: Path) -> str:
+    """What becomes of a file that others read otherwise: one that was there before stays."""
+    return "" if path == plan.path else "; the file is not kept"
+
+
 def compare_transformers(
     plan: Plan, path: Path, reference: Reference, model: ModelConfig
 ) -> dict[str, Any] | None:
@@ -131,7 +136,7 @@ def compare_transformers(
         raise InputError(
             f"{plan.path}: transformers reads a model from it whose logits are up to "
             f"{found['largest_difference']:.3g} of the largest away from the original's, more than "
-            f"{plan.type} explains ({limit:g}); the file is not kept; please report it with the "
+            f"{plan.type} explains ({limit:g}){_fate(plan, path)}; please report it with the "
             "model's config.json"
         )
     return found
@@ -163,7 +168,7 @@ def compare_llama_cpp(
         raise InputError(
             f"{plan.path}: llama.cpp splits a text into other tokens than the model's tokenizer, "
             f"from token {at} on ({tokens[at : at + 4]}, not {reference.text_ids[at : at + 4]}); "
-            "the file is not kept; please report it with the model's tokenizer.json"
+            f"please report it with the model's tokenizer.json{_fate(plan, path)}"
         )
     ids, same, compared, apart = list(reference.ids), 0, 0, 0.0
     for _ in range(NEW_TOKENS):
@@ -181,8 +186,8 @@ def compare_llama_cpp(
     if alike and apart > LIMITS.get(plan.type, math.inf):
         raise InputError(
             f"{plan.path}: llama.cpp's probabilities are up to {apart:.3g} nats from the "
-            f"original's, more than {plan.type} explains ({LIMITS[plan.type]:g}); the file is not "
-            "kept; please report it with the model's config.json"
+            f"original's, more than {plan.type} explains ({LIMITS[plan.type]:g})"
+            f"{_fate(plan, path)}; please report it with the model's config.json"
         )
     return found
 

@@ -29,9 +29,8 @@ class LlamaCpp:
         # The package raises what its C++ happens to throw.
         except Exception as error:
             raise InputError(
-                f"{called}: llama.cpp cannot load it, and the file is not kept ({error}); "
-                "llama-cli -m FILE of one made with --check tensors says why. A byte-level "
-                "tokenizer without merges is one reason"
+                f"{called}: llama.cpp cannot load it ({error}). A byte-level tokenizer without "
+                "merges is one reason; --check tensors writes the file without asking"
             ) from None
 
     def tokenize(self, text: str) -> list[int]:
